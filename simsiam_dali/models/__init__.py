@@ -1,0 +1,1 @@
+"""Encoders and losses; nothing here knows where a batch comes from."""
