@@ -1,0 +1,169 @@
+"""SimSiam on log-mel views: Chen & He, "Exploring Simple Siamese Representation Learning", arXiv:2011.10566.
+
+The encoder f is a ResNet and a projector, h is the predictor (section 3 and figure 1 of the paper):
+
+    z1, z2 = f(view1), f(view2)        p1, p2 = h(z1), h(z2)
+
+The loss and its stop-gradient are in `losses.SimSiamLoss`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from simsiam_dali.errors import UserError
+
+Backbone = Literal["resnet18", "resnet34", "resnet50"]
+Embedding = Literal["backbone", "projection"]
+
+
+class SimSiam(nn.Module):
+    """ResNet backbone, projector and predictor.
+
+    `pretrained` is False (random weights), True (torchvision's ImageNet weights, downloaded once) or the path
+    of a state dict of the same torchvision ResNet. `embedding` chooses what `embed` returns.
+    Raises `UserError` when the pretrained weights cannot be had or do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone = "resnet50",
+        projection_dim: int = 2048,
+        projection_layers: int = 2,
+        predictor_hidden_dim: int = 512,
+        pretrained: bool | str | Path = False,
+        embedding: Embedding = "backbone",
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.backbone, self.backbone_dim = create_backbone(backbone, pretrained)
+        self.projector = create_projector(self.backbone_dim, projection_dim, projection_layers)
+        self.projection_dim = projection_dim
+        self.predictor = create_predictor(projection_dim, predictor_hidden_dim)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Two views `(B, n_mels, T)`, normalised log-mel, to p1, p2, z1, z2, each `(B, projection_dim)`.
+
+        The views pass one after the other, never concatenated, so that each has batch-norm statistics of its
+        own, as in the published code. In training mode B must be at least 2.
+        """
+        z1 = self.projector(self.features(view1))
+        z2 = self.projector(self.features(view2))
+        return self.predictor(z1), self.predictor(z2), z1, z2
+
+    def features(self, view: Tensor) -> Tensor:
+        """One view `(B, n_mels, T)` to the backbone's pooled output `(B, backbone_dim)`."""
+        return self.backbone(view.unsqueeze(1))
+
+    def embed(self, view: Tensor) -> Tensor:
+        """One view `(B, n_mels, T)` to its embedding `(B, embedding_dim)`, not normalised."""
+        features = self.features(view)
+        return features if self.embedding == "backbone" else self.projector(features)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of what `embed` returns."""
+        return self.backbone_dim if self.embedding == "backbone" else self.projection_dim
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups; `fix_lr` marks the predictor, whose learning rate is not decayed.
+
+        The predictor has to keep adapting to the latest representations (section 4.2, table 1c).
+        """
+        encoder = [*self.backbone.parameters(), *self.projector.parameters()]
+        return [
+            {"params": encoder, "fix_lr": False},
+            {"params": list(self.predictor.parameters()), "fix_lr": True},
+        ]
+
+
+def create_backbone(name: Backbone, pretrained: bool | str | Path) -> tuple[nn.Module, int]:
+    """A torchvision ResNet with a one-channel stem and no classifier, and the width of its output."""
+    # Each residual block starts as the identity, as in the published code; pretrained weights replace this.
+    resnet = torchvision.models.get_model(name, zero_init_residual=True)
+    dim = resnet.fc.in_features
+    resnet.fc = nn.Identity()
+    if pretrained is True:
+        _load(resnet, _imagenet_weights(name), f"torchvision's {name}")
+    elif pretrained:
+        _load(resnet, _local_weights(Path(pretrained)), str(pretrained))
+
+    # Convolving three equal channels is convolving one with the weights summed over the input channel.
+    stem = nn.Conv2d(1, resnet.conv1.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
+    with torch.no_grad():
+        stem.weight.copy_(resnet.conv1.weight.sum(dim=1, keepdim=True))
+    resnet.conv1 = stem
+    return resnet, dim
+
+
+def create_projector(in_dim: int, dim: int, layers: int) -> nn.Sequential:
+    """Two or three layers of width `dim`; no ReLU after the last and no affine in its batch norm."""
+    if layers not in (2, 3):
+        raise ValueError(f"projection_layers is {layers}: 2 or 3")
+    hidden: list[nn.Module] = []
+    for width in [in_dim, dim][: layers - 1]:
+        hidden += [nn.Linear(width, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True)]
+    return nn.Sequential(
+        *hidden,
+        nn.Linear(dim, dim, bias=False),  # output layer
+        nn.BatchNorm1d(dim, affine=False),
+    )
+
+
+def create_predictor(dim: int, hidden_dim: int) -> nn.Sequential:
+    """A bottleneck; no batch norm and no ReLU on its output (BN there is unstable: section 4.4)."""
+    return nn.Sequential(
+        nn.Linear(dim, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, dim),  # output layer
+    )
+
+
+def _imagenet_weights(name: Backbone) -> dict[str, Tensor]:
+    try:
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as e:  # no network, no space; a download cut short has a wrong hash
+        reason = " ".join(str(e).split())
+        raise UserError(
+            f"pretrained_backbone: torchvision's {name} weights could not be downloaded ({reason}); "
+            "give the path of a local state-dict file instead, or false"
+        ) from e
+
+
+def _local_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"pretrained_backbone: no such file: {path}") from e
+    except Exception as e:  # unpickling arbitrary bytes may raise anything (see the pickle module's page)
+        raise UserError(f"pretrained_backbone: {path} is not a state dict saved by torch.save") from e
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"pretrained_backbone: {path} holds more than a state dict (names and tensors); "
+            "give a file saved with torch.save(resnet.state_dict(), path)"
+        )
+    return state
+
+
+def _load(resnet: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load every weight but the classifier's; `UserError` names the first that does not fit."""
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    own = resnet.state_dict()
+    wrong = sorted(
+        name
+        for name in own.keys() | state.keys()
+        # files older than torch 0.4.1 lack these counters, and load_state_dict supplies them
+        if not name.endswith("num_batches_tracked")
+        and (name not in own or name not in state or own[name].shape != state[name].shape)
+    )
+    if wrong:
+        raise UserError(
+            f"pretrained_backbone: {source} does not fit encoder.simsiam.backbone: {len(wrong)} weights "
+            f"missing, unknown or of another shape, the first is {wrong[0]}; give weights of the same ResNet"
+        )
+    resnet.load_state_dict(state)

@@ -1,0 +1,272 @@
+"""SimSiam's layers are those of the paper, and its loss stops the gradient."""
+
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from simsiam_dali.errors import UserError
+from simsiam_dali.models.losses import SimSiamLoss, negative_cosine
+from simsiam_dali.models.simsiam import SimSiam
+
+
+def small(**changes) -> SimSiam:
+    torch.manual_seed(0)
+    return SimSiam(**({"backbone": "resnet18", "projection_dim": 32, "predictor_hidden_dim": 8} | changes))
+
+
+def views(batch: int = 4) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 32, 40, generator=g), torch.randn(batch, 32, 40, generator=g)
+
+
+def three_channel_resnet(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    resnet = torchvision.models.resnet18(zero_init_residual=True)
+    resnet.fc = nn.Identity()
+    return resnet
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A torchvision ResNet-18 as trained elsewhere: no gamma is 0, and the classifier is in the file."""
+    torch.manual_seed(7)
+    resnet = torchvision.models.resnet18()
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pt")
+    return tmp_path / "resnet18.pt"
+
+
+def assert_equals_three_channels(model: SimSiam, reference: nn.Module) -> None:
+    model.eval()
+    reference.eval()
+    view = views()[0]
+    with torch.no_grad():
+        expected = reference(view.unsqueeze(1).repeat(1, 3, 1, 1))
+        assert expected.std() > 0.01
+        torch.testing.assert_close(model.embed(view), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_random_one_channel_stem_equals_three_equal_channels() -> None:
+    reference = three_channel_resnet(seed=3)
+    torch.manual_seed(3)  # the model draws the same weights, in the same order
+    assert_equals_three_channels(SimSiam("resnet18", projection_dim=32, predictor_hidden_dim=8), reference)
+
+
+def test_pretrained_one_channel_stem_equals_three_equal_channels(weights: Path) -> None:
+    reference = three_channel_resnet(seed=0)
+    state = torch.load(weights, weights_only=True)
+    reference.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
+    assert_equals_three_channels(small(pretrained=weights), reference)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_residual_branches_start_at_zero(backbone: str) -> None:
+    last_bn = "bn3" if backbone == "resnet50" else "bn2"
+    gammas = {n: p for n, p in small(backbone=backbone).backbone.named_parameters() if "layer" in n}
+    last = [p for n, p in gammas.items() if n.endswith(f"{last_bn}.weight")]
+    assert len(last) == (16 if backbone == "resnet50" else 8)
+    assert all((p == 0).all() for p in last)
+
+
+def test_pretrained_weights_are_not_zeroed(weights: Path) -> None:
+    state = torch.load(weights, weights_only=True)
+    backbone = small(pretrained=str(weights)).backbone.state_dict()
+    for name in backbone.keys() - {"conv1.weight"}:
+        assert torch.equal(backbone[name], state[name]), name
+
+
+@pytest.mark.parametrize(("backbone", "dim"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
+def test_embedding_is_the_backbone_or_the_projection(backbone: str, dim: int) -> None:
+    model = small(backbone=backbone).eval()
+    assert model.embedding_dim == dim
+    assert model.embed(views(2)[0]).shape == (2, dim)
+    model.embedding = "projection"
+    assert model.embedding_dim == 32
+    assert torch.equal(model.embed(views(2)[0]), model(*views(2))[2])
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_projector_structure(layers: int) -> None:
+    projector = small(projection_layers=layers).projector
+    hidden = [nn.Linear, nn.BatchNorm1d, nn.ReLU] * (layers - 1)
+    assert [type(module) for module in projector] == [*hidden, nn.Linear, nn.BatchNorm1d]
+    linears = [module for module in projector if isinstance(module, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linears] == [(512, 32), (32, 32), (32, 32)][:layers]
+    assert all(module.bias is None for module in linears)
+    norms = [module for module in projector if isinstance(module, nn.BatchNorm1d)]
+    assert [module.affine for module in norms] == [True] * (layers - 1) + [False]
+
+
+def test_projector_has_two_or_three_layers() -> None:
+    with pytest.raises(ValueError, match="projection_layers is 4"):
+        small(projection_layers=4)
+
+
+def test_predictor_is_a_bottleneck_without_output_bn() -> None:
+    linear_in, norm, relu, linear_out = small().predictor
+    assert (linear_in.in_features, linear_in.out_features, linear_in.bias) == (32, 8, None)
+    assert (linear_out.in_features, linear_out.out_features) == (8, 32)
+    assert linear_out.bias is not None
+    assert [type(norm), type(relu), type(linear_out)] == [nn.BatchNorm1d, nn.ReLU, nn.Linear]
+
+
+def test_parameter_groups_hold_all_once_and_fix_the_predictor() -> None:
+    model = small()
+    encoder, predictor = model.param_groups()
+    assert (encoder["fix_lr"], predictor["fix_lr"]) == (False, True)
+    assert {id(p) for p in predictor["params"]} == {id(p) for p in model.predictor.parameters()}
+    grouped = [id(p) for group in (encoder, predictor) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    torch.optim.SGD(model.param_groups(), lr=0.1)
+
+
+def test_each_view_has_its_own_batch_norm_statistics() -> None:
+    model = small().train()
+    quiet, loud = views()[0], views()[1] * 3 + 2
+    _, _, z1, z2 = model(quiet, loud)
+    separate = torch.cat([model.projector(model.features(quiet)), model.projector(model.features(loud))])
+    together = model.projector(model.features(torch.cat([quiet, loud])))
+    torch.testing.assert_close(torch.cat([z1, z2]), separate)
+    assert (torch.cat([z1, z2]) - together).abs().mean() > 0.1
+
+
+def test_channels_last_reaches_every_layer_and_changes_nothing() -> None:
+    model = small().eval()
+    expected = model.embed(views()[0])
+    model = model.to(memory_format=torch.channels_last)
+    layouts: list[bool] = []
+    for name in ("conv1", "layer1", "layer4"):
+        model.backbone.get_submodule(name).register_forward_hook(
+            lambda _module, _in, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
+    torch.testing.assert_close(model.embed(views()[0]), expected, rtol=1e-4, atol=1e-5)
+    assert layouts == [True] * 3
+
+
+def test_a_missing_pretrained_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file: .*nowhere\.pt"):
+        small(pretrained=tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"these are not weights", b"PK\x03\x04 cut short"])
+def test_a_file_of_something_else_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.pt is not a state dict"):
+        small(pretrained=tmp_path / "weights.pt")
+
+
+def test_a_whole_checkpoint_is_said(tmp_path: Path) -> None:
+    torch.save({"model": {"conv1.weight": torch.zeros(1)}, "epoch": 3}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="holds more than a state dict"):
+        small(pretrained=tmp_path / "checkpoint.pt")
+
+
+def test_missing_unknown_and_misshapen_weights_are_said(weights: Path, tmp_path: Path) -> None:
+    state = torch.load(weights, weights_only=True)
+    missing = {name: value for name, value in state.items() if name != "layer1.0.bn1.running_var"}
+    unknown = state | {"layer4.2.conv1.weight": torch.zeros(1)}
+    misshapen = state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
+    for bad, name in [
+        (missing, "layer1.0.bn1.running_var"),
+        (unknown, "layer4.2"),
+        (misshapen, "conv1.weight"),
+    ]:
+        torch.save(bad, tmp_path / "bad.pt")
+        with pytest.raises(UserError, match=f"does not fit .* 1 weights .*first is {name}") as error:
+            small(pretrained=tmp_path / "bad.pt")
+        assert "\n" not in str(error.value)
+
+
+def test_weights_without_batch_counters_load(weights: Path, tmp_path: Path) -> None:
+    state = {n: v for n, v in torch.load(weights, weights_only=True).items() if "num_batches" not in n}
+    torch.save(state, tmp_path / "old.pt")
+    assert torch.equal(small(pretrained=tmp_path / "old.pt").backbone.bn1.weight, state["bn1.weight"])
+
+
+def test_a_failed_download_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_network(*_args: object, **_kwargs: object) -> None:
+        raise URLError("Name or service\nnot known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # a cached download must not hide the failure
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    with pytest.raises(UserError, match=r"could not be downloaded.*local state-dict file") as error:
+        small(pretrained=True)
+    assert "\n" not in str(error.value)
+
+
+def random_loss_inputs() -> list[Tensor]:
+    g = torch.Generator().manual_seed(2)
+    return [torch.randn(4, 16, generator=g, requires_grad=True) for _ in range(4)]
+
+
+def test_no_gradient_flows_into_the_projections_as_targets() -> None:
+    p1, p2, z1, z2 = random_loss_inputs()
+    SimSiamLoss()(p1, p2, z1, z2).backward()
+    assert z1.grad is None
+    assert z2.grad is None
+    assert p1.grad.abs().sum() > 0
+    assert p2.grad.abs().sum() > 0
+
+
+def test_the_encoder_learns_through_the_predictor_only() -> None:
+    model = small().train()
+    loss_fn = SimSiamLoss()
+
+    def stem_gradient(predictions: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
+        model.zero_grad()
+        loss_fn(*predictions, *targets).backward()
+        return model.backbone.conv1.weight.grad.clone()
+
+    p1, p2, z1, z2 = model(*views())
+    constants = (z1.detach().clone(), z2.detach().clone())
+    whole = stem_gradient((p1, p2), (z1, z2))
+    p1, p2, _, _ = model(*views())
+    torch.testing.assert_close(whole, stem_gradient((p1, p2), constants))
+    assert whole.abs().sum() > 0
+
+
+def test_loss_of_equal_orthogonal_and_opposite_vectors() -> None:
+    x = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
+    y = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+    loss_fn = SimSiamLoss()
+    assert loss_fn(x, x * 7, x * 2, x).item() == pytest.approx(-1)
+    assert loss_fn(x, x, y, y).item() == pytest.approx(0)
+    assert loss_fn(x, x, -x, -x).item() == pytest.approx(1)
+
+
+def test_loss_pairs_each_prediction_with_the_other_view() -> None:
+    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert SimSiamLoss()(p1=x, p2=y, z1=y, z2=x).item() == pytest.approx(-1)
+    assert SimSiamLoss()(p1=x, p2=y, z1=x, z2=y).item() == pytest.approx(0)
+
+
+def test_loss_is_float32_under_bf16_autocast() -> None:
+    p1, p2, z1, z2 = (x.detach().bfloat16() for x in random_loss_inputs())
+    exact = SimSiamLoss()(*(x.double() for x in (p1, p2, z1, z2))).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = SimSiamLoss()(p1, p2, z1, z2)
+        inner = negative_cosine(p1, z2)
+    assert loss.dtype == inner.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact, abs=1e-6)
+
+
+def test_a_step_lowers_the_loss() -> None:
+    model = small().train()
+    loss_fn = SimSiamLoss()
+    optimizer = torch.optim.SGD(model.param_groups(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(6):
+        loss = loss_fn(*model(*views()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(-1 <= loss <= 1 for loss in losses)
+    assert losses[-1] < losses[0] - 0.05
