@@ -1,0 +1,300 @@
+"""The typed config tree, and where each value comes from: defaults < YAML file < environment < command line.
+
+An unknown key, a wrong type or a value out of range is a `UserError` that names the key, what is allowed and the nearest
+known name. Keys of the plan's section 8 keep the plan's names. Every number of the project stands here once, with its
+unit; `docs/config.md` is generated from the descriptions.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from simsiam_dali.errors import UserError
+
+ENVIRONMENT = {"ENCODER_TYPE": "encoder.encoder_type", "MLFLOW_TRACKING_URI": "mlflow.tracking_uri"}
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"the low end {pair[0]:g} is above the high end {pair[1]:g}")
+    return pair
+
+
+class Section(BaseModel):
+    """A part of the tree; unknown keys are errors, values are final."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> typing.Self:
+        for name, value in self:
+            if name.endswith("_range"):
+                try:
+                    _ascending(value)
+                except ValueError as e:
+                    raise ValueError(f"{name}: {e}") from None
+        return self
+
+
+class AugmentationConfig(Section):
+    """The plan's eight augmentations (section 4); each view of each sample draws its own. Probability 0 turns one off."""
+
+    time_shift_prob: Probability = Field(1.0, description="circular shift in time")
+    time_shift_range: tuple[float, float] = Field((0.0, 1.0), description="shift, as a fraction of the view")
+    time_stretch_prob: Probability = Field(0.5, description="change of tempo without change of pitch")
+    time_stretch_range: tuple[float, float] = Field((0.8, 1.2), description="rate; above 1 is faster")
+    pitch_shift_prob: Probability = Field(0.5, description="change of pitch without change of tempo")
+    pitch_shift_range: tuple[float, float] = Field((-2.0, 2.0), description="semitones")
+    noise_prob: Probability = Field(0.3, description="white Gaussian noise")
+    noise_snr_range: tuple[float, float] = Field((15.0, 30.0), description="SNR against the view's own RMS, dB")
+    gain_prob: Probability = Field(0.8, description="volume change")
+    gain_range: tuple[float, float] = Field((-6.0, 6.0), description="dB")
+    reverb_prob: Probability = Field(0.2, description="late reverberation of a room (Polack's energy model)")
+    reverb_rt60_range: tuple[float, float] = Field((0.2, 1.2), description="RT60, time to decay by 60 dB, s")
+    reverb_drr_range: tuple[float, float] = Field((0.0, 12.0), description="direct-to-reverberant energy ratio, dB")
+    spec_augment: bool = Field(True, description="frequency and time masks (SpecAugment, arXiv:1904.08779)")
+    frequency_mask_prob: Probability = Field(0.5, description="one band of mel bins set to the mean")
+    frequency_mask_param: int = Field(27, ge=0, description="largest width F, mel bins")
+    time_mask_prob: Probability = Field(0.5, description="one stretch of frames set to the mean")
+    time_mask_param: int = Field(100, ge=0, description="largest width T, frames")
+
+    @model_validator(mode="after")
+    def _physical(self) -> typing.Self:
+        if not 0.25 <= self.time_stretch_range[0] <= self.time_stretch_range[1] <= 2:
+            raise ValueError("time_stretch_range: rates lie between 0.25 and 2")
+        if max(map(abs, self.pitch_shift_range)) > 12:
+            raise ValueError("pitch_shift_range: at most 12 semitones up or down")
+        if not 0 <= self.time_shift_range[0] <= self.time_shift_range[1] <= 1:
+            raise ValueError("time_shift_range: fractions lie between 0 and 1")
+        if self.reverb_rt60_range[0] <= 0:
+            raise ValueError("reverb_rt60_range: RT60 is above 0 s")
+        return self
+
+
+class DataConfig(Section):
+    """Where the segments come from and how they are read."""
+
+    shards: Path = Field(Path("shards"), description="folder written by tools/make_shards.py")
+    sample_rate: int = Field(16000, ge=4000, le=192000, description="rate at the mel front end, Hz")
+    view_seconds: float | None = Field(None, gt=0, description="length of a view, s; null = the whole segment")
+    view_crops: Literal["same", "independent"] = Field(
+        "same", description="with views shorter than the segment: both from one place of it, or each from its own"
+    )
+    threads: int = Field(4, ge=1, description="DALI's CPU threads per process")
+    prefetch: int = Field(2, ge=1, description="batches DALI prepares ahead")
+    shuffle_buffer: int = Field(1024, ge=1, description="segments the reader shuffles among (they stay encoded)")
+    stats_segments: int = Field(256, ge=1, description="segments on which the log-mel's mean and std are measured")
+
+
+class SimSiamConfig(Section):
+    """The encoder, its spectrogram and its optimizer (the plan, sections 2, 8.1 and 12)."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = Field("resnet50", description="torchvision ResNet")
+    pretrained_backbone: bool | Path = Field(
+        False, description="true = torchvision's ImageNet weights, or a local state_dict file"
+    )
+    embedding: Literal["backbone", "projection"] = Field("backbone", description="what a song's embedding is")
+    projection_dim: int = Field(2048, ge=1, description="width of the projector's layers")
+    projection_layers: Literal[2, 3] = Field(2, description="layers of the projector (the paper has 3)")
+    predictor_hidden_dim: int = Field(512, ge=1, description="the predictor's bottleneck")
+    n_mels: int = Field(128, ge=8, description="mel bins")
+    n_fft: int = Field(2048, ge=64, description="STFT window, samples")
+    hop_length: int = Field(512, ge=1, description="STFT hop, samples")
+    augmentation: AugmentationConfig = AugmentationConfig()
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD works better for SimSiam")
+    sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum (read by sgd only)")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 for sgd, decoupled for adamw")
+    fix_predictor_lr: bool = Field(True, description="no lr decay for the predictor (SimSiam, section 4.2)")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear lr warm-up, epochs")
+
+
+class EncoderConfig(Section):
+    """Which encoder, and the settings every encoder shares."""
+
+    encoder_type: Literal["simsiam"] = Field("simsiam", description="the A/B switch")
+    epochs: int = Field(100, ge=1, description="passes over the training segments")
+    batch_size: int = Field(128, ge=2, description="segments per step and process; each gives two views")
+    learning_rate: float = Field(0.03, gt=0, description="for 256 segments a step; scaled by batch / 256, cosine decay")
+    simsiam: SimSiamConfig = SimSiamConfig()
+
+
+class TrainConfig(Section):
+    """How a run is carried out; nothing here changes what is learned, except the precision's rounding."""
+
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto takes the GPU when there is one")
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order and augmentation draws")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU"
+    )
+    channels_last: bool = Field(True, description="NHWC memory format")
+    compile: bool = Field(False, description="torch.compile the encoder")
+    sync_bn: bool = Field(False, description="batch-norm statistics over all GPUs (torchrun)")
+    runs_dir: Path = Field(Path("runs"), description="where runs/<name>/ is made")
+    run_name: str | None = Field(None, description="null = encoder, backbone and time")
+    log_every: int = Field(10, ge=1, description="steps between reads of metrics from the device")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints inside an epoch; 0 = each epoch only")
+    knn_k: int = Field(10, ge=1, description="neighbours of the online kNN score")
+    knn_segments: int = Field(2000, ge=1, description="training segments it searches among, at most")
+
+
+class MlflowConfig(Section):
+    """Experiment tracking (the plan, sections 8.2 and 9)."""
+
+    enabled: bool = Field(True, description="false trains without importing mlflow")
+    tracking_uri: str = Field("sqlite:///mlflow.db", description="a database file or a server, http://host:5000")
+    experiment_name: str = Field("music_recommendation", description="MLflow experiment")
+    auto_tags: tuple[Literal["encoder_type", "loss_type", "experiment_variant", "backbone", "pretrained"], ...] = Field(
+        ("encoder_type", "loss_type", "experiment_variant", "backbone", "pretrained"),
+        description="tags set from the config on every run",
+    )
+
+
+class Config(Section):
+    """The whole tree."""
+
+    data: DataConfig = DataConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    train: TrainConfig = TrainConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML that `load` reads back to an equal tree."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting as (dotted key, pydantic FieldInfo), in the order of the tree."""
+    for name, field in section.model_fields.items():
+        if inner := _section(field.annotation):
+            yield from fields(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def allowed(annotation: Any) -> str:
+    """A type annotation in a user's words: `a | b`, `[number, number]`, `true or false`."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    if annotation is None or annotation is types.NoneType:
+        return "null"
+    if annotation in words:
+        return words[annotation]
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is Annotated:
+        return allowed(args[0])
+    if origin is tuple:
+        return f"[{', '.join('...' if a is Ellipsis else allowed(a) for a in args)}]"
+    return " or ".join(allowed(a) for a in args)
+
+
+def _nearest(key: str) -> str:
+    names = [name for name, _ in fields()]
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in names}
+    close = difflib.get_close_matches(key, names, 1, 0.75)
+    close = close or [by_leaf[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), 1, 0.6)]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain(error: ValidationError, source: str) -> UserError:
+    first = error.errors()[0]
+    annotations = {name: field.annotation for name, field in fields()}
+    # A union's or tuple's location goes on below the setting itself, so cut it back to the setting's name.
+    parts = [str(p) for p in first["loc"]]
+    key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in annotations), ".".join(parts))
+    if first["type"] == "extra_forbidden":
+        siblings = [n for n, _ in fields() if n.rpartition(".")[0] == key.rpartition(".")[0]]
+        tail = _nearest(key) or (f"; known here: {', '.join(n.rpartition('.')[2] for n in siblings)}" if siblings else "")
+        return UserError(f"{source}: unknown setting {key}{tail}")
+    message = first["msg"].removeprefix("Value error, ")
+    if key not in annotations:
+        return UserError(f"{source}: {key}: {message}" if key else f"{source}: {message}")
+    value = first["input"]
+    return UserError(f"{source}: {key} = {value!r} is refused ({message}); allowed: {allowed(annotations[key])}")
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, leaf = key.split(".")
+    for part in path:
+        below = tree.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise UserError(f"{key}: {part} is not a section")
+        tree = below
+    tree[leaf] = value
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **base,
+        **{k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()},
+    }
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"config file {path} is not readable YAML: {' '.join(str(e).split())}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"config file {path} holds no settings (a mapping of keys is expected)")
+    return tree or {}
+
+
+def _validated(tree: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise _explain(e, source) from None
+
+
+def load(
+    path: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    command_line: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> Config:
+    """Build the config; later sources win.
+
+    path: a YAML file. environment: read for the variables in `ENVIRONMENT`. command_line: dotted key -> value (None =
+    not given). assignments: `a.b=c` strings from `--set`, the value parsed as YAML.
+    Raises UserError naming the source (file, variable or option), the key, and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(path)
+        _validated(tree, str(path))
+    for variable, key in ENVIRONMENT.items():
+        if value := (environment or {}).get(variable):
+            _put(tree, key, value)
+            _validated(tree, f"environment {variable}")
+    for key, value in (command_line or {}).items():
+        if value is not None:
+            _put(tree, key, value)
+            _validated(tree, "command line")
+    for assignment in assignments:
+        key, sign, text = assignment.partition("=")
+        if not sign:
+            raise UserError(f"--set {assignment}: expected key=value, such as --set encoder.epochs=5")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment}: the value is not readable YAML") from None
+        over: dict[str, Any] = {}
+        _put(over, key.strip(), value)
+        tree = _merged(tree, over)
+        _validated(tree, f"--set {assignment}")
+    return _validated(tree, "config")

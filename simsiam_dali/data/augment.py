@@ -1,0 +1,178 @@
+"""The eight augmentations as functions from DALI nodes to DALI nodes, and their random draws.
+
+Each one is done where it is cheap. On the waveform `(N,)`: time shift, pitch shift, noise. On the mel power `(F, n_mels)`,
+time first: time stretch, reverb, gain. On the normalised log-mel: the masks. Drawing is separate from doing: `draw` makes the
+random numbers, the rest is a deterministic function of them, so a test can put in a known draw and a GPU graph can be
+compared with a CPU graph on the same draws.
+
+Argument inputs (everything in `Draws`) are always CPU scalars; DALI takes them for operators on either device.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from nvidia.dali import fn, math, types
+from nvidia.dali.data_node import DataNode
+
+from simsiam_dali.config import AugmentationConfig
+
+DECAY_60_DB = np.log(1e6)
+"""Energy falls by 60 dB when its exponent falls by ln(10^6)."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one view of one sample drew. Neutral where the augmentation was not drawn (rate 1, 0 semitones, 0 dB, width 0)."""
+
+    shift: DataNode  # fraction of the view, FLOAT in [0, 1)
+    rate: DataNode  # tempo, FLOAT; above 1 is faster
+    semitones: DataNode  # FLOAT
+    scaled: DataNode  # BOOL: stretched or pitched, so that the mel's time axis has to be interpolated
+    noisy: DataNode  # BOOL
+    snr_db: DataNode  # FLOAT, read where noisy
+    noise_at: DataNode  # FLOAT in [0, 1): place in the noise bank
+    gain_db: DataNode  # FLOAT
+    reverberant: DataNode  # BOOL
+    rt60: DataNode  # FLOAT, s
+    drr_db: DataNode  # FLOAT
+    mel_start: DataNode  # FLOAT, mel bin where the frequency mask starts
+    mel_width: DataNode  # FLOAT, whole number of mel bins
+    time_start: DataNode  # FLOAT, frame where the time mask starts
+    time_width: DataNode  # FLOAT, whole number of frames
+
+
+def stream(seed: int, name: str) -> int:
+    """A seed of its own for the operator called `name`: adding or removing another operator changes no draw of this one."""
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def uniform(low: float, high: float, seed: int) -> DataNode:
+    """A FLOAT in [low, high); the constant `low` when they are equal (DALI refuses an empty range)."""
+    if low == high:
+        return types.Constant(np.float32(low), device="cpu")
+    return fn.random.uniform(range=(low, high), dtype=types.FLOAT, seed=seed)
+
+
+def draw(cfg: AugmentationConfig, frames: int, n_mels: int, seed: int) -> Draws:
+    """Draw one view's augmentations for each sample, independently.
+
+    frames, n_mels: size of the view, for the masks' places. A mask's width is uniform on 0..param, its start uniform over
+    the places where it fits (arXiv:1904.08779, section 2).
+    """
+
+    def coin(name: str, probability: float) -> DataNode:
+        return fn.random.coin_flip(probability=probability, dtype=types.INT32, seed=stream(seed, name))
+
+    def pick(name: str, value_range: tuple[float, float]) -> DataNode:
+        return uniform(*value_range, stream(seed, f"{name} value"))
+
+    def mask(name: str, probability: float, param: int, size: int) -> tuple[DataNode, DataNode]:
+        width = math.floor(pick(f"{name} width", (0.0, min(param, size) + 1.0))) * coin(name, probability)
+        return math.floor(pick(f"{name} start", (0.0, 1.0)) * (size - width + 1)), width
+
+    stretched, pitched = coin("stretch", cfg.time_stretch_prob), coin("pitch", cfg.pitch_shift_prob)
+    masks = float(cfg.spec_augment)
+    mel_start, mel_width = mask("mel mask", cfg.frequency_mask_prob * masks, cfg.frequency_mask_param, n_mels)
+    time_start, time_width = mask("time mask", cfg.time_mask_prob * masks, cfg.time_mask_param, frames)
+    return Draws(
+        shift=pick("shift", cfg.time_shift_range) * coin("shift", cfg.time_shift_prob),
+        rate=1.0 + stretched * (pick("stretch", cfg.time_stretch_range) - 1.0),
+        semitones=pitched * pick("pitch", cfg.pitch_shift_range),
+        scaled=(stretched + pitched) > 0,
+        noisy=coin("noise", cfg.noise_prob) > 0,
+        snr_db=pick("noise", cfg.noise_snr_range),
+        noise_at=pick("noise place", (0.0, 1.0)),
+        gain_db=coin("gain", cfg.gain_prob) * pick("gain", cfg.gain_range),
+        reverberant=coin("reverb", cfg.reverb_prob) > 0,
+        rt60=pick("rt60", cfg.reverb_rt60_range),
+        drr_db=pick("drr", cfg.reverb_drr_range),
+        mel_start=mel_start,
+        mel_width=mel_width,
+        time_start=time_start,
+        time_width=time_width,
+    )
+
+
+def integer(x: DataNode) -> DataNode:
+    """`x` to the nearest INT32 (DALI's cast rounds), the type slices want."""
+    return fn.cast(x, dtype=types.INT32)
+
+
+def circular_slice(x: DataNode, start: DataNode, length: DataNode, turns: int = 2) -> DataNode:
+    """`length` samples of `x (N,)` from `start`, going round its end.
+
+    start: INT32 in [0, N]. length: INT32. turns: how often the slice may enter `x`, at least 1 + length / N.
+    """
+    size = x.shape(dtype=types.INT32)[0]
+    zero = types.Constant(np.int32(0), device="cpu")
+    end = math.min(start + length, size)
+    pieces = [fn.slice(x, start=start, end=end, axes=[0])]
+    left = length - (end - start)
+    for _ in range(turns - 1):
+        take = math.min(left, size)
+        pieces.append(fn.slice(x, start=zero, end=take, axes=[0]))
+        left = left - take
+    return fn.cat(*pieces, axis=0)
+
+
+def resample(x: DataNode, in_rate: DataNode | float, out_rate: DataNode | float, quality: float) -> DataNode:
+    """Band-limited resampling of `(N,)`; a pitch shift is one whose output is then read at another rate."""
+    return fn.audio_resample(x, in_rate=in_rate, out_rate=out_rate, quality=quality)
+
+
+def pitch_rate(sample_rate: float, semitones: DataNode) -> DataNode:
+    """The rate at which samples, later read at `sample_rate`, sound `semitones` higher (and faster by as much)."""
+    return sample_rate * math.pow(2.0, semitones / -12.0)
+
+
+def add_noise(x: DataNode, snr_db: DataNode, bank: DataNode, at: DataNode, turns: int) -> DataNode:
+    """Add white Gaussian noise at `snr_db` against the RMS of `x (N,)` itself.
+
+    bank: unit-variance noise `(M,)`, of which a stretch at the random place `at` (in [0, 1)) is taken, round its end:
+    reading costs a tenth of drawing. turns: as in `circular_slice`.
+    """
+    bank_size = fn.cast(bank.shape(dtype=types.INT32)[0], dtype=types.FLOAT)
+    noise = circular_slice(bank, integer(at * bank_size), x.shape(dtype=types.INT32)[0], turns)
+    return x + fn.reductions.rms(x) * math.pow(10.0, snr_db / -20.0) * noise
+
+
+def time_scale(mel: DataNode, factor: DataNode, frames: int, n_mels: int) -> DataNode:
+    """Frame t of the result `(frames, n_mels)` is frame `t * factor` of `mel (F, n_mels)`, interpolated linearly.
+
+    This is the time stretch, and it undoes the tempo of a pitch shift. Interpolating the mel power equals interpolating
+    the power spectrogram before the mel filters, since those are linear along frequency.
+    """
+    # DALI's pixel centres lie at +0.5: scaling about (0.5, 0.5) keeps frame 0 in place.
+    matrix = fn.transforms.scale(scale=fn.stack(types.Constant(np.float32(1), device="cpu"), factor), center=[0.5, 0.5])
+    image = fn.reshape(fn.expand_dims(mel, axes=[2]), layout="HWC")
+    image = fn.warp_affine(image, matrix=matrix, size=(frames, n_mels), inverse_map=True, interp_type=types.INTERP_LINEAR)
+    return fn.reshape(image, shape=[frames, n_mels], layout="")
+
+
+def reverb(mel: DataNode, rt60: DataNode, drr_db: DataNode, max_rt60: float, hop_seconds: float, gpu: bool) -> DataNode:
+    """Add a room's late reverberation to the mel power `(F, n_mels)`.
+
+    The tail of a room's impulse response is noise under an exponential decay (Polack 1988; Habets 2007, section 2.2), so in
+    expectation its energy is the signal's energy convolved along time with that decay: 60 dB in `rt60` seconds. The tail
+    holds 10^(-drr_db / 10) of the direct sound's energy.
+    """
+    taps = int(np.ceil(max_rt60 / hop_seconds)) + 1
+    # `fn.filter` correlates: the kernel stands reversed, its anchor on the last tap, which is the direct sound.
+    delay = np.arange(taps, dtype=np.float32)[::-1, None].copy()
+    decay = math.exp(types.Constant(delay * np.float32(-DECAY_60_DB * hop_seconds), device="cpu") / rt60)
+    tail = decay * types.Constant((delay > 0).astype(np.float32), device="cpu")
+    level = math.pow(10.0, drr_db / -10.0) / fn.reductions.sum(tail)
+    kernel = tail * level + types.Constant((delay == 0).astype(np.float32), device="cpu")
+    return fn.filter(mel, kernel.gpu() if gpu else kernel, anchor=[taps - 1, 0], border="fill")
+
+
+def gain(mel: DataNode, gain_db: DataNode) -> DataNode:
+    """Change the volume by `gain_db`: exact as a factor on the power."""
+    return mel * math.pow(10.0, gain_db / 10.0)
+
+
+def spec_augment(log_mel: DataNode, draws: Draws) -> DataNode:
+    """Mask one band of mel bins and one stretch of frames of the normalised `(F, n_mels)`; 0 is its mean. Width 0 masks none."""
+    log_mel = fn.erase(log_mel, anchor=draws.time_start, shape=draws.time_width, axes=[0], fill_value=0.0)
+    return fn.erase(log_mel, anchor=draws.mel_start, shape=draws.mel_width, axes=[1], fill_value=0.0)
