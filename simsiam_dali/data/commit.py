@@ -1,0 +1,87 @@
+"""Replacing a whole shard set at once, so that a kill at any moment leaves the old set or the new one.
+
+Everything new is staged in `.packing/new/`. One rename to `.commit` decides; what follows (moving the files to their
+plain names, dropping those that only the old manifest names) can be begun again by whoever comes next, because the
+manifest moves last. Files that no manifest names are never touched.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from simsiam_dali.errors import UserError
+
+MANIFEST = "manifest.json"
+STAGING = ".packing"
+_COMMIT = ".commit"
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(root: Path, wait: bool) -> Iterator[None]:
+    """Hold the set's lock (the system frees it when the process dies). Without `wait`, a busy one is a `UserError`."""
+    with (root / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as e:
+            raise UserError(f"another make_shards is writing to {root}: wait until it ends") from e
+        yield
+
+
+def commit(root: Path, staged: Path) -> None:
+    """Make the complete set in `staged` (below `root`, files already synced) the set of `root`. Needs the lock."""
+    _sync_folder(staged)
+    staged.rename(root / _COMMIT)
+    _sync_folder(root)
+    roll_forward(root)
+
+
+def finish_commit(root: Path) -> None:
+    """Finish a replacement that somebody else began; nothing to do in most cases."""
+    if (root / _COMMIT).exists():
+        try:
+            with locked(root, wait=True):
+                roll_forward(root)
+        except OSError as e:
+            raise UserError(
+                f"{root}: a replacement of the shards was cut short and cannot be finished: {e}"
+            ) from e
+
+
+def roll_forward(root: Path) -> None:
+    """Move a committed set to its place, from wherever the last attempt ended. Needs the lock."""
+    source = root / _COMMIT
+    if not source.exists():
+        return
+    if (source / MANIFEST).exists():  # else it has moved already, as the last one
+        new = set(named_files(source))
+        for path in source.iterdir():
+            if path.name != MANIFEST:
+                path.replace(root / path.name)
+        for name in set(named_files(root)) - new:
+            (root / name).unlink(missing_ok=True)
+        _sync_folder(root)
+        (source / MANIFEST).replace(root / MANIFEST)
+    source.rmdir()
+    _sync_folder(root)
+
+
+def named_files(folder: Path) -> list[str]:
+    """The files that the manifest in `folder` names, whatever its version; none without a readable one."""
+    try:
+        names = json.loads((folder / MANIFEST).read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    # A damaged manifest must not lead out of its folder.
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,129 @@
+"""Ratings from a file: a CSV, or the library database of the Clementine or Strawberry player."""
+
+import csv
+import math
+import os
+import sqlite3
+import unicodedata
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simsiam_dali.errors import UserError
+
+
+@dataclass
+class RatingsFile:
+    """Ratings 0..1 by absolute path and, for a library that has moved, by file name, title and artist."""
+
+    source: Path
+    by_path: dict[str, float] = field(default_factory=dict)
+    by_name: dict[tuple[str, str, str], float | None] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, source: Path, music: Path) -> "RatingsFile":
+        """Read a ratings file; it is never written to, nor is a journal made beside it.
+
+        CSV: a header with `rating` and either `path` (absolute, or relative to `music`) or `title` and `artist`.
+        Ratings are 0..1, or 0..5 where any is above 1; an empty one is unrated. A database's are 0..1, -1 unrated.
+        """
+        try:
+            with source.open("rb") as file:
+                is_database = file.read(16) == b"SQLite format 3\0"
+            rows = _database_rows(source) if is_database else _csv_rows(source, music)
+            ratings = cls(source)
+            for path, title, artist, rating in rows:
+                if not math.isnan(rating):
+                    ratings._add(path, title, artist, rating)
+        except OSError as e:
+            raise UserError(f"--ratings {source}: {e.strerror}") from e
+        return ratings
+
+    def __len__(self) -> int:
+        return len(self.by_path) or len(self.by_name)
+
+    def lookup(self, path: Path, title: str, artists: Sequence[str]) -> float | None:
+        """The rating of the song at `path`, None where the file has none for it."""
+        for candidate in (path, path.resolve()):
+            if (rating := self.by_path.get(_plain(os.path.abspath(candidate)))) is not None:
+                return rating
+        for name in (path.name, ""):
+            for artist in (", ".join(artists), *artists):
+                if title and (rating := self.by_name.get(_song_key(name, title, artist))) is not None:
+                    return rating
+        return None
+
+    def _add(self, path: str, title: str, artist: str, rating: float) -> None:
+        if path:
+            self.by_path[_plain(path)] = rating
+        if title:
+            key = _song_key(Path(path).name, title, artist)
+            # Two songs of one name with two ratings: neither can be told.
+            self.by_name[key] = rating if self.by_name.get(key, rating) == rating else None
+
+
+def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]]:
+    try:
+        text = source.read_text("utf-8-sig")
+        rows = list(csv.DictReader(text.splitlines()))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"--ratings {source}: neither a CSV nor a Clementine or Strawberry database") from e
+    columns = {name.strip().lower(): name for name in (rows[0] if rows else {}) if name}
+    if "rating" not in columns or not ("path" in columns or {"title", "artist"} <= columns.keys()):
+        raise UserError(f"--ratings {source}: needs a header with rating, and path or title and artist")
+
+    def cell(row: dict[str, str], column: str) -> str:
+        return (row.get(columns.get(column, "")) or "").strip()
+
+    ratings = []
+    for line, row in enumerate(rows, 2):
+        try:
+            ratings.append(float(cell(row, "rating") or "nan"))
+        except ValueError as e:
+            raise UserError(
+                f"--ratings {source}, line {line}: rating {cell(row, 'rating')!r} is no number"
+            ) from e
+        if not (math.isnan(ratings[-1]) or 0 <= ratings[-1] <= 5):
+            raise UserError(f"--ratings {source}, line {line}: rating {ratings[-1]:g} is not in 0..1 or 0..5")
+    scale = 5 if any(rating > 1 for rating in ratings) else 1
+    for row, rating in zip(rows, ratings, strict=True):
+        path = cell(row, "path")
+        yield (
+            os.path.abspath(music / path) if path else "",
+            cell(row, "title"),
+            cell(row, "artist"),
+            rating / scale,
+        )
+
+
+def _database_rows(source: Path) -> Iterator[tuple[str, str, str, float]]:
+    uri = f"file:{urllib.parse.quote(os.path.abspath(source))}?mode=ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            columns = {row[1] for row in connection.execute("PRAGMA table_info(songs)")}
+            url = next((name for name in ("url", "filename") if name in columns), None)
+            if url is None or not {"title", "artist", "rating"} <= columns:
+                raise UserError(f"--ratings {source}: a database, but not Clementine's or Strawberry's")
+            for where, title, artist, rating in connection.execute(
+                f"SELECT CAST({url} AS BLOB), title, artist, rating FROM songs WHERE rating >= 0 AND rating <= 1"
+            ):
+                yield _url_path(where or b""), title or "", artist or "", float(rating)
+    except sqlite3.Error as e:
+        raise UserError(f"--ratings {source}: cannot be read as a database ({e})") from e
+
+
+def _url_path(url: bytes) -> str:
+    if url.startswith(b"file://"):
+        return os.fsdecode(urllib.parse.unquote_to_bytes(url.removeprefix(b"file://")))
+    return os.fsdecode(url)
+
+
+def _plain(text: str) -> str:
+    # One name may be written with composed or decomposed accents, depending on the system that wrote it.
+    return unicodedata.normalize("NFC", text)
+
+
+def _song_key(name: str, title: str, artist: str) -> tuple[str, str, str]:
+    return _plain(name), _plain(title).casefold(), _plain(artist).casefold()

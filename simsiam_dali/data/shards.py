@@ -1,0 +1,313 @@
+"""The shard format: what `tools/make_shards.py` writes and everything else reads.
+
+A set is a folder of `train-NNNNNN.tar` and `val-NNNNNN.tar` (WebDataset; DALI's index beside each as `.idx`),
+`songs.parquet`, `segments.parquet`, `files.parquet` (every file seen at packing), `refused.csv` and `manifest.json`.
+A sample is `KEY.flac` (or wav, ogg: mono, 16 bit), `KEY.row` (int64 little-endian, the row in the segment table) and
+`KEY.json` (the tags, for readers of plain webdataset). KEY is the row in nine digits.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from simsiam_dali.data.commit import MANIFEST, finish_commit
+from simsiam_dali.errors import UserError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+SONGS, SEGMENTS, FILES, REFUSED = "songs.parquet", "segments.parquet", "files.parquet", "refused.csv"
+
+_TEXTS = pa.list_(pa.string())
+SCHEMAS = {
+    SONGS: pa.schema(
+        {
+            **{
+                "path": pa.string(),
+                "other_paths": _TEXTS,
+            },  # relative to the music folder; other_paths: duplicates
+            **{"title": pa.string(), "artists": _TEXTS, "albums": _TEXTS, "album_artist": pa.string()},
+            **{"year": pa.int64(), "genres": _TEXTS},
+            **{"rating": pa.float64()},  # 0..1, NaN = unrated
+            **{"duration": pa.float64(), "sample_rate": pa.int64(), "channels": pa.int64()},  # s, source's Hz
+            **{"audio_hash": pa.string(), "split": pa.string(), "note": pa.string()},
+        }
+    ),
+    SEGMENTS: pa.schema(
+        {
+            **{"song": pa.int64(), "key": pa.string(), "split": pa.string(), "shard": pa.string()},
+            **{
+                "start": pa.float64(),
+                "seconds": pa.float64(),
+            },  # s; seconds < the segment's length where wrapped
+            "sample_rate": pa.int64(),  # Hz, as stored
+        }
+    ),
+    FILES: pa.schema(
+        {
+            **{"path": pa.string(), "bytes": pa.int64(), "mtime_ns": pa.int64()},
+            **{"status": pa.string(), "reason": pa.string()},  # ok | duplicate | refused; reason or note
+            "retry": pa.bool_(),  # refused for something that may pass, such as a permission
+            "song": pa.int64(),
+        }
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """A file of the set as it was packed; `mtime_ns` only saves computing the sum again."""
+
+    bytes: int
+    sha256: str
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`music`: absolute path of the packed folder; `settings`: make_shards' options; `counts`: for people."""
+
+    format_version: int
+    music: str
+    settings: dict[str, Any]
+    counts: dict[str, int]
+    files: dict[str, FileSum]
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """An opened set. Row i of `segments` is the sample whose `.row` holds i; its `song` is a row of `songs`."""
+
+    root: Path
+    manifest: Manifest
+    songs: pd.DataFrame
+    segments: pd.DataFrame
+
+    @property
+    def codec(self) -> str:
+        """flac, wav or ogg: the extension of the audio in a sample."""
+        return str(self.manifest.settings["codec"])
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Hz of every segment; None where each kept its song's own rate."""
+        rate = self.manifest.settings["sample_rate"]
+        return None if rate is None else int(rate)
+
+    @property
+    def segment_seconds(self) -> float:
+        """Length of every segment in seconds."""
+        return float(self.manifest.settings["segment_seconds"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest that changes when any file of the set does."""
+        sums = {name: file.sha256 for name, file in sorted(self.manifest.files.items())}
+        return hashlib.sha256(json.dumps([self.manifest.settings, sums], sort_keys=True).encode()).hexdigest()
+
+    def tars(self, split: str) -> list[Path]:
+        """The split's shards in order; empty where the set has no such split."""
+        return [
+            self.root / n
+            for n in sorted(self.manifest.files)
+            if n.startswith(split + "-") and n.endswith(".tar")
+        ]
+
+    def indexes(self, split: str) -> list[Path]:
+        """DALI's index of each of `tars(split)`."""
+        return [tar.with_suffix(".idx") for tar in self.tars(split)]
+
+    def count(self, split: str) -> int:
+        """Number of segments in the split."""
+        return int((self.segments["split"] == split).sum())
+
+
+def open_shards(root: Path) -> ShardSet:
+    """Open the set in `root`; `UserError` where there is none, or where it is not as it was packed.
+
+    Sizes are always compared; a file is read to compare its sum only if its modification time has changed.
+    """
+    root = Path(root)
+    manifest = read_manifest(root)
+    for name, packed in manifest.files.items():
+        if problem := changed(root / name, packed):
+            if read_manifest(root) != manifest:  # replaced by a packer while we looked
+                return open_shards(root)
+            raise UserError(f"{root / name} {problem}: pack again with tools/make_shards.py")
+    return ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS))
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of `root`, after finishing a replacement that was cut short."""
+    if not root.is_dir():
+        raise UserError(f"no shards at {root}: no such folder; make them with tools/make_shards.py MUSIC_DIR")
+    finish_commit(root)
+    try:
+        content = json.loads((root / MANIFEST).read_bytes())
+        version = content["format_version"]
+        if version == FORMAT_VERSION:
+            files = {name: FileSum(**file) for name, file in content.pop("files").items()}
+            return Manifest(**content, files=files)
+    except FileNotFoundError:
+        raise UserError(f"no shards in {root}: make them with tools/make_shards.py MUSIC_DIR") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{root / MANIFEST} is damaged: pack again with tools/make_shards.py --replace"
+        ) from e
+    raise UserError(
+        f"{root} holds shards of format version {version}, this program reads {FORMAT_VERSION}: "
+        "pack again with tools/make_shards.py --replace"
+    )
+
+
+def changed(path: Path, packed: FileSum, always_sum: bool = False) -> str | None:
+    """What is wrong with a file of the set, or None."""
+    try:
+        info = path.stat()
+        if info.st_size != packed.bytes:
+            return f"has changed since packing ({info.st_size} bytes, was {packed.bytes})"
+        if (always_sum or info.st_mtime_ns != packed.mtime_ns) and sha256_of(path) != packed.sha256:
+            return "has changed since packing (its checksum differs)"
+    except FileNotFoundError:
+        return "is missing (the index DALI needs)" if path.suffix == ".idx" else "is missing"
+    except OSError as e:
+        return f"cannot be read ({e.strerror})"
+    return None
+
+
+def verify(root: Path) -> list[str]:
+    """Check every sum, and that indexes, tars and tables tell the same; one line for each problem."""
+    root = Path(root)
+    manifest = read_manifest(root)
+    problems = [
+        f"{root / name} {problem}"
+        for name, packed in manifest.files.items()
+        if (problem := changed(root / name, packed, always_sum=True))
+    ]
+    if problems:
+        return problems
+    shards = ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS))
+    row = 0
+    for tar in (tar for split in SPLITS for tar in shards.tars(split)):
+        members = _members(tar)
+        if index_text(members) != tar.with_suffix(".idx").read_text():
+            problems.append(f"{tar.with_suffix('.idx')} does not match its tar")
+            continue
+        with tar.open("rb") as file:
+            for sample in members:
+                offset, size, name = sample["row"]
+                file.seek(offset)
+                if (name, file.read(size)) != (f"{row:09d}.row", row.to_bytes(8, "little")):
+                    problems.append(f"{tar}: {name} is not row {row} of the segment table")
+                row += 1
+    if row != len(shards.segments):
+        problems.append(f"{root / SEGMENTS} has {len(shards.segments)} rows, the shards hold {row} segments")
+    return problems
+
+
+Members = Mapping[str, tuple[int, int, str]]  # extension -> offset, bytes, name
+
+
+def index_text(samples: Iterable[Members]) -> str:
+    """DALI's index file for a tar, as its `wds2idx` writes it."""
+    lines = [" ".join(f"{ext} {o} {size} {name}" for ext, (o, size, name) in s.items()) for s in samples]
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""])
+
+
+def read_index(path: Path) -> list[Members]:
+    """The samples of a tar, from the index beside it."""
+    samples = []
+    for line in path.read_text().splitlines()[1:]:
+        words = line.split(" ")
+        samples.append({e: (int(o), int(s), n) for e, o, s, n in zip(*[iter(words)] * 4, strict=True)})
+    return samples
+
+
+def _members(tar: Path) -> list[Members]:
+    samples: dict[str, dict[str, tuple[int, int, str]]] = {}
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            key, _, extension = member.name.partition(".")
+            samples.setdefault(key, {})[extension] = (member.offset_data, member.size, member.name)
+    return list(samples.values())
+
+
+def write_shard(tar: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> dict[str, FileSum]:
+    """Write `(key, extension -> content)` samples as a USTAR file without times or owners, and its index."""
+    members = []
+    digest = hashlib.sha256()
+    with tar.open("wb") as file:
+
+        def put(content: bytes) -> None:
+            file.write(content)
+            digest.update(content)
+
+        for key, parts in samples:
+            places = {}
+            for extension, content in parts.items():
+                header = tarfile.TarInfo(f"{key}.{extension}")
+                header.size = len(content)
+                put(header.tobuf(tarfile.USTAR_FORMAT))
+                places[extension] = (file.tell(), len(content), header.name)
+                put(content + bytes(-len(content) % tarfile.BLOCKSIZE))
+            members.append(places)
+        put(bytes(2 * tarfile.BLOCKSIZE))
+        _sync(file)
+    index = tar.with_suffix(".idx")
+    return {
+        tar.name: FileSum(tar.stat().st_size, digest.hexdigest(), tar.stat().st_mtime_ns),
+        index.name: write_file(index, index_text(members).encode()),
+    }
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> FileSum:
+    """Write a table of the set; its file name chooses the schema."""
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMAS[path.name]), out)
+    return write_file(path, out.getvalue())
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table of the set: lists come as lists, whole numbers that may be missing as Int64."""
+    table = pq.read_table(path)
+    frame = table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    for column in table.schema:
+        if column.type == _TEXTS:
+            frame[column.name] = [list(texts) for texts in frame[column.name]]
+        elif column.type == pa.int64() and not frame[column.name].hasnans:
+            frame[column.name] = frame[column.name].astype("int64")
+    return frame
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a staged set."""
+    write_file(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode() + b"\n")
+
+
+def write_file(path: Path, content: bytes) -> FileSum:
+    """Write `content` through to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        _sync(file)
+    return FileSum(len(content), hashlib.sha256(content).hexdigest(), path.stat().st_mtime_ns)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(file: io.BufferedWriter) -> None:
+    file.flush()
+    os.fsync(file.fileno())
