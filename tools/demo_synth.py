@@ -1,14 +1,13 @@
 """Synthesis of short songs for the demo library: an artist is a `Style`, a song is a draw from it.
 
 A song is composed on a grid of sixteenth notes (melody, chords, bass, drums), rendered with classic voices
-(additive, FM, Karplus-Strong, noise) at 48 kHz in stereo, and then brought to a file's rate, channels and level.
-Everything is a function of the random generator that is passed in, so a song depends on nothing but its seed.
+(additive, FM, Karplus-Strong, noise) at 48 kHz in stereo, and then brought to a file's rate, channels and
+level. Everything is a function of the generator that is passed in: a song depends on nothing but its seed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from math import ceil
 
 import numpy as np
@@ -33,31 +32,36 @@ SCALES = {
 PROGRESSIONS = ((0, 3, 4, 0), (0, 5, 3, 4), (0, 4, 5, 3), (0, 0, 3, 0), (0, 2, 1, 4))
 RHYTHMS = ("x...x...x...x...", "x..x..x.x..x..x.", "x.x.x.x.x.x.x.x.", "x.......x...x...", "x.xx..x.x.xx..x.")
 CHORD_RHYTHMS = ("x...............", "..x...x...x...x.", "x.......x.......", "x..x..x.........")
+
+# A genre is what one hears first: which drums there are, and how fast they go.
 DRUMS = {
-    "none": {},
-    "backbeat": {"kick": "x.....x.x.......", "snare": "....x.......x...", "hat": "x.x.x.x.x.x.x.x."},
-    "four on the floor": {"kick": "x...x...x...x...", "hat": "..x...x...x...x.", "snare": "............x..x"},
-    "shuffle": {"kick": "x.........x.....", "brush": "x...x..xx...x..x"},
+    "Ambient": {},
+    "Electronic": {"kick": "x...x...x...x...", "hat": "..x...x...x...x.", "snare": "............x..x"},
+    "Folk": {"brush": "x...x...x...x..."},
+    "Jazz": {"kick": "x.........x.....", "brush": "x...x..xx...x..x"},
+    "Rock": {"kick": "x.....x.x.......", "snare": "....x.......x...", "hat": "x.x.x.x.x.x.x.x."},
 }
 TEMPI = {
-    "none": (64, 132),
-    "backbeat": (100, 176),
-    "four on the floor": (116, 140),
-    "shuffle": (76, 124),
-}  # bpm
+    "Ambient": (64, 96),
+    "Electronic": (116, 140),
+    "Folk": (84, 120),
+    "Jazz": (76, 124),
+    "Rock": (100, 176),
+}
+SWING = {"Jazz": 0.3}  # delay of every second step, in steps
 
 
 @dataclass(frozen=True)
 class Style:
     """What the songs of one artist have in common.
 
-    `root` and `lead_octave` are MIDI notes and octaves above the root, `tempo` is in beats a minute, `tilt` in dB an
-    octave around `TILT_PIVOT_HZ` (negative is dark), the gains are linear. Rhythms are one bar of sixteenths.
+    `root` is a MIDI note, `lead_octave` in octaves above it, `tempo` in beats a minute, `tilt` in dB an
+    octave around `TILT_PIVOT_HZ` (negative is dark); gains are linear, rhythms are one bar of sixteenths.
     """
 
+    genre: str
     lead: str
     chords: str
-    drums: str
     scale: tuple[int, ...]
     root: int
     lead_octave: int
@@ -70,31 +74,24 @@ class Style:
     bass_gain: float
     drum_gain: float
 
-    @property
-    def genre(self) -> str:
-        """What one hears first: which drums there are, and how fast the music without drums is."""
-        if self.drums == "none":
-            return "Ambient" if self.tempo < 95 else "Folk"
-        return {"backbeat": "Rock", "four on the floor": "Electronic", "shuffle": "Jazz"}[self.drums]
-
 
 def draw_styles(count: int, rng: np.random.Generator) -> list[Style]:
-    """Draw `count` styles; lead voice and drums are paired without repetition as long as there are pairs left."""
-    pairs = list(product(VOICES, DRUMS))
-    order = np.concatenate([rng.permutation(len(pairs)) for _ in range(ceil(count / len(pairs)))])
+    """Draw `count` styles. Genres and lead voices go round: each is shared, and no pair comes twice in 30."""
+    genres = rng.permutation(list(DRUMS)).tolist()
+    leads = rng.permutation(list(VOICES)).tolist()
     styles = []
-    for index in order[:count]:
-        lead, drums = pairs[index]
+    for index in range(count):
+        genre, lead = genres[index % len(genres)], leads[index % len(leads)]
         styles.append(
             Style(
+                genre=genre,
                 lead=lead,
                 chords=str(rng.choice([voice for voice in VOICES if voice != lead])),
-                drums=drums,
                 scale=SCALES[str(rng.choice(list(SCALES)))],
                 root=int(rng.integers(43, 55)),
                 lead_octave=int(rng.integers(1, 3)),
-                tempo=float(rng.uniform(*TEMPI[drums])),
-                tilt=float(rng.uniform(-3.5, 2.5)),
+                tempo=float(rng.uniform(*TEMPI[genre])),
+                tilt=float(rng.uniform(-4.0, 3.0)),
                 progression=PROGRESSIONS[rng.integers(len(PROGRESSIONS))],
                 rhythm=str(rng.choice(RHYTHMS)),
                 chord_rhythm=str(rng.choice(CHORD_RHYTHMS)),
@@ -198,7 +195,7 @@ def _add(mix: Audio, start: float, sound: Audio, gain: float, pan: float) -> Non
 
 
 def _melody(style: Style, rng: np.random.Generator) -> list[tuple[int, int, int]]:
-    """Two bars of (step, scale degree, length in steps): a random walk on the style's rhythm, with a few rests."""
+    """Two bars of (step, scale degree, length in steps): a random walk on the style's rhythm."""
     onsets = [step for step, mark in enumerate(style.rhythm * 2) if mark == "x"]
     degree = int(rng.integers(0, 5))
     notes = []
@@ -210,13 +207,13 @@ def _melody(style: Style, rng: np.random.Generator) -> list[tuple[int, int, int]
 
 
 def compose(style: Style, seconds: float, rng: np.random.Generator) -> tuple[Audio, float]:
-    """Play a new song in a style; returns samples (2, seconds * RENDER_RATE), any level, and its tempo in bpm."""
+    """Play a new song: samples (2, seconds * RENDER_RATE) at any level, and its tempo in beats a minute."""
     tempo = style.tempo * rng.uniform(0.93, 1.07)
     step_seconds = 60 / tempo / 4
-    key = style.root + int(rng.integers(-3, 4))
-    swing = 0.3 if style.drums == "shuffle" else 0.0
+    key = style.root + int(rng.integers(-2, 3))
+    swing = SWING.get(style.genre, 0.0)
     phrases = [_melody(style, rng), _melody(style, rng)]
-    kit = {name: _drum(name, rng) for name in DRUMS[style.drums]}
+    kit = {name: _drum(name, rng) for name in DRUMS[style.genre]}
     mix = np.zeros((2, round(seconds * RENDER_RATE)))
 
     @cache
@@ -246,7 +243,7 @@ def compose(style: Style, seconds: float, rng: np.random.Generator) -> tuple[Aud
                 _add(mix, at(bar, step), note(style.chords, pitch_of(degree, 1), steps), 0.25, -0.4)
         for step in (0, 6, 8, 14):
             _add(mix, at(bar, step), note("bass", pitch_of(chord, -1), 4), style.bass_gain, 0.0)
-        for name, pattern in DRUMS[style.drums].items():
+        for name, pattern in DRUMS[style.genre].items():
             for step in (i for i, mark in enumerate(pattern) if mark == "x"):
                 _add(mix, at(bar, step), kit[name], style.drum_gain, 0.0)
     return mix, tempo
@@ -256,7 +253,7 @@ def master(mix: Audio, tilt: float, rate: int, channels: int) -> Audio:
     """Tilt the spectrum (dB an octave), resample, mix to 1 or 2 channels, fade the ends and set the level.
 
     mix: (2, n) at `RENDER_RATE`, n a whole number of tenths of a second. Returns (samples, channels) within
-    +-1 at `rate` Hz, its RMS near `LEVEL_RMS`.
+    +-1 at `rate` Hz, the RMS of their mono sum near `LEVEL_RMS`.
     """
     length = mix.shape[1] * rate // RENDER_RATE
     spectrum = np.fft.rfft(mix)[:, : length // 2 + 1]
@@ -266,5 +263,5 @@ def master(mix: Audio, tilt: float, rate: int, channels: int) -> Audio:
         audio = audio.mean(axis=1, keepdims=True)
     time = np.arange(length)[:, None] / rate
     audio *= np.minimum(1, np.minimum(time / 0.01, (length / rate - time) / 0.5))
-    audio *= LEVEL_RMS / np.sqrt(np.mean(audio**2))
+    audio *= LEVEL_RMS / np.sqrt(np.mean(audio.mean(axis=1) ** 2))
     return np.tanh(audio)  # rounds the rare peak that would clip

@@ -1,23 +1,27 @@
-"""Write a small music library by synthesis: artists that sound different, albums, tags and an owner's ratings.
+"""Write a small music library by synthesis: artists that sound different, albums, tags, an owner's ratings.
 
     python tools/make_demo_music.py DIR [--songs 48] [--seed 0] [--seconds 20 40] [--workers N]
 
-Each artist has four songs on two albums, one file each of FLAC, OGG Vorbis, MP3 and WAV and one each of four sample
-rates, in an order of its own: neither format, rate nor channels tell the artist. The owner likes bright and fast
-music and has rated four songs in five. The same command writes the same bytes again, given the same library versions.
+Each artist has four songs on two albums: a FLAC, an OGG Vorbis, an MP3 and a WAV, at four sample rates, in an
+order of its own, so neither format, rate nor channels tell the artist. The owner likes bright and fast music
+and has rated four songs in five. The same command writes the same bytes again, given the same versions of the
+libraries. A run that is killed leaves at most a hidden folder DIR/../.NAME.*.part, which may be deleted.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import secrets
 import shutil
 import signal
 import struct
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -54,16 +58,24 @@ CHANNELS = (1, 2, 2, 2)
 POPM_EMAIL = "Windows Media Player 9 Series"
 POPM_VALUES = {1: 1, 2: 64, 3: 128, 4: 196, 5: 255}
 
-ARTIST_FIRST = "Amber Białe Copper Dunkle Électrique Forest Golden Hollow Ночной Iron Little Marble".split()
-ARTIST_LAST = (
-    "Antennas Bären Cartographers Dunes 雪 Engines Fjørd Ghosts Harbour Lanterns Tides Wolves".split()
-)
-WORDS_FIRST = (
-    "After Before Beneath Déjà Every Inside Końcowy Leaving Long Mañana No Only Über Without".split()
-)
-WORDS_LAST = (
-    "Answer Bridges Café Daylight Echo Föhn Gravity Morning Niño Orbit Rain Signal 東京 Water".split()
-)
+# fmt: off
+ARTIST_FIRST = [
+    "Amber", "Białe", "Copper", "Dunkle", "Électrique", "Forest",
+    "Golden", "Hollow", "Ночной", "Iron", "Little", "Marble",
+]
+ARTIST_LAST = [
+    "Antennas", "Bären", "Cartographers", "Dunes", "雪", "Engines",
+    "Fjørd", "Ghosts", "Harbour", "Lanterns", "Tides", "Wolves",
+]
+WORDS_FIRST = [
+    "After", "Before", "Beneath", "Déjà", "Every", "Inside", "Końcowy",
+    "Leaving", "Long", "Mañana", "No", "Only", "Über", "Without",
+]
+WORDS_LAST = [
+    "Answer", "Bridges", "Café", "Daylight", "Echo", "Föhn", "Gravity",
+    "Morning", "Niño", "Orbit", "Rain", "Signal", "東京", "Water",
+]
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -133,14 +145,14 @@ def plan_library(songs: int, seed: int, seconds: tuple[float, float]) -> list[So
 def owner_rating(audio: Audio, rate: int, tempo: float, rng: np.random.Generator) -> float | None:
     """Rate a song by what is heard: the brighter and the faster, the better, with a mood of +-0.05.
 
-    Brightness is the mean frequency in octaves, weighted by amplitude, of what every sample rate here can hold.
+    Brightness is the mean frequency in octaves, weighted by amplitude, up to 8 kHz, which all rates hold.
     Returns 0.2 to 1.0 in half stars (steps of 0.1), or None for a song that nobody has rated yet.
     """
     amplitude = np.abs(np.fft.rfft(audio.mean(axis=1)))
     frequency = np.fft.rfftfreq(len(audio), 1 / rate)
     heard = (frequency > 60) & (frequency < 8000)
     octaves = np.average(np.log2(frequency[heard]), weights=amplitude[heard])
-    liking = 0.6 + 0.25 * (octaves - log2(1200)) + 0.35 * log2(tempo / 110) + rng.normal(0, 0.05)
+    liking = 0.6 + 0.2 * (octaves - log2(750)) + 0.5 * log2(tempo / 110) + rng.normal(0, 0.05)
     half_stars = int(np.clip(round(10 * liking), 2, 10))
     return half_stars / 10 if rng.random() < RATED_SHARE else None
 
@@ -149,7 +161,7 @@ def write_song(root: Path, song: Song) -> float | None:
     """Synthesise, encode and tag one song below `root`; returns the owner's rating."""
     rng = np.random.default_rng(song.seed)
     mix, tempo = compose(song.style, song.seconds, rng)
-    tilt = song.style.tilt + rng.normal(0, 0.7)
+    tilt = song.style.tilt + rng.normal(0, 0.6)
     audio = master(mix, tilt, song.rate, song.channels)
     path = root / song.path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,23 +230,32 @@ def tag(path: Path, song: Song, rating: float | None) -> None:
 
 
 def render_all(root: Path, plan: list[Song], workers: int) -> Iterator[float | None]:
-    """Write all songs, in `workers` processes if that is more than one; yields the ratings in the plan's order."""
+    """Write all songs, in processes if `workers` is more than one; yields the ratings in the plan's order."""
     if workers == 1:
         yield from map(partial(write_song, root), plan)
         return
-    with ProcessPoolExecutor(workers, initializer=_leave_interrupt_to_parent) as pool:
+    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
         try:
             yield from pool.map(partial(write_song, root), plan)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupt_to_parent() -> None:
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when it ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def write_extras(root: Path, plan: list[Song], ratings: list[float | None]) -> None:
-    """Add what real folders also hold: a compilation of songs already there, a cover, a cue sheet, a playlist."""
+    """Add what real folders also hold: a compilation of songs already there, a cover, a cue sheet, a list."""
     for track, index in enumerate(range(0, len(plan), 16), start=1):
         copy = plan[index].on("Big Hits", track)
         (root / copy.path).parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +308,7 @@ def make_library(folder: Path, songs: int, seed: int, seconds: tuple[float, floa
         marker = json.dumps({**settings, "files": files}, ensure_ascii=False, indent=1)
         (part / MARKER).write_text(marker, encoding="utf-8")
         part.rename(folder)
-    except (OSError, soundfile.LibsndfileError) as e:
+    except (OSError, soundfile.LibsndfileError, BrokenProcessPool) as e:
         raise UserError(f"cannot write the library to {folder}: {e}") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
