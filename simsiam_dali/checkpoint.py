@@ -1,7 +1,7 @@
 """What makes a resumed run identical: everything that decides the next step, in one file, written atomically.
 
-The next loss depends on the weights, the optimizer's momentum, the gradient scaler, the random state, and each rank's place
-in the data graph. The learning rate is a function of the step and needs no state.
+The next loss depends on the weights, the optimizer's momentum, the gradient scaler, the random state, and each rank's
+place in the data graph. The learning rate is a function of the step and needs no state.
 """
 
 import os
@@ -31,7 +31,6 @@ class Checkpoint(TypedDict):
     loaders: list[dict[str, Any]]  # per rank
     log_mel: dict[str, float]  # mean and std of the data set, dB
     shards: str  # fingerprint of the shard set
-    run_name: str
     mlflow_run: str | None
     seconds: float  # of training so far
 

@@ -1,7 +1,7 @@
 """How long the model waits for data, measured where it waits.
 
-On a CPU that is the time the loop spends in the loader. On a GPU the host runs ahead, so host time says little: there the
-gap on the stream is measured, between the last kernel of one step and the first after the next batch has come. The
+On a CPU that is the time the loop spends in the loader. On a GPU the host runs ahead, so host time says little: there
+the gap on the stream is measured, between the last kernel of one step and the first after the next batch has come. The
 loop also stays at most one step ahead of the GPU, which is enough to keep it busy and makes an interrupt prompt.
 """
 

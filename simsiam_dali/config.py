@@ -1,7 +1,7 @@
 """The typed config tree, and where each value comes from: defaults < YAML file < environment < command line.
 
-An unknown key, a wrong type or a value out of range is a `UserError` that names the key, what is allowed and the nearest
-known name. Keys of the plan's section 8 keep the plan's names. Every number of the project stands here once, with its
+An unknown key, a wrong type or a value out of range is a `UserError` that names the key, what is allowed and the
+nearest known name. Keys of the plan's section 8 keep the plan's names. Every number of the project stands here once, with its
 unit; `docs/config.md` is generated from the descriptions.
 """
 
@@ -45,7 +45,7 @@ class Section(BaseModel):
 
 
 class AugmentationConfig(Section):
-    """The plan's eight augmentations (section 4); each view of each sample draws its own. Probability 0 turns one off."""
+    """The plan's eight augmentations (section 4); each view of each sample draws its own. Probability 0 is off."""
 
     time_shift_prob: Probability = Field(1.0, description="circular shift in time")
     time_shift_range: tuple[float, float] = Field((0.0, 1.0), description="shift, as a fraction of the view")
@@ -86,7 +86,8 @@ class DataConfig(Section):
     sample_rate: int = Field(16000, ge=4000, le=192000, description="rate at the mel front end, Hz")
     view_seconds: float | None = Field(None, gt=0, description="length of a view, s; null = the whole segment")
     view_crops: Literal["same", "independent"] = Field(
-        "same", description="with views shorter than the segment: both from one place of it, or each from its own"
+        "same",
+        description="with views shorter than the segment: both from one place of it, or each from its own",
     )
     threads: int = Field(4, ge=1, description="DALI's CPU threads per process")
     prefetch: int = Field(2, ge=1, description="batches DALI prepares ahead")
@@ -132,7 +133,8 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto takes the GPU when there is one")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order and augmentation draws")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU"
+        "auto",
+        description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU",
     )
     channels_last: bool = Field(True, description="NHWC memory format")
     compile: bool = Field(False, description="torch.compile the encoder")
@@ -216,7 +218,9 @@ def _explain(error: ValidationError, source: str) -> UserError:
     key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in annotations), ".".join(parts))
     if first["type"] == "extra_forbidden":
         siblings = [n for n, _ in fields() if n.rpartition(".")[0] == key.rpartition(".")[0]]
-        tail = _nearest(key) or (f"; known here: {', '.join(n.rpartition('.')[2] for n in siblings)}" if siblings else "")
+        tail = _nearest(key) or (
+            f"; known here: {', '.join(n.rpartition('.')[2] for n in siblings)}" if siblings else ""
+        )
         return UserError(f"{source}: unknown setting {key}{tail}")
     message = first["msg"].removeprefix("Value error, ")
     if key not in annotations:
@@ -225,20 +229,19 @@ def _explain(error: ValidationError, source: str) -> UserError:
     return UserError(f"{source}: {key} = {value!r} is refused ({message}); allowed: {allowed(annotations[key])}")
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *path, leaf = key.split(".")
-    for part in path:
-        below = tree.setdefault(part, {})
-        if not isinstance(below, dict):
-            raise UserError(f"{key}: {part} is not a section")
-        tree = below
-    tree[leaf] = value
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **base,
-        **{k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()},
+        **{
+            k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
+            for k, v in over.items()
+        },
     }
 
 
@@ -266,24 +269,26 @@ def load(
     environment: Mapping[str, str] | None = None,
     command_line: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
+    base: Mapping[str, Any] | None = None,
 ) -> Config:
     """Build the config; later sources win.
 
-    path: a YAML file. environment: read for the variables in `ENVIRONMENT`. command_line: dotted key -> value (None =
-    not given). assignments: `a.b=c` strings from `--set`, the value parsed as YAML.
+    base: a tree to start from, such as a checkpoint's. path: a YAML file. environment: read for the variables in
+    `ENVIRONMENT`. command_line: dotted key -> value (None = not given). assignments: `a.b=c` strings from `--set`, the
+    value parsed as YAML.
     Raises UserError naming the source (file, variable or option), the key, and what is allowed.
     """
-    tree: dict[str, Any] = {}
+    tree = _merged({}, base or {})
     if path is not None:
-        tree = _read_yaml(path)
+        tree = _merged(tree, _read_yaml(path))
         _validated(tree, str(path))
     for variable, key in ENVIRONMENT.items():
         if value := (environment or {}).get(variable):
-            _put(tree, key, value)
+            tree = _merged(tree, _nested(key, value))
             _validated(tree, f"environment {variable}")
     for key, value in (command_line or {}).items():
         if value is not None:
-            _put(tree, key, value)
+            tree = _merged(tree, _nested(key, value))
             _validated(tree, "command line")
     for assignment in assignments:
         key, sign, text = assignment.partition("=")
@@ -293,8 +298,6 @@ def load(
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"--set {assignment}: the value is not readable YAML") from None
-        over: dict[str, Any] = {}
-        _put(over, key.strip(), value)
-        tree = _merged(tree, over)
+        tree = _merged(tree, _nested(key.strip(), value))
         _validated(tree, f"--set {assignment}")
     return _validated(tree, "config")

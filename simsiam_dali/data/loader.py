@@ -39,7 +39,14 @@ class Loader:
     """
 
     def __init__(
-        self, graph: Graph, count: int, batch_size: int, threads: int, prefetch: int, seed: int, gpu: int | None = None
+        self,
+        graph: Graph,
+        count: int,
+        batch_size: int,
+        threads: int,
+        prefetch: int,
+        seed: int,
+        gpu: int | None = None,
     ) -> None:
         ranks, rank = graph.source.num_shards, graph.source.shard_id
         self.graph, self.batch_size, self.gpu = graph, batch_size, gpu
@@ -75,9 +82,11 @@ class Loader:
     def _run(self) -> list[Tensor]:
         stream = torch.cuda.current_stream(self.gpu) if self.gpu is not None else None
         try:
-            outputs = self.pipeline.run(cuda_stream=stream)
+            outputs = self.pipeline.run(stream)
         except RuntimeError as e:
-            reason = next((line for line in str(e).splitlines() if "rror" in line and "Critical" not in line), str(e))
+            reason = next(
+                (line for line in str(e).splitlines() if "rror" in line and "Critical" not in line), str(e)
+            )
             raise UserError(
                 f"the data graph stopped ({reason.strip()}): a segment of the shards may be damaged; check with"
                 " tools/make_shards.py --verify"

@@ -1,0 +1,47 @@
+# make demo | test | lint | setup. Needs python3 (3.11 or later) and make; everything else goes into .venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+DEMO := demo
+
+.PHONY: help setup demo test lint format docs clean
+
+help:
+	@echo "make setup   make .venv with the exact versions of requirements.lock"
+	@echo "make demo    write a small music library, pack it, train on it, and say where to look"
+	@echo "make test    the tests"
+	@echo "make lint    ruff check, ruff format --check, mypy, generated documents up to date"
+	@echo "make docs    write the generated tables of the README and docs/config.md"
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python 3.11 or later is needed: make setup PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: setup
+	$(PY) tools/make_demo_music.py $(DEMO)/music
+	$(PY) tools/make_shards.py $(DEMO)/music --out $(DEMO)/shards --segment-seconds 15 --val-fraction 0.3
+	$(PY) -m simsiam_dali.train --config configs/demo.yaml --encoder-type simsiam \
+	    --shards $(DEMO)/shards --set train.runs_dir=$(DEMO)/runs --set mlflow.tracking_uri=sqlite:///$(DEMO)/mlflow.db
+
+test: setup
+	$(PY) -m pytest -q
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) tools/make_docs.py --check
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+docs: setup
+	$(PY) tools/make_docs.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

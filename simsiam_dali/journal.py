@@ -1,0 +1,97 @@
+"""A run's own record, runs/<name>/metrics.jsonl, and what the terminal says of it. MLflow gets the same numbers."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simsiam_dali.config import Config
+
+
+class Journal:
+    """One line a step with its loss, one line an epoch with everything else; kept in memory too.
+
+    writes: False on the ranks that only remember.
+    """
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        self.losses: dict[int, float] = {}  # optimizer step -> training loss
+        self.epochs: list[dict[str, Any]] = []
+
+    def resume(self, step: int) -> None:
+        """Read what was written up to the checkpoint at `step`; what came after it will be written again."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        records = [r for r in map(json.loads, lines) if r["step"] <= step]
+        self._remember(records)
+        if self.writes:
+            part = self.path.with_suffix(".part")
+            part.write_text("".join(json.dumps(r) + "\n" for r in records))
+            part.replace(self.path)
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Append records; a number that is not finite becomes null."""
+        records = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in records
+        ]
+        self._remember(records)
+        if self.writes:
+            with self.path.open("a") as f:
+                f.writelines(json.dumps(r) + "\n" for r in records)
+
+    def write_losses(self, last_step: int, losses: list[float]) -> None:
+        """Append the losses of the steps that end with `last_step`."""
+        first = last_step - len(losses) + 1
+        self.write([{"step": first + i, "loss": loss} for i, loss in enumerate(losses)])
+
+    def mean_loss(self, last_step: int, steps: int) -> float:
+        """Mean loss over the `steps` steps that end with `last_step`."""
+        return sum(self.losses[s] for s in range(last_step - steps + 1, last_step + 1)) / steps
+
+    def _remember(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            if "epoch" in record:
+                self.epochs.append(record)
+            else:
+                self.losses[record["step"]] = record["loss"]
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One epoch in one line."""
+
+    def show(name: str, form: str, label: str) -> Iterator[str]:
+        value = record.get(name)
+        if value is not None and math.isfinite(value):
+            yield f"{label} {value:{form}}"
+
+    parts = [
+        *show("encoder/train_loss", ".4f", "loss"),
+        *show("encoder/val_loss", ".4f", "val"),
+        *show("encoder/z_std", ".4f", "z-std"),
+        *show("encoder/effective_rank", ".1f", "rank"),
+        *show("knn/artist", ".2f", "kNN artist"),
+        *show("knn/genre", ".2f", "genre"),
+        *show("knn/rating_mae", ".3f", "rating MAE"),
+        *show("throughput/samples_per_s", ".1f", "samples/s"),
+        *show("throughput/data_wait_share", ".0%", "waiting for data"),
+    ]
+    return f"epoch {record['epoch']}/{epochs}  " + "  ".join(parts)
+
+
+def closing_lines(config: Config, run_dir: Path, epochs: list[dict[str, Any]]) -> Iterator[str]:
+    """What the run came to: the last epoch beside the untrained encoder and a guess, and where to look."""
+    first, last = epochs[0], epochs[-1]
+    scores = (
+        ("knn/artist", "kNN artist, accuracy", "commonest artist"),
+        ("knn/genre", "kNN genre, accuracy", "commonest genre"),
+        ("knn/rating_mae", "kNN rating, mean abs. error", "mean rating"),
+    )
+    for name, label, guess in scores:
+        if last.get(name) is not None:
+            floors = f"untrained encoder {first[name]:.3f}, {guess} {last[name + '_chance']:.3f}"
+            yield f"{label} {last[name]:.3f}  ({floors})"
+    healthy = config.encoder.simsiam.projection_dim**-0.5
+    yield f"z-std {last['encoder/z_std']:.4f}  (healthy: about {healthy:.4f})"
+    yield f"checkpoint {run_dir / 'checkpoint.pt'}"
+    yield f"curves     {run_dir / 'curves.png'}"

@@ -1,0 +1,85 @@
+"""What is measured on the validation songs each epoch: the loss, and how well neighbours in the embedding share labels.
+
+kNN searches among training songs (at most `train.knn_segments` segments of them) for each validation song; a song is
+the mean of its segments' clean views. The loaders are made anew each time, so that every epoch sees the same draws.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from simsiam_dali import factory, monitor
+from simsiam_dali.config import Config
+from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.distributed import World
+from simsiam_dali.models.simsiam import SimSiam
+
+Score = dict[str, float]
+
+
+def label_ids(songs: pd.DataFrame, column: str) -> Tensor:
+    """Each song's first artist or genre as an id, `(songs,)` int64; unknown is -1."""
+    first = songs[column].map(lambda values: values[0] if len(values) else None)
+    return torch.from_numpy(pd.factorize(first)[0].astype("int64"))
+
+
+@torch.no_grad()
+def evaluate(
+    config: Config,
+    shards: ShardSet,
+    log_mel: LogMel,
+    world: World,
+    encoder: SimSiam,
+    loss_fn: nn.Module,
+    autocast: Callable[[], torch.autocast],
+) -> Score:
+    """`encoder/val_loss` and the kNN scores, NaN where no song has the label; empty without validation songs."""
+    if not shards.count("val"):
+        return {}
+    encoder.eval()
+
+    total, number = 0.0, 0
+    for batch in factory.create_loader(config, shards, log_mel, world, "val", "views"):
+        if len(batch.segment):
+            with autocast():
+                loss = loss_fn(*encoder(batch.view1, batch.view2))
+            total += float(loss) * len(batch.segment)
+            number += len(batch.segment)
+    sums = world.gather((total, number))
+    score = {"encoder/val_loss": sum(t for t, _ in sums) / sum(n for _, n in sums)}
+
+    segment_song = torch.from_numpy(shards.segments["song"].to_numpy().copy())
+
+    def songs(split: Literal["train", "val"], segments: int) -> tuple[Tensor, Tensor]:
+        loader = factory.create_loader(config, shards, log_mel, world, split, "clean")
+        rows, embeddings = [], []
+        for batch in loader:
+            if len(batch.segment):
+                with autocast():
+                    embeddings.append(encoder.embed(batch.data).float().cpu())
+                rows.append(batch.segment.cpu())
+            if loader.step * loader.batch_size * world.size >= segments:
+                break
+        parts = world.gather((torch.cat(rows), torch.cat(embeddings)))
+        segment, embedding = (torch.cat(x) for x in zip(*parts, strict=True))
+        return monitor.song_embeddings(embedding, segment_song[segment])
+
+    bank_songs, bank = songs("train", config.train.knn_segments)
+    query_songs, queries = songs("val", shards.count("val"))
+    k = config.train.knn_k
+    for name, column in (("artist", "artists"), ("genre", "genres")):
+        ids = label_ids(shards.songs, column)
+        bank_ids, query_ids = ids[bank_songs], ids[query_songs]
+        majority, _ = monitor.label_chance(bank_ids, query_ids)
+        score[f"knn/{name}"] = monitor.knn_labels(bank, bank_ids, queries, query_ids, k)
+        score[f"knn/{name}_chance"] = majority
+    ratings = torch.tensor(shards.songs["rating"].to_numpy("float32"))
+    bank_ratings, query_ratings = ratings[bank_songs], ratings[query_songs]
+    error, correlation = monitor.knn_rating(bank, bank_ratings, queries, query_ratings, k)
+    score["knn/rating_mae"], score["knn/rating_correlation"] = error, correlation
+    score["knn/rating_mae_chance"] = monitor.rating_chance(bank_ratings, query_ratings)
+    return score

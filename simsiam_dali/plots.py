@@ -1,0 +1,38 @@
+"""The picture of a run: loss, collapse gauge and kNN scores over the epochs, each beside what it is judged by."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+
+def curves(epochs: list[dict[str, Any]], projection_dim: int, path: Path) -> None:
+    """Draw `runs/<name>/curves.png` from the epoch records of metrics.jsonl."""
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    loss, spread, score = figure.subplots(1, 3)
+    panels = (
+        (loss, "SimSiam loss", ("encoder/train_loss", "encoder/val_loss")),
+        (spread, "std of the projections", ("encoder/z_std",)),
+        (score, "online kNN on validation songs", ("knn/artist", "knn/genre")),
+    )
+    for axes, title, names in panels:
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        for name in names:
+            points = [(e["epoch"], e[name]) for e in epochs if e.get(name) is not None]
+            if points:
+                (line,) = axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
+                chance = next((e[f"{name}_chance"] for e in epochs if e.get(f"{name}_chance") is not None), None)
+                if chance is not None:
+                    axes.axhline(chance, color=line.get_color(), ls=":", lw=1, label=f"{name}: largest class")
+    spread.axhline(projection_dim**-0.5, color="gray", ls="--", lw=1, label="healthy: 1/sqrt(d)")
+    spread.set_ylim(bottom=0)
+    for axes, _, _ in panels:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=110)
+    part.replace(path)

@@ -1,0 +1,125 @@
+"""MLflow: parameters, tags, metrics and artifacts of a run. With `mlflow.enabled: false`, mlflow is never imported."""
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from simsiam_dali.config import Config, fields
+from simsiam_dali.errors import UserError
+
+SERVER_TIMEOUT = 5.0
+"""Seconds a tracking server has to answer before the first batch."""
+
+
+def tags(config: Config) -> dict[str, str]:
+    """The tags of the plan's section 9.1 that `mlflow.auto_tags` asks for."""
+    encoder, simsiam = config.encoder, config.encoder.simsiam
+    loss_type = {"simsiam": "negative_cosine"}[encoder.encoder_type]
+    everything = {
+        "encoder_type": encoder.encoder_type,
+        "loss_type": loss_type,
+        "experiment_variant": f"{encoder.encoder_type}_{loss_type}",
+        "backbone": simsiam.backbone,
+        "pretrained": str(bool(simsiam.pretrained_backbone)).lower(),
+    }
+    return {name: everything[name] for name in config.mlflow.auto_tags}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting under its dotted key, as MLflow parameters."""
+
+    def value(key: str) -> Any:
+        node: Any = config
+        for part in key.split("."):
+            node = getattr(node, part)
+        return node
+
+    return {key: value(key) for key, _ in fields()}
+
+
+class Tracker:
+    """Does nothing: what a run without MLflow, or a rank other than 0, talks to."""
+
+    run_id: str | None = None
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Log finite values at `step`."""
+
+    def artifact(self, path: Path) -> None:
+        """Keep a copy of a file with the run."""
+
+    def end(self, status: str) -> None:
+        """Close the run: FINISHED, KILLED or FAILED."""
+
+
+class MlflowTracker(Tracker):
+    """One MLflow run; `run_id` continues an earlier one."""
+
+    def __init__(self, config: Config, run_name: str, run_id: str | None) -> None:
+        # A music library is nobody else's business: MLflow's usage telemetry stays off unless asked for.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        check_server(config.mlflow.tracking_uri)
+        import mlflow
+
+        self.mlflow = mlflow
+        try:
+            mlflow.set_tracking_uri(config.mlflow.tracking_uri)
+            mlflow.set_experiment(config.mlflow.experiment_name)
+            run = mlflow.start_run(run_id=run_id, run_name=None if run_id else run_name)
+        except Exception as e:  # MLflow raises SQLAlchemy's, requests' and its own errors here
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(
+                f"MLflow cannot open {config.mlflow.tracking_uri} ({reason}); mend mlflow.tracking_uri, or train"
+                " without it: --set mlflow.enabled=false"
+            ) from e
+        self.run_id = run.info.run_id
+        if run_id is None:
+            mlflow.log_params(flat(config))
+        mlflow.set_tags(tags(config))
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Log the values that are numbers; MLflow's databases refuse NaN."""
+        self.mlflow.log_metrics({k: v for k, v in values.items() if v == v}, step=step)
+
+    def artifact(self, path: Path) -> None:
+        """Upload a file."""
+        self.mlflow.log_artifact(str(path))
+
+    def end(self, status: str) -> None:
+        """Close the run."""
+        self.mlflow.end_run(status)
+
+
+def create_tracker(config: Config, run_name: str, run_id: str | None, main: bool) -> Tracker:
+    """The tracker of this process. Raises UserError when the server does not answer."""
+    return MlflowTracker(config, run_name, run_id) if config.mlflow.enabled and main else Tracker()
+
+
+def check_server(uri: str) -> None:
+    """One quick request, since MLflow itself would retry for minutes."""
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT):
+            return
+    except (urllib.error.URLError, OSError, ValueError) as e:
+        raise UserError(
+            f"the MLflow server {uri} does not answer ({e}): start it (mlflow server), correct mlflow.tracking_uri or"
+            " MLFLOW_TRACKING_URI, or train without it: --set mlflow.enabled=false"
+        ) from e
+
+
+def how_to_look(config: Config) -> Iterator[str]:
+    """Lines that tell the user where the run can be seen."""
+    if not config.mlflow.enabled:
+        return
+    uri = config.mlflow.tracking_uri
+    if urlsplit(uri).scheme in ("http", "https"):
+        yield f"MLflow     {uri}  (experiment {config.mlflow.experiment_name})"
+    else:
+        yield f"MLflow     mlflow ui --backend-store-uri {uri}"
+        yield f'           then http://localhost:5000, experiment "{config.mlflow.experiment_name}"'

@@ -1,0 +1,375 @@
+"""Train an encoder: python -m simsiam_dali.train --encoder-type simsiam
+
+Settings rise in priority: the config file, the environment (ENCODER_TYPE, MLFLOW_TRACKING_URI), the command line.
+Without --config, configs/gpu.yaml is taken where there is a GPU and configs/cpu.yaml where there is none. Several GPUs:
+torchrun --nproc-per-node N -m simsiam_dali.train ...
+"""
+
+import argparse
+import functools
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, plots, tracking
+from simsiam_dali import config as settings
+from simsiam_dali.clock import StepClock
+from simsiam_dali.config import Config
+from simsiam_dali.data.loader import measure_log_mel
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.distributed import World, choose_device, world
+from simsiam_dali.errors import UserError, one_line_errors
+
+GAUGE_ROWS = 1024
+"""Projections, of the latest batches, on which the collapse gauges are read."""
+
+CHANGEABLE = (
+    "train.device",
+    "train.log_every",
+    "train.checkpoint_every",
+    "data.threads",
+    "data.prefetch",
+    "mlflow.",
+)
+"""Settings a resumed run may change: none of them changes the next loss."""
+
+
+def learning_rates(config: Config, step: int, steps_per_epoch: int, batch: int) -> tuple[float, float]:
+    """(the encoder's rate, the rate of groups marked `fix_lr`) at optimizer step `step`.
+
+    lr = learning_rate x batch / 256, a linear warm-up, then half a cosine to 0; the predictor's stays (section 4.2).
+    batch: segments a step over all processes.
+    """
+    base = config.encoder.learning_rate * batch / 256
+    warmup = config.encoder.simsiam.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return base * (step + 1) / (warmup + 1), base
+    done = (step - warmup) / max(1.0, config.encoder.epochs * steps_per_epoch - warmup)
+    return base * 0.5 * (1 + math.cos(math.pi * done)), base
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the encoder computes in; float32 = no autocast."""
+    if precision == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into a request to stop after the step; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_dir: Path) -> int:
+    """Train until done or interrupted; returns the number of the signal that ended it, or 0."""
+    interrupt = Interrupt()
+    say = functools.partial(tqdm.write, file=sys.stdout) if w.main else (lambda _: None)
+    log_every = config.train.log_every
+
+    # Data: the log-mel's mean and std come first, since they are part of the graph.
+    shards = open_shards(config.data.shards)
+    log_mel = factory.log_mel_settings(config)
+    if resumed:
+        check_same_shards(resumed, shards.fingerprint, run_dir)
+        log_mel = factory.with_statistics(log_mel, **resumed["log_mel"])
+    else:
+        everything = World(0, 1, w.device)  # all ranks measure the same segments
+        clean = factory.create_loader(config, shards, log_mel, everything, "train", "clean")
+        log_mel = measure_log_mel(clean, config.data.stats_segments)
+        del clean
+    loader = factory.create_loader(config, shards, log_mel, w, "train", "views", shuffled=True)
+    steps, batch_size = len(loader), config.encoder.batch_size * w.size  # steps an epoch, segments a step
+
+    # Model
+    torch.manual_seed(config.train.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    encoder = factory.create_encoder(config)
+    dtype = autocast_dtype(config.train.precision, w.device)
+    autocast = functools.partial(torch.autocast, w.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    frames = log_mel.frames(loader.graph.seconds)
+    half = dtype != torch.float32
+    memory.check_fits(encoder, config.encoder.batch_size, log_mel.n_mels, frames, half, w.device)
+    if config.train.sync_bn and w.size > 1:
+        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    encoder = encoder.to(w.device).to(memory_format=layout)
+    model: Callable[..., Any] = encoder
+    if w.size > 1:
+        model = DistributedDataParallel(encoder, device_ids=None if w.gpu is None else [w.gpu])
+    if config.train.compile:
+        model = torch.compile(model)
+    loss_fn = factory.create_loss_fn(config)
+    optimizer = factory.create_optimizer(config, encoder)
+    scaler = torch.amp.GradScaler(w.device.type, enabled=dtype == torch.float16)
+
+    # Where we stand
+    epoch, step, seconds = 0, 0, 0.0  # whole epochs, optimizer steps, time spent
+    log = journal.Journal(run_dir / "metrics.jsonl", writes=w.main)
+    if resumed:
+        epoch, step, seconds = resumed["epoch"], resumed["step"], resumed["seconds"]
+        encoder.load_state_dict(resumed["encoder"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        loader.load_state_dict(resumed["loaders"][w.rank])
+        checkpoint.set_rng_state(resumed["rng"][w.rank], w.device)
+        log.resume(step)
+    tracker = tracking.create_tracker(config, run_dir.name, resumed["mlflow_run"] if resumed else None, w.main)
+    if w.main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(config.to_yaml())
+        tracker.artifact(run_dir / "config.yaml")
+    started = time.perf_counter() - seconds
+
+    def save() -> None:
+        ranks = w.gather((loader.state_dict(), checkpoint.rng_state(w.device)))
+        if w.main:
+            state = checkpoint.Checkpoint(
+                format_version=checkpoint.FORMAT_VERSION,
+                config=config.model_dump(mode="json"),
+                epoch=epoch,
+                step=step,
+                encoder=encoder.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+                loaders=[place for place, _ in ranks],
+                rng=[rng for _, rng in ranks],
+                log_mel={"mean": log_mel.mean, "std": log_mel.std},
+                shards=shards.fingerprint,
+                mlflow_run=tracker.run_id,
+                seconds=time.perf_counter() - started,
+            )
+            checkpoint.save(state, run_dir / checkpoint.FILE_NAME)
+
+    def finish_epoch(record: dict[str, Any]) -> None:
+        record |= online.evaluate(config, shards, log_mel, w, encoder, loss_fn, autocast)
+        log.write([record])
+        tracker.metrics({k: v for k, v in record.items() if "/" in k or k == "training_time_hours"}, step)
+        say(journal.epoch_line(record, config.encoder.epochs))
+        save()
+
+    say(
+        f"{config.encoder.encoder_type} {config.encoder.simsiam.backbone} on {w.device.type} x {w.size},"
+        f" {str(dtype).removeprefix('torch.')}: {shards.count('train')} training and {shards.count('val')} validation"
+        f" segments, views of {loader.graph.seconds:g} s ({log_mel.n_mels} x {frames}), {steps} steps of"
+        f" {batch_size} an epoch"
+    )
+    say(f"run {run_dir}" + (f", going on after step {step}" if resumed else ""))
+    clock = StepClock(w.device)
+    recent: deque[Tensor] = deque(maxlen=max(1, GAUGE_ROWS // config.encoder.batch_size))
+    try:
+        if not resumed:
+            finish_epoch({"step": 0, "epoch": 0})  # the untrained encoder: what training has to beat
+        while epoch < config.encoder.epochs:
+            encoder.train()
+            losses: list[Tensor] = []  # on the device until they are read together
+            bar = tqdm(desc=f"epoch {epoch + 1}/{config.encoder.epochs}", total=steps, initial=loader.step,
+                       unit="step", leave=False, disable=None if w.main else True)  # fmt: skip
+            clock.reset()
+            for batch in clock.batches(loader):
+                lr, fixed_lr = learning_rates(config, step, steps, batch_size)
+                for group in optimizer.param_groups:
+                    group["lr"] = fixed_lr if group["fix_lr"] else lr
+                with autocast():
+                    p1, p2, z1, z2 = model(batch.view1, batch.view2)
+                    loss = loss_fn(p1, p2, z1, z2)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+                step += 1
+                losses.append(loss.detach())
+                recent.append(z1.detach())
+                bar.update()
+                last = loader.step == steps
+                if len(losses) < log_every and not last and not (interrupt.signal and w.size == 1):
+                    continue
+
+                # The only place inside an epoch where the host waits for the device, and the ranks for each other.
+                ranks = w.gather((torch.stack(losses).tolist(), interrupt.signal))
+                losses.clear()
+                values = [sum(rank) / w.size for rank in zip(*(v for v, _ in ranks), strict=True)]
+                if not math.isfinite(sum(values)):
+                    raise UserError(
+                        f"the loss is not finite near step {step}: lower encoder.learning_rate, or train with"
+                        f" --set train.precision=fp32; the checkpoint in {run_dir} is from before"
+                    )
+                log.write_losses(step, values)
+                elapsed, waited = clock.read()
+                speed = clock.steps * batch_size / elapsed
+                bar.set_postfix_str(f"loss {values[-1]:.4f}, {speed:.1f} samples/s, waiting for data {waited:.0%}")
+                if last:  # finish the epoch before stopping or saving
+                    continue
+                if stop := max(signal for _, signal in ranks):
+                    bar.close()
+                    save()
+                    tracker.end("KILLED")
+                    say(f"stopped after step {step}: go on with --resume {run_dir}")
+                    return stop
+                if config.train.checkpoint_every and step % config.train.checkpoint_every < len(values):
+                    save()
+            bar.close()
+
+            epoch += 1
+            elapsed, waited = clock.read()
+            z = torch.cat(list(recent))
+            record = {
+                "step": step,
+                "epoch": epoch,
+                "encoder/train_loss": log.mean_loss(step, steps),
+                "encoder/lr": lr,
+                "encoder/z_std": float(monitor.z_std(z)),
+                "encoder/effective_rank": float(monitor.effective_rank(z)),
+                "throughput/samples_per_s": clock.steps * batch_size / elapsed,
+                "throughput/data_wait_share": waited,
+                "training_time_hours": (time.perf_counter() - started) / 3600,
+            }
+            finish_epoch(record)
+            if advice := monitor.collapse_advice(record["encoder/z_std"], z.shape[1], record["encoder/effective_rank"]):
+                say(advice)
+            if stop := max(w.gather(interrupt.signal)):
+                tracker.end("KILLED")
+                say(f"stopped after epoch {epoch}: go on with --resume {run_dir}")
+                return stop
+    except BaseException:
+        tracker.end("FAILED")
+        raise
+
+    if w.main:
+        plots.curves(log.epochs, config.encoder.simsiam.projection_dim, run_dir / "curves.png")
+        tracker.artifact(run_dir / "curves.png")
+        tracker.artifact(run_dir / checkpoint.FILE_NAME)
+        tracker.end("FINISHED")
+        for line in (*journal.closing_lines(config, run_dir, log.epochs), *tracking.how_to_look(config)):
+            say(line)
+    return 0
+
+
+def check_same_shards(resumed: checkpoint.Checkpoint, fingerprint: str, run_dir: Path) -> None:
+    """Refuse to go on with other data than the run began with."""
+    if resumed["shards"] != fingerprint:
+        raise UserError(
+            f"the shards were packed again since {run_dir} began, so it cannot go on as it was: start a new run, or"
+            " bring the old shards back"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; the README's table is made from it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simsiam_dali.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = dict(settings.fields())
+
+    def setting(option: str, key: str, metavar: str | None = None, **more: Any) -> None:
+        default = known[key].default
+        shown = "null" if default is None else default
+        parser.add_argument(
+            option,
+            dest=key,
+            metavar=metavar,
+            help=f"{known[key].description} ({key}; default {shown})",
+            **more,
+        )
+
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML settings (default: configs/gpu.yaml or cpu.yaml)"
+    )
+    setting("--encoder-type", "encoder.encoder_type", "TYPE")
+    setting("--shards", "data.shards", "DIR")
+    setting("--epochs", "encoder.epochs", "N")
+    setting("--batch-size", "encoder.batch_size", "N")
+    setting("--device", "train.device", choices=["auto", "cpu", "gpu"])
+    setting("--seed", "train.seed", "N")
+    setting("--run-name", "train.run_name", "NAME")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN",
+        help="go on where a run stopped: its folder, its checkpoint, or the newest run when no name is given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="assignments",
+        help="any setting by its dotted key",
+    )
+    return parser
+
+
+def configure(args: argparse.Namespace) -> tuple[Config, checkpoint.Checkpoint | None, Path]:
+    """(settings, checkpoint to go on from, the run's folder) from the command line and what it names."""
+    given = {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    if args.resume is None:
+        file = args.config or factory.default_config_file(choose_device(given.get("train.device", "auto")))
+        config = settings.load(file, os.environ, given, args.assignments)
+        name = config.train.run_name or (
+            f"{config.encoder.encoder_type}-{config.encoder.simsiam.backbone}-{time.strftime('%Y%m%d-%H%M%S')}"
+        )
+        run_dir = config.train.runs_dir / name
+        if (run_dir / checkpoint.FILE_NAME).exists():
+            raise UserError(
+                f"{run_dir} holds a run already: choose another --run-name, or go on with --resume {run_dir}"
+            )
+        return config, None, run_dir
+
+    over = settings.load(None, None, given, args.assignments)
+    runs_dir = over.train.runs_dir
+    path = checkpoint.find(args.resume, runs_dir)
+    resumed = checkpoint.load(path)
+    if args.config:
+        raise UserError("--resume goes on with the run's own settings: leave --config out, or start a new run")
+    before = settings.load(base=resumed["config"])
+    config = settings.load(None, None, given, args.assignments, base=resumed["config"])
+    changed = [k for k, v in tracking.flat(config).items() if v != tracking.flat(before)[k]]
+    refused = [k for k in changed if not k.startswith(CHANGEABLE)]
+    if refused:
+        raise UserError(f"--resume cannot change {', '.join(refused)}, the run would not be the same: start a new run")
+    return config, resumed, path.parent
+
+
+@one_line_errors
+def main() -> None:
+    """The command."""
+    args = build_parser().parse_args()
+    config, resumed, run_dir = configure(args)
+    with world(config.train.device) as w:
+        if resumed and len(resumed["loaders"]) != w.size:
+            raise UserError(f"the run was made by {len(resumed['loaders'])} processes and cannot go on with {w.size}")
+        try:
+            ended_by = train(config, w, resumed, run_dir)
+        except torch.OutOfMemoryError as e:
+            smaller = config.encoder.batch_size // 2
+            raise UserError(
+                f"out of memory on {w.device} with batches of {config.encoder.batch_size}: use --batch-size {smaller},"
+                " or shorter views (--set data.view_seconds=...)"
+            ) from e
+    sys.exit(128 + ended_by if ended_by else 0)
+
+
+if __name__ == "__main__":
+    main()
