@@ -1,6 +1,5 @@
 """Training objectives."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,7 +16,6 @@ class SimSiamLoss(nn.Module):
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """Mean over the batch of D(p, stopgrad(z)) = -cos(p, z), in float32 whatever autocast says."""
-    with torch.autocast(device_type=p.device.type, enabled=False):
-        z = z.detach()  # the stop-gradient: without it the encoder collapses (section 4.1)
-        return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
+    """Mean over the batch of D(p, stopgrad(z)) = -cos(p, z); float32 also under autocast."""
+    z = z.detach()  # the stop-gradient: without it the encoder collapses (section 4.1)
+    return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()

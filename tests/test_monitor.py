@@ -1,0 +1,222 @@
+"""Gauges against matrices whose answer is known, kNN against scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from torch import Tensor
+
+from simsiam_dali import monitor
+from simsiam_dali.monitor import (
+    collapse_advice,
+    effective_rank,
+    knn_labels,
+    knn_rating,
+    label_chance,
+    rating_chance,
+    song_embeddings,
+    z_std,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clusters(songs: int, seed: int, spread: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Songs around six directions, 40 apart in label so that labels are no row numbers."""
+    centres = normal(6, 32, seed=99)
+    labels = torch.arange(songs) % 6
+    return centres[labels] + spread * normal(songs, 32, seed=seed), labels * 40
+
+
+# Gauges
+
+
+@pytest.mark.parametrize("d", [64, 2048])
+def test_z_std_of_random_directions_is_one_over_root_d(d: int) -> None:
+    # Normal rows, normalised, are uniform on the sphere; 512 rows give the std within 1%.
+    assert z_std(normal(512, d)).item() == pytest.approx(1 / math.sqrt(d), rel=0.01)
+
+
+def test_z_std_of_one_point_is_zero_and_ignores_length() -> None:
+    point = normal(1, 64)
+    assert z_std(point * torch.rand(16, 1).add(1)).item() == pytest.approx(0, abs=1e-6)
+    assert z_std(normal(16, 64) * 7).item() == pytest.approx(z_std(normal(16, 64)).item())
+
+
+def test_z_std_takes_half_precision() -> None:
+    z = normal(32, 64).bfloat16()
+    assert z_std(z).dtype == torch.float32
+    assert z_std(z).item() == pytest.approx(z_std(z.double()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_effective_rank_of_equal_directions_is_their_number(rank: int) -> None:
+    directions = torch.linalg.qr(normal(32, rank)).Q  # orthonormal columns
+    z = torch.cat([directions.T, -directions.T]) + 5  # centred on 5, as far out along each direction
+    assert effective_rank(z).item() == pytest.approx(rank, rel=1e-4)
+
+
+def test_effective_rank_of_unequal_directions_is_the_exponential_of_their_entropy() -> None:
+    z = torch.tensor([[3.0, 0], [-3, 0], [0, 1], [0, -1]])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert effective_rank(z).item() == pytest.approx(math.exp(entropy))
+
+
+def test_effective_rank_of_one_point_is_one() -> None:
+    assert effective_rank(torch.full((8, 4), 2.0)).item() == pytest.approx(1)
+
+
+def test_effective_rank_of_a_diverged_run_is_nan() -> None:
+    assert effective_rank(torch.tensor([[1.0, math.inf], [0, 1]])).isnan()
+
+
+def test_advice_for_each_kind_of_collapse() -> None:
+    healthy = normal(32, 256)
+    point = normal(1, 256) + 1e-3 * healthy
+    line = torch.linspace(-1, 1, 32)[:, None] * normal(1, 256).sign()  # half the songs point the other way
+
+    def advice(z: Tensor) -> str | None:
+        return collapse_advice(z_std(z).item(), z.shape[1], effective_rank(z).item())
+
+    assert advice(healthy) is None
+    assert "z-std" in (advice(point) or "")
+    assert z_std(line).item() > 0.9 / math.sqrt(256)  # z-std alone sees nothing
+    assert "1.0 directions" in (advice(line) or "")
+    assert "diverged" in (advice(healthy * math.nan) or "")
+
+
+# Songs
+
+
+def test_song_embedding_is_the_mean_of_normalised_segments() -> None:
+    segments = torch.tensor([[10.0, 0], [0, 2], [0, -3], [0.5, 0]])
+    songs, embeddings = song_embeddings(segments, torch.tensor([7, 3, 3, 7]))
+    assert songs.tolist() == [3, 7]
+    assert embeddings.tolist() == [[0, 0], [1, 0]]
+    _, embeddings = song_embeddings(segments[:2], torch.tensor([4, 4]))
+    assert embeddings.tolist() == [[0.5, 0.5]]
+
+
+# Labels
+
+
+def test_planted_clusters_are_found() -> None:
+    bank, query = clusters(60, seed=1), clusters(30, seed=2)
+    assert knn_labels(*bank, *query, k=5) == 1.0
+
+
+def test_shuffled_labels_score_at_chance() -> None:
+    (bank, labels), (query, query_labels) = clusters(600, seed=1), clusters(600, seed=2)
+    shuffled = labels[torch.randperm(600, generator=torch.Generator().manual_seed(3))]
+    accuracy = knn_labels(bank, shuffled, query, query_labels, k=5)
+    majority, drawn = label_chance(shuffled, query_labels)
+    assert majority == drawn == pytest.approx(1 / 6)
+    # Four standard deviations of a mean over 600 independent guesses at 1/6.
+    assert accuracy == pytest.approx(drawn, abs=4 * math.sqrt(1 / 6 * 5 / 6 / 600))
+
+
+@pytest.mark.parametrize("k", [1, 4, 15])
+def test_labels_equal_scikit_learn(k: int) -> None:
+    (bank, labels), (query, query_labels) = clusters(200, seed=1, spread=2), clusters(150, seed=2, spread=2)
+    reference = KNeighborsClassifier(
+        n_neighbors=k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / monitor.VOTE_TEMPERATURE),
+    ).fit(bank.numpy(), labels.numpy())
+    expected = reference.score(query.numpy(), query_labels.numpy())
+    assert 0.3 < expected < 0.99
+    assert knn_labels(bank, labels, query, query_labels, k=k) == pytest.approx(expected)
+
+
+def test_a_near_neighbour_outweighs_two_far_ones() -> None:
+    bank = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
+    labels = torch.tensor([5, 6, 6])
+    near_five = torch.tensor([[1.0, 0.5]])
+    assert knn_labels(bank, labels, near_five, torch.tensor([5]), k=3) == 1.0
+
+
+def test_ties_go_to_the_first_song_of_the_bank() -> None:
+    bank = torch.ones(40, 8)
+    for first, other in [(2, 9), (9, 2)]:
+        labels = torch.tensor([first] + [other, first] * 19 + [other])
+        for k in (2, 40):  # of an even number, half vote for each
+            assert knn_labels(bank, labels, torch.ones(3, 8), torch.full((3,), first), k=k) == 1.0
+        assert knn_labels(bank, labels, torch.ones(3, 8), torch.full((3,), other), k=1) == 0.0
+
+
+def test_unknown_labels_neither_vote_nor_are_scored() -> None:
+    bank, labels = torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), torch.tensor([-1, 4, 8])
+    query, query_labels = torch.tensor([[1.0, 0], [0, 1], [1, 1]]), torch.tensor([4, 8, -1])
+    assert knn_labels(bank, labels, query, query_labels, k=1) == 1.0
+    assert label_chance(labels, query_labels) == (0.5, 0.5)
+
+
+def test_queries_whose_label_the_bank_lacks_are_not_scored() -> None:
+    bank, labels = torch.eye(2), torch.tensor([0, 1])
+    assert knn_labels(bank, labels, torch.eye(2), torch.tensor([0, 77]), k=1) == 1.0
+    assert math.isnan(knn_labels(bank, labels, torch.eye(2), torch.tensor([77, -1]), k=1))
+
+
+def test_no_labels_give_nan() -> None:
+    unknown = torch.tensor([-1, -1])
+    assert math.isnan(knn_labels(torch.eye(2), unknown, torch.eye(2), unknown, k=1))
+    assert all(math.isnan(chance) for chance in label_chance(unknown, unknown))
+
+
+def test_label_chance_of_an_uneven_bank() -> None:
+    bank = torch.tensor([3, 3, 3, 8, -1])
+    majority, drawn = label_chance(bank, torch.tensor([3, 8, 8, 5, -1]))
+    assert majority == pytest.approx(1 / 3)
+    assert drawn == pytest.approx((0.75 + 0.25 + 0.25) / 3)
+
+
+def test_many_queries_are_scored_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, query = clusters(100, seed=1, spread=2), clusters(90, seed=2, spread=2)
+    at_once = knn_labels(*bank, *query, k=5)
+    monkeypatch.setattr(monitor, "QUERIES_AT_ONCE", 7)
+    assert knn_labels(*bank, *query, k=5) == at_once
+
+
+# Ratings
+
+
+def test_ratings_equal_scikit_learn() -> None:
+    bank, query = normal(120, 16, seed=1), normal(80, 16, seed=2)
+    ratings, truth = torch.sigmoid(bank[:, 0] * 2), torch.sigmoid(query[:, 0] * 2)
+    ratings[::7] = math.nan
+    truth[::5] = math.nan
+    rated, scored = ~ratings.isnan(), ~truth.isnan()
+    reference = KNeighborsRegressor(n_neighbors=6, metric="cosine", algorithm="brute")
+    expected = reference.fit(bank[rated].numpy(), ratings[rated].numpy()).predict(query[scored].numpy())
+
+    mae, correlation = knn_rating(bank, ratings, query, truth, k=6)
+    assert mae == pytest.approx(np.abs(expected - truth[scored].numpy()).mean(), abs=1e-6)
+    assert correlation == pytest.approx(np.corrcoef(expected, truth[scored].numpy())[0, 1], abs=1e-6)
+    assert correlation > 0.4
+    assert mae < rating_chance(ratings, truth)
+
+
+def test_rating_chance_is_the_error_of_the_mean() -> None:
+    bank, query = torch.tensor([0.2, 0.6, math.nan]), torch.tensor([0.4, 0.9, math.nan])
+    assert rating_chance(bank, query) == pytest.approx(0.25)
+    assert math.isnan(rating_chance(bank, torch.tensor([math.nan])))
+    assert math.isnan(rating_chance(torch.tensor([math.nan]), query))
+
+
+def test_ratings_that_cannot_be_scored_give_nan() -> None:
+    rows, rated, unrated = torch.eye(2), torch.tensor([0.2, 0.8]), torch.full((2,), math.nan)
+    assert all(math.isnan(value) for value in knn_rating(rows, unrated, rows, rated, k=1))
+    assert all(math.isnan(value) for value in knn_rating(rows, rated, rows, unrated, k=1))
+
+
+def test_equal_predictions_have_no_correlation() -> None:
+    bank, query = normal(30, 8, seed=1), normal(20, 8, seed=2)
+    ratings, truth = torch.sigmoid(bank[:, 0]), torch.sigmoid(query[:, 0])
+    mae, correlation = knn_rating(bank, ratings, query, truth, k=30)
+    assert mae == pytest.approx(rating_chance(ratings, truth), abs=1e-6)
+    assert math.isnan(correlation)
