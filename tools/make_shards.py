@@ -17,58 +17,73 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="make_shards.py",
         description=(
-            "Pack every song below MUSIC_DIR into shards that training reads. Run again after adding songs: only "
-            "new and changed files are decoded, and no song changes its split. Until the new shards are complete "
-            "the old ones stay in place, so there must be room for both."
+            "Pack every song below MUSIC_DIR into the shards that training reads. Run again after adding songs: "
+            "only new and changed files are decoded, and no song changes its split. The old shards stay in place "
+            "until the new ones are complete, so the disk needs room for both."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "music_dir", metavar="MUSIC_DIR", type=Path, nargs="?", help="folder of songs; optional with --verify"
-    )
-    add("--out", type=Path, default=Path("shards"), help="folder of the shards")
+    default = "(default: %(default)s)"
+    add("music_dir", metavar="MUSIC_DIR", type=Path, nargs="?", help="folder of songs; optional with --verify")
+    add("--out", metavar="DIR", type=Path, default=Path("shards"), help=f"folder of the shards {default}")
     add(
         "--sample-rate",
+        metavar="HZ",
         type=_sample_rate,
         default=16000,
-        help="Hz of the packed audio, or native: each song's own",
+        help=f"sample rate of the packed audio in Hz, or native: each song's own {default}",
     )
-    add("--segment-seconds", type=_positive, default=60.0, help="length of a segment in seconds")
-    add("--codec", choices=("flac", "wav", "ogg"), default="flac", help="of the packed audio: mono, 16 bit")
+    add(
+        "--segment-seconds",
+        metavar="SECONDS",
+        type=_positive,
+        default=60.0,
+        help=f"length of a segment in seconds {default}",
+    )
+    add(
+        "--codec",
+        choices=("flac", "wav", "ogg"),
+        default="flac",
+        help=f"of the packed audio, mono, 16 bit; ogg is Vorbis and loses a little {default}",
+    )
     add(
         "--val-fraction",
+        metavar="SHARE",
         type=_fraction,
         default=0.1,
-        help="share of the groups (see --split-by) for validation",
+        help=f"share of the groups (see --split-by) kept for validation, 0 to below 1 {default}",
     )
-    add("--split-by", choices=("album", "artist", "song"), default="album", help="what is never torn apart")
-    add("--segments-per-shard", type=_count, default=256, help="segments in one tar")
     add(
-        "--workers",
-        type=_count,
-        default=os.cpu_count() or 1,
-        help="decoding processes; default: one for each core",
+        "--split-by",
+        choices=("album", "artist", "song"),
+        default="album",
+        help=f"what is never torn between training and validation {default}",
     )
-    add("--seed", type=int, default=0, help="of the shuffle and the split")
-    add("--min-seconds", type=_positive, default=5.0, help="shorter songs are refused, in seconds")
+    add(
+        "--segments-per-shard",
+        metavar="N",
+        type=_count,
+        default=256,
+        help=f"segments in one tar {default}",
+    )
+    add("--workers", metavar="N", type=_count, help="decoding processes (default: one for each core)")
+    add("--seed", metavar="N", type=_seed, default=0, help=f"seed of the shuffle and the split {default}")
+    add(
+        "--min-seconds",
+        metavar="SECONDS",
+        type=_positive,
+        default=5.0,
+        help=f"shorter songs are refused, in seconds {default}",
+    )
     add(
         "--ratings",
-        type=Path,
         metavar="FILE",
-        help="ratings that win over the tags': a CSV (rating and path, or title and artist; 0..1 or 0..5), or the "
-        "library database of Clementine or Strawberry",
+        type=Path,
+        help="ratings that win over those in the tags: a CSV with a header (rating, and path or title and artist; "
+        "0..1 or 0..5), or the library database of Clementine or Strawberry, which is only read",
     )
-    add(
-        "--replace",
-        action="store_true",
-        help="write over shards of another folder, or files of the same names",
-    )
-    add(
-        "--verify",
-        action="store_true",
-        help="check every sum of the shards in --out, after packing if asked to",
-    )
+    add("--replace", action="store_true", help="write over shards of another folder, or files of the same names")
+    add("--verify", action="store_true", help="check every sum of the shards in --out (after packing MUSIC_DIR)")
     return parser
 
 
@@ -92,9 +107,9 @@ def main() -> None:
                 segments_per_shard=args.segments_per_shard,
                 seed=args.seed,
             )
-            summarise(
-                pack(args.music_dir, args.out, settings, args.workers, args.ratings, args.replace), args.out
-            )
+            workers = args.workers or len(os.sched_getaffinity(0))
+            report = pack(args.music_dir, args.out, settings, workers, args.ratings, args.replace)
+            summarise(report, args.out)
         if args.verify:
             check(args.out)
     except KeyboardInterrupt:
@@ -105,9 +120,9 @@ def main() -> None:
 def summarise(report: Report, out: Path) -> None:
     """What was packed, what was not and why."""
     for name, reason in report.refused:
-        print(f"refused  {name}: {reason}")
+        print(f"refused  {_shown(name)}: {reason}")
     for name, note in report.notes:
-        print(f"kept     {name}: {note}")
+        print(f"kept     {_shown(name)}: {note}")
     for remark in report.remarks:
         print(remark)
     c = report.counts
@@ -132,6 +147,10 @@ def check(out: Path) -> None:
     print(f"{out}: all {len(read_manifest(out).files)} files are as they were packed")
 
 
+def _shown(name: str) -> str:
+    return name if name.isprintable() else ascii(name)
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is given
     raise KeyboardInterrupt
 
@@ -143,6 +162,12 @@ def _sample_rate(text: str) -> int | None:
 def _count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
     return int(text)
 
 

@@ -1,8 +1,8 @@
 """Replacing a whole shard set at once, so that a kill at any moment leaves the old set or the new one.
 
-Everything new is staged in `.packing/new/`. One rename to `.commit` decides; what follows (moving the files to their
-plain names, dropping those that only the old manifest names) can be begun again by whoever comes next, because the
-manifest moves last. Files that no manifest names are never touched.
+Everything new is staged in `.packing/new/`. One rename to `.commit` decides; what follows (moving the files to
+their plain names, dropping those that only the old manifest names) can be begun again by whoever comes next,
+because the manifest moves last. Files that no manifest names are never touched.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked(root: Path, wait: bool) -> Iterator[None]:
-    """Hold the set's lock (the system frees it when the process dies). Without `wait`, a busy one is a `UserError`."""
+    """Hold the set's lock, which ends with the process. Without `wait`, a busy one is a `UserError`."""
     with (root / _LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -32,7 +32,7 @@ def locked(root: Path, wait: bool) -> Iterator[None]:
 
 
 def commit(root: Path, staged: Path) -> None:
-    """Make the complete set in `staged` (below `root`, files already synced) the set of `root`. Needs the lock."""
+    """Make the complete set in `staged`, on the same disk and synced, the set of `root`. Needs the lock."""
     _sync_folder(staged)
     staged.rename(root / _COMMIT)
     _sync_folder(root)
@@ -46,9 +46,7 @@ def finish_commit(root: Path) -> None:
             with locked(root, wait=True):
                 roll_forward(root)
         except OSError as e:
-            raise UserError(
-                f"{root}: a replacement of the shards was cut short and cannot be finished: {e}"
-            ) from e
+            raise UserError(f"{root}: a replacement of the shards was cut short and cannot be finished: {e}") from e
 
 
 def roll_forward(root: Path) -> None:

@@ -1,24 +1,16 @@
-"""One song's way into the shards: decoded, cut and encoded into a file of its own, which a later run finds again."""
+"""One song's way into the shards: decoded, cut, encoded into a file of its own that a later run finds again."""
 
 import contextlib
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from simsiam_dali.data.songs import (
-    SILENCE,
-    BadSong,
-    NoAudio,
-    Pcm,
-    SongAudio,
-    SongFile,
-    cut_segments,
-    encode,
-)
+from simsiam_dali.data.find import SongFile
+from simsiam_dali.data.segments import SILENCE, Segment, cut_segments, encode
+from simsiam_dali.data.songs import BadSong, NoAudio, Pcm, SongAudio
 from simsiam_dali.data.tags import Tags, read_tags
 
 
@@ -33,19 +25,34 @@ class DecodeSettings:
 
 
 @dataclass(frozen=True)
+class PackSettings(DecodeSettings):
+    """All options of make_shards that the shards depend on; its `--help` explains them."""
+
+    val_fraction: float = 0.1
+    split_by: str = "album"
+    segments_per_shard: int = 256
+    seed: int = 0
+
+    @property
+    def decode(self) -> DecodeSettings:
+        """The part that a song's segments depend on."""
+        return DecodeSettings(self.sample_rate, self.segment_seconds, self.codec, self.min_seconds)
+
+
+@dataclass(frozen=True)
 class Cut:
     """An encoded segment: `start` and true length in seconds, and where its bytes lie."""
 
     start: float
     seconds: float
-    file: str
+    file: Path
     offset: int
     size: int
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A decoded song. `sample_rate` is the segments', `source_rate` the file's (Hz); `duration` in seconds."""
+    """A decoded song: its segments' rate and its source's in Hz, its `duration` in seconds."""
 
     sample_rate: int
     source_rate: int
@@ -67,7 +74,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Job:
-    """A file to look at; `known` is what an earlier run found out, so that only its tags are read."""
+    """A file to look at; `known` is what an earlier run made of it, so that only its tags are read."""
 
     file: SongFile
     settings: DecodeSettings
@@ -80,29 +87,33 @@ class Result:
     """What became of a file; `decoded_seconds` counts audio decoded in this run."""
 
     outcome: Packed | Refused
-    tags: Tags
+    tags: Tags = field(default_factory=Tags)
     decoded_seconds: float = 0.0
 
 
 def do_job(job: Job) -> Result:
     """Read the file's tags and, unless that was done before, decode it and leave its segments in the cache.
 
-    Raises `OSError` where the cache cannot be written.
+    Raises `OSError` where the cache cannot be written; what is wrong with the song comes back as `Refused`.
     """
     if job.file.problem:
-        return Result(Refused(job.file.problem, retry=True), Tags())
-    outcome, seconds = job.known or _load(job), 0.0
+        return Result(Refused(job.file.problem, retry=True))
+    outcome, decoded_seconds = job.known or _load(job), 0.0
     if outcome is None:
         try:
             outcome = _decode(job)
-            seconds = outcome.duration
+            decoded_seconds = outcome.duration
         except BadSong as e:
-            return Result(Refused(e.reason, e.transient, not isinstance(e, NoAudio)), Tags())
-    return Result(outcome, read_tags(job.file.path) if isinstance(outcome, Packed) else Tags(), seconds)
+            return Result(Refused(e.reason, e.transient, not isinstance(e, NoAudio)))
+        except OSError:
+            raise
+        except Exception as e:  # one song that trips a library must not end a run of thousands
+            return Result(Refused(f"cannot be decoded ({type(e).__name__}: {e})"))
+    return Result(outcome, read_tags(job.file.path) if isinstance(outcome, Packed) else Tags(), decoded_seconds)
 
 
 def _decode(job: Job) -> Packed:
-    """Decode into `KEY.audio` (the encoded segments in a row) and `KEY.json`, whose presence says it is complete."""
+    """Decode into `KEY.audio` (the encoded segments in a row); `KEY.json`, written last, says it is complete."""
     settings, target = job.settings, _cache_file(job, "audio")
     audio = SongAudio(job.file.path, settings.sample_rate)
     cuts: list[Cut] = []
@@ -110,42 +121,39 @@ def _decode(job: Job) -> Packed:
     scratch = target.with_suffix(f".{os.getpid()}.tmp")
     try:
         with scratch.open("wb") as out:
-            for start, seconds, pcm in _segments(audio, settings.segment_seconds):
-                if abs(pcm).max() < SILENCE:
+            for segment, rate in _segments(audio, settings.segment_seconds):
+                if abs(segment.pcm).max() < SILENCE:
                     silent += 1
                     continue
-                assert audio.sample_rate is not None
-                content = encode(pcm, audio.sample_rate, settings.codec)
-                cuts.append(Cut(start, seconds, str(target), out.tell(), len(content)))
+                content = encode(segment.pcm, rate, settings.codec)
+                cuts.append(Cut(segment.start / rate, segment.samples / rate, target, out.tell(), len(content)))
                 out.write(content)
         if not audio.seconds:
             raise BadSong("holds no audio that decodes")
-        if audio.peak < SILENCE or not cuts:
-            raise BadSong("is silent")
         if audio.seconds < settings.min_seconds:
-            raise BadSong(f"is too short ({audio.seconds:.1f} s, --min-seconds is {settings.min_seconds:g})")
+            raise BadSong(f"is too short: {audio.seconds:.1f} s, --min-seconds is {settings.min_seconds:g}")
+        if not cuts:
+            raise BadSong("is silent")
+        packed = Packed(
+            sample_rate=rate,
+            source_rate=audio.source_rate,
+            channels=audio.channels,
+            duration=audio.seconds,
+            audio_hash=audio.audio_hash,
+            note="; ".join(filter(None, [audio.note, f"{silent} silent segments left out" if silent else ""])),
+            cuts=tuple(cuts),
+        )
         scratch.replace(target)
+        scratch.write_text(json.dumps(asdict(packed), default=str))
+        scratch.replace(_cache_file(job, "json"))
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             scratch.unlink()
-    note = "; ".join(filter(None, [audio.note, f"{silent} silent segments left out" if silent else ""]))
-    assert audio.sample_rate is not None
-    packed = Packed(
-        audio.sample_rate,
-        audio.source_rate,
-        audio.channels,
-        audio.seconds,
-        audio.audio_hash,
-        note,
-        tuple(cuts),
-    )
-    scratch.write_text(json.dumps(asdict(packed)))
-    scratch.replace(_cache_file(job, "json"))
     return packed
 
 
-def _segments(audio: SongAudio, segment_seconds: float) -> Iterator[tuple[float, float, Pcm]]:
-    """(start in seconds, true seconds, samples): the rate that fixes the length is known from the first block on."""
+def _segments(audio: SongAudio, segment_seconds: float) -> Iterator[tuple[Segment, int]]:
+    """The song's segments and their rate, which a song packed at its own rate tells with its first block."""
     blocks = audio.blocks()
     first = next(blocks, None)
     if first is None:
@@ -157,23 +165,19 @@ def _segments(audio: SongAudio, segment_seconds: float) -> Iterator[tuple[float,
         yield first
         yield from blocks
 
-    for segment in cut_segments(all_blocks(), segment_samples(segment_seconds, rate)):
-        yield segment.start / rate, segment.samples / rate, segment.pcm
-
-
-def segment_samples(segment_seconds: float, rate: int) -> int:
-    """Samples in a segment of `segment_seconds` at `rate` Hz."""
-    return math.ceil(segment_seconds * rate)
+    for segment in cut_segments(all_blocks(), max(1, round(segment_seconds * rate))):
+        yield segment, rate
 
 
 def _load(job: Job) -> Packed | None:
     """What an interrupted run has left of this very file, with these settings."""
+    audio = _cache_file(job, "audio")
     try:
         content = json.loads(_cache_file(job, "json").read_bytes())
-        size = _cache_file(job, "audio").stat().st_size
+        size = audio.stat().st_size
     except (OSError, ValueError):
         return None
-    cuts = tuple(Cut(**cut) for cut in content.pop("cuts"))
+    cuts = tuple(Cut(**{**cut, "file": audio}) for cut in content.pop("cuts"))
     return Packed(**content, cuts=cuts) if size == cuts[-1].offset + cuts[-1].size else None
 
 

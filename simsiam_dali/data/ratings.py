@@ -1,6 +1,7 @@
 """Ratings from a file: a CSV, or the library database of the Clementine or Strawberry player."""
 
 import csv
+import io
 import math
 import os
 import sqlite3
@@ -26,8 +27,9 @@ class RatingsFile:
     def read(cls, source: Path, music: Path) -> "RatingsFile":
         """Read a ratings file; it is never written to, nor is a journal made beside it.
 
-        CSV: a header with `rating` and either `path` (absolute, or relative to `music`) or `title` and `artist`.
-        Ratings are 0..1, or 0..5 where any is above 1; an empty one is unrated. A database's are 0..1, -1 unrated.
+        CSV: commas or semicolons, a header with `rating` and either `path` (absolute, or relative to `music`) or
+        `title` and `artist`. Ratings are 0..1, or 0..5 where any is above 1; an empty one is unrated. A
+        database's are 0..1, and -1 is unrated.
         """
         try:
             with source.open("rb") as file:
@@ -47,7 +49,7 @@ class RatingsFile:
     def lookup(self, path: Path, title: str, artists: Sequence[str]) -> float | None:
         """The rating of the song at `path`, None where the file has none for it."""
         for candidate in (path, path.resolve()):
-            if (rating := self.by_path.get(_plain(os.path.abspath(candidate)))) is not None:
+            if (rating := self.by_path.get(_plain(_tidy(candidate)))) is not None:
                 return rating
         for name in (path.name, ""):
             for artist in (", ".join(artists), *artists):
@@ -67,7 +69,9 @@ class RatingsFile:
 def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]]:
     try:
         text = source.read_text("utf-8-sig")
-        rows = list(csv.DictReader(text.splitlines()))
+        header = text.partition("\n")[0]
+        delimiter = ";" if ";" in header and "," not in header else ","
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"--ratings {source}: neither a CSV nor a Clementine or Strawberry database") from e
     columns = {name.strip().lower(): name for name in (rows[0] if rows else {}) if name}
@@ -82,16 +86,14 @@ def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]
         try:
             ratings.append(float(cell(row, "rating") or "nan"))
         except ValueError as e:
-            raise UserError(
-                f"--ratings {source}, line {line}: rating {cell(row, 'rating')!r} is no number"
-            ) from e
+            raise UserError(f"--ratings {source}, line {line}: rating {cell(row, 'rating')!r} is no number") from e
         if not (math.isnan(ratings[-1]) or 0 <= ratings[-1] <= 5):
             raise UserError(f"--ratings {source}, line {line}: rating {ratings[-1]:g} is not in 0..1 or 0..5")
     scale = 5 if any(rating > 1 for rating in ratings) else 1
     for row, rating in zip(rows, ratings, strict=True):
         path = cell(row, "path")
         yield (
-            os.path.abspath(music / path) if path else "",
+            _tidy(music / path) if path else "",
             cell(row, "title"),
             cell(row, "artist"),
             rating / scale,
@@ -99,16 +101,15 @@ def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]
 
 
 def _database_rows(source: Path) -> Iterator[tuple[str, str, str, float]]:
-    uri = f"file:{urllib.parse.quote(os.path.abspath(source))}?mode=ro&immutable=1"
+    uri = f"file:{urllib.parse.quote(_tidy(source))}?mode=ro&immutable=1"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as connection:
             columns = {row[1] for row in connection.execute("PRAGMA table_info(songs)")}
             url = next((name for name in ("url", "filename") if name in columns), None)
             if url is None or not {"title", "artist", "rating"} <= columns:
                 raise UserError(f"--ratings {source}: a database, but not Clementine's or Strawberry's")
-            for where, title, artist, rating in connection.execute(
-                f"SELECT CAST({url} AS BLOB), title, artist, rating FROM songs WHERE rating >= 0 AND rating <= 1"
-            ):
+            query = f"SELECT CAST({url} AS BLOB), title, artist, rating FROM songs WHERE rating BETWEEN 0 AND 1"
+            for where, title, artist, rating in connection.execute(query):
                 yield _url_path(where or b""), title or "", artist or "", float(rating)
     except sqlite3.Error as e:
         raise UserError(f"--ratings {source}: cannot be read as a database ({e})") from e
@@ -118,6 +119,11 @@ def _url_path(url: bytes) -> str:
     if url.startswith(b"file://"):
         return os.fsdecode(urllib.parse.unquote_to_bytes(url.removeprefix(b"file://")))
     return os.fsdecode(url)
+
+
+def _tidy(path: Path) -> str:
+    """Absolute and without `..`, but with links as they were written, since a player's paths are not resolved."""
+    return os.path.normpath(path.absolute())
 
 
 def _plain(text: str) -> str:

@@ -1,9 +1,9 @@
 """The shard format: what `tools/make_shards.py` writes and everything else reads.
 
 A set is a folder of `train-NNNNNN.tar` and `val-NNNNNN.tar` (WebDataset; DALI's index beside each as `.idx`),
-`songs.parquet`, `segments.parquet`, `files.parquet` (every file seen at packing), `refused.csv` and `manifest.json`.
-A sample is `KEY.flac` (or wav, ogg: mono, 16 bit), `KEY.row` (int64 little-endian, the row in the segment table) and
-`KEY.json` (the tags, for readers of plain webdataset). KEY is the row in nine digits.
+`songs.parquet`, `segments.parquet`, `files.parquet` (every file seen at packing), `refused.csv` and
+`manifest.json`. A sample is `KEY.flac` (or wav, ogg: mono, 16 bit), `KEY.row` (int64 little-endian, the row in
+the segment table) and `KEY.json` (the tags, for readers of plain webdataset). KEY is the row in nine digits.
 """
 
 import hashlib
@@ -28,38 +28,51 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 SONGS, SEGMENTS, FILES, REFUSED = "songs.parquet", "segments.parquet", "files.parquet", "refused.csv"
 
-_TEXTS = pa.list_(pa.string())
+_TEXT, _TEXTS, _INT, _FLOAT = pa.string(), pa.list_(pa.string()), pa.int64(), pa.float64()
+
+
+def _schema(may_be_missing: str, **types: pa.DataType) -> pa.Schema:
+    return pa.schema([pa.field(name, t, nullable=name == may_be_missing) for name, t in types.items()])
+
+
 SCHEMAS = {
-    SONGS: pa.schema(
-        {
-            **{
-                "path": pa.string(),
-                "other_paths": _TEXTS,
-            },  # relative to the music folder; other_paths: duplicates
-            **{"title": pa.string(), "artists": _TEXTS, "albums": _TEXTS, "album_artist": pa.string()},
-            **{"year": pa.int64(), "genres": _TEXTS},
-            **{"rating": pa.float64()},  # 0..1, NaN = unrated
-            **{"duration": pa.float64(), "sample_rate": pa.int64(), "channels": pa.int64()},  # s, source's Hz
-            **{"audio_hash": pa.string(), "split": pa.string(), "note": pa.string()},
-        }
+    SONGS: _schema(
+        "year",
+        path=_TEXT,  # relative to the music folder
+        other_paths=_TEXTS,  # files with the same audio
+        title=_TEXT,
+        artists=_TEXTS,
+        albums=_TEXTS,
+        album_artist=_TEXT,
+        year=_INT,
+        genres=_TEXTS,
+        rating=_FLOAT,  # 0..1, NaN = unrated
+        duration=_FLOAT,  # seconds that decoded
+        sample_rate=_INT,  # Hz, of the source
+        channels=_INT,
+        audio_hash=_TEXT,
+        split=_TEXT,
+        note=_TEXT,  # what is wrong with the file, such as its being truncated
     ),
-    SEGMENTS: pa.schema(
-        {
-            **{"song": pa.int64(), "key": pa.string(), "split": pa.string(), "shard": pa.string()},
-            **{
-                "start": pa.float64(),
-                "seconds": pa.float64(),
-            },  # s; seconds < the segment's length where wrapped
-            "sample_rate": pa.int64(),  # Hz, as stored
-        }
+    SEGMENTS: _schema(
+        "",
+        song=_INT,
+        key=_TEXT,
+        split=_TEXT,
+        shard=_TEXT,
+        start=_FLOAT,  # seconds
+        seconds=_FLOAT,  # true length, below the segment's where a short song was repeated
+        sample_rate=_INT,  # Hz, as stored
     ),
-    FILES: pa.schema(
-        {
-            **{"path": pa.string(), "bytes": pa.int64(), "mtime_ns": pa.int64()},
-            **{"status": pa.string(), "reason": pa.string()},  # ok | duplicate | refused; reason or note
-            "retry": pa.bool_(),  # refused for something that may pass, such as a permission
-            "song": pa.int64(),
-        }
+    FILES: _schema(
+        "song",
+        path=_TEXT,
+        bytes=_INT,
+        mtime_ns=_INT,
+        status=_TEXT,  # ok, duplicate or refused
+        reason=_TEXT,  # of a refusal, else the song's note
+        retry=pa.bool_(),  # refused for what may pass, such as a permission
+        song=_INT,
     ),
 }
 
@@ -86,7 +99,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened set. Row i of `segments` is the sample whose `.row` holds i; its `song` is a row of `songs`."""
+    """An opened set. Row i of `segments` is the sample whose `.row` is i; its `song` is a row of `songs`."""
 
     root: Path
     manifest: Manifest
@@ -117,11 +130,7 @@ class ShardSet:
 
     def tars(self, split: str) -> list[Path]:
         """The split's shards in order; empty where the set has no such split."""
-        return [
-            self.root / n
-            for n in sorted(self.manifest.files)
-            if n.startswith(split + "-") and n.endswith(".tar")
-        ]
+        return [self.root / n for n in sorted(self.manifest.files) if n.startswith(split + "-") and n.endswith(".tar")]
 
     def indexes(self, split: str) -> list[Path]:
         """DALI's index of each of `tars(split)`."""
@@ -161,9 +170,7 @@ def read_manifest(root: Path) -> Manifest:
     except FileNotFoundError:
         raise UserError(f"no shards in {root}: make them with tools/make_shards.py MUSIC_DIR") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{root / MANIFEST} is damaged: pack again with tools/make_shards.py --replace"
-        ) from e
+        raise UserError(f"{root / MANIFEST} is damaged: pack again with tools/make_shards.py --replace") from e
     raise UserError(
         f"{root} holds shards of format version {version}, this program reads {FORMAT_VERSION}: "
         "pack again with tools/make_shards.py --replace"
@@ -226,7 +233,7 @@ def index_text(samples: Iterable[Members]) -> str:
 
 def read_index(path: Path) -> list[Members]:
     """The samples of a tar, from the index beside it."""
-    samples = []
+    samples: list[Members] = []
     for line in path.read_text().splitlines()[1:]:
         words = line.split(" ")
         samples.append({e: (int(o), int(s), n) for e, o, s, n in zip(*[iter(words)] * 4, strict=True)})
@@ -278,14 +285,14 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> FileSum:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table of the set: lists come as lists, whole numbers that may be missing as Int64."""
+    """Read a table of the set; lists come as lists, `year` and a file's `song` as Int64, since they may be <NA>."""
     table = pq.read_table(path)
-    frame = table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    frame = table.to_pandas()
     for column in table.schema:
         if column.type == _TEXTS:
             frame[column.name] = [list(texts) for texts in frame[column.name]]
-        elif column.type == pa.int64() and not frame[column.name].hasnans:
-            frame[column.name] = frame[column.name].astype("int64")
+        elif column.nullable and column.type == pa.int64():
+            frame[column.name] = table[column.name].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return frame
 
 

@@ -58,9 +58,7 @@ def read_tags(path: Path) -> Tags:
         with path.open("rb") as file:
             audio = mutagen.File(file)
             values = _values(audio.tags) if audio is not None and audio.tags is not None else {}
-    except (
-        Exception
-    ) as e:  # mutagen lets many kinds escape on broken tags, and audio without tags is still audio
+    except Exception as e:  # mutagen lets many kinds escape on broken tags, and audio without tags is still audio
         return Tags(note=f"tags cannot be read ({type(e).__name__})")
 
     def field(name: str) -> tuple[str, ...]:
@@ -167,8 +165,8 @@ def _fraction(value: float) -> float:
 def popm_rating(value: float) -> float:
     """ID3 POPM byte to 0.2, 0.4 ... 1.0, that is one to five stars; 0 is unrated.
 
-    Windows writes 1, 64, 128, 196, 255 for its stars, others neighbouring values, so players read ranges: up to
-    63, 127, 191, 251 and 255.
+    Windows writes 1, 64, 128, 196, 255 for its stars, others neighbouring values, so players read ranges: up
+    to 63, 127, 191, 251 and 255.
     """
     if not 0 < value <= 255:
         return math.nan

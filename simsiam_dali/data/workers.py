@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Not fork: the calling process has threads. Not spawn: a forked server imports the libraries once for all workers.
+# Not fork: the caller has threads. Not spawn: the server imports the libraries once for all workers.
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -32,7 +32,7 @@ class _Worker(Generic[T]):
     task: T
 
 
-def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[tuple[T, R | Died]]:
+def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[tuple[T, R | Died], None, None]:
     """Yield `(task, function(task))` as results come, from `workers` processes; they end with the caller.
 
     An exception in `function` is raised here. A process that dies gives `Died` for its task and is replaced.
@@ -98,7 +98,7 @@ def _work(function: Callable[[Any], Any], connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = (function(task), None)
+            answer: tuple[Any, Exception | None] = (function(task), None)
         except Exception as e:
             answer = (None, e)
         connection.send(answer)
