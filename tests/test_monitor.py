@@ -141,12 +141,11 @@ def test_a_near_neighbour_outweighs_two_far_ones() -> None:
 
 
 def test_ties_go_to_the_first_song_of_the_bank() -> None:
-    bank = torch.ones(40, 8)
+    bank, query = torch.ones(40, 8), torch.ones(3, 8)
     for first, other in [(2, 9), (9, 2)]:
-        labels = torch.tensor([first] + [other, first] * 19 + [other])
-        for k in (2, 40):  # of an even number, half vote for each
-            assert knn_labels(bank, labels, torch.ones(3, 8), torch.full((3,), first), k=k) == 1.0
-        assert knn_labels(bank, labels, torch.ones(3, 8), torch.full((3,), other), k=1) == 0.0
+        labels = torch.tensor([first] + [other] * 39)
+        for k, expected in [(1, first), (2, first), (3, other)]:  # with 2, one votes for each
+            assert knn_labels(bank, labels, query, torch.full((3,), expected), k=k) == 1.0
 
 
 def test_unknown_labels_neither_vote_nor_are_scored() -> None:
@@ -169,8 +168,8 @@ def test_no_labels_give_nan() -> None:
 
 
 def test_label_chance_of_an_uneven_bank() -> None:
-    bank = torch.tensor([3, 3, 3, 8, -1])
-    majority, drawn = label_chance(bank, torch.tensor([3, 8, 8, 5, -1]))
+    bank = torch.tensor([3, 8, 8, 8, -1])
+    majority, drawn = label_chance(bank, torch.tensor([8, 3, 3, 5, -1]))
     assert majority == pytest.approx(1 / 3)
     assert drawn == pytest.approx((0.75 + 0.25 + 0.25) / 3)
 
@@ -216,7 +215,14 @@ def test_ratings_that_cannot_be_scored_give_nan() -> None:
 
 def test_equal_predictions_have_no_correlation() -> None:
     bank, query = normal(30, 8, seed=1), normal(20, 8, seed=2)
-    ratings, truth = torch.sigmoid(bank[:, 0]), torch.sigmoid(query[:, 0])
-    mae, correlation = knn_rating(bank, ratings, query, truth, k=30)
+    ratings, truth = torch.sigmoid(bank[:, 0].double()), torch.sigmoid(query[:, 0].double())
+    mae, correlation = knn_rating(bank, ratings, query, truth, k=30)  # equal but for the order of the sum
     assert mae == pytest.approx(rating_chance(ratings, truth), abs=1e-6)
+    assert math.isnan(correlation)
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_rated_query_has_an_error_but_no_correlation() -> None:
+    mae, correlation = knn_rating(torch.eye(2), torch.tensor([0.2, 0.8]), torch.eye(2)[:1], torch.tensor([0.5]), k=1)
+    assert mae == pytest.approx(0.3)
     assert math.isnan(correlation)
