@@ -1,7 +1,7 @@
 """The typed config tree, and where each value comes from: defaults < YAML file < environment < command line.
 
 An unknown key, a wrong type or a value out of range is a `UserError` that names the key, what is allowed and the
-nearest known name. Keys of the plan's section 8 keep the plan's names. Every number of the project stands here once, with its
+nearest known name. Keys of the plan's section 8 keep its names. Every number of the project stands here once, with its
 unit; `docs/config.md` is generated from the descriptions.
 """
 

@@ -74,9 +74,8 @@ class Loader:
             if not self.shuffled:
                 left = self.count - (self.step - 1) * self.batch_size
                 outputs = [x[: max(left, 0)] for x in outputs] if left < self.batch_size else outputs
-            *data, row = outputs
-            segment = row.reshape(-1)
-            yield Batch(*data, segment) if self.graph.mode == "views" else Single(*data, segment)
+            outputs[-1] = outputs[-1].reshape(-1)
+            yield Batch(*outputs) if self.graph.mode == "views" else Single(*outputs)
         self.step = 0
 
     def _run(self) -> list[Tensor]:
@@ -84,9 +83,7 @@ class Loader:
         try:
             outputs = self.pipeline.run(stream)
         except RuntimeError as e:
-            reason = next(
-                (line for line in str(e).splitlines() if "rror" in line and "Critical" not in line), str(e)
-            )
+            reason = next((line for line in str(e).splitlines() if "rror" in line and "Critical" not in line), str(e))
             raise UserError(
                 f"the data graph stopped ({reason.strip()}): a segment of the shards may be damaged; check with"
                 " tools/make_shards.py --verify"
