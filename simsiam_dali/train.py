@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, 
 from simsiam_dali import config as settings
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
-from simsiam_dali.data.loader import measure_log_mel
+from simsiam_dali.data.loader import Batch, measure_log_mel
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World, choose_device, world
 from simsiam_dali.errors import UserError, one_line_errors
@@ -66,6 +67,29 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def train_step(
+    model: Callable[..., Any],
+    loss_fn: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    batch: Batch,
+    lr: float,
+    fixed_lr: float,
+) -> tuple[Tensor, Tensor]:
+    """One step on one batch: (loss, view 1's projections `(B, d)`), both detached and left on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = fixed_lr if group["fix_lr"] else lr
+    with autocast():
+        p1, p2, z1, z2 = model(batch.view1, batch.view2)
+        loss = loss_fn(p1, p2, z1, z2)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach(), z1.detach()
 
 
 class Interrupt:
@@ -189,19 +213,11 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
             clock.reset()
             for batch in clock.batches(loader):
                 lr, fixed_lr = learning_rates(config, step, steps, batch_size)
-                for group in optimizer.param_groups:
-                    group["lr"] = fixed_lr if group["fix_lr"] else lr
-                with autocast():
-                    p1, p2, z1, z2 = model(batch.view1, batch.view2)
-                    loss = loss_fn(p1, p2, z1, z2)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+                loss, z = train_step(model, loss_fn, optimizer, scaler, autocast, batch, lr, fixed_lr)
 
                 step += 1
-                losses.append(loss.detach())
-                recent.append(z1.detach())
+                losses.append(loss)
+                recent.append(z)
                 bar.update()
                 last = loader.step == steps
                 if len(losses) < log_every and not last and not (interrupt.signal and w.size == 1):
