@@ -204,22 +204,28 @@ def verify(root: Path) -> list[str]:
     if problems:
         return problems
     shards = ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS))
-    row = 0
-    for tar in (tar for split in SPLITS for tar in shards.tars(split)):
-        members = _members(tar)
-        if index_text(members) != tar.with_suffix(".idx").read_text():
-            problems.append(f"{tar.with_suffix('.idx')} does not match its tar")
-            continue
-        with tar.open("rb") as file:
-            for sample in members:
-                offset, size, name = sample["row"]
-                file.seek(offset)
-                if (name, file.read(size)) != (f"{row:09d}.row", row.to_bytes(8, "little")):
-                    problems.append(f"{tar}: {name} is not row {row} of the segment table")
-                row += 1
-    if row != len(shards.segments):
-        problems.append(f"{root / SEGMENTS} has {len(shards.segments)} rows, the shards hold {row} segments")
+    for split in SPLITS:
+        for tar in shards.tars(split):
+            problems += _contradictions(tar, shards.segments.index[shards.segments["shard"] == tar.name])
+    if strangers := set(shards.segments["shard"]) - manifest.files.keys():
+        problems.append(f"{root / SEGMENTS} names shards that are not in the manifest: {sorted(strangers)}")
     return problems
+
+
+def _contradictions(tar: Path, rows: Iterable[int]) -> list[str]:
+    """Where a sound tar, its index and the rows that the segment table gives it do not tell the same."""
+    members = _members(tar)
+    if index_text(members) != tar.with_suffix(".idx").read_text():
+        return [f"{tar.with_suffix('.idx')} does not match its tar"]
+    with tar.open("rb") as file:
+        found = []
+        for sample in members:
+            offset, size, name = sample["row"]
+            file.seek(offset)
+            found.append((name, int.from_bytes(file.read(size), "little")))
+    if found != [(f"{row:09d}.row", row) for row in rows]:
+        return [f"{tar} does not hold the rows that {SEGMENTS} gives it"]
+    return []
 
 
 Members = Mapping[str, tuple[int, int, str]]  # extension -> offset, bytes, name

@@ -74,7 +74,8 @@ class SongAudio:
     """One file's audio: iterate once over `blocks()`; the other fields are complete after the last block.
 
     `sample_rate` (Hz) None keeps the file's own rate. `declared` is the length in seconds that the file states,
-    None where it states none; `peak` the largest |sample|, full scale = 1; `damaged` counts packets.
+    None where it states none; `peak` the largest |sample|, full scale = 1; `damaged` counts packets,
+    `stopped` says that FFmpeg found no way on.
     """
 
     path: Path
@@ -83,6 +84,7 @@ class SongAudio:
     channels: int = 0
     peak: float = 0.0
     damaged: int = 0
+    stopped: bool = False
     declared: float | None = None
     _samples: Counter[int] = field(default_factory=Counter, repr=False)  # by rate
     _hash: "hashlib._Hash" = field(default_factory=hashlib.sha256, repr=False)
@@ -127,7 +129,9 @@ class SongAudio:
             notes.append(f"truncated: {self.seconds:.1f} of {self.declared:.1f} s")
         elif _ogg_without_end(self.path):
             notes.append(f"truncated: the Ogg stream has no last page, {self.seconds:.1f} s decoded")
-        if self.damaged:
+        if self.stopped:
+            notes.append(f"cannot be read beyond {self.seconds:.1f} s")
+        elif self.damaged:
             notes.append(f"{self.damaged} damaged packet{'s' * (self.damaged > 1)} skipped")
         if self.peak > 2:
             notes.append(f"clipped: samples of up to {self.peak:.3g} times full scale")
@@ -184,6 +188,7 @@ class SongAudio:
             except av.error.FFmpegError as e:
                 self._count_damage(e)
                 if not progress:  # the demuxer does not get past this place
+                    self.stopped = True
                     return
                 packets, progress = container.demux(stream), False
                 continue

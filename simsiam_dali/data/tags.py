@@ -112,9 +112,8 @@ def _values(tags: Any) -> dict[str, list[str]]:
     """Any of mutagen's tag containers as lower-case name -> texts."""
     if isinstance(tags, ID3):
         return _id3_values(tags)
-    items: Iterable[tuple[str, Any]] = tags.items() if isinstance(tags, Mapping) else list(tags)
     values: dict[str, list[str]] = {}
-    for name, content in items:
+    for name, content in tags.items():
         name = name.lower().removeprefix("----:com.apple.itunes:")
         for value in content if isinstance(content, list | tuple) else [content]:
             if isinstance(value, bytes):  # an MP4 freeform value

@@ -1,0 +1,208 @@
+"""Finding, decoding, cutting and encoding songs."""
+
+import itertools
+from pathlib import Path
+
+import mutagen
+import numpy as np
+import pytest
+import soundfile as sf
+from small_music import sound, write_audio, write_song
+
+from simsiam_dali.data.find import find_songs
+from simsiam_dali.data.segments import cut_segments, encode, to_int16
+from simsiam_dali.data.songs import BadSong, NoAudio, Resampler, SongAudio
+
+
+def decode(path: Path, rate: int | None = None) -> tuple[np.ndarray, SongAudio]:
+    audio = SongAudio(path, rate)
+    return np.concatenate(list(audio.blocks())), audio
+
+
+def rms_db(pcm: np.ndarray) -> float:
+    return float(20 * np.log10(np.sqrt(np.mean(np.square(pcm, dtype=np.float64))) + 1e-12))
+
+
+@pytest.mark.parametrize("rate_in", [44100, 48000, 96000])
+def test_resampling_to_16_khz_keeps_the_passband_and_drops_aliases(rate_in: int) -> None:
+    def level_after(frequency: float) -> float:
+        tone = np.sin(2 * np.pi * frequency * np.arange(rate_in) / rate_in).astype(np.float32)
+        resampler = Resampler(rate_in, 16000)
+        parts = [p for block in (*np.split(tone, 5), None) for p in resampler(block)]
+        pcm = np.concatenate(parts)
+        assert len(pcm) == 16000
+        return rms_db(pcm[4000:12000]) - rms_db(tone)
+
+    for frequency in (100, 1000, 4000, 7000, 7500):
+        assert abs(level_after(frequency)) < 0.1
+    for frequency in (8100, 8500, 9000, 12000, 20000):  # would fold to below 8 kHz
+        assert level_after(frequency) < -80
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype", "step"),
+    [
+        ("a.wav", "PCM_U8", 2**-7),
+        ("a.wav", "PCM_16", 2**-15),
+        ("a.wav", "PCM_24", 2**-22),
+        ("a.flac", "PCM_24", 2**-22),
+        ("a.wav", "PCM_32", 2**-22),
+        ("a.wav", "FLOAT", 2**-22),
+        ("a.wav", "DOUBLE", 2**-22),
+    ],
+)
+def test_every_sample_format_decodes_to_the_mean_of_its_channels(
+    tmp_path: Path, name: str, subtype: str, step: float
+) -> None:
+    pcm = sound(1, 1.0, 44100, 6)
+    pcm *= np.linspace(0.5, 1.5, 6, dtype=np.float32)  # so that a channel left out is seen
+    decoded, audio = decode(write_audio(tmp_path / name, pcm, 44100, subtype))
+    assert (audio.channels, audio.source_rate, audio.sample_rate) == (6, 44100, 44100)
+    assert np.abs(decoded - pcm.mean(axis=1)).max() < step
+    assert audio.note == ""
+
+
+@pytest.mark.parametrize("suffix", [".mp3", ".ogg", ".m4a", ".flac"])
+def test_compressed_songs_decode_whole(tmp_path: Path, suffix: str) -> None:
+    pcm = sound(2, 5.0)
+    decoded, audio = decode(write_audio(tmp_path / f"a{suffix}", pcm), 16000)
+    assert audio.seconds == pytest.approx(5.0, abs=0.15)  # AAC and MP3 pad to whole frames
+    assert len(decoded) == pytest.approx(audio.seconds * 16000, abs=1)
+    assert rms_db(decoded) == pytest.approx(rms_db(pcm), abs=0.5)
+    assert audio.note == ""
+
+
+def test_the_audio_hash_is_of_the_audio_alone(tmp_path: Path) -> None:
+    pcm = to_int16(sound(3, 2.0))
+    _, wav = decode(write_audio(tmp_path / "a.wav", pcm), 16000)
+    write_audio(tmp_path / "a.flac", pcm)
+    tags = mutagen.File(tmp_path / "a.flac")
+    tags["title"] = "one"
+    tags.save()
+    _, flac = decode(tmp_path / "a.flac")
+    _, other = decode(write_audio(tmp_path / "b.wav", to_int16(sound(4, 2.0))))
+    assert flac.audio_hash == wav.audio_hash != other.audio_hash
+
+
+def chained(tmp_path: Path, suffix: str) -> Path:
+    """2 s in stereo at 44.1 kHz, then 3 s in mono at 22.05 kHz, in one file, as streams are recorded."""
+    first = write_audio(tmp_path / f"1{suffix}", sound(1, 2.0, 44100, 2), 44100)
+    second = write_audio(tmp_path / f"2{suffix}", sound(2, 3.0, 22050, 1), 22050)
+    path = tmp_path / f"chained{suffix}"
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    return path
+
+
+def test_a_stream_that_changes_its_rate_keeps_its_length(tmp_path: Path) -> None:
+    decoded, audio = decode(chained(tmp_path, ".mp3"), 16000)
+    assert audio.seconds == pytest.approx(5.0, abs=0.2)
+    assert len(decoded) == pytest.approx(audio.seconds * 16000, abs=2)
+    assert (audio.source_rate, audio.channels) == (44100, 2)
+
+
+def test_what_ffmpeg_cannot_go_on_with_is_kept_so_far_and_told(tmp_path: Path) -> None:
+    decoded, audio = decode(chained(tmp_path, ".ogg"), 16000)
+    assert len(decoded) == 32000
+    assert "cannot be read beyond 2.0 s" in audio.note
+
+
+def test_samples_beyond_full_scale_are_told(tmp_path: Path) -> None:
+    _, audio = decode(write_audio(tmp_path / "a.wav", 20 * sound(1, 1.0), subtype="FLOAT"))
+    assert audio.note.startswith("clipped")
+
+
+def test_what_is_no_audio_is_told_apart_from_broken_audio(tmp_path: Path) -> None:
+    for name in ("a.mp3", "a.data"):
+        (tmp_path / name).write_text("this is no music\n" * 500)
+    with pytest.raises(NoAudio):
+        decode(tmp_path / "a.data")
+    with pytest.raises(BadSong) as caught:
+        decode(tmp_path / "a.mp3")
+    assert not isinstance(caught.value, NoAudio)
+    with pytest.raises(BadSong, match="No such file") as caught:
+        decode(tmp_path / "missing.mp3")
+    assert caught.value.transient
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),  # of segments of 10 samples: (start, true length)
+    [
+        (0, []),
+        (3, [(0, 3)]),
+        (10, [(0, 10)]),
+        (14, [(0, 10)]),
+        (15, [(0, 10), (5, 10)]),
+        (27, [(0, 10), (10, 10), (17, 10)]),
+        (30, [(0, 10), (10, 10), (20, 10)]),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_segments_cover_the_song(samples: int, expected: list[tuple[int, int]], block: int) -> None:
+    song = np.arange(1, samples + 1, dtype=np.float32)
+    blocks = [song[at : at + block] for at in range(0, samples, block)]
+    segments = list(cut_segments(blocks, 10))
+    assert [(s.start, s.samples) for s in segments] == expected
+    for segment in segments:
+        true = song[segment.start : segment.start + segment.samples]
+        assert segment.pcm.tolist() == [true[i % len(true)] for i in range(10)]
+
+
+def test_cutting_never_holds_the_whole_song() -> None:
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield np.ones(10, np.float32)
+
+    assert len(list(itertools.islice(cut_segments(endless(), 100), 5))) == 5
+    assert taken == 50
+
+
+@pytest.mark.parametrize("codec", ["flac", "wav", "ogg"])
+def test_encoding_is_repeatable_and_readable(tmp_path: Path, codec: str) -> None:
+    pcm = sound(5, 8.0, 16000)[:, 0]
+    content = encode(pcm, 16000, codec)
+    assert content == encode(pcm, 16000, codec)
+    path = tmp_path / f"a.{codec}"
+    path.write_bytes(content)
+    read, rate = sf.read(path, dtype="float32")  # libogg drops pages whose checksum is wrong
+    assert (rate, read.shape) == (16000, pcm.shape)
+    error = rms_db(read - pcm) - rms_db(pcm)
+    assert error < (-15 if codec == "ogg" else -70)
+
+
+def test_encoding_clips() -> None:
+    pcm = np.array([-3, -1, 0, 1, 3], np.float32)
+    content = encode(pcm, 16000, "wav")
+    assert np.frombuffer(content[-10:], "<i2").tolist() == [-32767, -32767, 0, 32767, 32767]
+
+
+def test_finding_ends_and_sorts_out(tmp_path: Path) -> None:
+    music = tmp_path / "music"
+    for name in ("b/2.MP3", "a/1.flac", "z.unknown", "cover.jpg", "list.m3u", ".hidden.mp3", ".trash/3.mp3"):
+        (music / name).parent.mkdir(parents=True, exist_ok=True)
+        (music / name).write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "4.ogg").write_bytes(b"x")
+    (music / "linked").symlink_to(tmp_path / "elsewhere")
+    (music / "a" / "loop").symlink_to(music)
+    (music / "0-alias-of-b").symlink_to(music / "b")
+    (music / "self.mp3").symlink_to(music / "self.mp3")
+    (music / "shards").mkdir()
+    (music / "shards" / "5.wav").write_bytes(b"x")
+
+    files, passed_over = find_songs(music, leave_out=music / "shards")
+
+    assert [f.name for f in files] == ["a/1.flac", "b/2.MP3", "linked/4.ogg", "self.mp3", "z.unknown"]
+    assert [bool(f.problem) for f in files] == [False, False, False, True, False]
+    assert passed_over == 3  # the cover, the playlist, the hidden file
+
+
+def test_reading_tags_and_decoding_change_nothing(tmp_path: Path) -> None:
+    path = write_song(tmp_path / "a.ogg", 1, title="t")
+    before = path.read_bytes()
+    decode(path)
+    assert mutagen.File(path)["title"] == ["t"]
+    assert path.read_bytes() == before
