@@ -1,5 +1,6 @@
 """SimSiam's layers are those of the paper, and its loss stops the gradient."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,6 +12,15 @@ from torch import Tensor, nn
 from simsiam_dali.errors import UserError
 from simsiam_dali.models.losses import SimSiamLoss, negative_cosine
 from simsiam_dali.models.simsiam import SimSiam
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Inputs this small gain nothing from more, and on a busy machine waiting for the others takes seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small(**changes) -> SimSiam:
@@ -262,11 +272,11 @@ def test_a_step_lowers_the_loss() -> None:
     loss_fn = SimSiamLoss()
     optimizer = torch.optim.SGD(model.param_groups(), lr=0.05, momentum=0.9)
     losses = []
-    for _ in range(6):
+    for _ in range(4):
         loss = loss_fn(*model(*views()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert all(-1 <= loss <= 1 for loss in losses)
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - 0.02
