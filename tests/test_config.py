@@ -1,0 +1,124 @@
+"""Settings: where they come from, what is refused and how, and that each one is read by some code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from simsiam_dali import config
+from simsiam_dali.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def attributes_read() -> set[str]:
+    """Names of all attributes the package reads, config.py itself left out."""
+    names: set[str] = set()
+    for path in (ROOT / "simsiam_dali").rglob("*.py"):
+        if path.name != "config.py":
+            tree = ast.parse(path.read_text())
+            names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    return names
+
+
+def test_every_setting_is_read_by_some_code():
+    read = attributes_read()
+    unread = [key for key, _ in config.fields() if key.rsplit(".", 1)[-1] not in read]
+    assert unread == []
+
+
+def test_every_setting_is_described():
+    assert [key for key, field in config.fields() if not field.description] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_yaml_loads(path):
+    config.load(path)
+
+
+def test_gpu_yaml_holds_the_plan_s_values():
+    loaded = config.load(ROOT / "configs" / "gpu.yaml")
+    simsiam, augmentation = loaded.encoder.simsiam, loaded.encoder.simsiam.augmentation
+    assert (simsiam.backbone, simsiam.projection_dim, simsiam.predictor_hidden_dim) == ("resnet50", 2048, 512)
+    assert (simsiam.n_mels, simsiam.n_fft, simsiam.hop_length) == (128, 2048, 512)
+    assert (augmentation.time_stretch_range, augmentation.pitch_shift_range) == ((0.8, 1.2), (-2, 2))
+    assert (augmentation.noise_snr_range, augmentation.gain_range) == ((15, 30), (-6, 6))
+    assert (augmentation.frequency_mask_param, augmentation.time_mask_param) == (27, 100)
+    probabilities = {k: v for k, v in augmentation if k.endswith("_prob")}
+    assert probabilities == {
+        "time_shift_prob": 1.0,
+        "time_stretch_prob": 0.5,
+        "pitch_shift_prob": 0.5,
+        "noise_prob": 0.3,
+        "frequency_mask_prob": 0.5,
+        "time_mask_prob": 0.5,
+        "gain_prob": 0.8,
+        "reverb_prob": 0.2,
+    }
+    assert (simsiam.optimizer, simsiam.sgd_momentum, simsiam.weight_decay) == ("sgd", 0.9, 5e-4)
+
+
+def test_later_sources_win(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("encoder: {epochs: 3, batch_size: 8}\nmlflow: {tracking_uri: 'sqlite:///file.db'}\n")
+    environment = {"MLFLOW_TRACKING_URI": "sqlite:///env.db", "ENCODER_TYPE": "simsiam", "UNRELATED": "1"}
+    loaded = config.load(
+        file, environment, {"encoder.epochs": 4, "train.seed": None}, ["encoder.epochs=5", "train.run_name=a"]
+    )
+    assert loaded.encoder.batch_size == 8  # the file's
+    assert loaded.mlflow.tracking_uri == "sqlite:///env.db"  # environment over file
+    assert loaded.encoder.epochs == 5  # --set over option over file
+    assert (loaded.train.seed, loaded.train.run_name) == (0, "a")
+
+
+def test_yaml_round_trip():
+    loaded = config.load(assignments=["data.view_seconds=2.5", "encoder.simsiam.pretrained_backbone=weights.pt"])
+    assert config.Config.model_validate(yaml.safe_load(loaded.to_yaml())) == loaded
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("encoder.simsiam.weight_decoy=1", "unknown setting encoder.simsiam.weight_decoy; did you mean encoder.simsiam.weight_decay?"),
+        ("epochs=3", "did you mean encoder.epochs?"),
+        ("encoder.epochs=many", "encoder.epochs = 'many' is refused"),
+        ("encoder.epochs=0", "greater than or equal to 1"),
+        ("encoder.simsiam.backbone=resnet51", "allowed: resnet18 | resnet34 | resnet50"),
+        ("encoder.encoder_type=simplest", "encoder.encoder_type = 'simplest' is refused"),
+        ("encoder.simsiam.augmentation.time_stretch_range=[1.2, 0.8]", "the low end 1.2 is above the high end 0.8"),
+        ("encoder.simsiam.augmentation.time_stretch_range=[0.8]", "allowed: [a number, a number]"),
+        ("encoder.simsiam.augmentation.noise_prob=1.5", "less than or equal to 1"),
+        ("data.view_crops=both", "allowed: same | independent"),
+        ("encoder=3", "encoder"),
+        ("encoder.epochs", "expected key=value"),
+        ("encoder.epochs=[", "not readable YAML"),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_key_and_what_is_allowed(assignment, expected):
+    with pytest.raises(UserError) as e:
+        config.load(assignments=[assignment])
+    assert expected in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_refusals_name_their_source(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("encoder: {epoch: 3}")
+    with pytest.raises(UserError, match=r"bad\.yaml: unknown setting encoder\.epoch; did you mean encoder\.epochs"):
+        config.load(bad)
+    with pytest.raises(UserError, match=r"environment ENCODER_TYPE: encoder\.encoder_type = 'x'"):
+        config.load(environment={"ENCODER_TYPE": "x"})
+    with pytest.raises(UserError, match=r"command line: encoder\.batch_size = 1 "):
+        config.load(command_line={"encoder.batch_size": 1})
+    for content, words in (("[1, 2]", "holds no settings"), ("a: [", "not readable YAML"), (b"\xff\xfe\xfa", "not readable")):
+        bad.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match=words):
+            config.load(bad)
+    with pytest.raises(UserError, match="no config file"):
+        config.load(tmp_path / "absent.yaml")
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert config.load(tmp_path / "empty.yaml") == config.Config()
