@@ -13,6 +13,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
+from torchaudio.functional import melscale_fbanks
 from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
 from simsiam_dali.config import AugmentationConfig
@@ -74,6 +75,20 @@ def reference_log_mel(wave: Array, spec: LogMel | None = None) -> Array:
 def power(log_mel: Array) -> Array:
     """dB to power."""
     return 10.0 ** (np.asarray(log_mel, np.float64) / 10)
+
+
+def frequency(view: Array) -> float:
+    """Hz of the tone in a log-mel in dB.
+
+    HTK triangles interpolate linearly between the filters' centres, so the mean of the centres, weighted with the
+    mel power, is the frequency itself.
+    """
+    bins = melscale_fbanks(1025, 0.0, RATE / 2, 128, RATE, mel_scale="htk").numpy()
+    grid = np.linspace(0, RATE / 2, 1025)
+    centres = (bins * grid[:, None]).sum(0) / bins.sum(0)
+    # The first and last frames hold the wave's reflected ends.
+    weights = power(view)[:, 4:-4].sum(axis=1)
+    return float((weights * centres).sum() / weights.sum())
 
 
 def correlation(a: Array, b: Array) -> float:

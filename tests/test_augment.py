@@ -12,6 +12,7 @@ from signals import (
     Array,
     augmented,
     clicks,
+    frequency,
     noise,
     power,
     reference_log_mel,
@@ -20,7 +21,6 @@ from signals import (
     song,
     tone,
 )
-from torchaudio.functional import melscale_fbanks
 
 from simsiam_dali.config import AugmentationConfig
 from simsiam_dali.data import augment
@@ -30,20 +30,6 @@ SECONDS = 6.0
 FRAMES = LogMel().frames(SECONDS)
 SEMITONES = (-2.0, -1.37, -0.5, 0.0, 0.61, 1.0, 2.0)
 RATES = (0.8, 0.93, 1.0, 1.1, 1.2)
-
-
-def frequency(view: Array) -> float:
-    """Hz of the tone in a log-mel in dB.
-
-    HTK triangles interpolate linearly between the filters' centres, so the mean of the centres, weighted with the
-    mel power, is the frequency itself.
-    """
-    bins = melscale_fbanks(1025, 0.0, RATE / 2, 128, RATE, mel_scale="htk").numpy()
-    grid = np.linspace(0, RATE / 2, 1025)
-    centres = (bins * grid[:, None]).sum(0) / bins.sum(0)
-    # The first and last frames hold the wave's reflected ends.
-    weights = power(view)[:, 8:-8].sum(axis=1)
-    return float((weights * centres).sum() / weights.sum())
 
 
 def period(view: Array, about: float) -> float:

@@ -1,9 +1,9 @@
 """The eight augmentations as functions from DALI nodes to DALI nodes, and their random draws.
 
-Each one is done where it is cheap. On the waveform `(N,)`: time shift, pitch shift, noise. On the mel power `(F, n_mels)`,
-time first: time stretch, reverb, gain. On the normalised log-mel: the masks. Drawing is separate from doing: `draw` makes the
-random numbers, the rest is a deterministic function of them, so a test can put in a known draw and a GPU graph can be
-compared with a CPU graph on the same draws.
+Each one is done where it is cheap. On the waveform `(N,)`: time shift, pitch shift, noise. On the mel power
+`(F, n_mels)`, time first: time stretch, reverb, gain. On the normalised log-mel: the masks. Drawing is separate from
+doing: `draw` makes the random numbers, the rest is a deterministic function of them, so a test can put in a known draw
+and a GPU graph can be compared with a CPU graph on the same draws.
 
 Argument inputs (everything in `Draws`) are always CPU scalars; DALI takes them for operators on either device.
 """
@@ -20,10 +20,12 @@ from simsiam_dali.config import AugmentationConfig
 DECAY_60_DB = np.log(1e6)
 """Energy falls by 60 dB when its exponent falls by ln(10^6)."""
 
+LOW_PASS_TAPS = 129
+
 
 @dataclass(frozen=True)
 class Draws:
-    """What one view of one sample drew. Neutral where the augmentation was not drawn (rate 1, 0 semitones, 0 dB, width 0)."""
+    """What one view of one sample drew; neutral where it drew nothing (rate 1, 0 semitones, 0 dB, width 0)."""
 
     shift: DataNode  # fraction of the view, FLOAT in [0, 1)
     rate: DataNode  # tempo, FLOAT; above 1 is faster
@@ -43,7 +45,7 @@ class Draws:
 
 
 def stream(seed: int, name: str) -> int:
-    """A seed of its own for the operator called `name`: adding or removing another operator changes no draw of this one."""
+    """A seed of its own for the operator called `name`: another operator more or less changes no draw of this one."""
     return zlib.crc32(f"{seed}/{name}".encode())
 
 
@@ -57,8 +59,8 @@ def uniform(low: float, high: float, seed: int) -> DataNode:
 def draw(cfg: AugmentationConfig, frames: int, n_mels: int, seed: int) -> Draws:
     """Draw one view's augmentations for each sample, independently.
 
-    frames, n_mels: size of the view, for the masks' places. A mask's width is uniform on 0..param, its start uniform over
-    the places where it fits (arXiv:1904.08779, section 2).
+    frames, n_mels: size of the view, for the masks' places. A mask's width is uniform on 0..param, its start uniform
+    over the places where it fits (arXiv:1904.08779, section 2).
     """
 
     def coin(name: str, probability: float) -> DataNode:
@@ -117,8 +119,27 @@ def circular_slice(x: DataNode, start: DataNode, length: DataNode, turns: int = 
 
 
 def resample(x: DataNode, in_rate: DataNode | float, out_rate: DataNode | float, quality: float) -> DataNode:
-    """Band-limited resampling of `(N,)`; a pitch shift is one whose output is then read at another rate."""
+    """Sinc interpolation of `(N,)`; a pitch shift is one whose output is then read at another rate.
+
+    DALI's filter ends at the input's Nyquist frequency, whatever the output's: what lies above the latter folds back.
+    """
     return fn.audio_resample(x, in_rate=in_rate, out_rate=out_rate, quality=quality)
+
+
+def low_pass(x: DataNode, cutoff: DataNode, gpu: bool) -> DataNode:
+    """`x (N,)` without what lies above `cutoff`, a FLOAT fraction of its Nyquist frequency: a Hann-windowed sinc.
+
+    6 dB down at the cutoff; 0.3 dB and 30 dB down 0.02 (of the Nyquist frequency) below and above it.
+    """
+    places = np.arange(LOW_PASS_TAPS, dtype=np.float32) - LOW_PASS_TAPS // 2
+    places[LOW_PASS_TAPS // 2] = 1e-3  # sin(x) / x has a value at 0 too
+    window = np.hanning(LOW_PASS_TAPS + 2)[1:-1].astype(np.float32)
+    sine = math.sin(types.Constant(np.pi * places[None], device="cpu") * cutoff)
+    kernel = sine * types.Constant((window / places)[None], device="cpu")
+    kernel = kernel / fn.reductions.sum(kernel)
+    # One row: `fn.filter` is ten times slower on one column.
+    row = fn.filter(fn.reshape(x, shape=[1, -1]), kernel.gpu() if gpu else kernel)
+    return fn.reshape(row, shape=[-1])
 
 
 def pitch_rate(sample_rate: float, semitones: DataNode) -> DataNode:
@@ -146,16 +167,18 @@ def time_scale(mel: DataNode, factor: DataNode, frames: int, n_mels: int) -> Dat
     # DALI's pixel centres lie at +0.5: scaling about (0.5, 0.5) keeps frame 0 in place.
     matrix = fn.transforms.scale(scale=fn.stack(types.Constant(np.float32(1), device="cpu"), factor), center=[0.5, 0.5])
     image = fn.reshape(fn.expand_dims(mel, axes=[2]), layout="HWC")
-    image = fn.warp_affine(image, matrix=matrix, size=(frames, n_mels), inverse_map=True, interp_type=types.INTERP_LINEAR)
+    image = fn.warp_affine(
+        image, matrix=matrix, size=(frames, n_mels), inverse_map=True, interp_type=types.INTERP_LINEAR
+    )
     return fn.reshape(image, shape=[frames, n_mels], layout="")
 
 
 def reverb(mel: DataNode, rt60: DataNode, drr_db: DataNode, max_rt60: float, hop_seconds: float, gpu: bool) -> DataNode:
     """Add a room's late reverberation to the mel power `(F, n_mels)`.
 
-    The tail of a room's impulse response is noise under an exponential decay (Polack 1988; Habets 2007, section 2.2), so in
-    expectation its energy is the signal's energy convolved along time with that decay: 60 dB in `rt60` seconds. The tail
-    holds 10^(-drr_db / 10) of the direct sound's energy.
+    The tail of a room's impulse response is noise under an exponential decay (Polack 1988; Habets 2007, section 2.2),
+    so in expectation its energy is the signal's energy convolved along time with that decay: 60 dB in `rt60` seconds.
+    The tail holds 10^(-drr_db / 10) of the direct sound's energy.
     """
     taps = int(np.ceil(max_rt60 / hop_seconds)) + 1
     # `fn.filter` correlates: the kernel stands reversed, its anchor on the last tap, which is the direct sound.
@@ -173,6 +196,6 @@ def gain(mel: DataNode, gain_db: DataNode) -> DataNode:
 
 
 def spec_augment(log_mel: DataNode, draws: Draws) -> DataNode:
-    """Mask one band of mel bins and one stretch of frames of the normalised `(F, n_mels)`; 0 is its mean. Width 0 masks none."""
+    """Set one band of mel bins and one stretch of frames of the normalised `(F, n_mels)` to 0, its mean."""
     log_mel = fn.erase(log_mel, anchor=draws.time_start, shape=draws.time_width, axes=[0], fill_value=0.0)
     return fn.erase(log_mel, anchor=draws.mel_start, shape=draws.mel_width, axes=[1], fill_value=0.0)

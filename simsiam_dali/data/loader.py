@@ -1,8 +1,8 @@
 """The DALI graph as a torch iterator: one `for` loop is one epoch; its place is saved and restored exactly.
 
-A shuffled loader (training) reads on without end: an epoch is the whole batches in it, and what is left over comes first in the
-next, so that each segment is seen once before any is seen twice. An ordered loader (validation, embedding) gives each
-segment of this rank's part once; only its last batch is smaller.
+A shuffled loader (training) reads on without end: an epoch is the whole batches in it, and what is left over comes
+first in the next, so that each segment is seen once before any is seen twice. An ordered loader (validation,
+embedding) gives each segment of this rank's part once; only its last batch is smaller.
 """
 
 import dataclasses
@@ -56,9 +56,10 @@ class Loader:
         padded = -(-count // ranks)
         self.steps = count // (batch_size * ranks) if self.shuffled else -(-padded // batch_size)
         if self.steps == 0:
+            each = f" on each of {ranks} processes" if ranks > 1 else ""
             raise UserError(
-                f"a batch of {batch_size}{f' on each of {ranks} processes' if ranks > 1 else ''} is larger than the data set"
-                f" ({count} segments): use --batch-size {max(1, count // ranks)} or less, or pack more songs"
+                f"a batch of {batch_size}{each} is larger than the data set ({count} segments): use --batch-size"
+                f" {max(1, count // ranks)} or less, or pack more songs"
             )
         self.settings = (batch_size, threads, prefetch, seed, gpu)
         self.step = 0  # batches of this epoch already given

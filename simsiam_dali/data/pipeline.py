@@ -1,13 +1,13 @@
 """The DALI graph: read -> decode -> resample -> two augmented views, or one clean view, or raw audio.
 
-One definition serves both devices: with `gpu`, everything after the decoder (which DALI has for the CPU only) runs on the
-GPU; without it no GPU is touched. The mel front end equals `torchaudio.transforms.MelSpectrogram` (periodic Hann window,
-HTK mel scale, no filter normalisation) followed by `AmplitudeToDB`.
+One definition serves both devices: with `gpu`, everything after the decoder (which DALI has for the CPU only) runs on
+the GPU; without it no GPU is touched. The mel front end equals `torchaudio.transforms.MelSpectrogram` (periodic Hann
+window, HTK mel scale, no filter normalisation) followed by `AmplitudeToDB`.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, math, pipeline_def, types
@@ -20,7 +20,10 @@ FLOOR_DB = -100.0
 """Log-mel floor: `AmplitudeToDB(amin=1e-10)`."""
 
 CONVERT_QUALITY, PITCH_QUALITY = 50.0, 10.0
-"""DALI's resampling quality, 0..100. A conversion from 44.1 kHz must not alias; a shift by two semitones hardly can."""
+"""DALI's resampling quality, 0..100: 16 and 3 lobes of the sinc on each side."""
+
+BAND_EDGE = 0.94
+"""Where the low-pass before a conversion is 6 dB down, as a fraction of the front end's Nyquist frequency."""
 
 LOSSY_CODEC_SLACK = 1e-3
 """How much shorter than its nominal length, as a fraction, a decoded Vorbis segment may be."""
@@ -58,7 +61,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Graph:
-    """Everything that shapes the graph. `seconds` is the length of a view; `augmentation` and `crops` are read by mode "views"."""
+    """Everything that shapes the graph. seconds: length of a view. augmentation, crops: read by mode "views" only."""
 
     source: Source
     log_mel: LogMel
@@ -69,7 +72,7 @@ class Graph:
 
 
 def mel_power(wave: DataNode, spec: LogMel) -> DataNode:
-    """Mel power `(F, n_mels)` of `wave (N,)`, F = 1 + N // hop. Time comes first: the STFT is 2.5 times faster that way."""
+    """Mel power `(F, n_mels)` of `wave (N,)`, F = 1 + N // hop. Time first: the STFT is 2.5 times faster that way."""
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.n_fft) / spec.n_fft)
     power = fn.spectrogram(
         wave,
@@ -97,9 +100,10 @@ def normalised(mel: DataNode, spec: LogMel) -> DataNode:
     return (decibels - spec.mean) * (1.0 / spec.std)
 
 
-def first_frames(mel: DataNode, frames: int) -> DataNode:
-    """Cut `(F, n_mels)` to `frames`; a resampled wave may hold some more."""
-    return fn.slice(mel, start=0, end=frames, axes=[0])
+def exactly(wave: DataNode, samples: DataNode) -> DataNode:
+    """`wave (N,)` cut or padded with zeros to `samples` (INT32); resamplers and codecs may leave out the last few."""
+    start = types.Constant(np.int32(0), device="cpu")
+    return fn.slice(wave, start=start, end=samples, axes=[0], out_of_bounds_policy="pad")
 
 
 def fastest(cfg: AugmentationConfig) -> float:
@@ -117,14 +121,20 @@ def place(wave: DataNode, rate: DataNode, graph: Graph, at: DataNode | float) ->
     return fn.slice(wave, start=start, end=start + length, axes=[0], out_of_bounds_policy="trim_to_shape")
 
 
+def band_limited(wave: DataNode, rate: DataNode, graph: Graph, gpu: bool) -> DataNode:
+    """`wave (N,)` without what the front end's rate cannot hold, so that resampling folds nothing back."""
+    if graph.source.native_rate and rate > float(graph.log_mel.sample_rate):
+        wave = augment.low_pass(wave, BAND_EDGE * graph.log_mel.sample_rate / rate, gpu)
+    return wave
+
+
 def at_front_end_rate(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
     """`wave (N,)` at the front end's rate, exactly `graph.seconds` long."""
     spec = graph.log_mel
     samples = round(graph.seconds * spec.sample_rate)
     if graph.source.native_rate:
         wave = augment.resample(wave, rate, float(spec.sample_rate), CONVERT_QUALITY)
-    zero, end = (types.Constant(np.int32(n), device="cpu") for n in (0, samples))
-    return fn.slice(wave, start=zero, end=end, axes=[0], out_of_bounds_policy="pad")
+    return exactly(wave, types.Constant(np.int32(samples), device="cpu"))
 
 
 def clean_view(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
@@ -140,37 +150,28 @@ def augmented_view(
     spec, cfg, native = graph.log_mel, graph.augmentation, graph.source.native_rate
     frames, hop_seconds = spec.frames(graph.seconds), spec.hop_length / spec.sample_rate
 
-    # A faster tempo needs more sound than the view is long; that and the shift go round the end. A conversion from
-    # another rate may come out a sample short of the last hop, so it gets one hop more.
-    margin = hop_seconds if native else 0.0
+    # A faster tempo needs more sound than the view is long; that and the shift go round the end.
     start = augment.integer(draws.shift * wave.shape(dtype=types.FLOAT)[0])
-    length = augment.integer(rate * (graph.seconds * draws.rate + margin))
-    turns = 1 + int(np.ceil(fastest(cfg) + margin / graph.seconds + LOSSY_CODEC_SLACK))
+    length = augment.integer(rate * (graph.seconds * draws.rate))
+    turns = 1 + int(np.ceil(fastest(cfg) + LOSSY_CODEC_SLACK))
     wave = augment.circular_slice(wave, start, length, turns)
 
     pitch_rate = augment.pitch_rate(float(spec.sample_rate), draws.semitones)
     if native:
         wave = augment.resample(wave, rate, pitch_rate, CONVERT_QUALITY)
-    elif cfg.pitch_shift_prob > 0:
-        if draws.semitones != 0.0:
-            wave = augment.resample(wave, float(spec.sample_rate), pitch_rate, PITCH_QUALITY)
-    if bank is not None:
-        if draws.noisy:
-            noise = types.Constant(bank, device="gpu" if gpu else "cpu")
-            wave = augment.add_noise(wave, draws.snr_db, noise, draws.noise_at, turns=2)
+        wave = exactly(wave, augment.integer(pitch_rate * (graph.seconds * draws.rate)))
+    elif cfg.pitch_shift_prob > 0 and draws.semitones != 0.0:
+        wave = augment.resample(wave, float(spec.sample_rate), pitch_rate, PITCH_QUALITY)
+    if bank is not None and draws.noisy:
+        noise = types.Constant(bank, device="gpu" if gpu else "cpu")
+        wave = augment.add_noise(wave, draws.snr_db, noise, draws.noise_at, turns=2)
 
     mel = mel_power(wave, spec)
-    if cfg.time_stretch_prob > 0 or cfg.pitch_shift_prob > 0:
-        if draws.scaled:
-            factor = draws.rate * math.pow(2.0, draws.semitones / -12.0)
-            mel = augment.time_scale(mel, factor, frames, spec.n_mels)
-        else:
-            mel = first_frames(mel, frames)
-    else:
-        mel = first_frames(mel, frames)
-    if cfg.reverb_prob > 0:
-        if draws.reverberant:
-            mel = augment.reverb(mel, draws.rt60, draws.drr_db, cfg.reverb_rt60_range[1], hop_seconds, gpu)
+    if (cfg.time_stretch_prob > 0 or cfg.pitch_shift_prob > 0) and draws.scaled:
+        factor = draws.rate * math.pow(2.0, draws.semitones / -12.0)
+        mel = augment.time_scale(mel, factor, frames, spec.n_mels)
+    if cfg.reverb_prob > 0 and draws.reverberant:
+        mel = augment.reverb(mel, draws.rt60, draws.drr_db, cfg.reverb_rt60_range[1], hop_seconds, gpu)
     mel = augment.gain(mel, draws.gain_db)
     log_mel = augment.spec_augment(normalised(mel, spec), draws)
     return fn.transpose(log_mel, perm=[1, 0])
@@ -196,7 +197,7 @@ def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
         "shuffle_after_epoch_seed": augment.stream(seed, "shard order"),
         "seed": augment.stream(seed, "reader"),
     }
-    return fn.readers.webdataset(
+    segments: Any = fn.readers.webdataset(  # two outputs, as `ext` names two
         name="reader",
         paths=[str(p) for p in source.tars],
         index_paths=[str(p) for p in source.indexes],
@@ -207,9 +208,12 @@ def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
         num_shards=source.num_shards,
         **(order if shuffled else {"pad_last_batch": True, "stick_to_shard": True}),
     )
+    return segments
 
 
-def build(graph: Graph, batch_size: int, threads: int, prefetch: int, seed: int, gpu: int | None, state: str | None) -> Pipeline:
+def build(
+    graph: Graph, batch_size: int, threads: int, prefetch: int, seed: int, gpu: int | None, state: str | None
+) -> Pipeline:
     """Build the pipeline. Outputs: [view1, view2, row] in mode "views", [view, row] or [wave, row] otherwise.
 
     gpu: CUDA device number, or None for the CPU alone. state: a `pipeline.checkpoint()` to go on from.
@@ -240,21 +244,25 @@ def build(graph: Graph, batch_size: int, threads: int, prefetch: int, seed: int,
         def anywhere(name: str) -> DataNode:
             return augment.uniform(0.0, 1.0, augment.stream(draw_seed, name))
 
+        def crop(at: DataNode | float) -> DataNode:
+            return band_limited(place(wave, rate, graph, at), rate, graph, on_gpu)
+
         if graph.mode == "views":
-            first = anywhere("crop 1")
-            second = anywhere("crop 2") if graph.crops == "independent" else first
+            first = crop(anywhere("crop 1"))
+            second = crop(anywhere("crop 2")) if graph.crops == "independent" else first
             views = []
-            for number, at in ((1, first), (2, second)):
+            for number, cropped in ((1, first), (2, second)):
                 draws = augment.draw(
                     graph.augmentation,
                     graph.log_mel.frames(graph.seconds),
                     graph.log_mel.n_mels,
                     augment.stream(draw_seed, f"view {number}"),
                 )
-                views.append(augmented_view(place(wave, rate, graph, at), rate, draws, bank, graph, on_gpu))
+                views.append(augmented_view(cropped, rate, draws, bank, graph, on_gpu))
             return (*views, row)
-        wave = place(wave, rate, graph, 0.5 if graph.source.shuffle_buffer == 0 else anywhere("crop"))
-        return (clean_view(wave, rate, graph) if graph.mode == "clean" else at_front_end_rate(wave, rate, graph), row)
+        cropped = crop(0.5 if graph.source.shuffle_buffer == 0 else anywhere("crop"))
+        single = clean_view if graph.mode == "clean" else at_front_end_rate
+        return single(cropped, rate, graph), row
 
     pipeline = define(checkpoint=state)
     pipeline.build()
