@@ -1,0 +1,217 @@
+"""Timing. Each stage lives in a process of its own, and stands still between its windows.
+
+Stages that are compared take turns, window by window, so that what else the machine does meets all of them. A stage
+that waits for its turn would go on filling its queues: it would take the cores from the stage that is being timed, and
+begin its own next window with batches that cost nothing. So it is frozen (SIGSTOP) where its window ended, and goes on
+from there.
+
+A window starts and ends when a batch arrives. What it counts are the segment ids of the batches that arrived in it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any
+
+import torch
+from machine import gpu_bytes_in_use, host_bytes, host_peak_bytes
+from torch import Tensor
+
+from simsiam_dali.clock import StepClock
+from simsiam_dali.errors import UserError
+
+WARM_UP_UNITS = 2
+"""Least units of batches before the first window; it lasts a window's seconds in any case."""
+
+_CONTEXT = multiprocessing.get_context("spawn")  # not fork: DALI, CUDA and OpenMP have threads
+
+
+@dataclass
+class Stage:
+    """What is timed.
+
+    batches: without end, the segment ids `(B,)` of each batch once its work is done, or queued on the device.
+    unit: batches after which the work repeats. The workers of a DataLoader give a batch each in turn, so a window
+    holds whole turns. bytes_to_device: copied to the GPU for each sample. gpu_bytes: GPU memory that this stage took so
+    far, for torch's and DALI's pools, which do not shrink. clock: of a stage that trains, the trainer's.
+    """
+
+    batches: Iterator[Tensor]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    unit: int = 1
+    bytes_to_device: int = 0
+    gpu_bytes: int = 0
+    clock: StepClock | None = None
+
+    def synchronize(self) -> None:
+        """Wait for what is queued on the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One timed stretch: `segments` are the ids that came in `seconds`; memory as it was at its end, in bytes."""
+
+    segments: list[int]
+    seconds: float
+    data_wait_share: float | None  # where the stage trains
+    host_bytes: int
+    host_peak_bytes: int  # since the stage's process began
+    gpu_bytes: int
+    bytes_to_device: int  # for each sample
+
+    @property
+    def samples_per_s(self) -> float:
+        """Segments a second."""
+        return len(self.segments) / self.seconds
+
+
+def timed_window(stage: Stage, seconds: float, batches: int = 1) -> Window:
+    """Time whole units of batches, for at least `seconds` and at least `batches`.
+
+    One batch goes before, untimed: it was in the making when the stage stood still.
+    """
+    gpu_before = gpu_bytes_in_use(stage.device)
+    next(stage.batches)
+    stage.synchronize()
+    if stage.clock:
+        stage.clock.reset()
+    began = time.perf_counter()
+    came: list[Tensor] = []
+    while len(came) < batches or time.perf_counter() - began < seconds:
+        came += [next(stage.batches) for _ in range(stage.unit)]
+    waited = stage.clock.read()[1] if stage.clock else None
+    stage.synchronize()
+    took = time.perf_counter() - began
+    # All others are frozen, so what the device has lent out since is this stage's.
+    stage.gpu_bytes += gpu_bytes_in_use(stage.device) - gpu_before
+    return Window(
+        segments=torch.cat(came).tolist(),
+        seconds=took,
+        data_wait_share=waited,
+        host_bytes=host_bytes(),
+        host_peak_bytes=host_peak_bytes(),
+        gpu_bytes=stage.gpu_bytes,
+        bytes_to_device=stage.bytes_to_device,
+    )
+
+
+def _serve(pipe: Connection, open_stage: Callable[..., Stage], arguments: tuple[Any, ...], seconds: float) -> None:
+    """A stage's process: opens it, warms it up, then answers each request with a window."""
+    # A group of its own, so that a DataLoader's workers are frozen along. The kernel wakes and ends a frozen group
+    # whose parent has died.
+    os.setpgid(0, 0)
+    try:
+        stage = open_stage(*arguments)
+        timed_window(stage, seconds, batches=WARM_UP_UNITS * stage.unit)
+        pipe.send(None)
+        while True:
+            pipe.send(timed_window(stage, *pipe.recv()))
+    except EOFError:
+        pass
+    except (UserError, torch.OutOfMemoryError) as e:
+        pipe.send(UserError(str(e).splitlines()[0]))
+    os._exit(0)  # no waiting for prefetching threads and workers: the group is ended next
+
+
+class FrozenStage:
+    """A stage in a process of its own, frozen except during its windows.
+
+    open_stage: a module's function, called with `arguments` in the new process. Raises UserError when it does.
+    """
+
+    def __init__(self, name: str, open_stage: Callable[..., Stage], arguments: tuple[Any, ...], warm_up: float) -> None:
+        self.name = name
+        self.pipe, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs, open_stage, arguments, warm_up), name=name)
+        self.process.start()
+        theirs.close()
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
+        self._signal(signal.SIGSTOP)
+
+    def window(self, seconds: float, batches: int = 1) -> Window:
+        """Go on from where the last window ended."""
+        self._signal(signal.SIGCONT)
+        self.pipe.send((seconds, batches))
+        window = self._answer()
+        self._signal(signal.SIGSTOP)
+        assert isinstance(window, Window)
+        return window
+
+    def close(self) -> None:
+        """End the process and its workers."""
+        self.pipe.close()
+        self._signal(signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):  # it never came to have a group, or is gone
+            os.killpg(self.process.pid, number)
+
+    def _answer(self) -> Window | None:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise UserError(f"{self.name} died without a word (its own message stands above, if it had one)") from None
+        if isinstance(answer, UserError):
+            raise UserError(f"{self.name}: {answer}")
+        return answer
+
+
+def interleaved(
+    stages: Mapping[str, tuple[Callable[..., Stage], tuple[Any, ...]]],
+    windows: int,
+    seconds: float,
+    batches: int = 1,
+    say: Callable[[str], None] = print,
+) -> dict[str, list[Window]]:
+    """Time stages in turns: one window of each, then the next of each."""
+    result: dict[str, list[Window]] = {name: [] for name in stages}
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for name, (open_stage, arguments) in stages.items():
+            say(f"{name}: warming up")
+            opened.append(FrozenStage(name, open_stage, arguments, warm_up=seconds))
+            stack.callback(opened[-1].close)
+        for turn in range(windows):
+            say(f"window {turn + 1} of {windows}: {', '.join(stages)}")
+            for stage in opened:
+                result[stage.name].append(stage.window(seconds, batches))
+    return result
+
+
+def summary(windows: Iterable[Window], view_seconds: float) -> dict[str, Any]:
+    """A stage's entry in the JSON: median, lowest and highest window, and what it took.
+
+    view_seconds: audio in one sample, of which each of the two views shows one such length.
+    """
+    windows = list(windows)
+    rates = [w.samples_per_s for w in windows]
+    waits = [w.data_wait_share for w in windows if w.data_wait_share is not None]
+    return {
+        "samples_per_s": median(rates),
+        "low": min(rates),
+        "high": max(rates),
+        "audio_hours_per_s": median(rates) * view_seconds / 3600,
+        "x_realtime": median(rates) * view_seconds,
+        "windows": len(windows),
+        "samples": sum(len(w.segments) for w in windows),
+        "seconds": sum(w.seconds for w in windows),
+        "host_peak_bytes": windows[-1].host_peak_bytes,
+        "gpu_bytes": windows[-1].gpu_bytes,
+        "bytes_to_device": windows[-1].bytes_to_device,
+        **({"data_wait_share": median(waits)} if waits else {}),
+    }

@@ -1,0 +1,182 @@
+"""The stages of this project: prefixes of its data graph, its training step, and both together.
+
+| stage | what one sample costs in it |
+|---|---|
+| loader/read | the reader alone: encoded audio out of the tars |
+| loader/decode | + DALI's decoder, always on the CPU |
+| loader/resample | + conversion to the front end's rate (none where the shards are at it), cut to the view's length |
+| loader/mel | + one log-mel, as in validation and embedding |
+| loader/card | two log-mels with shift, gain, noise and SpecAugment |
+| loader/all | two log-mels with all eight augmentations |
+| loader/train | the loader as the training's config asks for it: its view's length, mel bins, batch and threads |
+| model | forward, backward and step of the training's config, on a batch that already is on the device |
+| train | loader/train and model as the trainer runs them |
+| baseline/train | the same model on the batches of baseline/full |
+| baseline/gpu_train | the same model on the batches of baseline/gpu_full |
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from baselines import BASELINES
+from measure import Stage, gpu_bytes_in_use
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from torch import Tensor
+
+from simsiam_dali import config as settings
+from simsiam_dali import factory
+from simsiam_dali.clock import StepClock
+from simsiam_dali.config import Config
+from simsiam_dali.data.loader import Batch, Loader
+from simsiam_dali.data.pipeline import Source, read
+from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.distributed import World, choose_device
+from simsiam_dali.train import autocast_dtype, learning_rates, train_step
+
+LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/card", "loader/all")
+TRAINING = ("loader/train", "model", "train")
+
+BASELINE_OF_TRAIN = {"baseline/train": "baseline/full", "baseline/gpu_train": "baseline/gpu_full"}
+"""Stages that train on a baseline's batches."""
+
+CARD = {f"encoder.simsiam.augmentation.{name}_prob": 0.0 for name in ("time_stretch", "pitch_shift", "reverb")}
+"""What the card's list leaves out."""
+
+MEAN_DB, STD_DB = -20.0, 20.0
+"""Statistics of the log-mel, which the trainer measures; no speed depends on them."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A stage to open. `config` holds the shards, batch, threads and view's length; `workers` are a DataLoader's."""
+
+    kind: str
+    config: Config
+    device: str  # cpu or gpu
+    workers: int
+
+
+def open_stage(spec: Spec) -> Stage:
+    """Open the stage in this process. Raises UserError as the trainer would."""
+    device = choose_device(spec.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    before = gpu_bytes_in_use(device)
+    stage = _open(spec, World(0, 1, device))
+    stage.gpu_bytes = gpu_bytes_in_use(device) - before
+    return stage
+
+
+def _open(spec: Spec, world: World) -> Stage:
+    config, shards = spec.config, open_shards(spec.config.data.shards)
+    log_mel = factory.with_statistics(factory.log_mel_settings(config), MEAN_DB, STD_DB)
+    if spec.kind.startswith("baseline/"):
+        baseline = BASELINES[BASELINE_OF_TRAIN.get(spec.kind, spec.kind)]
+        batches = baseline.batches(config, shards, log_mel, world.device, spec.workers)
+        if spec.kind in BASELINE_OF_TRAIN:
+            stage = trained(config, world, batches, steps=max(1, shards.count("train") // config.encoder.batch_size))
+        else:
+            stage = Stage((batch.segment for batch in batches), world.device)
+        stage.unit = spec.workers  # they give a batch each in turn
+        stage.bytes_to_device = baseline.bytes_to_device(
+            shards, log_mel, factory.view_seconds(config, shards), world.device
+        )
+        return stage
+    if spec.kind in ("loader/read", "loader/decode"):
+        return Stage(front(config, shards, decode=spec.kind == "loader/decode"))
+    if spec.kind == "model":
+        frames = log_mel.frames(factory.view_seconds(config, shards))
+        return trained(config, world, itertools.repeat(random_batch(config, frames, world.device)), steps=100)
+    if spec.kind == "loader/card":
+        config = settings.load(base=config.model_dump(mode="json"), command_line=CARD)
+    mode = {"loader/resample": "raw", "loader/mel": "clean"}.get(spec.kind, "views")
+    loader = factory.create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
+    stage = (
+        trained(config, world, endless(loader), len(loader))
+        if spec.kind == "train"
+        else Stage((batch.segment for batch in endless(loader)), world.device)
+    )
+    if world.gpu is not None:
+        stage.bytes_to_device = decoded_bytes(shards)
+    return stage
+
+
+def endless(loader: Loader) -> Iterator[Any]:
+    """Epoch after epoch."""
+    while True:
+        yield from loader
+
+
+def decoded_bytes(shards: ShardSet) -> int:
+    """Float32 bytes of a segment at the shards' own rate: what the graph sends to a GPU, once for both views."""
+    return round(4 * shards.segment_seconds * float(shards.segments["sample_rate"].mean()))
+
+
+def front(config: Config, shards: ShardSet, decode: bool) -> Iterator[Tensor]:
+    """The graph's own reader, and its decoder when `decode`; nothing leaves the CPU."""
+    source = Source(
+        tars=tuple(shards.tars("train")),
+        indexes=tuple(shards.indexes("train")),
+        codec=shards.codec,
+        native_rate=False,  # not read this far
+        segment_seconds=shards.segment_seconds,
+        shuffle_buffer=config.data.shuffle_buffer,
+    )
+
+    @pipeline_def(
+        batch_size=config.encoder.batch_size,
+        num_threads=config.data.threads,
+        device_id=None,
+        prefetch_queue_depth=config.data.prefetch,
+        exec_dynamic=True,
+    )
+    def define() -> tuple[DataNode, ...]:
+        encoded, row = read(source, config.train.seed)
+        if not decode:
+            return encoded, row
+        wave, _ = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
+        return wave, row
+
+    pipeline = define()
+    pipeline.build()
+    while True:
+        _, row = pipeline.run()
+        yield torch.from_dlpack(row.as_tensor()).reshape(-1)
+
+
+def random_batch(config: Config, frames: int, device: torch.device) -> Batch:
+    """A batch that has always been on the device; its segments are numbered from 0."""
+    shape = (config.encoder.batch_size, config.encoder.simsiam.n_mels, frames)
+    view1, view2 = (torch.randn(shape, device=device) for _ in range(2))
+    return Batch(view1, view2, torch.arange(shape[0]))
+
+
+def trained(config: Config, world: World, batches: Iterable[Batch], steps: int) -> Stage:
+    """The trainer's step on each of `batches`, under the trainer's clock. steps: in an epoch, for the learning rate."""
+    torch.manual_seed(config.train.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    dtype = autocast_dtype(config.train.precision, world.device)
+    autocast = functools.partial(torch.autocast, world.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    encoder = factory.create_encoder(config).to(world.device).to(memory_format=layout).train()
+    model = torch.compile(encoder) if config.train.compile else encoder
+    loss_fn, optimizer = factory.create_loss_fn(config), factory.create_optimizer(config, encoder)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    clock = StepClock(world.device)
+
+    def run() -> Iterator[Tensor]:
+        for number, batch in enumerate(clock.batches(batches)):
+            rates = learning_rates(config, number % steps, steps, config.encoder.batch_size)
+            train_step(model, loss_fn, optimizer, scaler, autocast, batch, *rates)
+            yield batch.segment
+
+    return Stage(run(), world.device, clock=clock)
+
+
+KINDS = (*LOADER, *TRAINING, *BASELINES, *BASELINE_OF_TRAIN)

@@ -1,0 +1,305 @@
+"""Samples per second, stage by stage: `python benchmarks/throughput.py`.
+
+One sample is one segment, which gives two views. Without arguments it measures the shards in ./shards, or, where there
+are none, shards of generated songs that it makes and keeps in the cache folder; on the GPU where there is one. Every stage
+is warmed up; a figure is the median of five windows, and the stages of a group take turns (see measure.py). stages.py
+and baselines.py say what each stage does.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import machine
+import material
+from chart import draw
+from measure import interleaved, summary
+from stages import BASELINE_OF_TRAIN, KINDS, TRAINING, Spec, open_stage
+
+from simsiam_dali import config as settings
+from simsiam_dali import factory
+from simsiam_dali.config import Config
+from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.distributed import choose_device
+from simsiam_dali.errors import UserError, one_line_errors
+
+GROUPS = (
+    ("loader/read", "loader/decode", "loader/resample", "loader/mel"),
+    ("loader/card", "baseline/light", "baseline/gpu_light"),
+    ("loader/all", "baseline/full", "baseline/gpu_full", "baseline/plain_pitch"),
+    ("loader/train", "model", "train", "baseline/train", "baseline/gpu_train"),
+)
+"""Stages that take turns, because they are compared; a group's processes live at the same time."""
+
+OPTIONAL = ("baseline/plain_pitch", "baseline/train")
+GPU_ONLY = ("baseline/gpu_light", "baseline/gpu_full", "baseline/gpu_train")
+
+SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
+    "threads": ((1, 2, 4, 8, 16), ("loader/card", "loader/all")),
+    "batch": ((4, 16, 64), ("loader/card", "loader/all")),
+    "codec": (("flac", "wav", "ogg"), ("loader/decode", "loader/card", "baseline/light")),
+    "rate": ((16000, "native"), ("loader/resample", "loader/card", "baseline/light")),
+    "seconds": ((5.0, 15.0, 30.0, 60.0), ("loader/card", "loader/all")),
+}
+"""What a sweep changes: its values, and the stages it measures unless --stages says others."""
+
+LOADER_BATCH, LOADER_SECONDS, LOADER_THREADS = 16, 60.0, 2
+CACHE_SEGMENTS = 24
+"""Least number of generated segments."""
+
+Plan = list[dict[str, Spec]]  # groups of stages that take turns, by name
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes the GPU when there is one")
+    add("--stages", nargs="+", metavar="STAGE", help=f"which to measure: {', '.join(KINDS)}")
+    add("--batch-size", type=int, metavar="N", help=f"(default: {LOADER_BATCH}, and the config's for training)")
+    add("--threads", type=int, metavar="N", help=f"DALI's (default: {LOADER_THREADS}, and the config's for training)")
+    add("--workers", type=int, metavar="N", help="the baselines' worker processes (default: as many as threads)")
+    add("--view-seconds", type=float, metavar="S",
+        help=f"length of a view (default: {LOADER_SECONDS:g}, and the config's for training)")  # fmt: skip
+    add("--seconds", type=float, default=3.0, metavar="S", help="length of a window (default: %(default)s)")
+    add("--windows", type=int, default=5, metavar="N", help="windows of each stage (default: %(default)s)")
+    add("--shards", type=Path, metavar="DIR", help="shards to measure (default: ./shards, else generated ones)")
+    add("--music", type=Path, metavar="DIR", help="songs to pack into the cache and measure, instead of shards")
+    add("--config", type=Path, metavar="FILE", help="of the training stages (default: configs/gpu.yaml or cpu.yaml)")
+    add("--set", action="append", default=[], metavar="a.b=c", dest="assignments",
+        help="a setting of the training stages, such as train.compile=true")  # fmt: skip
+    add("--sweep", choices=list(SWEEPS), help="measure stages at several values of this")
+    add("--soak", type=int, metavar="N", help="run loader/all for N batches and watch the memory")
+    add("--json", type=Path, metavar="F", help="write the results here")
+    add("--plot", type=Path, metavar="F", help="draw them into this PNG")
+    return parser
+
+
+class Bench:
+    """What the command line asks for: shards and configs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = choose_device(args.device)
+        self.cores = machine.cores()
+        self.said: list[str] = []
+        self.shards = self.choose_shards()
+        self.threads = args.threads or LOADER_THREADS
+        self.workers = args.workers or self.threads
+        train = settings.load(args.config or factory.default_config_file(self.device), {}, {}, args.assignments)
+        segment, count = self.shards.segment_seconds, self.shards.count("train")
+        self.loader_config = settings.load(command_line={
+            "data.shards": self.shards.root,
+            "data.threads": self.threads,
+            "data.view_seconds": args.view_seconds or min(LOADER_SECONDS, segment),
+            "encoder.batch_size": args.batch_size or min(LOADER_BATCH, count),
+        })  # fmt: skip
+        self.train_config = settings.load(base=train.model_dump(mode="json"), command_line={
+            "data.shards": self.shards.root,
+            "data.threads": args.threads,
+            "data.view_seconds": args.view_seconds or min(train.data.view_seconds or segment, segment),
+            "encoder.batch_size": args.batch_size or min(train.encoder.batch_size, count),
+        })  # fmt: skip
+
+    def choose_shards(self) -> ShardSet:
+        """--shards, --music, ./shards, or generated ones."""
+        args = self.args
+        if args.shards:
+            return open_shards(args.shards)
+        if not args.music and (Path("shards") / "manifest.json").exists():
+            return open_shards(Path("shards"))
+        return open_shards(material.packed(self.music(), self.cores))
+
+    def music(self) -> Path:
+        """--music, or generated songs."""
+        if self.args.music:
+            return Path(self.args.music)
+        least = max(CACHE_SEGMENTS, self.args.batch_size or 0, 0 if self.device.type == "cpu" else 128)
+        say(f"no shards: generated songs take their place (in {material.cache_folder()})")
+        return material.generated_music(least, self.cores)
+
+    def spec(self, kind: str, **changes: Any) -> Spec:
+        """A stage with some settings of its config changed, by dotted key with __ for the dot."""
+        trains = kind in TRAINING or kind in BASELINE_OF_TRAIN
+        config = self.train_config if trains else self.loader_config
+        if changes:
+            over = {key.replace("__", "."): value for key, value in changes.items()}
+            config = settings.load(base=config.model_dump(mode="json"), command_line=over)
+        return Spec(kind, config, "gpu" if self.device.type == "cuda" else "cpu", self.workers)
+
+    def plan(self) -> Plan:
+        """The stages asked for, in groups."""
+        wanted = self.args.stages or [
+            kind for kind in KINDS if kind not in OPTIONAL and (kind not in GPU_ONLY or self.device.type == "cuda")
+        ]
+        if unknown := [kind for kind in wanted if kind not in KINDS]:
+            raise UserError(f"--stages: there is no stage {', '.join(unknown)}; there are {', '.join(KINDS)}")
+        groups = ({kind: self.spec(kind) for kind in group if kind in wanted} for group in GROUPS)
+        return [group for group in groups if group]
+
+    def sweep(self, name: str) -> Plan:
+        """The stages of a sweep; one group is one kind at all values."""
+        values, kinds = SWEEPS[name]
+        return [
+            {f"{kind} {name}={value:g}" if isinstance(value, float) else f"{kind} {name}={value}": spec
+             for value in values if (spec := self.at(kind, name, value))}
+            for kind in self.args.stages or kinds
+        ]  # fmt: skip
+
+    def at(self, kind: str, sweep: str, value: Any) -> Spec | None:
+        """A stage at one value of a sweep; None where this machine or these shards do not have it."""
+        if sweep == "threads":
+            return self.spec(kind, data__threads=value) if value <= 2 * self.cores else None
+        if sweep == "batch":
+            fits = value <= self.shards.count("train")
+            return self.spec(kind, encoder__batch_size=value) if fits else None
+        if sweep == "seconds":
+            fits = value <= self.shards.segment_seconds
+            return self.spec(kind, data__view_seconds=value) if fits else None
+        codec, rate = (value, 16000) if sweep == "codec" else ("flac", None if value == "native" else value)
+        return self.spec(kind, data__shards=material.packed(self.music(), self.cores, codec, rate))
+
+
+def say(line: str) -> None:
+    """Progress; results go to standard output."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def measure(plan: Plan, windows: int, seconds: float, batches: int = 1) -> dict[str, dict[str, Any]]:
+    """Each stage's entry in the JSON."""
+    result = {}
+    for group in plan:
+        timed = interleaved(
+            {name: (open_stage, (spec,)) for name, spec in group.items()}, windows, seconds, batches, say
+        )
+        for name, came in timed.items():
+            result[name] = described(group[name]) | summary(came, view_seconds(group[name].config))
+    return result
+
+
+def view_seconds(config: Config) -> float:
+    """Length of a view, s."""
+    return config.data.view_seconds or open_shards(config.data.shards).segment_seconds
+
+
+def described(spec: Spec) -> dict[str, Any]:
+    """The settings that a stage's speed depends on most."""
+    c = spec.config
+    shape = {"batch_size": c.encoder.batch_size, "view_seconds": view_seconds(c), "n_mels": c.encoder.simsiam.n_mels}
+    if spec.kind.startswith("baseline/"):
+        return shape | {"workers": spec.workers}
+    return shape | ({} if spec.kind == "model" else {"threads": c.data.threads, "prefetch": c.data.prefetch})
+
+
+def ratios(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """The four ratios; None where a stage they need was not measured."""
+
+    def rate(name: str) -> float | None:
+        return entries[name]["samples_per_s"] if name in entries else None
+
+    def over(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    loader, model = rate("loader/train"), rate("model")
+    return {
+        "card_over_light": over(rate("loader/card"), rate("baseline/light")),
+        "all_over_full": over(rate("loader/all"), rate("baseline/full")),
+        "train_over_slower": over(rate("train"), min(loader, model) if loader and model else None),
+        "data_wait_share": entries["train"]["data_wait_share"] if "train" in entries else None,
+    }
+
+
+def document(bench: Bench, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What --json writes."""
+    shards, train = bench.shards, bench.train_config
+    about = {
+        "device": bench.device.type,
+        "segments": shards.count("train"),
+        "segment_seconds": shards.segment_seconds,
+        "codec": shards.codec,
+        "sample_rate": shards.sample_rate,  # None: each song's own
+        "model": f"{train.encoder.encoder_type} {train.encoder.simsiam.backbone}",
+        "precision": train.train.precision,
+        "compile": train.train.compile,
+        "sweep": bench.args.sweep,
+    }
+    return {
+        "environment": machine.environment(bench.device) | {"settings": about},
+        "stages": entries,
+        "ratios": ratios(entries),
+    }
+
+
+def table(doc: Mapping[str, Any]) -> str:
+    """The results for the terminal."""
+    env, about = doc["environment"], doc["environment"]["settings"]
+    packages = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    rate = f"{about['sample_rate']} Hz" if about["sample_rate"] else "native rates"
+    lines = [
+        f"{env['cpu']}, {env['cores']} cores, {env['memory_gb']:g} GB; {env['gpu'] or 'no GPU'}",
+        f"Python {env['python']}, {packages}",
+        f"{env['date']}, commit {env['commit'] or 'unknown'}",
+        f"{about['segments']} segments of {about['segment_seconds']:g} s, {about['codec']}, {rate}; a sample = two views",
+        "",
+    ]
+    heads = ("stage", "samples/s", "low", "high", "audio h/s", "x realtime", "host GB", "GPU GB", "MB to GPU")
+    rows = [
+        (
+            name,
+            *(figure(e[key]) for key in ("samples_per_s", "low", "high", "audio_hours_per_s", "x_realtime")),
+            *(f"{e[key] / 1e9:.2f}" for key in ("host_peak_bytes", "gpu_bytes")),
+            f"{e['bytes_to_device'] / 1e6:.2f}",
+        )
+        for name, e in doc["stages"].items()
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    known = {name: value for name, value in doc["ratios"].items() if value is not None}
+    if known:
+        lines += ["", *(f"{name.ljust(max(map(len, known)))}  {value:.3g}" for name, value in known.items())]
+    return "\n".join(lines)
+
+
+def figure(x: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"
+
+
+def soak(bench: Bench, batches: int) -> None:
+    """Run the whole loader for `batches`, and print the memory at each twentieth."""
+    part = max(1, batches // 20)
+    came = interleaved({"loader/all": (open_stage, (bench.spec("loader/all"),))}, 20, 0.0, part, say)["loader/all"]
+    for number, window in enumerate(came, 1):
+        print(
+            f"after {number * part:6} batches: {window.host_bytes / 1e9:.3f} GB, {window.samples_per_s:.1f} samples/s"
+        )
+    growth = came[-1].host_bytes / came[0].host_bytes - 1
+    print(f"growth from the first twentieth to the last: {growth:+.1%}; peak {came[-1].host_peak_bytes / 1e9:.2f} GB")
+
+
+@one_line_errors
+def main() -> None:
+    """The command."""
+    args = build_parser().parse_args()
+    bench = Bench(args)
+    if args.soak:
+        soak(bench, args.soak)
+        return
+    entries = measure(bench.sweep(args.sweep) if args.sweep else bench.plan(), args.windows, args.seconds)
+    doc = document(bench, entries)
+    print(table(doc))
+    if args.json:
+        args.json.write_text(json.dumps(doc, indent=1) + "\n")
+    if args.plot:
+        draw(doc, args.plot)
+
+
+if __name__ == "__main__":
+    main()
