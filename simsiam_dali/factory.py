@@ -17,15 +17,18 @@ from simsiam_dali.models.losses import SimSiamLoss
 from simsiam_dali.models.simsiam import SimSiam
 
 
-def create_encoder(config: Config) -> SimSiam:
-    """The encoder named by `encoder.encoder_type`, on the CPU."""
+def create_encoder(config: Config, pretrained: bool = True) -> SimSiam:
+    """The encoder named by `encoder.encoder_type`, on the CPU.
+
+    pretrained: False leaves `pretrained_backbone` unread, for an encoder whose weights come from a checkpoint.
+    """
     simsiam = config.encoder.simsiam
     return SimSiam(
         backbone=simsiam.backbone,
         projection_dim=simsiam.projection_dim,
         projection_layers=simsiam.projection_layers,
         predictor_hidden_dim=simsiam.predictor_hidden_dim,
-        pretrained=simsiam.pretrained_backbone,
+        pretrained=pretrained and simsiam.pretrained_backbone,
         embedding=simsiam.embedding,
     )
 

@@ -129,7 +129,7 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
     torch.manual_seed(config.train.seed)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    encoder = factory.create_encoder(config)
+    encoder = factory.create_encoder(config, pretrained=resumed is None)
     dtype = autocast_dtype(config.train.precision, w.device)
     autocast = functools.partial(torch.autocast, w.device.type, dtype=dtype, enabled=dtype != torch.float32)
     frames = log_mel.frames(loader.graph.seconds)

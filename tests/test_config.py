@@ -80,7 +80,8 @@ def test_yaml_round_trip():
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("encoder.simsiam.weight_decoy=1", "unknown setting encoder.simsiam.weight_decoy; did you mean encoder.simsiam.weight_decay?"),
+        ("encoder.simsiam.weight_decoy=1", "unknown setting encoder.simsiam.weight_decoy; did you mean"),
+        ("encoder.simsiam.weight_decoy=1", "encoder.simsiam.weight_decay?"),
         ("epochs=3", "did you mean encoder.epochs?"),
         ("encoder.epochs=many", "encoder.epochs = 'many' is refused"),
         ("encoder.epochs=0", "greater than or equal to 1"),
@@ -111,7 +112,11 @@ def test_refusals_name_their_source(tmp_path):
         config.load(environment={"ENCODER_TYPE": "x"})
     with pytest.raises(UserError, match=r"command line: encoder\.batch_size = 1 "):
         config.load(command_line={"encoder.batch_size": 1})
-    for content, words in (("[1, 2]", "holds no settings"), ("a: [", "not readable YAML"), (b"\xff\xfe\xfa", "not readable")):
+    for content, words in (
+        ("[1, 2]", "holds no settings"),
+        ("a: [", "not readable YAML"),
+        (b"\xff\xfe\xfa", "not readable"),
+    ):
         bad.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError, match=words):
             config.load(bad)

@@ -1,0 +1,381 @@
+"""The training run as a whole: same seed same losses, killed and resumed, what is written, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from simsiam_dali import checkpoint, config, factory, memory
+from simsiam_dali.errors import UserError
+from simsiam_dali.train import learning_rates
+
+TINY = {
+    "data.view_seconds": 1.5,
+    "data.view_crops": "independent",
+    "data.threads": 1,
+    "data.stats_segments": 8,
+    "encoder.epochs": 3,
+    "encoder.batch_size": 4,
+    "encoder.simsiam.backbone": "resnet18",
+    "encoder.simsiam.projection_dim": 32,
+    "encoder.simsiam.predictor_hidden_dim": 8,
+    "encoder.simsiam.n_mels": 16,
+    "encoder.simsiam.augmentation.frequency_mask_param": 4,
+    "encoder.simsiam.augmentation.time_mask_param": 10,
+    "train.device": "cpu",
+    "train.log_every": 1,
+}
+
+
+def command(folder: Path, shards: Path, *options: str, **over: object) -> list[str]:
+    """`python -m simsiam_dali.train` with tiny settings, everything it writes below `folder`."""
+    values = {
+        **TINY,
+        "data.shards": shards,
+        "train.runs_dir": folder / "runs",
+        "mlflow.tracking_uri": f"sqlite:///{folder}/mlflow.db",
+        **{k.replace("__", "."): v for k, v in over.items()},
+    }
+    sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "simsiam_dali.train", *sets, *options]
+
+
+def run(args: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run to the end, in `folder`, with one torch thread so that tests do not disturb each other."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+
+
+def start(args: list[str], folder: Path) -> subprocess.Popen[str]:
+    """The same, left running."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(args, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def train(folder: Path, shards: Path, *options: str, **over: object) -> Path:
+    """Train to the end without MLflow; the run's folder."""
+    done = run(command(folder, shards, *options, mlflow__enabled="false", **over), folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run_dir,) = (folder / "runs").iterdir()
+    return run_dir
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Step -> training loss; a step written twice would show as a shorter dictionary than list."""
+    pairs = [(r["step"], r["loss"]) for r in records(run_dir) if "loss" in r]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def epochs(run_dir: Path) -> list[dict]:
+    """The epoch records without what depends on the clock."""
+    timed = ("throughput/samples_per_s", "throughput/data_wait_share", "training_time_hours")
+    return [{k: v for k, v in r.items() if k not in timed} for r in records(run_dir) if "epoch" in r]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
+    """A run that was never stopped."""
+    return train(tmp_path_factory.mktemp("whole"), small_shards)
+
+
+def test_one_seed_gives_the_same_losses_and_another_does_not(whole, tmp_path, small_shards):
+    (tmp_path / "again").mkdir()
+    again = train(tmp_path / "again", small_shards)
+    assert losses(again) == losses(whole)
+    assert epochs(again) == epochs(whole)
+    (tmp_path / "other").mkdir()
+    other = train(tmp_path / "other", small_shards, "--seed", "1", encoder__epochs=1)
+    assert losses(other)[1] != losses(whole)[1]
+
+
+def wait_for_step(process: subprocess.Popen[str], run_parent: Path, step: int) -> None:
+    """Until the journal holds the loss of `step`."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in run_parent.glob("*/metrics.jsonl"):
+            if any(f'"step": {step}, "loss"' in line for line in path.read_text().splitlines()):
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"never came to step {step}: {process.communicate()[1][-2000:]}")
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 2])
+def test_killed_and_resumed_is_as_if_never_stopped(whole, tmp_path, small_shards, checkpoint_every):
+    """SIGKILL in the first epoch, at its end, and in the last one; the losses, scores and weights come out the same."""
+    total = max(losses(whole))
+    over = {"mlflow__enabled": "false", "train__checkpoint_every": checkpoint_every}
+    args = command(tmp_path, small_shards, **over)
+    for step in (1, total // 3, total - 2):
+        process = start(args, tmp_path)
+        wait_for_step(process, tmp_path / "runs", step)
+        process.kill()
+        process.communicate()
+        args = command(tmp_path, small_shards, "--resume", **over)
+    done = run(args, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert losses(run_dir) == losses(whole)
+    ours, theirs = (checkpoint.load(d / checkpoint.FILE_NAME)["encoder"] for d in (run_dir, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_in_the_middle_of_an_epoch(whole, tmp_path, small_shards, number):
+    args = command(tmp_path, small_shards, mlflow__enabled="false", train__log_every=100)
+    process = start(args, tmp_path)
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)  # after the untrained evaluation, before or during the first step
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err[-2000:]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
+    assert 0 < saved["step"] < len(losses(whole))
+    assert f"stopped after step {saved['step']}" in out
+    done = run(
+        command(tmp_path, small_shards, "--resume", str(run_dir), mlflow__enabled="false", train__log_every=1), tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(run_dir) == losses(whole)
+
+
+def test_what_a_run_writes(whole):
+    assert {p.name for p in whole.iterdir()} == {"checkpoint.pt", "config.yaml", "curves.png", "metrics.jsonl"}
+    assert config.load(whole / "config.yaml").encoder.batch_size == TINY["encoder.batch_size"]
+    found = epochs(whole)
+    assert [r["epoch"] for r in found] == [0, 1, 2, 3]  # 0 is the untrained encoder
+    for name in ("encoder/val_loss", "knn/artist", "knn/genre", "knn/rating_mae", "knn/artist_chance"):
+        assert all(r[name] is not None for r in found), name
+    for name in ("encoder/train_loss", "encoder/z_std", "encoder/effective_rank"):
+        assert all(r[name] is not None for r in found[1:]), name
+    per_epoch = len(losses(whole)) // 3
+    mean = sum(losses(whole)[s] for s in range(1, per_epoch + 1)) / per_epoch
+    assert found[1]["encoder/train_loss"] == pytest.approx(mean)
+    assert all(-1 <= loss <= 1 for loss in losses(whole).values())
+
+
+def test_the_checkpoint_holds_the_data_set_s_statistics(whole):
+    saved = checkpoint.load(whole / checkpoint.FILE_NAME)
+    assert -90 < saved["log_mel"]["mean"] < 40
+    assert 5 < saved["log_mel"]["std"] < 40
+
+
+def test_the_predictor_s_rate_stays_and_the_encoder_s_falls(whole):
+    encoder, predictor = checkpoint.load(whole / checkpoint.FILE_NAME)["optimizer"]["param_groups"]
+    base = 0.03 * TINY["encoder.batch_size"] / 256
+    assert predictor["lr"] == pytest.approx(base)
+    assert encoder["lr"] < 0.05 * base
+
+
+def test_learning_rates_follow_the_cosine_and_the_warm_up():
+    settings = config.load(
+        assignments=["encoder.epochs=10", "encoder.simsiam.warmup_epochs=2", "encoder.learning_rate=0.05"]
+    )
+    rates = [learning_rates(settings, step, 100, 512) for step in range(1000)]
+    assert all(fixed == pytest.approx(0.1) for _, fixed in rates)
+    assert rates[0][0] == pytest.approx(0.1 / 201)
+    assert rates[200][0] == pytest.approx(0.1)  # the warm-up's end
+    assert rates[600][0] == pytest.approx(0.05)  # half way down the cosine
+    assert 0 < rates[999][0] < 1e-5
+    assert all(a[0] < b[0] for a, b in pairwise(rates[:200]))
+    assert all(a[0] > b[0] for a, b in pairwise(rates[200:]))
+
+
+def test_fix_predictor_lr_off_marks_no_group():
+    settings = config.load(assignments=["encoder.simsiam.fix_predictor_lr=false", "encoder.simsiam.backbone=resnet18"])
+    optimizer = factory.create_optimizer(settings, factory.create_encoder(settings))
+    assert not any(group["fix_lr"] for group in optimizer.param_groups)
+
+
+def test_mlflow_holds_parameters_tags_metrics_and_files(tmp_path, small_shards):
+    done = run(command(tmp_path, small_shards, "--run-name", "tracked", encoder__epochs=1), tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("music_recommendation")
+    (found,) = client.search_runs([experiment.experiment_id], "tags.encoder_type = 'simsiam'")
+    assert found.info.run_name == "tracked"
+    assert found.info.status == "FINISHED"
+    expected = {
+        "encoder_type": "simsiam",
+        "loss_type": "negative_cosine",
+        "experiment_variant": "simsiam_negative_cosine",
+        "backbone": "resnet18",
+        "pretrained": "false",
+    }
+    assert expected.items() <= found.data.tags.items()
+    assert found.data.params["encoder.simsiam.n_mels"] == "16"
+    assert {"encoder/train_loss", "encoder/val_loss", "encoder/z_std", "knn/artist", "training_time_hours"} <= set(
+        found.data.metrics
+    )
+    files = {f.path for f in client.list_artifacts(found.info.run_id)}
+    assert files == {"config.yaml", "checkpoint.pt", "curves.png"}
+
+
+def test_without_mlflow_it_is_not_imported(tmp_path, small_shards):
+    args = command(tmp_path, small_shards, mlflow__enabled="false", encoder__epochs=1)
+    code = """
+import sys
+from simsiam_dali import train
+sys.argv = ["train", *sys.argv[1:]]
+try:
+    train.main()
+finally:
+    assert "mlflow" not in sys.modules
+"""
+    done = run([sys.executable, "-c", code, *args[3:]], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_train_one_model(tmp_path, small_shards):
+    args = command(tmp_path, small_shards, mlflow__enabled="false", encoder__epochs=2, encoder__batch_size=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *args[1:]]
+    done = run(launcher, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
+    assert len(saved["loaders"]) == 2
+    assert saved["loaders"][0] != saved["loaders"][1]
+    steps = len(losses(run_dir))
+    assert steps == saved["step"]
+    refused = run(
+        command(tmp_path, small_shards, "--resume", mlflow__enabled="false", encoder__batch_size=2, encoder__epochs=2),
+        tmp_path,
+    )
+    assert refused.returncode == 1
+    assert "made by 2 processes" in refused.stderr
+
+
+def refusal(args: list[str], folder: Path, **environment: str) -> str:
+    """The one line that ended a command; it must be one, and no traceback."""
+    done = run(args, folder, **environment)
+    assert done.returncode == 1, done.stderr[-2000:] + done.stdout[-500:]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "Traceback" not in done.stderr
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], done.stderr
+    assert not (folder / "runs").exists()
+    return lines[-1]
+
+
+def changed_shards(folder: Path, shards: Path) -> Path:
+    shutil.copytree(shards, folder / "shards")
+    return folder / "shards"
+
+
+def test_refused_no_shards(tmp_path):
+    assert "no such folder; make them with tools/make_shards.py" in refusal(
+        command(tmp_path, tmp_path / "nowhere"), tmp_path
+    )
+    (tmp_path / "empty").mkdir()
+    assert "no shards in" in refusal(command(tmp_path, tmp_path / "empty"), tmp_path)
+
+
+def test_refused_a_missing_index(tmp_path, small_shards):
+    shards = changed_shards(tmp_path, small_shards)
+    (shards / "train-000000.idx").unlink()
+    assert "train-000000.idx is missing" in refusal(command(tmp_path, shards), tmp_path)
+
+
+def test_refused_another_format_version(tmp_path, small_shards):
+    shards = changed_shards(tmp_path, small_shards)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    assert "format version 99" in refusal(command(tmp_path, shards), tmp_path)
+
+
+def test_refused_a_shard_changed_since_packing(tmp_path, small_shards):
+    shards = changed_shards(tmp_path, small_shards)
+    content = bytearray((shards / "train-000000.tar").read_bytes())
+    content[len(content) // 2] ^= 1
+    (shards / "train-000000.tar").write_bytes(content)
+    assert "has changed since packing" in refusal(command(tmp_path, shards), tmp_path)
+
+
+def test_refused_a_batch_larger_than_the_data_set(tmp_path, small_shards):
+    line = refusal(command(tmp_path, small_shards, encoder__batch_size=500), tmp_path)
+    assert "a batch of 500 is larger than the data set" in line
+    assert "--batch-size" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_refused_a_gpu_that_is_not_there(tmp_path, small_shards):
+    assert "no CUDA device" in refusal(command(tmp_path, small_shards, train__device="gpu"), tmp_path)
+
+
+def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
+    encoder = factory.create_encoder(config.load(assignments=["encoder.simsiam.backbone=resnet18"]))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 4 << 30)
+    with pytest.raises(UserError, match=r"a batch of 512 needs about .* use --batch-size \d+ or less") as e:
+        memory.check_fits(encoder, 512, 128, 1876, False, torch.device("cpu"))
+    largest = int(str(e.value).split("--batch-size ")[1].split()[0])
+    memory.check_fits(encoder, largest, 128, 1876, False, torch.device("cpu"))
+    with pytest.raises(UserError):
+        memory.check_fits(encoder, largest + 1, 128, 1876, False, torch.device("cpu"))
+    memory.check_fits(encoder, 2 * largest, 128, 1876, True, torch.device("cpu"))  # half precision, half the memory
+
+
+def test_refused_a_server_that_does_not_answer(tmp_path, small_shards):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]  # free once the socket is closed
+    uri = f"http://127.0.0.1:{port}"
+    args = command(tmp_path, small_shards)
+    at = args.index(f"mlflow.tracking_uri=sqlite:///{tmp_path}/mlflow.db")
+    line = refusal(args[: at - 1] + args[at + 1 :], tmp_path, MLFLOW_TRACKING_URI=uri)
+    assert f"the MLflow server {uri} does not answer" in line
+
+
+def test_refused_a_run_that_exists_and_settings_a_resume_cannot_change(whole, tmp_path, small_shards):
+    shutil.copytree(whole.parent, tmp_path / "runs")
+    name = whole.name
+    done = run(command(tmp_path, small_shards, "--run-name", name), tmp_path)
+    assert done.returncode == 1
+    assert "holds a run already" in done.stderr
+    done = run(
+        command(tmp_path, small_shards, "--resume", name, mlflow__enabled="false", encoder__learning_rate=1), tmp_path
+    )
+    assert done.returncode == 1
+    assert "--resume cannot change encoder.learning_rate" in done.stderr
+    done = run(command(tmp_path, small_shards, "--resume", "absent"), tmp_path)
+    assert done.returncode == 1
+    assert "neither a checkpoint" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(whole, tmp_path):
+    content = (whole / checkpoint.FILE_NAME).read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"not a checkpoint"):
+        (tmp_path / "c.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"c\.pt"):
+            checkpoint.load(tmp_path / "c.pt")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(whole, tmp_path):
+    path = tmp_path / "c.pt"
+    good = checkpoint.load(whole / checkpoint.FILE_NAME)
+    checkpoint.save(good, path)
+    before = path.read_bytes()
+    (tmp_path / "c.part").mkdir()  # the place where the new one would be written is taken
+    with pytest.raises(UserError, match="the one before is kept"):
+        checkpoint.save(good, path)
+    assert path.read_bytes() == before
+
+
+def test_help_tells_defaults():
+    done = subprocess.run([sys.executable, "-m", "simsiam_dali.train", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for word in ("--encoder-type", "--resume", "--set a.b=c", "default 128", "encoder.epochs"):
+        assert word in done.stdout
