@@ -61,6 +61,11 @@ def make_shards(*arguments: str | Path, **options: object) -> subprocess.Complet
     return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), **options)
 
 
+def said(stderr: str) -> list[str]:
+    """The lines of an error output that are no progress bar."""
+    return [line for line in stderr.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+
+
 def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, str(ROOT / "tools" / "make_shards.py"), *map(str, arguments)]
 

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def roll_forward(root: Path) -> None:
         (source / MANIFEST).replace(root / MANIFEST)
     source.rmdir()
     _sync_folder(root)
+    shutil.rmtree(root / STAGING, ignore_errors=True)  # what is decoded there is in the set now
 
 
 def named_files(folder: Path) -> list[str]:

@@ -242,7 +242,6 @@ class _Packer:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             commit(self.out, staged)
-            shutil.rmtree(self.out / STAGING, ignore_errors=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

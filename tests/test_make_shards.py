@@ -1,0 +1,528 @@
+"""The packer as a command: hostile songs, kills, full disks, second runs."""
+
+import contextlib
+import csv
+import ctypes
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mutagen
+import numpy as np
+import pandas as pd
+import pytest
+from small_music import command, environment, make_shards, said, sound, write_audio, write_song
+
+from simsiam_dali.data.segments import without_ogg_serial
+from simsiam_dali.data.shards import open_shards, read_index, read_table, verify
+from simsiam_dali.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from make_shards import build_parser, main
+
+SHORT = ("--segment-seconds", "4", "--workers", "2")
+
+
+def without_root_rights() -> None:
+    """Root may read any file unless it gives up the right before the command starts."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    drop_from_bounding_set = 24
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        if prctl(drop_from_bounding_set, capability, 0, 0, 0) != 0 and os.geteuid() == 0:
+            raise OSError(ctypes.get_errno(), "prctl")
+
+
+def cut(path: Path, share: float) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def zero_4_kb_in_the_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = bytes(4096)
+    path.write_bytes(content)
+
+
+def declare_more(path: Path, samples: int) -> None:
+    """Raise the end position that the last Ogg page states; the page keeps a valid checksum."""
+    content = bytearray(path.read_bytes())
+    at = content.rfind(b"OggS") + 6
+    end = int.from_bytes(content[at : at + 8], "little")
+    content[at : at + 8] = (end + samples).to_bytes(8, "little")
+    path.write_bytes(without_ogg_serial(bytes(content)))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything a music folder may hold, and the result of packing it: `music/`, `shards/`, `screen`."""
+    root = tmp_path_factory.mktemp("hostile")
+    music = root / "music"
+    music.mkdir()
+    # to be refused
+    (music / "empty.mp3").touch()
+    (music / "text.mp3").write_text("no music at all\n" * 300)
+    (music / "playlist.mp3").write_text("#EXTM3U\n#EXTINF:5,\nhttp://localhost:1/a.mp3\n")
+    write_song(music / "one second.ogg", 1, 1.0)
+    write_audio(music / "silence.flac", np.zeros((6 * 22050, 1), np.float32))
+    nan = sound(2, 6.0)
+    nan[1000] = np.nan
+    write_audio(music / "nan.wav", nan, subtype="FLOAT")
+    write_song(music / "unreadable.ogg", 3)
+    (music / "unreadable.ogg").chmod(0)
+    (music / "dangling.mp3").symlink_to(root / "nowhere.mp3")
+    (music / "self.mp3").symlink_to(music / "self.mp3")
+    # to be kept as far as they decode
+    cut(write_song(music / "truncated.ogg", 4, 12.0), 0.7)
+    cut(write_song(music / "truncated.flac", 5, 12.0), 0.7)
+    zero_4_kb_in_the_middle(write_song(music / "zeroed.ogg", 6, 12.0))
+    declare_more(write_song(music / "fewer frames.ogg", 7, 9.0), 30 * 22050)
+    # to be kept whole
+    write_audio(music / "8 kHz.wav", sound(8, 6.0, 8000), 8000)
+    write_audio(music / "96 kHz.flac", sound(9, 6.0, 96000, 2), 96000)
+    write_audio(music / "24 bit.flac", sound(10, 6.0, 44100, 2), 44100, "PCM_24")
+    write_audio(music / "six channels.flac", sound(11, 6.0, 48000, 6), 48000)
+    write_song(music / "音楽" / "歌 – 夜.ogg", 12, title="夜")
+    write_song(music / 'it\'s "50%" & $HOME; more.mp3', 13, title="quoted")
+    write_song(music / "no tags.wav", 14)
+    write_song(music / "eleven titles.ogg", 15, title=[f"Title {n}" for n in range(11)])
+    write_song(music / "twice.flac", 16, title="Twice", album="First")
+    write_song(music / "again" / "twice.flac", 16, title="Twice", album="Second")
+    write_song(music / "new\nline.mp3", 17)
+    write_song(music / "apple.m4a", 18)
+    write_song(music / "other ending.xyz", 19)
+    Path(os.fsdecode(bytes(music) + b"/latin-\xe9.mp3")).write_bytes(write_song(root / "latin.mp3", 20).read_bytes())
+    # to be passed over
+    for name in ("cover.jpg", "list.m3u", "disc.cue", "notes.txt", "unknown.data", ".hidden.mp3"):
+        (music / name).write_bytes(b"\xff\xd8 something else")
+    (music / "again" / "loop").symlink_to(music)
+
+    result = make_shards(music, "--out", root / "shards", *SHORT, preexec_fn=without_root_rights)
+    (root / "screen").write_text(result.stdout + result.stderr)
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+REFUSED = {
+    "empty.mp3": "empty",
+    "text.mp3": "audio",
+    "playlist.mp3": "audio",
+    "one second.ogg": "too short: 1.0 s",
+    "silence.flac": "silent",
+    "nan.wav": "NaN",
+    "unreadable.ogg": "Permission denied",
+    "dangling.mp3": "No such file",
+    "self.mp3": "Too many levels of symbolic links",
+}
+DAMAGED = {  # name: what the note says, seconds decoded (from, to)
+    "truncated.ogg": ("truncated", 5, 11),
+    "truncated.flac": ("truncated: 8.", 8, 9),
+    "zeroed.ogg": (" of 12.0 s", 9, 11.7),
+    "fewer frames.ogg": ("truncated: 9.0 of 39.0 s", 8.99, 9.01),
+}
+WHOLE = {
+    "8 kHz.wav": 8000,
+    "96 kHz.flac": 96000,
+    "24 bit.flac": 44100,
+    "six channels.flac": 48000,
+    "音楽/歌 – 夜.ogg": 22050,
+    'it\'s "50%" & $HOME; more.mp3': 22050,
+    "no tags.wav": 22050,
+    "eleven titles.ogg": 22050,
+    "again/twice.flac": 22050,
+    "new\nline.mp3": 22050,
+    "apple.m4a": 22050,
+    "other ending.xyz": 22050,
+    "latin-\\xe9.mp3": 22050,
+}
+
+
+def songs_by_path(root: Path) -> pd.DataFrame:
+    return open_shards(root).songs.set_index("path")
+
+
+def test_refused_songs_are_listed_with_their_reason(hostile: Path) -> None:
+    with (hostile / "shards" / "refused.csv").open(newline="") as file:
+        refused = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    assert refused.keys() == REFUSED.keys()
+    for name, reason in REFUSED.items():
+        assert reason in refused[name]
+        assert f"refused  {name}: {refused[name]}" in (hostile / "screen").read_text()
+
+
+def test_every_good_song_is_in_the_shards(hostile: Path) -> None:
+    shards = open_shards(hostile / "shards")
+    assert verify(hostile / "shards") == []
+    songs = shards.songs.set_index("path")
+    assert set(songs.index) == DAMAGED.keys() | WHOLE.keys()
+    for name, rate in WHOLE.items():
+        assert songs.loc[name, "sample_rate"] == rate
+        assert songs.loc[name, "duration"] == pytest.approx(6.0, abs=0.15)
+        assert songs.loc[name, "note"] == ""
+    assert songs.loc["six channels.flac", "channels"] == 6
+    counts = shards.segments.groupby("song").size()
+    for row, song in enumerate(shards.songs.itertuples()):
+        assert counts[row] == int(song.duration / 4) + (song.duration % 4 >= 2)
+
+
+def test_damaged_songs_are_kept_as_far_as_they_decode(hostile: Path) -> None:
+    songs = songs_by_path(hostile / "shards")
+    for name, (note, least, most) in DAMAGED.items():
+        assert note in songs.loc[name, "note"]
+        assert least <= songs.loc[name, "duration"] <= most
+        assert f"kept     {name}: {songs.loc[name, 'note']}" in (hostile / "screen").read_text()
+
+
+def test_tags_and_duplicates(hostile: Path) -> None:
+    songs = songs_by_path(hostile / "shards")
+    assert songs.loc["eleven titles.ogg", "title"] == " / ".join(f"Title {n}" for n in range(11))
+    assert songs.loc["no tags.wav", "title"] == ""
+    assert songs.loc["音楽/歌 – 夜.ogg", "title"] == "夜"
+    assert songs.loc["again/twice.flac", "albums"] == ["Second", "First"]
+    assert songs.loc["again/twice.flac", "other_paths"] == ["twice.flac"]
+
+
+def test_every_file_seen_is_in_the_table_of_files(hostile: Path) -> None:
+    files = read_table(hostile / "shards" / "files.parquet").set_index("path")
+    assert files["status"].value_counts().to_dict() == {
+        "ok": len(DAMAGED) + len(WHOLE),
+        "refused": len(REFUSED),
+        "duplicate": 1,
+    }
+    assert files.loc["twice.flac", "song"] == files.loc["again/twice.flac", "song"]
+    assert "1 duplicates, 9 refused, 6 other files passed over" in (hostile / "screen").read_text()
+    assert "Traceback" not in (hostile / "screen").read_text()
+
+
+@pytest.fixture
+def music(tmp_path: Path) -> Path:
+    """Six songs on three albums."""
+    for n in range(6):
+        tags = {"title": f"Song {n}", "artist": "Somebody", "album": f"Album {n // 2}"}
+        write_song(tmp_path / "music" / f"{n}.ogg", n, 6.0, **tags)
+    return tmp_path / "music"
+
+
+RunHere = Callable[..., tuple[object, str, str]]
+Pack = Callable[..., str]
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[RunHere]:
+    """The command without a process of its own, which would import everything anew: (status, stdout, stderr)."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str | Path) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments)])
+        try:
+            main()
+            status: object = 0
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def pack(run_here: RunHere) -> Pack:
+    """Pack a folder into the `shards` beside it, which must succeed: what it prints."""
+
+    def run(music: Path, *arguments: str | Path) -> str:
+        status, stdout, stderr = run_here(music, "--out", music.parent / "shards", *SHORT, *arguments)
+        assert status == 0, stderr
+        return stdout
+
+    return run
+
+
+def state(root: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in root.iterdir() if p.is_file() and p.name != ".lock"}
+
+
+def audio_of(root: Path) -> dict[tuple[str, float], bytes]:
+    """The encoded segments by song and start."""
+    shards = open_shards(root)
+    audio = {}
+    for tar in shards.tars("train") + shards.tars("val"):
+        for members in read_index(tar.with_suffix(".idx")):
+            offset, size, name = members["flac"]
+            segment = shards.segments.loc[int(name.partition(".")[0])]
+            path = shards.songs.loc[segment["song"], "path"]
+            audio[path, segment["start"]] = tar.read_bytes()[offset : offset + size]
+    return audio
+
+
+def test_packing_again_decodes_only_what_is_new(music: Path, pack: Pack) -> None:
+    shards = music.parent / "shards"
+    shards.mkdir()
+    (shards / ".gitignore").write_text("*\n")
+    (shards / "mine.txt").write_text("keep")
+    assert "decoded 6 songs" in pack(music)
+    before, first = state(shards), open_shards(shards)
+
+    again = pack(music)
+    assert "decoded" not in again
+    assert "nothing has changed" in again
+    assert state(shards) == before
+
+    for n in range(6, 12):
+        write_song(music / f"new {n}.mp3", n, 6.0, album=f"Album {n // 2}")
+    (music / "5.ogg").unlink()
+    assert "decoded 6 songs" in pack(music)
+    second = open_shards(shards)
+    old, new = first.songs.set_index("path"), second.songs.set_index("path")
+    stayed = [f"{n}.ogg" for n in range(5)]
+    assert new.loc[stayed, "split"].equals(old.loc[stayed, "split"])
+    assert "5.ogg" not in new.index
+    assert second.fingerprint != first.fingerprint
+    assert (shards / "mine.txt").read_text() == "keep"
+    assert (shards / ".gitignore").read_text() == "*\n"
+
+    # What was copied from shard to shard is what decoding anew gives.
+    fresh = music.parent / "fresh"
+    pack(music, "--out", fresh)
+    assert audio_of(fresh) == audio_of(shards)
+
+
+def test_a_changed_song_and_changed_settings_are_decoded_again(music: Path, pack: Pack) -> None:
+    pack(music)
+    write_song(music / "3.ogg", 33, 6.0)
+    assert "decoded 1 songs" in pack(music)
+    assert "decoded 6 songs" in pack(music, "--sample-rate", "8000")
+    assert open_shards(music.parent / "shards").sample_rate == 8000
+
+
+def test_a_changed_tag_reaches_the_tables_and_no_split_moves(music: Path, pack: Pack) -> None:
+    pack(music)
+    before = open_shards(music.parent / "shards").songs
+    file = mutagen.File(music / "2.ogg")
+    file["title"], file["album"], file["FMPS_RATING"] = "Renamed", "Another", "0.9"
+    file.save()
+    pack(music)
+    after = open_shards(music.parent / "shards").songs
+    assert after.loc[2, ["title", "albums", "rating"]].tolist() == ["Renamed", ["Another"], 0.9]
+    assert after["split"].equals(before["split"])
+
+
+def test_ratings_from_a_file_win(music: Path, pack: Pack, tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text("path,rating\n0.ogg,5\n1.ogg,2.5\nelsewhere.ogg,1\n")
+    assert "2 of 6 songs matched" in pack(music, "--ratings", tmp_path / "ratings.csv")
+    assert open_shards(tmp_path / "shards").songs["rating"][:2].tolist() == [1.0, 0.5]
+    assert "written" in pack(music)
+    assert open_shards(tmp_path / "shards").songs["rating"].isna().all()
+
+
+@pytest.mark.parametrize("codec", ["wav", "ogg"])
+def test_native_rate_and_other_codecs(music: Path, pack: Pack, codec: str) -> None:
+    write_audio(music / "8.wav", sound(8, 6.0, 8000), 8000)
+    pack(music, "--sample-rate", "native", "--codec", codec, "--verify")
+    shards = open_shards(music.parent / "shards")
+    assert (shards.codec, shards.sample_rate) == (codec, None)
+    assert set(shards.segments["sample_rate"]) == {8000, 22050}
+
+
+def test_a_short_song_is_repeated_and_its_length_kept(music: Path, pack: Pack) -> None:
+    pack(music, "--segment-seconds", "10")
+    segments = open_shards(music.parent / "shards").segments
+    assert segments["seconds"].tolist() == pytest.approx([6.0] * 6)
+    assert segments["start"].tolist() == [0.0] * 6
+
+
+def test_a_rotten_shard_is_not_copied(music: Path, pack: Pack, run_here: RunHere) -> None:
+    pack(music)
+    shards = music.parent / "shards"
+    before = state(shards)
+    tar = shards / "train-000000.tar"
+    times = tar.stat()
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 1
+    tar.write_bytes(content)
+    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert run_here("--verify", "--out", shards)[0] == 1
+    assert "damaged" in pack(music, "--verify")
+    assert tar.read_bytes() == before[tar.name]
+
+
+def killed(process: subprocess.Popen[bytes], when: Callable[[], None], with_signal: int) -> int:
+    """Signal the command alone; its workers must go by themselves."""
+    when()
+    process.send_signal(with_signal)
+    code = process.wait(30)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return code
+        time.sleep(0.02)
+    raise AssertionError("processes of the killed command live on")
+
+
+@contextlib.contextmanager
+def running(*arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process group of its own, which ends with the test."""
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        os.sched_yield()
+
+
+def test_killed_at_any_moment_the_shards_stay_whole(music: Path, pack: Pack) -> None:
+    """Ten kills: at random moments of a run, and around the moment when the new set takes the old one's place."""
+    shards = music.parent / "shards"
+    began = time.monotonic()
+    assert make_shards(music, "--out", shards, *SHORT).returncode == 0
+    whole_run = time.monotonic() - began
+    random = np.random.default_rng(0)
+    for round_ in range(10):
+        write_song(music / f"new {round_}.mp3", 100 + round_, 6.0, album=f"Album {round_}")
+        (music / f"{round_}.ogg").unlink(missing_ok=True)
+        shutil.rmtree(shards / ".packing" / "new", ignore_errors=True)  # its return shows where the run is
+        with running(music, "--out", shards, *SHORT) as process:
+
+            def moment(round_: int = round_, process: subprocess.Popen[bytes] = process) -> None:
+                if round_ % 2 == 0:
+                    time.sleep(random.uniform(0, whole_run))
+                elif round_ < 6:
+                    wait_for((shards / ".packing" / "new").exists, process)
+                    time.sleep(random.uniform(0, 0.03))
+                else:
+                    wait_for((shards / ".commit").exists, process)
+
+            killed(process, moment, signal.SIGKILL)
+        opened = open_shards(shards)
+        assert verify(shards) == []
+        assert opened.count("train") > 0
+    pack(music, "--verify")
+    assert not (shards / ".packing").exists()
+    assert set(open_shards(shards).songs["path"]) == {p.name for p in music.iterdir()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_one_line_and_goes_on_later(music: Path, pack: Pack, number: int) -> None:
+    for n in range(20):
+        write_song(music / f"long {n}.flac", 200 + n, 30.0)
+    shards = music.parent / "shards"
+    with running(music, "--out", shards, "--workers", "1") as process:
+        decoded = lambda: len(list(shards.glob(".packing/songs/*.json")))  # noqa: E731
+        killed(process, lambda: wait_for(lambda: decoded() >= 2, process), number)
+        assert process.returncode == 130
+        lines = said(process.stderr.read().decode())
+    assert len(lines) == 1
+    assert lines[0].startswith("stopped:")
+    kept = decoded()
+    assert 2 <= kept < 26
+    assert f"decoded {26 - kept} songs" in make_shards(music, "--out", shards).stdout
+
+
+def test_a_full_disk_leaves_the_old_set(music: Path, pack: Pack) -> None:
+    """A limit on the size of a file stands for the disk: the same error path, and no mount is needed."""
+    pack(music)
+    shards = music.parent / "shards"
+    before = state(shards)
+    for n in range(3):
+        write_song(music / f"long {n}.flac", 300 + n, 60.0)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))
+
+    # The first fails in a worker, the second while writing a shard.
+    for arguments in ((*SHORT, "--sample-rate", "native"), SHORT):
+        result = make_shards(music, "--out", shards, *arguments, preexec_fn=limit)
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1].startswith(f"error: no space left for {shards}")
+        assert "Traceback" not in result.stderr
+        assert state(shards) == before
+        assert not (shards / ".packing").exists()
+
+
+def test_a_second_packer_is_refused(music: Path, run_here: RunHere) -> None:
+    shards = music.parent / "shards"
+    shards.mkdir()
+    with (shards / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run_here(music, "--out", shards, *SHORT)
+    assert result == (1, "", f"error: another make_shards is writing to {shards}: wait until it ends\n")
+
+
+def test_nothing_is_overwritten_unasked(music: Path, pack: Pack, run_here: RunHere, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "songs.parquet").write_text("another's")
+    status, _, stderr = run_here(music, "--out", shards, *SHORT)
+    assert status == 1
+    assert "songs.parquet was not written by make_shards" in stderr
+    assert (shards / "songs.parquet").read_text() == "another's"
+    pack(music, "--replace")
+
+    other = write_song(tmp_path / "other" / "a.ogg", 50).parent
+    status, _, stderr = run_here(other, "--out", shards, *SHORT)
+    assert status == 1
+    assert f"{shards} holds the shards of {music}" in stderr
+    assert len(open_shards(shards).songs) == 6
+    assert run_here(other, "--out", shards, *SHORT, "--replace")[0] == 0
+    assert open_shards(shards).songs["path"].tolist() == ["a.ogg"]
+
+
+def test_mistakes_get_one_line(tmp_path: Path, run_here: RunHere) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.mp3").write_text("text")
+    (tmp_path / "file").write_text("text")
+    good = write_song(tmp_path / "good" / "a.ogg", 1).parent
+    out = ("--out", tmp_path / "shards")
+    for arguments, says in (
+        ((tmp_path / "missing", *out), "no such folder of music"),
+        ((tmp_path / "empty", *out), "no audio file in this folder"),
+        ((tmp_path / "bad", *out), "none of its 1 files can be packed"),
+        ((good, *out, "--ratings", tmp_path / "file"), "needs a header"),
+        ((good, "--out", tmp_path / "file"), "cannot write shards"),
+        (("--verify", *out), "no shards in"),
+        (("--verify", "--out", tmp_path / "nowhere"), "no such folder"),
+    ):
+        status, _, stderr = run_here(*arguments)
+        assert status == 1
+        assert len(said(stderr)) == 1
+        assert says in said(stderr)[0].removeprefix("error: ")
+    with pytest.raises(UserError, match="no shards in"):
+        open_shards(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--val-fraction", "1"], ["--workers", "0"], ["--segment-seconds", "0"], ["--codec", "mp3"], ["--seed", "-1"]],
+)
+def test_impossible_options_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse_args(["music", *arguments])
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    args = build_parser().parse_args(["music"])
+    assert (args.out, args.sample_rate, args.segment_seconds, args.codec) == (Path("shards"), 16000, 60, "flac")
+    assert (args.val_fraction, args.split_by, args.segments_per_shard) == (0.1, "album", 256)
+    assert (args.seed, args.min_seconds, args.ratings, args.replace) == (0, 5, None, False)
+    assert build_parser().parse_args(["music", "--sample-rate", "native"]).sample_rate is None
+    for action in build_parser()._actions:
+        assert action.help
