@@ -82,15 +82,15 @@ class Loader:
     def _run(self) -> list[Tensor]:
         stream = torch.cuda.current_stream(self.gpu) if self.gpu is not None else None
         try:
-            outputs = self.pipeline.run(stream)
+            # No copy: the dynamic executor hands its buffers over, and gets them back when torch drops the tensors.
+            return [torch.from_dlpack(x.as_tensor()) for x in self.pipeline.run(stream)]
         except RuntimeError as e:
-            reason = next((line for line in str(e).splitlines() if "rror" in line and "Critical" not in line), str(e))
+            # DALI tells where in the graph, then "encountered:", then what; a decoding error names tar and segment.
+            reason = str(e).rpartition("encountered:")[2].strip().partition("\n")[0]
             raise UserError(
-                f"the data graph stopped ({reason.strip()}): a segment of the shards may be damaged; check with"
+                f"the data graph stopped ({reason}): a segment of the shards may be damaged; check with"
                 " tools/make_shards.py --verify"
             ) from e
-        # No copy: the dynamic executor hands its buffers over, and gets them back when torch drops the tensors.
-        return [torch.from_dlpack(x.as_tensor()) for x in outputs]
 
     def state_dict(self) -> dict[str, Any]:
         """The reader's place and the state of every random draw, after the last batch given."""

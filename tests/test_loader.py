@@ -1,0 +1,268 @@
+"""The loader: each segment once an epoch, in an order of its own, resumable at any batch."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from signals import Array, noise, reference_log_mel, song, write_shards
+
+from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.data.loader import Batch, Loader, Single, measure_log_mel
+from simsiam_dali.data.pipeline import Graph, LogMel, Source
+from simsiam_dali.errors import UserError
+
+SECONDS = 0.5
+SEGMENTS = 23  # no multiple of any batch below
+FRAMES = LogMel().frames(SECONDS)
+
+
+@pytest.fixture(scope="module")
+def waves() -> list[Array]:
+    return [noise(SECONDS, seed) for seed in range(SEGMENTS)]
+
+
+@pytest.fixture(scope="module")
+def source(waves: list[Array], tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Three tars of 9, 9 and 5 segments."""
+    tars, indexes = write_shards(tmp_path_factory.mktemp("shards"), waves, per_tar=9)
+    assert len(tars) == 3
+    return Source(tars, indexes, "flac", native_rate=False, segment_seconds=SECONDS)
+
+
+def load(
+    source: Source, mode: Any = "raw", shuffle_buffer: int = 0, ranks: int = 1, rank: int = 0, **settings: Any
+) -> Loader:
+    source = replace(source, shuffle_buffer=shuffle_buffer, num_shards=ranks, shard_id=rank)
+    graph = Graph(source, LogMel(), mode, SECONDS, AugmentationConfig(time_mask_param=5))
+    return Loader(graph, **{"count": SEGMENTS, "batch_size": 4, "threads": 2, "prefetch": 2, "seed": 0, **settings})
+
+
+def rows(batches: Any) -> list[int]:
+    return [row for batch in batches for row in batch.segment.tolist()]
+
+
+# --- what a batch is
+
+
+def test_a_batch_of_views(source: Source) -> None:
+    batch = next(iter(load(source, "views", shuffle_buffer=8)))
+    assert isinstance(batch, Batch)
+    for view in (batch.view1, batch.view2):
+        assert view.shape == (4, 128, FRAMES)
+        assert view.dtype == torch.float32
+        assert view.is_contiguous()
+    assert batch.segment.shape == (4,)
+    assert batch.segment.dtype == torch.int64
+    assert not torch.equal(batch.view1, batch.view2)
+
+
+def test_a_batch_of_waves_holds_the_segments_of_its_rows(source: Source, waves: list[Array]) -> None:
+    for batch in load(source, shuffle_buffer=8):
+        assert isinstance(batch, Single)
+        assert batch.data.dtype == torch.float32
+        for wave, row in zip(batch.data, batch.segment.tolist(), strict=True):
+            np.testing.assert_allclose(wave, waves[row], atol=2e-5)  # 16 bits
+
+
+def test_batches_stay_as_they_were_given(source: Source) -> None:
+    # The tensors are DALI's own buffers: none may be written again while somebody holds it.
+    loader = load(source, shuffle_buffer=8)
+    held, copies = [], []
+    for _ in range(3):
+        for batch in loader:
+            held.append(batch.data)
+            copies.append(batch.data.clone())
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+# --- the shuffled order
+
+
+@pytest.mark.parametrize("shuffle_buffer", [1, 5, SEGMENTS, 1000])
+@pytest.mark.parametrize("batch_size", [4, 23])
+def test_every_segment_comes_once_before_any_comes_twice(source: Source, shuffle_buffer: int, batch_size: int) -> None:
+    loader = load(source, shuffle_buffer=shuffle_buffer, batch_size=batch_size)
+    epochs = [[batch.segment for batch in loader] for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [len(loader)] * 3 == [SEGMENTS // batch_size] * 3
+    seen = list(chain.from_iterable(segment.tolist() for epoch in epochs for segment in epoch))
+    for first in range(0, len(seen), SEGMENTS):
+        turn = seen[first : first + SEGMENTS]
+        assert len(set(turn)) == len(turn)
+    assert set(seen[:SEGMENTS]) == set(range(SEGMENTS)) or len(seen) < SEGMENTS
+
+
+def stream_of(loader: Loader) -> Iterator[int]:
+    while True:
+        yield from rows(loader)
+
+
+def turns(source: Source, number: int, **settings: Any) -> list[list[int]]:
+    """The first `number` orders in which all segments come."""
+    stream = stream_of(load(source, shuffle_buffer=8, **settings))
+    return [list(islice(stream, SEGMENTS)) for _ in range(number)]
+
+
+def test_the_order_differs_between_epochs_and_seeds_and_is_repeatable(source: Source) -> None:
+    orders = turns(source, 3)
+    others = turns(source, 3, seed=1)
+    assert all(sorted(order) == list(range(SEGMENTS)) for order in orders + others)
+    assert len({tuple(order) for order in [*orders, *others, list(range(SEGMENTS))]}) == 7
+    assert turns(source, 3, threads=1, prefetch=1) == orders
+
+
+def test_ranks_share_a_shuffled_epoch(source: Source) -> None:
+    loaders = [load(source, shuffle_buffer=8, ranks=3, rank=rank, batch_size=1) for rank in range(3)]
+    assert len({len(loader) for loader in loaders}) == 1  # DDP: every rank makes the same steps
+    first = [rows(loader) for loader in loaders]
+    together = list(chain.from_iterable(first))
+    assert max(Counter(together).values()) == 1
+    assert len(together) == 3 * (SEGMENTS // 3)
+    # Each rank sees the rest of the data, too, in later epochs.
+    later = set(first[0]).union(*(rows(loaders[0]) for _ in range(6)))
+    assert len(later) > SEGMENTS // 2
+
+
+def test_ranks_draw_differently(source: Source) -> None:
+    views = [next(iter(load(source, "views", 1, ranks=2, rank=rank, batch_size=8))) for rank in range(2)]
+    masks = [(batch.view1 == 0).any(dim=1) for batch in views]
+    assert not torch.equal(*masks)
+
+
+# --- the stored order
+
+
+@pytest.mark.parametrize("batch_size", [4, 23, 30])
+def test_an_ordered_loader_gives_every_segment_once_in_order(source: Source, batch_size: int) -> None:
+    loader = load(source, batch_size=batch_size)
+    for _ in range(3):
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        assert rows(batches) == list(range(SEGMENTS))
+        assert all(batch.data.shape[0] == len(batch.segment) for batch in batches)
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(3, 4), (3, 7), (2, 11), (5, 1), (3, 8)])
+def test_ranks_part_an_ordered_epoch(source: Source, ranks: int, batch_size: int) -> None:
+    loaders = [load(source, ranks=ranks, rank=rank, batch_size=batch_size) for rank in range(ranks)]
+    assert len({len(loader) for loader in loaders}) == 1
+    for _ in range(3):
+        parts = [rows(loader) for loader in loaders]
+        assert sorted(chain.from_iterable(parts)) == list(range(SEGMENTS))  # disjoint and complete
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# --- state
+
+
+@pytest.mark.parametrize("shuffle_buffer", [8, 0])
+@pytest.mark.parametrize("after", [0, 1, 3, 5, 6, 8])  # batches; an epoch has 5, or 6 when ordered
+def test_a_restored_loader_goes_on_bit_for_bit(source: Source, shuffle_buffer: int, after: int) -> None:
+    mode = "views" if shuffle_buffer else "clean"
+    loader = load(source, mode, shuffle_buffer)
+    endless = (batch for _ in iter(int, 1) for batch in loader)
+    before = list(islice(endless, after))
+    assert len(before) == after
+    state = loader.state_dict()
+    expected = list(islice(endless, 9))
+
+    # Another process, which happens to run more threads.
+    restored = load(source, mode, shuffle_buffer, threads=3)
+    restored.load_state_dict(state)
+    again = list(islice((batch for _ in iter(int, 1) for batch in restored), 9))
+    for a, b in zip(expected, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_an_epoch_left_and_restored_has_its_remaining_batches(source: Source) -> None:
+    loader = load(source, "raw", 8)
+    whole = [batch.segment.tolist() for batch in load(source, "raw", 8)]
+    states = [(loader.state_dict(), loader.step) for _ in loader]
+    for state, step in (states[1], states[-1]):
+        restored = load(source, "raw", 8)
+        restored.load_state_dict(state)
+        assert [batch.segment.tolist() for batch in restored] == whole[step:]
+        assert len(list(restored)) == len(whole)  # and the next epoch is a whole one
+
+
+# --- what the user may get wrong
+
+
+def test_a_batch_larger_than_the_data_set(source: Source) -> None:
+    with pytest.raises(UserError, match=r"^a batch of 24 .* \(23 segments\): use --batch-size 23 or less"):
+        load(source, shuffle_buffer=8, batch_size=24)
+    with pytest.raises(UserError, match=r"batch of 8 on each of 3 processes .* --batch-size 7 or less"):
+        load(source, shuffle_buffer=8, batch_size=8, ranks=3)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 3000])  # bytes before the damage: none, the header, some frames
+def test_a_damaged_segment_is_one_clear_line(waves: list[Array], tmp_path: Path, kept: int) -> None:
+    tars, indexes = write_shards(tmp_path, waves)
+    _, offset, size, *_ = indexes[0].read_text().splitlines()[3].split()
+    with tars[0].open("r+b") as tar:
+        tar.seek(int(offset) + kept)
+        tar.write(b"no music" * ((int(size) - kept) // 8))
+    loader = load(Source(tars, indexes, "flac", native_rate=False, segment_seconds=SECONDS), batch_size=2)
+    with pytest.raises(UserError) as refusal:
+        list(loader)
+    message = str(refusal.value)
+    assert "\n" not in message
+    if kept:  # with a header to read, DALI names the tar and the segment
+        assert "train-000000.tar" in message
+        assert "000000002.flac" in message
+    assert "tools/make_shards.py --verify" in message
+
+
+def test_a_segment_too_short_for_a_view_is_one_clear_line(waves: list[Array], tmp_path: Path) -> None:
+    tars, indexes = write_shards(tmp_path, [waves[0], waves[1][:2000]])
+    source = Source(tars, indexes, "flac", native_rate=False, segment_seconds=SECONDS)
+    with pytest.raises(UserError, match=r"^the data graph stopped .*tools/make_shards.py --verify$"):
+        list(load(source, "views", 2, count=2, batch_size=2))
+
+
+# --- statistics
+
+
+def test_measured_mean_and_std_are_those_of_the_log_mel(tmp_path: Path) -> None:
+    songs = [song(2.0, seed) for seed in range(7)]
+    tars, indexes = write_shards(tmp_path, songs)
+    source = Source(tars, indexes, "flac", native_rate=False, segment_seconds=2.0)
+    graph = Graph(source, LogMel(), "clean", 2.0, AugmentationConfig())
+    for segments, used in ((100, 7), (4, 4), (3, 4)):  # whole batches
+        loader = Loader(graph, count=7, batch_size=2, threads=2, prefetch=2, seed=0)
+        measured = measure_log_mel(loader, segments)
+        stored = [np.round(wave * 32768) / 32768 for wave in songs[:used]]
+        expected = np.stack([reference_log_mel(wave.astype(np.float32)) for wave in stored])
+        assert measured == LogMel(mean=measured.mean, std=measured.std)
+        assert measured.mean == pytest.approx(expected.mean(), abs=0.02)
+        assert measured.std == pytest.approx(expected.std(), abs=0.02)
+
+
+# --- the GPU
+
+
+@pytest.mark.gpu
+def test_batches_lie_on_the_device(source: Source) -> None:
+    on_cpu, on_gpu = (load(source, "views", 8, gpu=gpu) for gpu in (None, 0))
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert all(x.device == torch.device("cuda", 0) for x in b)
+        assert a.segment.tolist() == b.segment.tolist()
+    held = [(batch.view1, batch.view1.clone()) for batch in on_gpu]
+    assert all(torch.equal(x, copy) for x, copy in held)
+
+
+@pytest.mark.gpu
+def test_a_restored_loader_goes_on_on_the_device(source: Source) -> None:
+    loader = load(source, "views", 8, gpu=0)
+    next(iter(loader))
+    state = loader.state_dict()
+    restored = load(source, "views", 8, gpu=0)
+    restored.load_state_dict(state)
+    for a, b in zip(loader, restored, strict=True):
+        assert a.segment.tolist() == b.segment.tolist()
+        torch.testing.assert_close(a.view1, b.view1, rtol=0, atol=1e-5)
