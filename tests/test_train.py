@@ -1,5 +1,6 @@
 """The training run as a whole: same seed same losses, killed and resumed, what is written, and what is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -177,7 +178,7 @@ def test_the_checkpoint_holds_the_data_set_s_statistics(whole):
 
 def test_the_predictor_s_rate_stays_and_the_encoder_s_falls(whole):
     encoder, predictor = checkpoint.load(whole / checkpoint.FILE_NAME)["optimizer"]["param_groups"]
-    base = 0.03 * TINY["encoder.batch_size"] / 256
+    base = config.load(whole / "config.yaml").encoder.learning_rate * TINY["encoder.batch_size"] / 256
     assert predictor["lr"] == pytest.approx(base)
     assert encoder["lr"] < 0.05 * base
 
@@ -363,15 +364,20 @@ def test_a_damaged_checkpoint_is_refused_by_name(whole, tmp_path):
             checkpoint.load(tmp_path / "c.pt")
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(whole, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(whole, tmp_path, monkeypatch):
     path = tmp_path / "c.pt"
     good = checkpoint.load(whole / checkpoint.FILE_NAME)
     checkpoint.save(good, path)
     before = path.read_bytes()
-    (tmp_path / "c.part").mkdir()  # the place where the new one would be written is taken
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="the one before is kept"):
         checkpoint.save(good, path)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_help_tells_defaults():
