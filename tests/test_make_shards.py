@@ -504,6 +504,7 @@ def test_mistakes_get_one_line(tmp_path: Path, run_here: RunHere) -> None:
         ((tmp_path / "bad", *out), "none of its 1 files can be packed"),
         ((good, *out, "--ratings", tmp_path / "file"), "needs a header"),
         ((good, "--out", tmp_path / "file"), "cannot write shards"),
+        ((good, "--out", good), "is the folder of music itself"),
         (("--verify", *out), "no shards in"),
         (("--verify", "--out", tmp_path / "nowhere"), "no such folder"),
     ):

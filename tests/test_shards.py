@@ -157,6 +157,7 @@ SPOILED: list[tuple[Callable[[Path], object], str]] = [
     (lambda root: (root / "manifest.json").unlink(), "no shards in"),
     (lambda root: (root / "manifest.json").write_text("{"), "damaged"),
     (lambda root: edit_manifest(root, files=3), "damaged"),
+    (lambda root: edit_manifest(root, files={}), "damaged"),
     (lambda root: edit_manifest(root, format_version=99), "format version 99"),
     (lambda root: (root / "train-000000.idx").unlink(), r"train-000000.idx is missing \(the index"),
     (lambda root: (root / "train-000000.tar").unlink(), "train-000000.tar is missing"),

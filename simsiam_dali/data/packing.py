@@ -85,6 +85,8 @@ def pack(
     """
     if not music.is_dir():
         raise UserError(f"{music}: no such folder of music")
+    if music.resolve() == out.resolve():
+        raise UserError(f"--out {out} is the folder of music itself: name another")
     rated = RatingsFile.read(ratings, music) if ratings else None
     files, passed_over = find_songs(music.absolute(), leave_out=out)
     if not files:

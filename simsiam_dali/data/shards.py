@@ -166,6 +166,8 @@ def read_manifest(root: Path) -> Manifest:
         version = content["format_version"]
         if version == FORMAT_VERSION:
             files = {name: FileSum(**file) for name, file in content.pop("files").items()}
+            if not {SONGS, SEGMENTS, FILES} <= files.keys():
+                raise KeyError(SONGS)
             return Manifest(**content, files=files)
     except FileNotFoundError:
         raise UserError(f"no shards in {root}: make them with tools/make_shards.py MUSIC_DIR") from None

@@ -1,0 +1,45 @@
+"""Worker processes: results, exceptions, deaths."""
+
+import os
+import signal
+
+import pytest
+
+from simsiam_dali.data.workers import Died, run_all
+
+
+def work(task: int) -> int:
+    """Square; 3 raises, 5 kills its process, 7 leaves it."""
+    if task == 3:
+        raise OSError(28, "No space left on device")
+    if task == 5:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if task == 7:
+        os._exit(9)
+    return task * task
+
+
+@pytest.mark.parametrize("workers", [1, 2, 20])
+def test_every_task_is_answered_though_processes_die(workers: int) -> None:
+    tasks = [0, 5, 1, 2, 7, 5, 4, 6]
+    answers = sorted(run_all(work, tasks, workers), key=lambda answer: answer[0])
+    assert answers == [
+        (0, 0),
+        (1, 1),
+        (2, 4),
+        (4, 16),
+        (5, Died(-signal.SIGSEGV)),
+        (5, Died(-signal.SIGSEGV)),
+        (6, 36),
+        (7, Died(9)),
+    ]
+
+
+def test_an_exception_reaches_the_caller() -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        list(run_all(work, [1, 3, 2], 2))
+    assert caught.value.errno == 28
+
+
+def test_no_tasks() -> None:
+    assert list(run_all(work, [], 2)) == []
