@@ -305,6 +305,7 @@ def from_data_loader(
         worker_init_fn=one_thread,
         persistent_workers=True,
         prefetch_factor=PREFETCH,
+        multiprocessing_context="fork",  # as in a script of its own; a spawned process would spawn
         pin_memory=device.type == "cuda",
     )
     for view1, view2, rows in loader:
@@ -339,6 +340,7 @@ def from_webdataset(shards: ShardSet, views: Views, batch_size: int, workers: in
         worker_init_fn=one_thread,
         persistent_workers=True,
         prefetch_factor=PREFETCH,
+        multiprocessing_context="fork",
         pin_memory=views.device.type == "cuda",
     )
     for waves, sizes, rows in loader:

@@ -1,9 +1,9 @@
 """Samples per second, stage by stage: `python benchmarks/throughput.py`.
 
 One sample is one segment, which gives two views. Without arguments it measures the shards in ./shards, or, where there
-are none, shards of generated songs that it makes and keeps in the cache folder; on the GPU where there is one. Every stage
-is warmed up; a figure is the median of five windows, and the stages of a group take turns (see measure.py). stages.py
-and baselines.py say what each stage does.
+are none, shards of generated songs that it makes and keeps in the cache folder; on the GPU where there is one. Every
+stage is warmed up; a figure is the median of five windows, and the stages of a group take turns (see measure.py).
+stages.py and baselines.py say what each stage does.
 """
 
 import argparse
@@ -244,7 +244,7 @@ def table(doc: Mapping[str, Any]) -> str:
         f"{env['cpu']}, {env['cores']} cores, {env['memory_gb']:g} GB; {env['gpu'] or 'no GPU'}",
         f"Python {env['python']}, {packages}",
         f"{env['date']}, commit {env['commit'] or 'unknown'}",
-        f"{about['segments']} segments of {about['segment_seconds']:g} s, {about['codec']}, {rate}; a sample = two views",
+        f"{about['segments']} segments of {about['segment_seconds']:g} s, {about['codec']}, {rate}; sample = two views",
         "",
     ]
     heads = ("stage", "samples/s", "low", "high", "audio h/s", "x realtime", "host GB", "GPU GB", "MB to GPU")
