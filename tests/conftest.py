@@ -1,13 +1,10 @@
 """What the tests share: the `gpu` marker skips itself without CUDA, and one small packed library."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
+from running import run_tool
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -25,9 +22,3 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL_PACKING = ("--segment-seconds", 3, "--min-seconds", 2, "--val-fraction", 0.25)
-
-
-def run_tool(name: str, *args: object) -> str:
-    """Run a script of tools/ and return what it printed; it must succeed."""
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, args)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
