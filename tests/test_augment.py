@@ -296,6 +296,15 @@ def test_draws_are_independent_of_each_other_between_samples_and_between_views()
     assert len(columns) == 2 * 12
     # Five sigma of the correlation of 2,000 independent pairs.
     assert np.abs(np.corrcoef(columns) - np.eye(len(columns))).max() < 5 / np.sqrt(SAMPLES)
+    # Whether each augmentation is drawn at all.
+    hits = []
+    for number in (1, 2):
+        d = drawn(AugmentationConfig(spec_augment=True, time_shift_prob=0.5), augment.stream(7, f"view {number}"))
+        hits += [
+            d[n] != 0 for n in ("shift", "semitones", "noisy", "gain_db", "reverberant", "mel_width", "time_width")
+        ]
+        hits.append(d["rate"] != 1)
+    assert np.abs(np.corrcoef(hits) - np.eye(len(hits))).max() < 5 / np.sqrt(SAMPLES)
     # Neighbouring samples of a batch.
     assert max(abs(np.corrcoef(c[1:], c[:-1])[0, 1]) for c in columns) < 5 / np.sqrt(SAMPLES)
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def stream_of(loader: Loader) -> Iterator[int]:
 
 def turns(source: Source, number: int, **settings: Any) -> list[list[int]]:
     """The first `number` orders in which all segments come."""
-    stream = stream_of(load(source, shuffle_buffer=8, **settings))
+    stream = stream_of(load(source, **{"shuffle_buffer": 8, **settings}))
     return [list(islice(stream, SEGMENTS)) for _ in range(number)]
 
 
@@ -114,6 +114,13 @@ def test_the_order_differs_between_epochs_and_seeds_and_is_repeatable(source: So
     assert all(sorted(order) == list(range(SEGMENTS)) for order in orders + others)
     assert len({tuple(order) for order in [*orders, *others, list(range(SEGMENTS))]}) == 7
     assert turns(source, 3, threads=1, prefetch=1) == orders
+
+
+def test_the_order_is_new_each_epoch_beyond_the_shuffle_buffer(source: Source) -> None:
+    orders = turns(source, 4, shuffle_buffer=1)  # a buffer of one segment shuffles nothing
+    for a, b in combinations(orders, 2):
+        moved = np.abs(np.argsort(a) - np.argsort(b))  # how far each segment moved
+        assert moved.mean() > SEGMENTS / 6  # a third of the length, for a random permutation
 
 
 def test_ranks_share_a_shuffled_epoch(source: Source) -> None:
