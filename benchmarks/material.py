@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from simsiam_dali.data.pack_song import PackSettings
-from simsiam_dali.data.packing import pack
+from simsiam_dali.packing.pack import pack
+from simsiam_dali.packing.pack_song import PackSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from make_demo_music import SONGS_PER_ARTIST, make_library

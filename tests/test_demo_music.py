@@ -28,9 +28,7 @@ def decode(path: Path) -> tuple[np.ndarray, int]:
     with av.open(str(path)) as container:
         rate = container.streams.audio[0].rate
         resampler = av.AudioResampler(format="fltp")
-        frames = [
-            part.to_ndarray() for frame in container.decode(audio=0) for part in resampler.resample(frame)
-        ]
+        frames = [part.to_ndarray() for frame in container.decode(audio=0) for part in resampler.resample(frame)]
     return np.concatenate(frames, axis=1), rate
 
 

@@ -20,9 +20,9 @@ import pandas as pd
 import pytest
 from small_music import command, environment, make_shards, said, sound, write_audio, write_song
 
-from simsiam_dali.data.segments import without_ogg_serial
 from simsiam_dali.data.shards import open_shards, read_index, read_table, verify
 from simsiam_dali.errors import UserError
+from simsiam_dali.packing.segments import without_ogg_serial
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from make_shards import build_parser, main

@@ -9,9 +9,9 @@ import pytest
 import soundfile as sf
 from small_music import sound, write_audio, write_song
 
-from simsiam_dali.data.find import find_songs
-from simsiam_dali.data.segments import cut_segments, encode, to_int16
-from simsiam_dali.data.songs import BadSong, NoAudio, Resampler, SongAudio
+from simsiam_dali.packing.find import find_songs
+from simsiam_dali.packing.segments import cut_segments, encode, to_int16
+from simsiam_dali.packing.songs import BadSong, NoAudio, Resampler, SongAudio
 
 
 def decode(path: Path, rate: int | None = None) -> tuple[np.ndarray, SongAudio]:

@@ -11,9 +11,9 @@ from mutagen.id3 import POPM, TALB, TCON, TDRC, TIT2, TPE1, TXXX
 from mutagen.mp4 import MP4FreeForm
 from small_music import sound, write_audio
 
-from simsiam_dali.data.ratings import RatingsFile
-from simsiam_dali.data.tags import LONGEST, Tags, merged, popm_rating, read_tags, vorbis_rating
 from simsiam_dali.errors import UserError
+from simsiam_dali.packing.ratings import RatingsFile
+from simsiam_dali.packing.tags import LONGEST, Tags, merged, popm_rating, read_tags, vorbis_rating
 
 
 def tagged(path: Path, *frames: object, **comments: object) -> Path:

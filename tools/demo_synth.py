@@ -117,9 +117,7 @@ def _partials(frequency: float, time: Audio, amplitudes: dict[float, float], vib
 
 
 def _organ(frequency: float, time: Audio, _: np.random.Generator) -> Audio:
-    return 1.6 * _partials(
-        frequency, time, {0.5: 0.6, 1: 1.0, 1.5: 0.4, 2: 0.8, 3: 0.5, 4: 0.5, 6: 0.3, 8: 0.3}
-    )
+    return 1.6 * _partials(frequency, time, {0.5: 0.6, 1: 1.0, 1.5: 0.4, 2: 0.8, 3: 0.5, 4: 0.5, 6: 0.3, 8: 0.3})
 
 
 def _reed(frequency: float, time: Audio, _: np.random.Generator) -> Audio:

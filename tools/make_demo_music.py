@@ -116,9 +116,7 @@ def plan_library(songs: int, seed: int, seconds: tuple[float, float]) -> list[So
         titles = rng.choice(words, SONGS_PER_ARTIST + 2, replace=False).tolist()
         albums, first_year = titles[SONGS_PER_ARTIST:], int(rng.integers(1972, 2018))
         years = (first_year, first_year + int(rng.integers(1, 7)))
-        storage = zip(
-            *(rng.permutation(np.array(x)).tolist() for x in (list(FORMATS), RATES, CHANNELS)), strict=True
-        )
+        storage = zip(*(rng.permutation(np.array(x)).tolist() for x in (list(FORMATS), RATES, CHANNELS)), strict=True)
         for index, (extension, rate, channels) in enumerate(storage):
             album, track = index // 2, index % 2 + 1
             title = titles[index]
@@ -167,9 +165,7 @@ def write_song(root: Path, song: Song) -> float | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     container, subtype = FORMATS[song.extension]
     with soundfile.SoundFile(path, "w", song.rate, song.channels, subtype, format=container) as file:
-        for block in np.array_split(
-            audio, ceil(len(audio) / song.rate)
-        ):  # one long write overflows Vorbis's stack
+        for block in np.array_split(audio, ceil(len(audio) / song.rate)):  # one long write overflows Vorbis's stack
             file.write(block)
     if song.extension == "ogg":
         _set_ogg_serial(path, song.seed[1])
@@ -278,12 +274,7 @@ def _png(size: int, colour: tuple[int, int, int]) -> bytes:
 
     header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)  # 8 bits, RGB
     rows = (b"\0" + bytes(colour) * size) * size
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def make_library(folder: Path, songs: int, seed: int, seconds: tuple[float, float], workers: int) -> bool:
@@ -331,9 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "folder", metavar="DIR", type=Path, help="where the library goes: a new or an empty folder"
-    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where the library goes: a new or an empty folder")
     parser.add_argument("--songs", type=int, default=48, help="number of songs, four to an artist")
     parser.add_argument("--seed", type=int, default=0, help="0 or more; another seed gives other music")
     parser.add_argument(

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from simsiam_dali.data.packing import PackSettings, Report, pack
 from simsiam_dali.data.shards import read_manifest, verify
 from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.packing.pack import PackSettings, Report, pack
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,1 +1,1 @@
-"""From songs to batches: the shard format, the augmentations, the DALI graph and its torch iterator."""
+"""From shards to batches: the shard format, the augmentations, the DALI graph and its torch iterator."""

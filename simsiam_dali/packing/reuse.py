@@ -4,8 +4,8 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from simsiam_dali.data.pack_song import Cut, DecodeSettings, Packed, Refused
 from simsiam_dali.data.shards import FILES, SPLITS, ShardSet, changed, read_index, read_table
+from simsiam_dali.packing.pack_song import Cut, DecodeSettings, Packed, Refused
 
 FileKey = tuple[str, int, int]  # name, bytes, mtime_ns
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from simsiam_dali.data.find import AUDIO
-from simsiam_dali.data.segments import Pcm, to_int16
+from simsiam_dali.packing.find import AUDIO
+from simsiam_dali.packing.segments import Pcm, to_int16
 
 BLOCK = 1 << 16  # source samples handled at once
 # FFmpeg's default resampler (filter_size=32) lets aliases through at -12 dB and loses 3 dB at 7.5 kHz. With

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from simsiam_dali.data.tags import Tags
+from simsiam_dali.packing.tags import Tags
 
 
 def group_key(split_by: str, tags: Tags, name: str, audio_hash: str) -> str:

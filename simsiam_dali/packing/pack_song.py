@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from simsiam_dali.data.find import SongFile
-from simsiam_dali.data.segments import SILENCE, Segment, cut_segments, encode
-from simsiam_dali.data.songs import BadSong, NoAudio, Pcm, SongAudio
-from simsiam_dali.data.tags import Tags, read_tags
+from simsiam_dali.packing.find import SongFile
+from simsiam_dali.packing.segments import SILENCE, Segment, cut_segments, encode
+from simsiam_dali.packing.songs import BadSong, NoAudio, Pcm, SongAudio
+from simsiam_dali.packing.tags import Tags, read_tags
 
 
 @dataclass(frozen=True)

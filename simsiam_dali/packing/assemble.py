@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from simsiam_dali.data.find import SongFile
-from simsiam_dali.data.pack_song import Cut, Packed, PackSettings, Refused, Result
 from simsiam_dali.data.shards import SPLITS
-from simsiam_dali.data.tags import Tags, merged
+from simsiam_dali.packing.find import SongFile
+from simsiam_dali.packing.pack_song import Cut, Packed, PackSettings, Refused, Result
+from simsiam_dali.packing.tags import Tags, merged
 
 Row = dict[str, Any]
 Results = list[tuple[SongFile, Result]]

@@ -13,24 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from simsiam_dali.data.assemble import (
-    Results,
-    Row,
-    Song,
-    counts,
-    distinct_songs,
-    file_rows,
-    refused_csv,
-    sample,
-    segment_rows,
-    shuffled_cuts,
-    song_row,
-)
 from simsiam_dali.data.commit import MANIFEST, STAGING, commit, locked, named_files, roll_forward
-from simsiam_dali.data.find import SongFile, find_songs
-from simsiam_dali.data.pack_song import Cut, Job, Packed, PackSettings, Refused, Result, do_job
-from simsiam_dali.data.ratings import RatingsFile
-from simsiam_dali.data.reuse import damaged_shards, known_outcomes
 from simsiam_dali.data.shards import (
     FILES,
     FORMAT_VERSION,
@@ -48,9 +31,26 @@ from simsiam_dali.data.shards import (
     write_shard,
     write_table,
 )
-from simsiam_dali.data.splits import assign_splits, group_key
-from simsiam_dali.data.workers import Died, run_all
 from simsiam_dali.errors import UserError
+from simsiam_dali.packing.assemble import (
+    Results,
+    Row,
+    Song,
+    counts,
+    distinct_songs,
+    file_rows,
+    refused_csv,
+    sample,
+    segment_rows,
+    shuffled_cuts,
+    song_row,
+)
+from simsiam_dali.packing.find import SongFile, find_songs
+from simsiam_dali.packing.pack_song import Cut, Job, Packed, PackSettings, Refused, Result, do_job
+from simsiam_dali.packing.ratings import RatingsFile
+from simsiam_dali.packing.reuse import damaged_shards, known_outcomes
+from simsiam_dali.packing.splits import assign_splits, group_key
+from simsiam_dali.packing.workers import Died, run_all
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
