@@ -36,7 +36,7 @@ from simsiam_dali.data.loader import Batch, Loader
 from simsiam_dali.data.pipeline import Source, read
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.distributed import World, choose_device
-from simsiam_dali.train import autocast_dtype, learning_rates, train_step
+from simsiam_dali.step import autocast_dtype, learning_rates, train_step
 
 LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/card", "loader/all")
 TRAINING = ("loader/train", "model", "train")

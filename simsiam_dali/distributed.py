@@ -39,6 +39,11 @@ class World:
         return everyone
 
 
+def is_main() -> bool:
+    """Whether this is rank 0, also before the process group is joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     """`auto | cpu | gpu` to a torch device. Raises UserError for a GPU that is not there."""
     available = torch.cuda.is_available()

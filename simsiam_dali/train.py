@@ -14,7 +14,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,69 +26,17 @@ from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, 
 from simsiam_dali import config as settings
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
-from simsiam_dali.data.loader import Batch, measure_log_mel
+from simsiam_dali.data.loader import measure_log_mel
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World, choose_device, world
+from simsiam_dali.distributed import World, choose_device, is_main, world
 from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.step import autocast_dtype, learning_rates, train_step
 
 GAUGE_ROWS = 1024
 """Projections, of the latest batches, on which the collapse gauges are read."""
 
-CHANGEABLE = (
-    "train.device",
-    "train.log_every",
-    "train.checkpoint_every",
-    "data.threads",
-    "data.prefetch",
-    "mlflow.",
-)
+CHANGEABLE = ("train.log_every", "train.checkpoint_every", "data.threads", "data.prefetch", "mlflow.")
 """Settings a resumed run may change: none of them changes the next loss."""
-
-
-def learning_rates(config: Config, step: int, steps_per_epoch: int, batch: int) -> tuple[float, float]:
-    """(the encoder's rate, the rate of groups marked `fix_lr`) at optimizer step `step`.
-
-    lr = learning_rate x batch / 256, a linear warm-up, then half a cosine to 0; the predictor's stays (section 4.2).
-    batch: segments a step over all processes.
-    """
-    base = config.encoder.learning_rate * batch / 256
-    warmup = config.encoder.simsiam.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return base * (step + 1) / (warmup + 1), base
-    done = (step - warmup) / max(1.0, config.encoder.epochs * steps_per_epoch - warmup)
-    return base * 0.5 * (1 + math.cos(math.pi * done)), base
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the encoder computes in; float32 = no autocast."""
-    if precision == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def train_step(
-    model: Callable[..., Any],
-    loss_fn: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    batch: Batch,
-    lr: float,
-    fixed_lr: float,
-) -> tuple[Tensor, Tensor]:
-    """One step on one batch: (loss, view 1's projections `(B, d)`), both detached and left on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = fixed_lr if group["fix_lr"] else lr
-    with autocast():
-        p1, p2, z1, z2 = model(batch.view1, batch.view2)
-        loss = loss_fn(p1, p2, z1, z2)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return loss.detach(), z1.detach()
 
 
 class Interrupt:
@@ -343,6 +290,8 @@ def configure(args: argparse.Namespace) -> tuple[Config, checkpoint.Checkpoint |
     if args.resume is None:
         file = args.config or factory.default_config_file(choose_device(given.get("train.device", "auto")))
         config = settings.load(file, os.environ, given, args.assignments)
+        if is_main():
+            print(f"settings from {file}, then the environment and the command line")
         name = config.train.run_name or (
             f"{config.encoder.encoder_type}-{config.encoder.simsiam.backbone}-{time.strftime('%Y%m%d-%H%M%S')}"
         )

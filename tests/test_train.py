@@ -18,7 +18,7 @@ import torch
 
 from simsiam_dali import checkpoint, config, factory, memory
 from simsiam_dali.errors import UserError
-from simsiam_dali.train import learning_rates
+from simsiam_dali.step import learning_rates
 
 TINY = {
     "data.view_seconds": 1.5,
