@@ -11,15 +11,20 @@
 | loader/train | the loader as the training's config asks for it: its view's length, mel bins, batch and threads |
 | model | forward, backward and step of the training's config, on a batch that already is on the device |
 | train | loader/train and model as the trainer runs them |
+| pack | tools/make_shards.py on the songs that the shards were packed from; a sample is a segment written |
 | baseline/train | the same model on the batches of baseline/full |
 | baseline/gpu_train | the same model on the batches of baseline/gpu_full |
 """
 
+import contextlib
 import functools
+import io
 import itertools
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from baselines import BASELINES
@@ -36,6 +41,9 @@ from simsiam_dali.data.loader import Batch, Loader
 from simsiam_dali.data.pipeline import Source, read
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.distributed import World, choose_device
+from simsiam_dali.errors import UserError
+from simsiam_dali.packing.pack import pack
+from simsiam_dali.packing.pack_song import PackSettings
 from simsiam_dali.step import autocast_dtype, learning_rates, train_step
 
 LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/card", "loader/all")
@@ -43,6 +51,8 @@ TRAINING = ("loader/train", "model", "train")
 
 BASELINE_OF_TRAIN = {"baseline/train": "baseline/full", "baseline/gpu_train": "baseline/gpu_full"}
 """Stages that train on a baseline's batches."""
+
+MODES: dict[str, Literal["raw", "clean"]] = {"loader/resample": "raw", "loader/mel": "clean"}
 
 CARD = {f"encoder.simsiam.augmentation.{name}_prob": 0.0 for name in ("time_stretch", "pitch_shift", "reverb")}
 """What the card's list leaves out."""
@@ -89,27 +99,35 @@ def _open(spec: Spec, world: World) -> Stage:
         return stage
     if spec.kind in ("loader/read", "loader/decode"):
         return Stage(front(config, shards, decode=spec.kind == "loader/decode"))
+    if spec.kind == "pack":
+        return Stage(packings(shards, spec.workers))
     if spec.kind == "model":
         frames = log_mel.frames(factory.view_seconds(config, shards))
         return trained(config, world, itertools.repeat(random_batch(config, frames, world.device)), steps=100)
     if spec.kind == "loader/card":
         config = settings.load(base=config.model_dump(mode="json"), command_line=CARD)
-    mode = {"loader/resample": "raw", "loader/mel": "clean"}.get(spec.kind, "views")
-    loader = factory.create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
+    loader = factory.create_loader(
+        config, shards, log_mel, world, "train", MODES.get(spec.kind, "views"), shuffled=True
+    )
     stage = (
-        trained(config, world, endless(loader), len(loader))
+        trained(config, world, loader.endless(), len(loader))
         if spec.kind == "train"
-        else Stage((batch.segment for batch in endless(loader)), world.device)
+        else Stage((batch.segment for batch in loader.endless()), world.device)
     )
     if world.gpu is not None:
         stage.bytes_to_device = decoded_bytes(shards)
     return stage
 
 
-def endless(loader: Loader) -> Iterator[Any]:
-    """Epoch after epoch."""
+def packings(shards: ShardSet, workers: int) -> Iterator[Tensor]:
+    """Pack the shards' songs again and again, from nothing."""
+    songs = Path(shards.manifest.music)
+    if not songs.is_dir():
+        raise UserError(f"the songs of {shards.root} are no longer in {songs}: name a folder with --music")
     while True:
-        yield from loader
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            counts = pack(songs, Path(folder), PackSettings(**shards.manifest.settings), workers, replace=True).counts
+        yield torch.arange(counts["train_segments"] + counts["val_segments"])
 
 
 def decoded_bytes(shards: ShardSet) -> int:
@@ -179,4 +197,4 @@ def trained(config: Config, world: World, batches: Iterable[Batch], steps: int) 
     return Stage(run(), world.device, clock=clock)
 
 
-KINDS = (*LOADER, *TRAINING, *BASELINES, *BASELINE_OF_TRAIN)
+KINDS = (*LOADER, *TRAINING, "pack", *BASELINES, *BASELINE_OF_TRAIN)

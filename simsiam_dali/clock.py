@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from simsiam_dali.step import mark
+
 T = TypeVar("T")
 
 
@@ -35,7 +37,8 @@ class StepClock:
         while True:
             asked = time.perf_counter()
             try:
-                batch = next(batches)
+                with mark("data"):
+                    batch = next(batches)
             except StopIteration:
                 return
             if self.cuda:

@@ -89,7 +89,9 @@ class DataConfig(Section):
         "same",
         description="with views shorter than the segment: both from one place of it, or each from its own",
     )
-    threads: int = Field(4, ge=1, description="DALI's CPU threads per process")
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="DALI's CPU threads per process; auto measures for some seconds, and sets prefetch too"
+    )
     prefetch: int = Field(2, ge=1, description="batches DALI prepares ahead")
     shuffle_buffer: int = Field(1024, ge=1, description="segments the reader shuffles among (they stay encoded)")
     stats_segments: int = Field(256, ge=1, description="segments on which the log-mel's mean and std are measured")
@@ -143,6 +145,7 @@ class TrainConfig(Section):
     run_name: str | None = Field(None, description="null = encoder, backbone and time")
     log_every: int = Field(10, ge=1, description="steps between reads of metrics from the device")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints inside an epoch; 0 = each epoch only")
+    profile: int = Field(0, ge=0, description="steps to trace into runs/<name>/trace.json.gz, after some warm-up")
     knn_k: int = Field(10, ge=1, description="neighbours of the online kNN score")
     knn_segments: int = Field(2000, ge=1, description="training segments it searches among, at most")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, plots, tracking
+from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, plots, profiling, tracking
 from simsiam_dali import config as settings
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
@@ -35,7 +35,7 @@ from simsiam_dali.step import autocast_dtype, learning_rates, train_step
 GAUGE_ROWS = 1024
 """Projections, of the latest batches, on which the collapse gauges are read."""
 
-CHANGEABLE = ("train.log_every", "train.checkpoint_every", "data.threads", "data.prefetch", "mlflow.")
+CHANGEABLE = ("train.log_every", "train.checkpoint_every", "train.profile", "data.threads", "data.prefetch", "mlflow.")
 """Settings a resumed run may change: none of them changes the next loss."""
 
 
@@ -61,6 +61,9 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
     # Data: the log-mel's mean and std come first, since they are part of the graph.
     shards = open_shards(config.data.shards)
     log_mel = factory.log_mel_settings(config)
+    if config.data.threads == "auto":
+        config = factory.with_threads(config, shards, log_mel, w)
+        say(f"measured: {config.data.threads} DALI threads, {config.data.prefetch} batches ahead")
     if resumed:
         check_same_shards(resumed, shards.fingerprint, run_dir)
         log_mel = factory.with_statistics(log_mel, **resumed["log_mel"])
@@ -148,6 +151,7 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
     )
     say(f"run {run_dir}" + (f", going on after step {step}" if resumed else ""))
     clock = StepClock(w.device)
+    profiler = profiling.create_profiler(config.train.profile if w.main else 0, run_dir, w.device)
     recent: deque[Tensor] = deque(maxlen=max(1, GAUGE_ROWS // config.encoder.batch_size))
     try:
         if not resumed:
@@ -165,6 +169,7 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
                 step += 1
                 losses.append(loss)
                 recent.append(z)
+                profiler.step()
                 bar.update()
                 last = loader.step == steps
                 if len(losses) < log_every and not last and not (interrupt.signal and w.size == 1):
@@ -219,6 +224,8 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
     except BaseException:
         tracker.end("FAILED")
         raise
+    finally:
+        profiler.stop()
 
     if w.main:
         plots.curves(log.epochs, config.encoder.simsiam.projection_dim, run_dir / "curves.png")
@@ -268,6 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
     setting("--batch-size", "encoder.batch_size", "N")
     setting("--device", "train.device", choices=["auto", "cpu", "gpu"])
     setting("--seed", "train.seed", "N")
+    setting("--profile", "train.profile", "N")
     setting("--run-name", "train.run_name", "NAME")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="RUN",

@@ -1,6 +1,7 @@
 """The training run as a whole: same seed same losses, killed and resumed, what is written, and what is refused."""
 
 import errno
+import gzip
 import json
 import os
 import shutil
@@ -385,3 +386,19 @@ def test_help_tells_defaults():
     assert done.returncode == 0
     for word in ("--encoder-type", "--resume", "--set a.b=c", "default 128", "encoder.epochs"):
         assert word in done.stdout
+
+
+def test_profile_and_measured_threads(tmp_path, small_shards):
+    args = command(
+        tmp_path, small_shards, "--profile", "2", "--run-name", "p", mlflow__enabled="false", data__threads="auto"
+    )
+    done = run(args, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    chosen = config.load(tmp_path / "runs/p/config.yaml").data
+    assert 1 <= chosen.threads <= len(os.sched_getaffinity(0))
+    assert f"measured: {chosen.threads} DALI threads, {chosen.prefetch} batches ahead" in done.stdout
+    with gzip.open(tmp_path / "runs/p/trace.json.gz", "rt") as f:
+        names = [event.get("name") for event in json.load(f)["traceEvents"]]
+    for part in ("data", "forward", "backward", "update"):
+        assert names.count(part) == 2, part
+    assert "aten::convolution_backward" in (tmp_path / "runs/p/profile.txt").read_text()

@@ -79,6 +79,11 @@ class Loader:
             yield Batch(*outputs) if self.graph.mode == "views" else Single(*outputs)
         self.step = 0
 
+    def endless(self) -> Iterator[Any]:
+        """Epoch after epoch."""
+        while True:
+            yield from self
+
     def _run(self) -> list[Tensor]:
         stream = torch.cuda.current_stream(self.gpu) if self.gpu is not None else None
         try:

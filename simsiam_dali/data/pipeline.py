@@ -19,8 +19,8 @@ from simsiam_dali.data import augment
 FLOOR_DB = -100.0
 """Log-mel floor: `AmplitudeToDB(amin=1e-10)`."""
 
-CONVERT_QUALITY, PITCH_QUALITY = 50.0, 10.0
-"""DALI's resampling quality, 0..100: 16 and 3 lobes of the sinc on each side."""
+CONVERT_QUALITY, PITCH_QUALITY = 50.0, 20.0
+"""DALI's resampling quality, 0..100: 16 and 4 lobes of the sinc on each side."""
 
 BAND_EDGE = 0.94
 """Where the low-pass before a conversion is 6 dB down, as a fraction of the front end's Nyquist frequency."""
