@@ -83,9 +83,9 @@ def closing_lines(config: Config, run_dir: Path, epochs: list[dict[str, Any]]) -
     """What the run came to: the last epoch beside the untrained encoder and a guess, and where to look."""
     first, last = epochs[0], epochs[-1]
     scores = (
-        ("knn/artist", "kNN artist, accuracy", "commonest artist"),
-        ("knn/genre", "kNN genre, accuracy", "commonest genre"),
-        ("knn/rating_mae", "kNN rating, mean abs. error", "mean rating"),
+        ("knn/artist", "kNN artist, accuracy", "a guess"),
+        ("knn/genre", "kNN genre, accuracy", "a guess"),
+        ("knn/rating_mae", "kNN rating, mean abs. error", "the mean rating"),
     )
     for name, label, guess in scores:
         if last.get(name) is not None:

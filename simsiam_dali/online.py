@@ -74,9 +74,8 @@ def evaluate(
     for name, column in (("artist", "artists"), ("genre", "genres")):
         ids = label_ids(shards.songs, column)
         bank_ids, query_ids = ids[bank_songs], ids[query_songs]
-        majority, _ = monitor.label_chance(bank_ids, query_ids)
         score[f"knn/{name}"] = monitor.knn_labels(bank, bank_ids, queries, query_ids, k)
-        score[f"knn/{name}_chance"] = majority
+        score[f"knn/{name}_chance"] = max(monitor.label_chance(bank_ids, query_ids))
     ratings = torch.tensor(shards.songs["rating"].to_numpy("float32"))
     bank_ratings, query_ratings = ratings[bank_songs], ratings[query_songs]
     error, correlation = monitor.knn_rating(bank, bank_ratings, queries, query_ratings, k)

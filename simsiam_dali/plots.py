@@ -15,7 +15,7 @@ def curves(epochs: list[dict[str, Any]], projection_dim: int, path: Path) -> Non
     loss, spread, score = figure.subplots(1, 3)
     panels = (
         (loss, "SimSiam loss", ("encoder/train_loss", "encoder/val_loss")),
-        (spread, "std of the projections", ("encoder/z_std",)),
+        (spread, "collapse gauges", ("encoder/z_std",)),
         (score, "online kNN on validation songs", ("knn/artist", "knn/genre")),
     )
     for axes, title, names in panels:
@@ -27,12 +27,17 @@ def curves(epochs: list[dict[str, Any]], projection_dim: int, path: Path) -> Non
                 (line,) = axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
                 chance = next((e[f"{name}_chance"] for e in epochs if e.get(f"{name}_chance") is not None), None)
                 if chance is not None:
-                    axes.axhline(chance, color=line.get_color(), ls=":", lw=1, label=f"{name}: largest class")
+                    axes.axhline(chance, color=line.get_color(), ls=":", lw=1, label=f"{name}: a guess")
     spread.axhline(projection_dim**-0.5, color="gray", ls="--", lw=1, label="healthy: 1/sqrt(d)")
-    spread.set_ylim(bottom=0)
-    for axes, _, _ in panels:
+    spread.set_ylim(0, 1.4 * projection_dim**-0.5)
+    rank = spread.twinx()
+    points = [(e["epoch"], e["encoder/effective_rank"]) for e in epochs if e.get("encoder/effective_rank") is not None]
+    rank.plot(*zip(*points, strict=True), color="tab:green", label="effective rank (right)")
+    rank.set_ylim(bottom=0)
+    rank.legend(fontsize=7, loc="lower right")
+    for axes in (loss, spread, score):
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="lower left" if axes is spread else "best")
     part = path.with_suffix(".part.png")
     figure.savefig(part, dpi=110)
     part.replace(path)
