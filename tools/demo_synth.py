@@ -247,6 +247,23 @@ def compose(style: Style, seconds: float, rng: np.random.Generator) -> tuple[Aud
     return mix, tempo
 
 
+def record(mix: Audio, rng: np.random.Generator) -> Audio:
+    """Put a song (2, n) into a room of its own and on a tape of its own, as recordings of one artist differ.
+
+    RT60 0.15 to 0.9 s at a direct-to-reverberant ratio of 2 to 14 dB; hiss 18 to 40 dB below the music. This is what an
+    encoder has to hear past, and what a plain spectral average cannot.
+    """
+    rt60, ratio = rng.uniform(0.15, 0.9), 10 ** (-rng.uniform(2, 14) / 20)
+    time = np.arange(int(rt60 * RENDER_RATE)) / RENDER_RATE
+    tail = rng.normal(size=(2, len(time))) * 10 ** (-3 * time / rt60)
+    tail *= ratio / np.sqrt((tail**2).sum(axis=1, keepdims=True))
+    length = mix.shape[1]
+    size = 1 << (length + len(time)).bit_length()
+    wet = np.fft.irfft(np.fft.rfft(mix, size) * np.fft.rfft(tail, size), size)[:, :length]
+    hiss = rng.normal(size=mix.shape) * mix.std() * 10 ** (-rng.uniform(18, 40) / 20)
+    return mix + wet + hiss
+
+
 def master(mix: Audio, tilt: float, rate: int, channels: int) -> Audio:
     """Tilt the spectrum (dB an octave), resample, mix to 1 or 2 channels, fade the ends and set the level.
 

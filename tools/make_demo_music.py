@@ -32,7 +32,7 @@ import mutagen
 import mutagen.id3 as id3
 import numpy as np
 import soundfile
-from demo_synth import Audio, Style, compose, draw_styles, master
+from demo_synth import Audio, Style, compose, draw_styles, master, record
 from mutagen.ogg import OggPage
 from tqdm import tqdm
 
@@ -160,7 +160,8 @@ def write_song(root: Path, song: Song) -> float | None:
     rng = np.random.default_rng(song.seed)
     mix, tempo = compose(song.style, song.seconds, rng)
     tilt = song.style.tilt + rng.normal(0, 0.6)
-    audio = master(mix, tilt, song.rate, song.channels)
+    rating = owner_rating(master(mix, tilt, song.rate, song.channels), song.rate, tempo, rng)
+    audio = master(record(mix, rng), tilt, song.rate, song.channels)
     path = root / song.path
     path.parent.mkdir(parents=True, exist_ok=True)
     container, subtype = FORMATS[song.extension]
@@ -169,7 +170,6 @@ def write_song(root: Path, song: Song) -> float | None:
             file.write(block)
     if song.extension == "ogg":
         _set_ogg_serial(path, song.seed[1])
-    rating = owner_rating(audio, song.rate, tempo, rng)
     tag(path, song, rating)
     return rating
 
