@@ -10,6 +10,7 @@ convolution goes by FFT of a power of two. Probabilities and ranges are the conf
 | baseline/light | DataLoader: shift, gain, noise, SpecAugment (the list of loader/card) |
 | baseline/full | DataLoader: all eight; stretch by phase vocoder, reverb by a decaying noise impulse response |
 | baseline/plain_pitch | baseline/full with torchaudio.functional.pitch_shift as it stands, a segment a batch |
+| baseline/songs | baseline/light out of the songs themselves: soundfile seeks to the segment and reads it |
 | baseline/gpu_light | webdataset workers decode, the GPU makes the views of baseline/light |
 | baseline/gpu_full | webdataset workers decode, the GPU makes the views of baseline/full |
 """
@@ -20,6 +21,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,6 +220,30 @@ class Segments(Dataset[tuple[Tensor, Tensor, int]]):
         return *self.views(*decoded(encoded)), row
 
 
+class SongSegments(Segments):
+    """The same segments out of the songs that were packed."""
+
+    def __init__(self, shards: ShardSet, views: Views) -> None:
+        self.views, self.seconds = views, shards.segment_seconds
+        table = shards.segments[shards.segments["split"] == "train"]
+        paths = [Path(shards.manifest.music) / path for path in shards.songs["path"]]
+        self.cuts = [
+            (paths[song], start, row)
+            for song, start, row in zip(table["song"], table["start"], table.index, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, int]:
+        path, start, row = self.cuts[number]
+        with soundfile.SoundFile(path) as file:
+            rate, size = file.samplerate, round(self.seconds * file.samplerate)
+            file.seek(round(start * rate))
+            wave = file.read(size, dtype="float32", always_2d=True).mean(axis=1)
+        return *self.views(torch.from_numpy(np.resize(wave, size)), rate), row  # a short song is repeated
+
+
 class Endless(Sampler[list[int]]):
     """Batches of one random order after another, without the pause at an epoch's end."""
 
@@ -246,11 +272,15 @@ def collated(samples: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor,
 
 @dataclass(frozen=True)
 class Baseline:
-    """Which baseline: `full` list or light; views made in DataLoader workers, or on the GPU by webdataset's."""
+    """Which baseline: `full` list or light; views made in DataLoader workers, or on the GPU from webdataset's.
+
+    plain_pitch: see `Views`. songs: read the songs, not the shards.
+    """
 
     full: bool
     gpu: bool = False
     plain_pitch: bool = False
+    songs: bool = False
 
     def batches(
         self, config: Config, shards: ShardSet, log_mel: LogMel, device: torch.device, workers: int
@@ -272,7 +302,8 @@ class Baseline:
         batch_size = 1 if self.plain_pitch else config.encoder.batch_size
         if self.gpu:
             return from_webdataset(shards, views, batch_size, workers)
-        return from_data_loader(shards, views, batch_size, workers, device)
+        segments = SongSegments(shards, views) if self.songs else Segments(shards, views)
+        return from_data_loader(segments, batch_size, workers, device)
 
     def bytes_to_device(self, shards: ShardSet, log_mel: LogMel, seconds: float, device: torch.device) -> int:
         """Copied to the GPU for each sample: the segment at the shards' rate, or two views; float32."""
@@ -287,16 +318,14 @@ BASELINES = {
     "baseline/light": Baseline(full=False),
     "baseline/full": Baseline(full=True),
     "baseline/plain_pitch": Baseline(full=True, plain_pitch=True),
+    "baseline/songs": Baseline(full=False, songs=True),
     "baseline/gpu_light": Baseline(full=False, gpu=True),
     "baseline/gpu_full": Baseline(full=True, gpu=True),
 }
 
 
-def from_data_loader(
-    shards: ShardSet, views: Views, batch_size: int, workers: int, device: torch.device
-) -> Iterator[Batch]:
+def from_data_loader(segments: Segments, batch_size: int, workers: int, device: torch.device) -> Iterator[Batch]:
     """The workers make the views."""
-    segments = Segments(shards, views)
     loader = DataLoader(
         segments,
         batch_sampler=Endless(len(segments), batch_size),

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from report import figure as figure_text
 
 
 def draw(doc: Mapping[str, Any], path: Path) -> None:
@@ -34,8 +35,9 @@ def draw(doc: Mapping[str, Any], path: Path) -> None:
         rates = [e["samples_per_s"] for e in entries]
         colours = ["tab:orange" if name.startswith("baseline/") else "tab:blue" for name in stages]
         bars = axes.barh(list(stages), rates, xerr=_whiskers(entries), color=colours, capsize=3)
-        axes.bar_label(bars, [f"{rate:.3g}" for rate in rates], padding=6)
+        axes.bar_label(bars, [figure_text(rate) for rate in rates], padding=6)
         axes.set_xscale("log")
+        axes.margins(x=0.15)
         axes.invert_yaxis()
         axes.set_xlabel("samples/s (one sample = two views)")
     axes.set_title(f"{env['gpu'] or env['cpu']}, {env['cores']} cores, {env['date']}", fontsize=9)

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from statistics import median
@@ -28,6 +28,8 @@ from simsiam_dali.errors import UserError
 
 WARM_UP_UNITS = 2
 """Least units of batches before the first window; it lasts a window's seconds in any case."""
+
+SECONDS_TO_END = 5
 
 _CONTEXT = multiprocessing.get_context("spawn")  # not fork: DALI, CUDA and OpenMP have threads
 
@@ -114,11 +116,10 @@ def _serve(pipe: Connection, open_stage: Callable[..., Stage], arguments: tuple[
         pipe.send(None)
         while True:
             pipe.send(timed_window(stage, *pipe.recv()))
-    except EOFError:
-        pass
+    except EOFError:  # asked to end
+        return
     except (UserError, torch.OutOfMemoryError) as e:
         pipe.send(UserError(str(e).splitlines()[0]))
-    os._exit(0)  # no waiting for prefetching threads and workers: the group is ended next
 
 
 class FrozenStage:
@@ -150,8 +151,10 @@ class FrozenStage:
         return window
 
     def close(self) -> None:
-        """End the process and its workers."""
+        """End the process and its workers: by asking, so that it gives its semaphores back, else by force."""
         self.pipe.close()
+        self._signal(signal.SIGCONT)
+        self.process.join(timeout=SECONDS_TO_END)
         self._signal(signal.SIGKILL)
         self.process.kill()
         self.process.join()
@@ -193,12 +196,11 @@ def interleaved(
     return result
 
 
-def summary(windows: Iterable[Window], view_seconds: float) -> dict[str, Any]:
-    """A stage's entry in the JSON: median, lowest and highest window, and what it took.
+def summary(windows: Sequence[Window], view_seconds: float) -> dict[str, Any]:
+    """A stage's entry in the JSON: median, lowest and highest window, and the memory it took.
 
-    view_seconds: audio in one sample, of which each of the two views shows one such length.
+    view_seconds: what one sample counts as audio; each of its two views is that long.
     """
-    windows = list(windows)
     rates = [w.samples_per_s for w in windows]
     waits = [w.data_wait_share for w in windows if w.data_wait_share is not None]
     return {
@@ -211,6 +213,7 @@ def summary(windows: Iterable[Window], view_seconds: float) -> dict[str, Any]:
         "samples": sum(len(w.segments) for w in windows),
         "seconds": sum(w.seconds for w in windows),
         "host_peak_bytes": windows[-1].host_peak_bytes,
+        "host_bytes": [w.host_bytes for w in windows],
         "gpu_bytes": windows[-1].gpu_bytes,
         "bytes_to_device": windows[-1].bytes_to_device,
         **({"data_wait_share": median(waits)} if waits else {}),

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from baselines import BASELINES
@@ -37,7 +37,7 @@ from simsiam_dali import config as settings
 from simsiam_dali import factory
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
-from simsiam_dali.data.loader import Batch, Loader
+from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.pipeline import Source, read
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.distributed import World, choose_device

@@ -4,6 +4,21 @@ One sample is one segment, which gives two views. Without arguments it measures 
 are none, shards of generated songs that it makes and keeps in the cache folder; on the GPU where there is one. Every
 stage is warmed up; a figure is the median of five windows, and the stages of a group take turns (see measure.py).
 stages.py and baselines.py say what each stage does.
+
+The JSON (--json) holds
+
+    environment   cpu, cores, memory_gb, gpu, gpu_memory_gb, cuda, python, kernel, versions, date, commit (+ = changed
+                  files), settings: the shards (segments, segment_seconds, codec, sample_rate in Hz, null = each song's
+                  own), device, the trained model, its precision and compile; sweep and soak, null when not asked for
+    stages        by name, in a sweep "stage name=value": samples_per_s (median), low, high (windows' extremes),
+                  audio_hours_per_s, x_realtime; windows, samples, seconds (all windows together); batch_size,
+                  view_seconds, n_mels, threads, prefetch, workers as far as the stage has them; host_peak_bytes (the
+                  process and its workers, shared pages counted in each), host_bytes (at the end of each window),
+                  gpu_bytes, bytes_to_device (for each sample), data_wait_share (training stages)
+    ratios        card_over_light, all_over_full, train_over_slower, data_wait_share (of train); null = not measured
+
+train_over_slower is train / min(loader/train, model). On a CPU those two share the cores, so it can come to
+1 / (1 + slower / faster) at most.
 """
 
 import argparse
@@ -17,6 +32,9 @@ import machine
 import material
 from chart import draw
 from measure import interleaved, summary
+from report import figure
+from report import machine as machine_lines
+from report import material as material_line
 from stages import BASELINE_OF_TRAIN, KINDS, TRAINING, Spec, open_stage
 
 from simsiam_dali import config as settings
@@ -28,13 +46,14 @@ from simsiam_dali.errors import UserError, one_line_errors
 
 GROUPS = (
     ("loader/read", "loader/decode", "loader/resample", "loader/mel"),
-    ("loader/card", "baseline/light", "baseline/gpu_light"),
+    ("loader/card", "baseline/light", "baseline/songs", "baseline/gpu_light"),
     ("loader/all", "baseline/full", "baseline/gpu_full", "baseline/plain_pitch"),
+    ("pack",),
     ("loader/train", "model", "train", "baseline/train", "baseline/gpu_train"),
 )
 """Stages that take turns, because they are compared; a group's processes live at the same time."""
 
-OPTIONAL = ("baseline/plain_pitch", "baseline/train")
+OPTIONAL = ("pack", "baseline/songs", "baseline/plain_pitch", "baseline/train")
 GPU_ONLY = ("baseline/gpu_light", "baseline/gpu_full", "baseline/gpu_train")
 
 SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
@@ -47,6 +66,7 @@ SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
 """What a sweep changes: its values, and the stages it measures unless --stages says others."""
 
 LOADER_BATCH, LOADER_SECONDS, LOADER_THREADS = 16, 60.0, 2
+SOAK_WINDOWS = 20
 CACHE_SEGMENTS = 24
 """Least number of generated segments."""
 
@@ -56,7 +76,9 @@ Plan = list[dict[str, Spec]]  # groups of stages that take turns, by name
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="throughput.py",
+        description=__doc__.partition("\n\nThe JSON")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes the GPU when there is one")
@@ -66,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N", help="the baselines' worker processes (default: as many as threads)")
     add("--view-seconds", type=float, metavar="S",
         help=f"length of a view (default: {LOADER_SECONDS:g}, and the config's for training)")  # fmt: skip
-    add("--seconds", type=float, default=3.0, metavar="S", help="length of a window (default: %(default)s)")
+    add("--seconds", type=float, default=2.0, metavar="S", help="length of a window (default: %(default)s)")
     add("--windows", type=int, default=5, metavar="N", help="windows of each stage (default: %(default)s)")
     add("--shards", type=Path, metavar="DIR", help="shards to measure (default: ./shards, else generated ones)")
     add("--music", type=Path, metavar="DIR", help="songs to pack into the cache and measure, instead of shards")
@@ -93,11 +115,14 @@ class Bench:
         self.workers = args.workers or self.threads
         train = settings.load(args.config or factory.default_config_file(self.device), {}, {}, args.assignments)
         segment, count = self.shards.segment_seconds, self.shards.count("train")
+        view, plan = args.view_seconds or min(LOADER_SECONDS, segment), Config()
+        frames, mask = factory.log_mel_settings(plan).frames(view), plan.encoder.simsiam.augmentation.time_mask_param
         self.loader_config = settings.load(command_line={
             "data.shards": self.shards.root,
             "data.threads": self.threads,
-            "data.view_seconds": args.view_seconds or min(LOADER_SECONDS, segment),
+            "data.view_seconds": view,
             "encoder.batch_size": args.batch_size or min(LOADER_BATCH, count),
+            "encoder.simsiam.augmentation.time_mask_param": min(mask, frames // 2),  # for very short segments
         })  # fmt: skip
         self.train_config = settings.load(base=train.model_dump(mode="json"), command_line={
             "data.shards": self.shards.root,
@@ -227,6 +252,7 @@ def document(bench: Bench, entries: dict[str, dict[str, Any]]) -> dict[str, Any]
         "precision": train.train.precision,
         "compile": train.train.compile,
         "sweep": bench.args.sweep,
+        "soak": bench.args.soak,
     }
     return {
         "environment": machine.environment(bench.device) | {"settings": about},
@@ -237,16 +263,7 @@ def document(bench: Bench, entries: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 def table(doc: Mapping[str, Any]) -> str:
     """The results for the terminal."""
-    env, about = doc["environment"], doc["environment"]["settings"]
-    packages = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    rate = f"{about['sample_rate']} Hz" if about["sample_rate"] else "native rates"
-    lines = [
-        f"{env['cpu']}, {env['cores']} cores, {env['memory_gb']:g} GB; {env['gpu'] or 'no GPU'}",
-        f"Python {env['python']}, {packages}",
-        f"{env['date']}, commit {env['commit'] or 'unknown'}",
-        f"{about['segments']} segments of {about['segment_seconds']:g} s, {about['codec']}, {rate}; sample = two views",
-        "",
-    ]
+    lines = [*machine_lines(doc).split("; "), material_line(doc), "one sample = one segment = two views", ""]
     heads = ("stage", "samples/s", "low", "high", "audio h/s", "x realtime", "host GB", "GPU GB", "MB to GPU")
     rows = [
         (
@@ -264,24 +281,11 @@ def table(doc: Mapping[str, Any]) -> str:
     known = {name: value for name, value in doc["ratios"].items() if value is not None}
     if known:
         lines += ["", *(f"{name.ljust(max(map(len, known)))}  {value:.3g}" for name, value in known.items())]
+    about = doc["environment"]["settings"]
+    if about["soak"]:
+        host = doc["stages"]["loader/all"]["host_bytes"]
+        lines += ["", f"host GB, each {about['soak'] // len(host)} batches: {' '.join(f'{b / 1e9:.2f}' for b in host)}"]
     return "\n".join(lines)
-
-
-def figure(x: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"
-
-
-def soak(bench: Bench, batches: int) -> None:
-    """Run the whole loader for `batches`, and print the memory at each twentieth."""
-    part = max(1, batches // 20)
-    came = interleaved({"loader/all": (open_stage, (bench.spec("loader/all"),))}, 20, 0.0, part, say)["loader/all"]
-    for number, window in enumerate(came, 1):
-        print(
-            f"after {number * part:6} batches: {window.host_bytes / 1e9:.3f} GB, {window.samples_per_s:.1f} samples/s"
-        )
-    growth = came[-1].host_bytes / came[0].host_bytes - 1
-    print(f"growth from the first twentieth to the last: {growth:+.1%}; peak {came[-1].host_peak_bytes / 1e9:.2f} GB")
 
 
 @one_line_errors
@@ -290,9 +294,10 @@ def main() -> None:
     args = build_parser().parse_args()
     bench = Bench(args)
     if args.soak:
-        soak(bench, args.soak)
-        return
-    entries = measure(bench.sweep(args.sweep) if args.sweep else bench.plan(), args.windows, args.seconds)
+        plan: Plan = [{"loader/all": bench.spec("loader/all")}]
+        entries = measure(plan, SOAK_WINDOWS, 0.0, batches=max(1, args.soak // SOAK_WINDOWS))
+    else:
+        entries = measure(bench.sweep(args.sweep) if args.sweep else bench.plan(), args.windows, args.seconds)
     doc = document(bench, entries)
     print(table(doc))
     if args.json:

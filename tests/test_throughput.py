@@ -1,0 +1,373 @@
+"""The benchmark counts what it times, freezes who waits, sees who sleeps, and its tables hold the files' numbers."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import ROOT
+from signals import frequency, noise, tone
+from torch import Tensor
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import report
+import throughput
+from baselines import Segments, Views
+from measure import FrozenStage, Stage, Window, interleaved, summary, timed_window
+from stages import Spec, open_stage, random_batch, trained
+
+from simsiam_dali import config as settings
+from simsiam_dali import factory
+from simsiam_dali.config import AugmentationConfig, Config
+from simsiam_dali.data.loader import Batch
+from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.distributed import World
+from simsiam_dali.errors import UserError
+
+CPU = torch.device("cpu")
+TINY = {
+    "data.view_seconds": 1.0,
+    "data.threads": 1,
+    "data.shuffle_buffer": 8,
+    "encoder.batch_size": 4,
+    "encoder.simsiam.backbone": "resnet18",
+    "encoder.simsiam.projection_dim": 16,
+    "encoder.simsiam.predictor_hidden_dim": 4,
+    "encoder.simsiam.n_mels": 16,
+    "encoder.simsiam.augmentation.frequency_mask_param": 4,
+    "encoder.simsiam.augmentation.time_mask_param": 8,
+    "train.device": "cpu",
+}
+NEVER = {f"{name}_prob": 0.0 for name in ("time_shift", "time_stretch", "pitch_shift", "noise", "gain", "reverb")}
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """As stages have processes of their own, torch's threads here would only disturb."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(small_shards: Path) -> Config:
+    return settings.load(command_line={**TINY, "data.shards": small_shards})
+
+
+# --- 1. exactly the samples it timed
+
+
+def numbered(batch: int) -> Iterator[Tensor]:
+    """Batches of 0, 1, 2...: no segment comes twice."""
+    return (torch.arange(n * batch, (n + 1) * batch) for n in count())
+
+
+def test_a_window_counts_the_batches_between_its_first_and_its_last() -> None:
+    """With a unit of 3 it holds whole turns; the batch before it belongs to no window."""
+    stage = Stage(numbered(4), unit=3)
+    first = timed_window(stage, 0.0, batches=5)
+    second = timed_window(stage, 0.0)
+    assert first.segments == list(range(4, 28))  # batches 1 to 6: 5, made full
+    assert second.segments == list(range(32, 44))  # batch 7 goes before; 8 to 10
+    assert first.samples_per_s == len(first.segments) / first.seconds
+
+
+def test_a_window_lasts_as_long_as_it_says_and_ends_with_a_batch() -> None:
+    def slow() -> Iterator[Tensor]:
+        for ids in numbered(2):
+            time.sleep(0.02)
+            yield ids
+
+    window = timed_window(Stage(slow()), 0.1)
+    batches = len(window.segments) // 2
+    assert window.seconds >= max(0.1, 0.02 * batches)  # each of its batches was made within it
+    assert batches >= 1
+
+
+@pytest.mark.parametrize("kind", ["loader/read", "loader/decode", "loader/mel", "loader/card", "loader/all", "train"])
+def test_windows_of_real_stages_hold_the_loaders_segments(tiny: Config, kind: str) -> None:
+    """An epoch's windows and the batches before them hold each segment of the training split once."""
+    stage = open_stage(Spec(kind, tiny, "cpu", 1))
+    total = open_shards(tiny.data.shards).count("train")
+    seen: list[int] = []
+    whole = stage.batches
+
+    def noted() -> Iterator[Tensor]:
+        for ids in whole:
+            seen.extend(ids.tolist())
+            yield ids
+
+    stage.batches = noted()
+    windows = [timed_window(stage, 0.0, batches=2) for _ in range(total // 4 // 3)]
+    parts = [seen[start : start + 12] for start in range(0, len(seen), 12)]
+    assert [w.segments for w in windows] == [part[4:] for part in parts]
+    assert len(seen) == len(windows) * 12
+    assert max(Counter(seen).values()) == 1
+    assert set(seen) <= set(range(total + open_shards(tiny.data.shards).count("val")))
+
+
+@pytest.mark.parametrize("kind", ["baseline/light", "baseline/full", "baseline/songs", "baseline/gpu_full"])
+def test_baselines_give_the_segments_of_the_training_split(tiny: Config, kind: str) -> None:
+    stage = open_stage(Spec(kind, tiny, "cpu", 1))
+    segments = open_shards(tiny.data.shards).segments
+    train = set(segments.index[segments["split"] == "train"])
+    ids = torch.cat(list(islice(stage.batches, len(train) // 4))).tolist()
+    assert set(ids) <= train
+    if kind != "baseline/gpu_full":  # webdataset's resampled shards draw with replacement
+        assert len(set(ids)) == len(ids)
+
+
+def test_the_sums_are_the_windows() -> None:
+    windows = [
+        Window(list(range(n)), seconds, share, 10 * n, 7, 0, 3)
+        for n, seconds, share in ((10, 1.0, 0.1), (40, 2.0, 0.3), (90, 3.0, 0.2))
+    ]
+    entry = summary(windows, view_seconds=36.0)
+    assert (entry["samples_per_s"], entry["low"], entry["high"]) == (20, 10, 30)
+    assert (entry["audio_hours_per_s"], entry["x_realtime"]) == pytest.approx((0.2, 720))
+    assert (entry["samples"], entry["seconds"], entry["windows"]) == (140, 6.0, 3)
+    assert entry["data_wait_share"] == 0.2
+    assert entry["host_bytes"] == [100, 400, 900]
+
+
+# --- 2. stages take turns
+
+
+def ticking(file: Path) -> Stage:
+    """A stage with a life of its own between batches, as a loader's workers have: a child that writes what time it is."""
+    if os.fork() == 0:
+        while True:
+            file.with_suffix(".part").write_text(str(time.monotonic()))
+            file.with_suffix(".part").replace(file)  # whole, wherever it is frozen
+            time.sleep(0.005)
+    while not file.exists():
+        time.sleep(0.005)
+    return Stage(numbered(1))
+
+
+def tick(file: Path) -> float:
+    return float(file.read_text())
+
+
+def test_a_stage_and_its_children_stand_still_between_windows(tmp_path: Path) -> None:
+    file = tmp_path / "tick"
+    stage = FrozenStage("ticking", ticking, (file,), warm_up=0.05)
+    try:
+        frozen = tick(file)
+        time.sleep(0.1)
+        assert tick(file) == frozen
+        window = stage.window(0.05)
+        assert tick(file) > frozen
+        assert window.segments[0] > 0
+    finally:
+        stage.close()
+    last = tick(file)
+    time.sleep(0.1)
+    assert tick(file) == last  # the child is gone too
+
+
+def broken(message: str) -> Stage:
+    raise UserError(message)
+
+
+def vanishing() -> Stage:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_stage_that_cannot_open_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match="a name: no such thing"):
+        interleaved({"a name": (broken, ("no such thing",))}, 1, 0.0, say=lambda _: None)
+    with pytest.raises(UserError, match="a name died"):
+        interleaved({"a name": (vanishing, ())}, 1, 0.0, say=lambda _: None)
+
+
+# --- 3. waiting for data
+
+
+class Sleepy:
+    """A loader that sleeps before each batch, and knows how long it slept."""
+
+    def __init__(self, batch: Batch, seconds: float) -> None:
+        self.batch, self.seconds, self.slept = batch, seconds, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            began = time.perf_counter()
+            time.sleep(self.seconds)
+            self.slept += time.perf_counter() - began
+            yield self.batch
+
+
+@pytest.mark.parametrize("sleep", [0.02, 0.2])
+def test_a_sleep_in_the_loader_shows_in_the_data_wait_share(tiny: Config, sleep: float) -> None:
+    """Within 10% of what was really slept in the window, whatever the machine does meanwhile."""
+    world = World(0, 1, CPU)
+    loader = Sleepy(random_batch(tiny, LogMel(n_mels=16).frames(1.0), CPU), sleep)
+    stage = trained(tiny, world, loader, steps=10)
+    inner = stage.batches
+    next(inner)
+
+    def marked() -> Iterator[Tensor]:
+        yield next(inner)  # the batch before the window
+        loader.slept = 0.0
+        yield from inner
+
+    stage.batches = marked()
+    window = timed_window(stage, 0.5, batches=3)
+    assert window.data_wait_share == pytest.approx(loader.slept / window.seconds, rel=0.1)
+
+
+def test_a_loader_that_never_waits_shows_next_to_none(tiny: Config) -> None:
+    world = World(0, 1, CPU)
+    batch = random_batch(tiny, LogMel(n_mels=16).frames(1.0), CPU)
+    loader = Sleepy(batch, 0.0)
+    share = timed_window(trained(tiny, world, loader, steps=10), 0.3).data_wait_share
+    assert share is not None
+    assert share < 0.05
+
+
+# --- the baselines do the same work
+
+
+def views(full: bool, spec: LogMel, seconds: float, **over: Any) -> Views:
+    cfg = AugmentationConfig(**{**NEVER, "spec_augment": False, **over})
+    return Views(cfg, spec, seconds, "same", CPU, full)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_baselines_clean_view_is_the_graphs(small_shards: Path, tiny: Config, full: bool) -> None:
+    """With every augmentation off, the two see the same log-mel of the same segments."""
+    whole = settings.load(base=tiny.model_dump(mode="json"), command_line={"data.view_seconds": 3.0})
+    shards, spec = open_shards(small_shards), LogMel(n_mels=16, mean=-20.0, std=20.0)
+    graph = factory.create_loader(whole, shards, spec, World(0, 1, CPU), "train", "clean")
+    ours = next(iter(graph))
+    theirs = {row: view for view, _, row in Segments(shards, views(full, spec, 3.0))}
+    for view, row in zip(ours.data, ours.segment.tolist(), strict=True):
+        torch.testing.assert_close(theirs[row], view, rtol=1e-3, atol=1e-3)
+
+
+def test_the_full_baseline_moves_a_tone_and_keeps_its_length() -> None:
+    """Two semitones up, rounded to PITCH_STEP: 16000 / 14500 = 1.70 semitones."""
+    wave = torch.from_numpy(tone(1000.0, 4.0))
+    up = views(True, LogMel(), 4.0, pitch_shift_prob=1.0, pitch_shift_range=(2.0, 2.0))
+    view, _ = up(wave, 16000)
+    assert view.shape == (128, LogMel().frames(4.0))
+    assert frequency(view.numpy()) == pytest.approx(1000 * 16000 / 14500, rel=0.01)
+
+
+def test_the_full_baselines_stretch_keeps_the_pitch_and_brings_a_burst_forward() -> None:
+    faster = views(True, LogMel(), 4.0, time_stretch_prob=1.0, time_stretch_range=(1.25, 1.25))
+    view, _ = faster(torch.from_numpy(tone(1000.0, 4.0)), 16000)
+    assert view.shape == (128, LogMel().frames(4.0))
+    assert frequency(view.numpy()) == pytest.approx(1000, rel=0.01)
+    wave = torch.zeros(4 * 16000)
+    wave[46400:49600] = torch.from_numpy(noise(0.2))  # 0.2 s about 3 s
+    view, _ = faster(wave, 16000)
+    assert int(view.mean(0).argmax()) * 512 / 16000 == pytest.approx(3 / 1.25, abs=0.1)
+
+
+# --- the JSON, the tables, the command
+
+
+def test_the_command_measures_and_writes_the_documented_json(small_shards: Path, tmp_path: Path) -> None:
+    sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks" / "throughput.py", "--shards", small_shards, "--device", "cpu"),
+            *("--stages", "loader/card", "train", "--seconds", "0.05", "--batch-size", "4", "--threads", "1"),
+            *("--view-seconds", "1.5", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png", *sets),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    doc = json.loads((tmp_path / "r.json").read_text())
+    assert doc.keys() == {"environment", "stages", "ratios"}
+    assert doc["stages"].keys() == {"loader/card", "train"}
+    for entry in doc["stages"].values():
+        assert 0 < entry["low"] <= entry["samples_per_s"] <= entry["high"]
+        assert entry["windows"] == 5
+        assert entry["samples"] % 4 == 0
+        assert entry["host_peak_bytes"] >= max(entry["host_bytes"]) > 0
+    names = {"card_over_light", "all_over_full", "train_over_slower", "data_wait_share"}
+    assert doc["ratios"].keys() == names
+    assert {name for name, value in doc["ratios"].items() if value is not None} == {"data_wait_share"}
+    documented = throughput.__doc__.partition("The JSON")[2]
+    for key in {*doc["environment"], *doc["environment"]["settings"], *doc["stages"]["train"], *names}:
+        assert re.search(rf"\b{key}\b", documented), key
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    rate = report.figure(doc["stages"]["train"]["samples_per_s"])
+    assert re.search(rf"^train +{re.escape(rate)} ", done.stdout, re.MULTILINE)
+
+
+def test_an_unknown_stage_is_refused_in_one_line(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--shards", str(small_shards), "--stages", "loader/fast"])
+    with pytest.raises(SystemExit):
+        throughput.main()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_ratios_are_of_the_stages() -> None:
+    rate = {
+        "loader/card": 30,
+        "baseline/light": 15,
+        "loader/all": 20,
+        "baseline/full": 4,
+        "loader/train": 50,
+        "model": 40,
+    }
+    entries = {name: {"samples_per_s": value} for name, value in rate.items()}
+    entries["train"] = {"samples_per_s": 38, "data_wait_share": 0.01}
+    expected = {"card_over_light": 2, "all_over_full": 5, "train_over_slower": 0.95, "data_wait_share": 0.01}
+    assert throughput.ratios(entries) == pytest.approx(expected)
+    assert set(throughput.ratios({}).values()) == {None}
+
+
+def test_the_readmes_numbers_are_the_result_files() -> None:
+    """What the generator would write is what stands there."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "report.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_tables_hold_the_numbers_of_the_file() -> None:
+    entry = summary([Window([0] * n, 1.0, None, 10**9, 2 * 10**9, 0, 0) for n in (17, 21, 1234)], 60.0)
+    entry |= {"batch_size": 16, "view_seconds": 60.0, "n_mels": 128, "threads": 2, "prefetch": 2}
+    doc = {
+        "environment": {
+            **{"cpu": "A CPU", "cores": 2, "memory_gb": 8, "gpu": None, "python": "3", "versions": {"torch": "2"}},
+            **{"date": "today", "commit": "abc"},
+            "settings": {
+                **{"segments": 24, "segment_seconds": 60.0, "codec": "flac", "sample_rate": None, "model": "simsiam x"},
+                **{"precision": "auto", "compile": False, "sweep": None, "soak": None, "device": "cpu"},
+            },
+        },
+        "stages": {"loader/card": entry},
+        "ratios": throughput.ratios({"loader/card": entry}),
+    }
+    page = "\n".join(report.section("name", doc))
+    assert "| `loader/card` | 21.0 | 17.0 to 1,234 |" in page
+    assert "batch 16, 60 s, 2 threads" in page
+    assert "A CPU" in page
+    readme = report.with_table("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n", {"name": doc})
+    assert "| 21.0 |" in readme
+    assert "old" not in readme
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert "not measured" not in readme  # rows that no file has are left out
