@@ -23,7 +23,7 @@ setup: .venv/.installed
 
 demo: setup
 	$(PY) tools/make_demo_music.py $(DEMO)/music
-	$(PY) tools/make_shards.py $(DEMO)/music --out $(DEMO)/shards --segment-seconds 15 --val-fraction 0.3
+	$(PY) tools/make_shards.py $(DEMO)/music --out $(DEMO)/shards --segment-seconds 10 --val-fraction 0.3
 	$(PY) -m simsiam_dali.train --config configs/demo.yaml --encoder-type simsiam \
 	    --shards $(DEMO)/shards --set train.runs_dir=$(DEMO)/runs --set mlflow.tracking_uri=sqlite:///$(DEMO)/mlflow.db
 

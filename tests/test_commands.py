@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from running import ROOT, run_tool
 
-from simsiam_dali import config
+from simsiam_dali import checkpoint, config, factory, monitor
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.distributed import World
+from simsiam_dali.online import label_ids
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +59,44 @@ def test_the_demo_learns_and_does_not_collapse(home):
         *("-m", "simsiam_dali.train", "--config", ROOT / "configs/demo.yaml", "--encoder-type", "simsiam"),
         *("--shards", "demo_shards", "--run-name", "demo", "--set", "mlflow.enabled=false"),
     )
-    lines = (home / "runs/demo/metrics.jsonl").read_text().splitlines()
-    epochs = [r for r in map(json.loads, lines) if "epoch" in r]
-    untrained, trained = epochs[0], epochs[-1]
+    run_dir = home / "runs/demo"
+    epochs = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "epoch" in r]
     d = config.load(ROOT / "configs/demo.yaml").encoder.simsiam.projection_dim
     assert min(r["encoder/z_std"] for r in epochs[1:]) >= 0.5 / d**0.5
     # Batch norm keeps z-std up even in a collapse to a few directions; the rank sees that (monitor.LOW_RANK).
     assert min(r["encoder/effective_rank"] for r in epochs[1:]) >= 16
-    assert trained["knn/artist"] >= trained["knn/artist_chance"] + 0.3
-    assert trained["knn/artist"] >= untrained["knn/artist"] + 0.2
+    assert epochs[-1]["knn/artist"] >= epochs[-1]["knn/artist_chance"] + 0.2
+
+    # The online score has some 17 songs to go by. Each of the 48 against all others is the steadier judgement.
+    untrained, trained = (nearest_is_of_the_artist(run_dir, home / "demo_shards", trained) for trained in (False, True))
+    assert trained >= untrained + 0.1
+    assert trained >= 0.5  # twelve artists: a guess is right for one song in twelve
+
+
+@torch.no_grad()
+def nearest_is_of_the_artist(run_dir: Path, folder: Path, trained: bool) -> float:
+    """Share of all songs whose nearest other song is by the same artist, whole segments heard by `run_dir`'s encoder."""
+    saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
+    shards = open_shards(folder)
+    whole = {"data.shards": folder, "data.view_seconds": shards.segment_seconds}
+    settings = config.load(base=saved["config"], command_line=whole)
+    log_mel = factory.with_statistics(factory.log_mel_settings(settings), **saved["log_mel"])
+    torch.manual_seed(settings.train.seed)
+    encoder = factory.create_encoder(settings).eval()
+    if trained:
+        encoder.load_state_dict(saved["encoder"])
+    here = World(0, 1, torch.device("cpu"))
+    batches = [
+        b for split in ("train", "val") for b in factory.create_loader(settings, shards, log_mel, here, split, "clean")
+    ]
+    rows = torch.cat([b.segment for b in batches])
+    assert sorted(rows.tolist()) == list(range(len(shards.segments)))
+    song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
+    songs, embedding = monitor.song_embeddings(torch.cat([encoder.embed(b.data) for b in batches]), song_of[rows])
+    unit = torch.nn.functional.normalize(embedding, dim=1)
+    nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(dim=1)
+    artist = label_ids(shards.songs, "artists")[songs]
+    return (artist[nearest] == artist).float().mean().item()
 
 
 def test_every_command_of_the_readme_exists():
