@@ -75,7 +75,7 @@ def test_the_demo_learns_and_does_not_collapse(home):
 
 @torch.no_grad()
 def nearest_is_of_the_artist(run_dir: Path, folder: Path, trained: bool) -> float:
-    """Share of all songs whose nearest other song is by the same artist, whole segments heard by `run_dir`'s encoder."""
+    """Share of all songs whose nearest other song is by the same artist; whole segments, `run_dir`'s encoder."""
     saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
     shards = open_shards(folder)
     whole = {"data.shards": folder, "data.view_seconds": shards.segment_seconds}
