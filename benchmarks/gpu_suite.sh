@@ -9,28 +9,30 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-600}
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-${TMPDIR:-/tmp}/simsiam_dali_cache} PYTHONPATH=$PWD
-mkdir -p "$OUT"
+mkdir -p "$OUT/logs"
 CORES=$(nproc)
+LEAST=30 # seconds in which no part can do anything
 started=$SECONDS failed=0
 
 left() { echo $((BUDGET - SECONDS + started)); }
 
-# part NAME SECONDS COMMAND...: run it for at most that long, or skip it when that much is no longer left.
+# part NAME SECONDS COMMAND...: run it for at most that long and within the budget, or skip it when too little is left.
 part() {
   local name=$1 limit=$2
   shift 2
-  if [ "$(left)" -lt "$limit" ]; then
-    echo "== $name: skipped, $(left) s of $BUDGET left and it may need $limit"
+  if [ "$(left)" -lt "$LEAST" ]; then
+    echo "== $name: skipped, $(left) s of $BUDGET are left"
     return
   fi
+  if [ "$limit" -gt "$(left)" ]; then limit=$(left); fi
   echo "== $name"
   local began=$SECONDS
-  if timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1; then
-    tail -n 25 "$OUT/$name.log"
+  if timeout --kill-after=10 "$limit" "$@" >"$OUT/logs/$name.log" 2>&1; then
+    tail -n 25 "$OUT/logs/$name.log"
     echo "== $name: done in $((SECONDS - began)) s"
   else
     echo "== $name: FAILED with status $? after $((SECONDS - began)) s"
-    tail -n 25 "$OUT/$name.log"
+    tail -n 25 "$OUT/logs/$name.log"
     failed=1
   fi
 }
@@ -45,17 +47,17 @@ skip() { echo "== $1: skipped, no CUDA device"; }
 
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   part gpu-tests 120 "$PYTHON" -m pytest -q -m gpu tests
-  bench gpu 200 --threads "$CORES" --workers "$CORES"
+  bench gpu 300 --threads "$CORES" --workers "$CORES" --seconds 1
   # The training's options one by one, each against the run above: what does each of them give?
   for option in train.compile=true train.channels_last=false train.precision=fp32; do
-    bench "gpu-${option//[.=]/-}" 60 --stages model train --set "$option"
+    bench "gpu-${option//[.=]/-}" 90 --stages model train --set "$option" --threads "$CORES" --seconds 1
   done
-  bench gpu-baseline-train 60 --stages baseline/train --threads "$CORES" --workers "$CORES" --windows 3
+  bench gpu-baseline-train 60 --stages baseline/train --threads "$CORES" --workers "$CORES" --seconds 1
   for sweep in threads batch; do
-    bench "gpu-sweep-$sweep" 90 --sweep "$sweep" --stages loader/all --threads "$CORES" --seconds 1
+    bench "gpu-sweep-$sweep" 90 --sweep "$sweep" --stages loader/all --threads "$CORES" --seconds 0.5
   done
   for sweep in seconds rate codec; do
-    bench "gpu-sweep-$sweep" 90 --sweep "$sweep" --stages loader/card --threads "$CORES" --seconds 1
+    bench "gpu-sweep-$sweep" 90 --sweep "$sweep" --stages loader/card --threads "$CORES" --seconds 0.5
   done
   bench gpu-soak 60 --soak 1000 --threads "$CORES"
 else

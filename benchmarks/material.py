@@ -4,11 +4,12 @@ import os
 import sys
 from pathlib import Path
 
+from simsiam_dali.data.commit import MANIFEST
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-from make_demo_music import SONGS_PER_ARTIST, make_library
+from make_demo_music import LIBRARY_VERSION, SONGS_PER_ARTIST, make_library
 
 SONG_SECONDS = (120.0, 126.0)
 """Length of the generated songs: two segments of 60 s each."""
@@ -19,25 +20,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simsiam_dali" / "benchmarks"
 
 
-def generated_music(segments: int, workers: int) -> Path:
-    """A folder of generated songs, at least `segments` x 60 s."""
-    songs = -(-segments // (2 * SONGS_PER_ARTIST)) * SONGS_PER_ARTIST
-    folder = cache_folder() / f"songs-{songs}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    make_library(folder, songs, seed=0, seconds=SONG_SECONDS, workers=workers)
-    return folder
+def packed_generated(segments: int, workers: int, codec: str = "flac", sample_rate: int | None = 16000) -> Path:
+    """Shards of generated songs, at least `segments` of 60 s; made only when the cache has none.
 
-
-def packed(
-    music: Path, workers: int, codec: str = "flac", sample_rate: int | None = 16000, seconds: float = 60
-) -> Path:
-    """Shards of the songs in `music`, all for training; packed only when the cache has none, or songs have changed.
-
-    sample_rate: Hz, None keeps each song's own. seconds: length of a segment.
+    sample_rate: Hz, None keeps each song's own.
     """
-    name = f"{music.resolve().name}-{codec}-{sample_rate or 'native'}-{seconds:g}s"
-    settings = PackSettings(
-        codec=codec, sample_rate=sample_rate, segment_seconds=seconds, val_fraction=0.0, min_seconds=min(5.0, seconds)
-    )
-    pack(music, cache_folder() / "shards" / name, settings, workers, replace=True)
-    return cache_folder() / "shards" / name
+    songs = -(-segments // (2 * SONGS_PER_ARTIST)) * SONGS_PER_ARTIST
+    music = cache_folder() / f"songs-{songs}-v{LIBRARY_VERSION}"
+    music.parent.mkdir(parents=True, exist_ok=True)
+    new = make_library(music, songs, seed=0, seconds=SONG_SECONDS, workers=workers)
+    shards = _shards(music, codec, sample_rate)
+    return packed(music, workers, codec, sample_rate) if new or not (shards / MANIFEST).exists() else shards
+
+
+def packed(music: Path, workers: int, codec: str = "flac", sample_rate: int | None = 16000) -> Path:
+    """Shards of the songs in `music`, all for training; only songs that have changed are decoded again."""
+    settings = PackSettings(codec=codec, sample_rate=sample_rate, segment_seconds=60.0, min_seconds=5.0, val_fraction=0)
+    pack(music, _shards(music, codec, sample_rate), settings, workers, replace=True)
+    return _shards(music, codec, sample_rate)
+
+
+def _shards(music: Path, codec: str, sample_rate: int | None) -> Path:
+    return cache_folder() / "shards" / f"{music.resolve().name}-{codec}-{sample_rate or 'native'}"

@@ -106,11 +106,12 @@ def timed_window(stage: Stage, seconds: float, batches: int = 1) -> Window:
 
 
 def _serve(pipe: Connection, open_stage: Callable[..., Stage], arguments: tuple[Any, ...], seconds: float) -> None:
-    """A stage's process: opens it, warms it up, then answers each request with a window."""
+    """A stage's process: when asked, opens it and warms it up; then answers each request with a window."""
     # A group of its own, so that a DataLoader's workers are frozen along. The kernel wakes and ends a frozen group
     # whose parent has died.
     os.setpgid(0, 0)
     try:
+        pipe.recv()
         stage = open_stage(*arguments)
         timed_window(stage, seconds, batches=WARM_UP_UNITS * stage.unit)
         pipe.send(None)
@@ -125,7 +126,8 @@ def _serve(pipe: Connection, open_stage: Callable[..., Stage], arguments: tuple[
 class FrozenStage:
     """A stage in a process of its own, frozen except during its windows.
 
-    open_stage: a module's function, called with `arguments` in the new process. Raises UserError when it does.
+    open_stage: a module's function, called with `arguments` in the new process. warm_up: seconds. The process starts at
+    once, since loading its libraries takes it some seconds; the stage is there after `open`.
     """
 
     def __init__(self, name: str, open_stage: Callable[..., Stage], arguments: tuple[Any, ...], warm_up: float) -> None:
@@ -134,11 +136,11 @@ class FrozenStage:
         self.process = _CONTEXT.Process(target=_serve, args=(theirs, open_stage, arguments, warm_up), name=name)
         self.process.start()
         theirs.close()
-        try:
-            self._answer()
-        except BaseException:
-            self.close()
-            raise
+
+    def open(self) -> None:
+        """Open the stage and warm it up. Raises UserError when that fails."""
+        self.pipe.send(None)
+        self._answer()
         self._signal(signal.SIGSTOP)
 
     def window(self, seconds: float, batches: int = 1) -> Window:
@@ -150,10 +152,14 @@ class FrozenStage:
         assert isinstance(window, Window)
         return window
 
-    def close(self) -> None:
-        """End the process and its workers: by asking, so that it gives its semaphores back, else by force."""
+    def dismiss(self) -> None:
+        """Ask the process to end, so that it gives back what it holds."""
         self.pipe.close()
         self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End the process and its workers, by force if asking does not help."""
+        self.dismiss()
         self.process.join(timeout=SECONDS_TO_END)
         self._signal(signal.SIGKILL)
         self.process.kill()
@@ -180,20 +186,32 @@ def interleaved(
     seconds: float,
     batches: int = 1,
     say: Callable[[str], None] = print,
-) -> dict[str, list[Window]]:
-    """Time stages in turns: one window of each, then the next of each."""
-    result: dict[str, list[Window]] = {name: [] for name in stages}
-    with contextlib.ExitStack() as stack:
-        opened = []
-        for name, (open_stage, arguments) in stages.items():
-            say(f"{name}: warming up")
-            opened.append(FrozenStage(name, open_stage, arguments, warm_up=seconds))
-            stack.callback(opened[-1].close)
-        for turn in range(windows):
-            say(f"window {turn + 1} of {windows}: {', '.join(stages)}")
+) -> tuple[dict[str, list[Window]], list[UserError]]:
+    """Time stages in turns: one window of each, then the next of each. Returns also why a stage could not be opened."""
+    result: dict[str, list[Window]] = {}
+    errors = []
+    started: list[FrozenStage] = []
+    try:
+        for name, how in stages.items():
+            started.append(FrozenStage(name, *how, warm_up=seconds))
+        for stage in started:  # one after another: what one opens is its own GPU memory
+            say(f"{stage.name}: warming up")
+            try:
+                stage.open()
+                result[stage.name] = []
+            except UserError as e:
+                errors.append(e)
+        opened = [stage for stage in started if stage.name in result]
+        for turn in range(windows if opened else 0):
+            say(f"window {turn + 1} of {windows}: {', '.join(result)}")
             for stage in opened:
                 result[stage.name].append(stage.window(seconds, batches))
-    return result
+    finally:
+        for stage in started:
+            stage.dismiss()
+        for stage in started:
+            stage.close()
+    return result, errors
 
 
 def summary(windows: Sequence[Window], view_seconds: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ train_over_slower is train / min(loader/train, model). On a CPU those two share 
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,15 +139,16 @@ class Bench:
             return open_shards(args.shards)
         if not args.music and (Path("shards") / "manifest.json").exists():
             return open_shards(Path("shards"))
-        return open_shards(material.packed(self.music(), self.cores))
+        if not args.music:
+            say(f"no shards in ./shards: generated songs take their place, kept in {material.cache_folder()}")
+        return open_shards(self.packed())
 
-    def music(self) -> Path:
-        """--music, or generated songs."""
+    def packed(self, codec: str = "flac", sample_rate: int | None = 16000) -> Path:
+        """Shards of --music, or of generated songs."""
         if self.args.music:
-            return Path(self.args.music)
+            return material.packed(self.args.music, self.cores, codec, sample_rate)
         least = max(CACHE_SEGMENTS, self.args.batch_size or 0, 0 if self.device.type == "cpu" else 128)
-        say(f"no shards: generated songs take their place (in {material.cache_folder()})")
-        return material.generated_music(least, self.cores)
+        return material.packed_generated(least, self.cores, codec, sample_rate)
 
     def spec(self, kind: str, **changes: Any) -> Spec:
         """A stage with some settings of its config changed, by dotted key with __ for the dot."""
@@ -187,7 +189,7 @@ class Bench:
             fits = value <= self.shards.segment_seconds
             return self.spec(kind, data__view_seconds=value) if fits else None
         codec, rate = (value, 16000) if sweep == "codec" else ("flac", None if value == "native" else value)
-        return self.spec(kind, data__shards=material.packed(self.music(), self.cores, codec, rate))
+        return self.spec(kind, data__shards=self.packed(codec, rate))
 
 
 def say(line: str) -> None:
@@ -195,16 +197,19 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def measure(plan: Plan, windows: int, seconds: float, batches: int = 1) -> dict[str, dict[str, Any]]:
-    """Each stage's entry in the JSON."""
-    result = {}
+def measure(
+    plan: Plan, windows: int, seconds: float, batches: int = 1
+) -> tuple[dict[str, dict[str, Any]], list[UserError]]:
+    """Each stage's entry in the JSON, and why others have none."""
+    result: dict[str, dict[str, Any]] = {}
+    errors = []
     for group in plan:
-        timed = interleaved(
-            {name: (open_stage, (spec,)) for name, spec in group.items()}, windows, seconds, batches, say
-        )
+        how = {name: (open_stage, (spec,)) for name, spec in group.items()}
+        timed, failed = interleaved(how, windows, seconds, batches, say)
+        errors += failed
         for name, came in timed.items():
             result[name] = described(group[name]) | summary(came, view_seconds(group[name].config))
-    return result
+    return result, errors
 
 
 def view_seconds(config: Config) -> float:
@@ -292,18 +297,23 @@ def table(doc: Mapping[str, Any]) -> str:
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stages' processes are ended
     bench = Bench(args)
     if args.soak:
         plan: Plan = [{"loader/all": bench.spec("loader/all")}]
-        entries = measure(plan, SOAK_WINDOWS, 0.0, batches=max(1, args.soak // SOAK_WINDOWS))
+        entries, errors = measure(plan, SOAK_WINDOWS, 0.0, batches=max(1, args.soak // SOAK_WINDOWS))
     else:
-        entries = measure(bench.sweep(args.sweep) if args.sweep else bench.plan(), args.windows, args.seconds)
+        entries, errors = measure(bench.sweep(args.sweep) if args.sweep else bench.plan(), args.windows, args.seconds)
+    if not entries:
+        raise errors[0]
     doc = document(bench, entries)
     print(table(doc))
     if args.json:
         args.json.write_text(json.dumps(doc, indent=1) + "\n")
     if args.plot:
         draw(doc, args.plot)
+    if errors:
+        raise UserError("\nerror: ".join(map(str, errors)))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """The benchmark counts what it times, freezes who waits, sees who sleeps, and its tables hold the files' numbers."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_stages import broken, numbered, numbers, ticking, vanishing
 from running import ROOT
 from signals import frequency, noise, tone
 from torch import Tensor
@@ -33,7 +32,6 @@ from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World
-from simsiam_dali.errors import UserError
 
 CPU = torch.device("cpu")
 TINY = {
@@ -67,11 +65,6 @@ def tiny(small_shards: Path) -> Config:
 
 
 # --- 1. exactly the samples it timed
-
-
-def numbered(batch: int) -> Iterator[Tensor]:
-    """Batches of 0, 1, 2...: no segment comes twice."""
-    return (torch.arange(n * batch, (n + 1) * batch) for n in count())
 
 
 def test_a_window_counts_the_batches_between_its_first_and_its_last() -> None:
@@ -145,18 +138,6 @@ def test_the_sums_are_the_windows() -> None:
 # --- 2. stages take turns
 
 
-def ticking(file: Path) -> Stage:
-    """A stage with a life of its own between batches, as a loader's workers have: a child that writes what time it is."""
-    if os.fork() == 0:
-        while True:
-            file.with_suffix(".part").write_text(str(time.monotonic()))
-            file.with_suffix(".part").replace(file)  # whole, wherever it is frozen
-            time.sleep(0.005)
-    while not file.exists():
-        time.sleep(0.005)
-    return Stage(numbered(1))
-
-
 def tick(file: Path) -> float:
     return float(file.read_text())
 
@@ -165,6 +146,7 @@ def test_a_stage_and_its_children_stand_still_between_windows(tmp_path: Path) ->
     file = tmp_path / "tick"
     stage = FrozenStage("ticking", ticking, (file,), warm_up=0.05)
     try:
+        stage.open()
         frozen = tick(file)
         time.sleep(0.1)
         assert tick(file) == frozen
@@ -178,20 +160,14 @@ def test_a_stage_and_its_children_stand_still_between_windows(tmp_path: Path) ->
     assert tick(file) == last  # the child is gone too
 
 
-def broken(message: str) -> Stage:
-    raise UserError(message)
-
-
-def vanishing() -> Stage:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
-
-
-def test_a_stage_that_cannot_open_is_one_clear_error() -> None:
-    with pytest.raises(UserError, match="a name: no such thing"):
-        interleaved({"a name": (broken, ("no such thing",))}, 1, 0.0, say=lambda _: None)
-    with pytest.raises(UserError, match="a name died"):
-        interleaved({"a name": (vanishing, ())}, 1, 0.0, say=lambda _: None)
+def test_a_stage_that_cannot_open_is_one_clear_error_and_does_not_stop_the_others() -> None:
+    stages = {"broken": (broken, ("no such thing",)), "vanishing": (vanishing, ()), "good": (numbers, ())}
+    windows, errors = interleaved(stages, 2, 0.0, say=lambda _: None)
+    # Batches of two: one and two more to warm up, one before each window, one in it.
+    assert {name: [w.segments for w in came] for name, came in windows.items()} == {"good": [[8, 9], [12, 13]]}
+    first, second = map(str, errors)
+    assert first == "broken: no such thing"
+    assert second.startswith("vanishing died")
 
 
 # --- 3. waiting for data
