@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import fn, pipeline_def, types
 from torchaudio.functional import melscale_fbanks
 from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
@@ -155,7 +155,8 @@ def augmented(
 
     def define(wave: Any, hz: Any, **nodes: Any) -> Any:
         on_gpu = gpu is not None
-        return augmented_view(wave.gpu() if on_gpu else wave, hz, Draws(**nodes), bank, graph, on_gpu)
+        noise = None if bank is None else types.Constant(bank, device="gpu" if on_gpu else "cpu")
+        return augmented_view(wave.gpu() if on_gpu else wave, hz, Draws(**nodes), noise, graph, on_gpu)
 
     rates = [np.float32(RATE)] * len(waves)
     return run_graph(define, {"wave": list(waves), "hz": rates, **inputs}, gpu)[0]

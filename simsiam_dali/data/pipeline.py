@@ -144,7 +144,7 @@ def clean_view(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
 
 
 def augmented_view(
-    wave: DataNode, rate: DataNode, draws: augment.Draws, bank: np.ndarray | None, graph: Graph, gpu: bool
+    wave: DataNode, rate: DataNode, draws: augment.Draws, bank: DataNode | None, graph: Graph, gpu: bool
 ) -> DataNode:
     """One augmented view `(n_mels, T)` of `wave (N,)`, the place it shows."""
     spec, cfg, native = graph.log_mel, graph.augmentation, graph.source.native_rate
@@ -163,8 +163,7 @@ def augmented_view(
     elif cfg.pitch_shift_prob > 0 and draws.semitones != 0.0:
         wave = augment.resample(wave, float(spec.sample_rate), pitch_rate, PITCH_QUALITY)
     if bank is not None and draws.noisy:
-        noise = types.Constant(bank, device="gpu" if gpu else "cpu")
-        wave = augment.add_noise(wave, draws.snr_db, noise, draws.noise_at, turns=2)
+        wave = augment.add_noise(wave, draws.snr_db, bank, draws.noise_at, turns=2)
 
     mel = mel_power(wave, spec)
     if (cfg.time_stretch_prob > 0 or cfg.pitch_shift_prob > 0) and draws.scaled:
@@ -220,7 +219,7 @@ def build(
     The draws' seed differs by rank, the reader's must not: all ranks have to agree on the order they share.
     """
     on_gpu = gpu is not None
-    bank = noise_bank(graph, seed) if graph.mode == "views" else None
+    noise = noise_bank(graph, seed) if graph.mode == "views" else None
 
     @pipeline_def(
         batch_size=batch_size,
@@ -250,6 +249,8 @@ def build(
         if graph.mode == "views":
             first = crop(anywhere("crop 1"))
             second = crop(anywhere("crop 2")) if graph.crops == "independent" else first
+            # One bank for both views: DALI keeps a copy of a constant for each sample of the batch.
+            bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
             views = []
             for number, cropped in ((1, first), (2, second)):
                 draws = augment.draw(
