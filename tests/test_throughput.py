@@ -263,7 +263,7 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
     done = subprocess.run(
         [
             *(sys.executable, ROOT / "benchmarks" / "throughput.py", "--shards", small_shards, "--device", "cpu"),
-            *("--stages", "loader/card", "train", "--seconds", "0.05", "--batch-size", "4", "--threads", "1"),
+            *("--stages", "loader/train", "train", "--seconds", "0.05", "--batch-size", "4", "--threads", "1"),
             *("--view-seconds", "1.5", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png", *sets),
         ],
         capture_output=True,
@@ -272,7 +272,7 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
     assert done.returncode == 0, done.stderr[-3000:]
     doc = json.loads((tmp_path / "r.json").read_text())
     assert doc.keys() == {"environment", "stages", "ratios"}
-    assert doc["stages"].keys() == {"loader/card", "train"}
+    assert doc["stages"].keys() == {"loader/train", "train"}
     for entry in doc["stages"].values():
         assert 0 < entry["low"] <= entry["samples_per_s"] <= entry["high"]
         assert entry["windows"] == 5
