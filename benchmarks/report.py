@@ -77,6 +77,33 @@ def setting(entry: Doc) -> str:
     return ", ".join(text.format(entry[key]) for key, text in words.items() if key in entry)
 
 
+def terminal_table(doc: Doc) -> str:
+    """The results for the terminal."""
+    lines = [*machine(doc).split("; "), material(doc), "one sample = one segment = two views", ""]
+    heads = ("stage", "samples/s", "low", "high", "audio h/s", "x realtime", "host GB", "GPU GB", "MB to GPU")
+    rows = [
+        (
+            name,
+            *(figure(e[key]) for key in ("samples_per_s", "low", "high", "audio_hours_per_s", "x_realtime")),
+            *(f"{e[key] / 1e9:.2f}" for key in ("host_peak_bytes", "gpu_bytes")),
+            f"{e['bytes_to_device'] / 1e6:.2f}",
+        )
+        for name, e in doc["stages"].items()
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    known = {name: value for name, value in doc["ratios"].items() if value is not None}
+    if known:
+        lines += ["", *(f"{name.ljust(max(map(len, known)))}  {value:.3g}" for name, value in known.items())]
+    about = doc["environment"]["settings"]
+    if about["soak"]:
+        host = doc["stages"]["loader/all"]["host_bytes"]
+        lines += ["", f"host GB, each {about['soak'] // len(host)} batches: {' '.join(f'{b / 1e9:.2f}' for b in host)}"]
+    return "\n".join(lines)
+
+
 def stage_table(doc: Doc) -> Iterator[str]:
     """One row a stage."""
     yield "| stage | samples/s | low to high | audio h/s | x realtime | host GB | GPU GB | MB to GPU | settings |"

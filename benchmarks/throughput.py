@@ -33,9 +33,7 @@ import machine
 import material
 from chart import draw
 from measure import interleaved, summary
-from report import figure
-from report import machine as machine_lines
-from report import material as material_line
+from report import terminal_table
 from stages import BASELINE_OF_TRAIN, KINDS, TRAINING, Spec, open_stage
 
 from simsiam_dali import config as settings
@@ -266,33 +264,6 @@ def document(bench: Bench, entries: dict[str, dict[str, Any]]) -> dict[str, Any]
     }
 
 
-def table(doc: Mapping[str, Any]) -> str:
-    """The results for the terminal."""
-    lines = [*machine_lines(doc).split("; "), material_line(doc), "one sample = one segment = two views", ""]
-    heads = ("stage", "samples/s", "low", "high", "audio h/s", "x realtime", "host GB", "GPU GB", "MB to GPU")
-    rows = [
-        (
-            name,
-            *(figure(e[key]) for key in ("samples_per_s", "low", "high", "audio_hours_per_s", "x_realtime")),
-            *(f"{e[key] / 1e9:.2f}" for key in ("host_peak_bytes", "gpu_bytes")),
-            f"{e['bytes_to_device'] / 1e6:.2f}",
-        )
-        for name, e in doc["stages"].items()
-    ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    known = {name: value for name, value in doc["ratios"].items() if value is not None}
-    if known:
-        lines += ["", *(f"{name.ljust(max(map(len, known)))}  {value:.3g}" for name, value in known.items())]
-    about = doc["environment"]["settings"]
-    if about["soak"]:
-        host = doc["stages"]["loader/all"]["host_bytes"]
-        lines += ["", f"host GB, each {about['soak'] // len(host)} batches: {' '.join(f'{b / 1e9:.2f}' for b in host)}"]
-    return "\n".join(lines)
-
-
 @one_line_errors
 def main() -> None:
     """The command."""
@@ -307,7 +278,7 @@ def main() -> None:
     if not entries:
         raise errors[0]
     doc = document(bench, entries)
-    print(table(doc))
+    print(terminal_table(doc))
     if args.json:
         args.json.write_text(json.dumps(doc, indent=1) + "\n")
     if args.plot:

@@ -21,9 +21,10 @@ from torch import Tensor
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import report
 import throughput
-from baselines import Segments, Views
+from baselines import Segments
 from measure import FrozenStage, Stage, Window, interleaved, summary, timed_window
 from stages import Spec, open_stage, random_batch, trained
+from torch_views import Views
 
 from simsiam_dali import config as settings
 from simsiam_dali import factory
