@@ -28,13 +28,14 @@ demo: setup
 	    --shards $(DEMO)/shards --set train.runs_dir=$(DEMO)/runs --set mlflow.tracking_uri=sqlite:///$(DEMO)/mlflow.db
 
 test: setup
-	$(PY) -m pytest -q
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q
 
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) tools/make_docs.py --check
+	$(PY) benchmarks/report.py --check
 
 format: setup
 	$(PY) -m ruff check --fix .
@@ -42,6 +43,7 @@ format: setup
 
 docs: setup
 	$(PY) tools/make_docs.py
+	$(PY) benchmarks/report.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
