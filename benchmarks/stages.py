@@ -17,7 +17,6 @@
 """
 
 import contextlib
-import functools
 import io
 import itertools
 import tempfile
@@ -42,9 +41,10 @@ from simsiam_dali.data.pipeline import Source, read
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.distributed import World, choose_device
 from simsiam_dali.errors import UserError
+from simsiam_dali.learner import Learner
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
-from simsiam_dali.step import autocast_dtype, learning_rates, train_step
+from simsiam_dali.schedule import learning_rates
 
 LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/card", "loader/all")
 TRAINING = ("loader/train", "model", "train")
@@ -176,22 +176,14 @@ def random_batch(config: Config, frames: int, device: torch.device) -> Batch:
 
 def trained(config: Config, world: World, batches: Iterable[Batch], steps: int) -> Stage:
     """The trainer's step on each of `batches`, under the trainer's clock. steps: in an epoch, for the learning rate."""
-    torch.manual_seed(config.train.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-    dtype = autocast_dtype(config.train.precision, world.device)
-    autocast = functools.partial(torch.autocast, world.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    encoder = factory.create_encoder(config).to(world.device).to(memory_format=layout).train()
-    model = torch.compile(encoder) if config.train.compile else encoder
-    loss_fn, optimizer = factory.create_loss_fn(config), factory.create_optimizer(config, encoder)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    learner = Learner(config, world)
+    learner.encoder.train()
     clock = StepClock(world.device)
 
     def run() -> Iterator[Tensor]:
         for number, batch in enumerate(clock.batches(batches)):
             rates = learning_rates(config, number % steps, steps, config.encoder.batch_size)
-            train_step(model, loss_fn, optimizer, scaler, autocast, batch, *rates)
+            learner.step(batch, *rates)
             yield batch.segment
 
     return Stage(run(), world.device, clock=clock)

@@ -24,9 +24,7 @@ class Checkpoint(TypedDict):
     config: dict[str, Any]  # the resolved tree, JSON types
     epoch: int  # whole epochs done
     step: int  # optimizer steps done since the start
-    encoder: dict[str, Any]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
+    learner: dict[str, Any]  # encoder, optimizer, scaler
     rng: list[dict[str, Any]]  # per rank
     loaders: list[dict[str, Any]]  # per rank
     log_mel: dict[str, float]  # mean and std of the data set, dB

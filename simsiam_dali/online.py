@@ -4,19 +4,18 @@ kNN searches among training songs (at most `train.knn_segments` segments of them
 the mean of its segments' clean views. The loaders are made anew each time, so that every epoch sees the same draws.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsiam_dali import factory, monitor
 from simsiam_dali.config import Config
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.distributed import World
-from simsiam_dali.models.simsiam import SimSiam
+from simsiam_dali.learner import Learner
 
 Score = dict[str, float]
 
@@ -33,20 +32,18 @@ def evaluate(
     shards: ShardSet,
     log_mel: LogMel,
     world: World,
-    encoder: SimSiam,
-    loss_fn: nn.Module,
-    autocast: Callable[[], torch.autocast],
+    learner: Learner,
 ) -> Score:
     """`encoder/val_loss` and the kNN scores, NaN where no song has the label; empty without validation songs."""
     if not shards.count("val"):
         return {}
-    encoder.eval()
+    encoder = learner.encoder.eval()
 
     total, number = 0.0, 0
     for batch in factory.create_loader(config, shards, log_mel, world, "val", "views"):
         if len(batch.segment):
-            with autocast():
-                loss = loss_fn(*encoder(batch.view1, batch.view2))
+            with learner.autocast():
+                loss = learner.loss_fn(*encoder(batch.view1, batch.view2))
             total += float(loss) * len(batch.segment)
             number += len(batch.segment)
     sums = world.gather((total, number))
@@ -59,7 +56,7 @@ def evaluate(
         rows, embeddings = [], []
         for batch in loader:
             if len(batch.segment):
-                with autocast():
+                with learner.autocast():
                     embeddings.append(encoder.embed(batch.data).float().cpu())
                 rows.append(batch.segment.cpu())
             if loader.step * loader.batch_size * world.size >= segments:

@@ -1,6 +1,6 @@
 """`--profile N`: where N steps spend their time, as a trace for Perfetto (or chrome://tracing) and a table.
 
-The parts of a step are named by `step.mark`. For Nsight Systems the same names are NVTX ranges, beside those of DALI:
+The parts of a step are named by `clock.mark`. For Nsight Systems the same names are NVTX ranges, beside those of DALI:
 `nsys profile -t cuda,nvtx python -m simsiam_dali.train ...` needs no --profile.
 """
 

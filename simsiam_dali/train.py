@@ -13,13 +13,11 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from tqdm import tqdm
 
 from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, plots, profiling, tracking
@@ -30,7 +28,8 @@ from simsiam_dali.data.loader import measure_log_mel
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World, choose_device, is_main, world
 from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.step import autocast_dtype, learning_rates, train_step
+from simsiam_dali.learner import Learner
+from simsiam_dali.schedule import learning_rates
 
 GAUGE_ROWS = 1024
 """Projections, of the latest batches, on which the collapse gauges are read."""
@@ -75,37 +74,17 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
     loader = factory.create_loader(config, shards, log_mel, w, "train", "views", shuffled=True)
     steps, batch_size = len(loader), config.encoder.batch_size * w.size  # steps an epoch, segments a step
 
-    # Model
-    torch.manual_seed(config.train.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-    encoder = factory.create_encoder(config, pretrained=resumed is None)
-    dtype = autocast_dtype(config.train.precision, w.device)
-    autocast = functools.partial(torch.autocast, w.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    # What learns
+    learner = Learner(config, w, pretrained=resumed is None)
     frames = log_mel.frames(loader.graph.seconds)
-    half = dtype != torch.float32
-    memory.check_fits(encoder, config.encoder.batch_size, log_mel.n_mels, frames, half, w.device)
-    if config.train.sync_bn and w.size > 1:
-        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    encoder = encoder.to(w.device).to(memory_format=layout)
-    model: Callable[..., Any] = encoder
-    if w.size > 1:
-        model = DistributedDataParallel(encoder, device_ids=None if w.gpu is None else [w.gpu])
-    if config.train.compile:
-        model = torch.compile(model)
-    loss_fn = factory.create_loss_fn(config)
-    optimizer = factory.create_optimizer(config, encoder)
-    scaler = torch.amp.GradScaler(w.device.type, enabled=dtype == torch.float16)
+    memory.check_fits(learner.encoder, config.encoder.batch_size, log_mel.n_mels, frames, learner.half, w.device)
 
     # Where we stand
     epoch, step, seconds = 0, 0, 0.0  # whole epochs, optimizer steps, time spent
     log = journal.Journal(run_dir / "metrics.jsonl", writes=w.main)
     if resumed:
         epoch, step, seconds = resumed["epoch"], resumed["step"], resumed["seconds"]
-        encoder.load_state_dict(resumed["encoder"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        learner.load_state_dict(resumed["learner"])
         loader.load_state_dict(resumed["loaders"][w.rank])
         checkpoint.set_rng_state(resumed["rng"][w.rank], w.device)
         log.resume(step)
@@ -124,9 +103,7 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
                 config=config.model_dump(mode="json"),
                 epoch=epoch,
                 step=step,
-                encoder=encoder.state_dict(),
-                optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(),
+                learner=learner.state_dict(),
                 loaders=[place for place, _ in ranks],
                 rng=[rng for _, rng in ranks],
                 log_mel={"mean": log_mel.mean, "std": log_mel.std},
@@ -137,7 +114,7 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
             checkpoint.save(state, run_dir / checkpoint.FILE_NAME)
 
     def finish_epoch(record: dict[str, Any]) -> None:
-        record |= online.evaluate(config, shards, log_mel, w, encoder, loss_fn, autocast)
+        record |= online.evaluate(config, shards, log_mel, w, learner)
         log.write([record])
         tracker.metrics({k: v for k, v in record.items() if "/" in k or k == "training_time_hours"}, step)
         say(journal.epoch_line(record, config.encoder.epochs))
@@ -145,9 +122,9 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
 
     say(
         f"{config.encoder.encoder_type} {config.encoder.simsiam.backbone} on {w.device.type} x {w.size},"
-        f" {str(dtype).removeprefix('torch.')}: {shards.count('train')} training and {shards.count('val')} validation"
-        f" segments, views of {loader.graph.seconds:g} s ({log_mel.n_mels} x {frames}), {steps} steps of"
-        f" {batch_size} an epoch"
+        f" {str(learner.dtype).removeprefix('torch.')}: {shards.count('train')} training and"
+        f" {shards.count('val')} validation segments, views of {loader.graph.seconds:g} s"
+        f" ({log_mel.n_mels} x {frames}), {steps} steps of {batch_size} an epoch"
     )
     say(f"run {run_dir}" + (f", going on after step {step}" if resumed else ""))
     clock = StepClock(w.device)
@@ -157,14 +134,14 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
         if not resumed:
             finish_epoch({"step": 0, "epoch": 0})  # the untrained encoder: what training has to beat
         while epoch < config.encoder.epochs:
-            encoder.train()
+            learner.encoder.train()
             losses: list[Tensor] = []  # on the device until they are read together
             bar = tqdm(desc=f"epoch {epoch + 1}/{config.encoder.epochs}", total=steps, initial=loader.step,
                        unit="step", leave=False, disable=None if w.main else True)  # fmt: skip
             clock.reset()
             for batch in clock.batches(loader):
                 lr, fixed_lr = learning_rates(config, step, steps, batch_size)
-                loss, z = train_step(model, loss_fn, optimizer, scaler, autocast, batch, lr, fixed_lr)
+                loss, z = learner.step(batch, lr, fixed_lr)
 
                 step += 1
                 losses.append(loss)

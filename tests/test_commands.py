@@ -84,7 +84,7 @@ def nearest_is_of_the_artist(run_dir: Path, folder: Path, trained: bool) -> floa
     torch.manual_seed(settings.train.seed)
     encoder = factory.create_encoder(settings).eval()
     if trained:
-        encoder.load_state_dict(saved["encoder"])
+        encoder.load_state_dict(saved["learner"]["encoder"])
     here = World(0, 1, torch.device("cpu"))
     batches = [
         b for split in ("train", "val") for b in factory.create_loader(settings, shards, log_mel, here, split, "clean")

@@ -19,7 +19,7 @@ import torch
 
 from simsiam_dali import checkpoint, config, factory, memory
 from simsiam_dali.errors import UserError
-from simsiam_dali.step import learning_rates
+from simsiam_dali.schedule import learning_rates
 
 TINY = {
     "data.view_seconds": 1.5,
@@ -132,7 +132,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(whole, tmp_path, small_shards
     assert done.returncode == 0, done.stderr[-2000:]
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert losses(run_dir) == losses(whole)
-    ours, theirs = (checkpoint.load(d / checkpoint.FILE_NAME)["encoder"] for d in (run_dir, whole))
+    ours, theirs = (checkpoint.load(d / checkpoint.FILE_NAME)["learner"]["encoder"] for d in (run_dir, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -178,7 +178,7 @@ def test_the_checkpoint_holds_the_data_set_s_statistics(whole):
 
 
 def test_the_predictor_s_rate_stays_and_the_encoder_s_falls(whole):
-    encoder, predictor = checkpoint.load(whole / checkpoint.FILE_NAME)["optimizer"]["param_groups"]
+    encoder, predictor = checkpoint.load(whole / checkpoint.FILE_NAME)["learner"]["optimizer"]["param_groups"]
     base = config.load(whole / "config.yaml").encoder.learning_rate * TINY["encoder.batch_size"] / 256
     assert predictor["lr"] == pytest.approx(base)
     assert encoder["lr"] < 0.05 * base
