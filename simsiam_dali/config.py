@@ -206,11 +206,14 @@ def allowed(annotation: Any) -> str:
 
 
 def _nearest(key: str) -> str:
-    names = [name for name, _ in fields()]
-    by_leaf = {name.rsplit(".", 1)[-1]: name for name in names}
-    close = difflib.get_close_matches(key, names, 1, 0.75)
-    close = close or [by_leaf[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), 1, 0.6)]
-    return f"; did you mean {close[0]}?" if close else ""
+    section, _, leaf = key.rpartition(".")
+
+    def likeness(name: str) -> float:
+        there, _, known = name.rpartition(".")
+        return difflib.SequenceMatcher(None, leaf, known).ratio() + 0.1 * (section == there)
+
+    best = max((name for name, _ in fields()), key=likeness)
+    return f"; did you mean {best}?" if likeness(best) >= 0.6 else ""
 
 
 def _explain(error: ValidationError, source: str) -> UserError:

@@ -83,6 +83,8 @@ def test_yaml_round_trip():
         ("encoder.simsiam.weight_decoy=1", "unknown setting encoder.simsiam.weight_decoy; did you mean"),
         ("encoder.simsiam.weight_decoy=1", "encoder.simsiam.weight_decay?"),
         ("epochs=3", "did you mean encoder.epochs?"),
+        ("encoder.simsiam.augmentation.noise_snr=3", "did you mean encoder.simsiam.augmentation.noise_snr_range?"),
+        ("mlflow.qqq=1", "known here: enabled, tracking_uri, experiment_name, auto_tags"),
         ("encoder.epochs=many", "encoder.epochs = 'many' is refused"),
         ("encoder.epochs=0", "greater than or equal to 1"),
         ("encoder.simsiam.backbone=resnet51", "allowed: resnet18 | resnet34 | resnet50"),
