@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one go within 10 minutes, without a network: the GPU tests (CPU/GPU parity among them), every
 # stage, the training's options one by one, the sweeps and a soak. Results go to $OUT (default benchmarks/results).
 #
-#   OUT=/tmp/results benchmarks/gpu_suite.sh          PYTHON=python3 by default; BUDGET=600 seconds in all
+#   OUT=results benchmarks/gpu_suite.sh          PYTHON=python3 by default; BUDGET=600 seconds in all
 #
 # Without CUDA the parts that need it skip themselves, and the rest runs on the CPU with short windows, as a rehearsal.
 set -uo pipefail
