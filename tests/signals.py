@@ -18,7 +18,7 @@ from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
 from simsiam_dali.config import AugmentationConfig
 from simsiam_dali.data.augment import Draws
-from simsiam_dali.data.pipeline import Graph, LogMel, Source, augmented_view
+from simsiam_dali.data.pipeline import Graph, LogMel, Source, mel_of_mel, mel_of_wave, mel_power, on_mel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import demo_synth
@@ -130,7 +130,7 @@ NEUTRAL = {
     **dict.fromkeys(("shift", "semitones", "snr_db", "noise_at", "gain_db", "drr_db"), 0.0),
     **dict.fromkeys(("mel_start", "mel_width", "time_start", "time_width"), 0.0),
     **dict.fromkeys(("rate", "rt60"), 1.0),
-    **dict.fromkeys(("scaled", "noisy", "reverberant"), False),
+    **dict.fromkeys(("scaled", "plain", "noisy", "reverberant"), False),
 }
 
 
@@ -141,7 +141,7 @@ def augmented(
     bank: Array | None = None,
     gpu: int | None = None,
 ) -> list[Array]:
-    """`augmented_view` of each wave with its own known draws, the rest neutral: `(n_mels, T)` each.
+    """A view of each wave with its own known draws, the rest neutral: `(n_mels, T)` each.
 
     All waves have one length, which is the view's. The ranges of the config are the defaults.
     """
@@ -156,7 +156,13 @@ def augmented(
     def define(wave: Any, hz: Any, **nodes: Any) -> Any:
         on_gpu = gpu is not None
         noise = None if bank is None else types.Constant(bank, device="gpu" if on_gpu else "cpu")
-        return augmented_view(wave.gpu() if on_gpu else wave, hz, Draws(**nodes), noise, graph, on_gpu)
+        drawn = Draws(**nodes)
+        wave = wave.gpu() if on_gpu else wave
+        if drawn.plain:
+            mel = mel_of_mel(mel_power(wave, graph.log_mel), drawn, graph)
+        else:
+            mel = mel_of_wave(wave, hz, drawn, noise, graph)
+        return on_mel(mel, drawn, graph, on_gpu)
 
     rates = [np.float32(RATE)] * len(waves)
     return run_graph(define, {"wave": list(waves), "hz": rates, **inputs}, gpu)[0]

@@ -109,6 +109,30 @@ def test_the_shift_is_circular() -> None:
 # --- noise
 
 
+def test_a_plain_view_is_the_same_whether_the_wave_or_its_mel_is_shifted_and_stretched() -> None:
+    """Views that share an STFT are shifted by whole frames; at such a shift both ways agree, but beside the seam.
+
+    The wave goes round after 150 hops, the mel after its 151 frames: behind the seam the mel is one frame later.
+    """
+    wave, hops, total = song(5.0, seed=0)[: 150 * 512], 40, 150
+    for rate in (1.0, 0.85, 1.15):
+        draw = {"shift": hops / total, "rate": rate}
+        by_wave, by_mel = augmented([wave, wave], [{**draw, "plain": False}, {**draw, "plain": True}])
+        assert by_wave.shape == by_mel.shape == (128, total + 1)
+        seam = int((total - hops) / rate)  # the frame where the wave's end meets its start
+        before, behind = slice(3, seam - 4), slice(seam + 4, total - 4)
+        np.testing.assert_allclose(by_mel[:, before], by_wave[:, before], atol=0.01)  # dB
+        if rate == 1:
+            np.testing.assert_allclose(by_mel[:, seam + 5 : total - 3], by_wave[:, behind], atol=0.01)
+
+
+def test_draws_say_which_views_are_plain() -> None:
+    values = drawn(AugmentationConfig())
+    touched = (values["semitones"] != 0) | values["noisy"].astype(bool)
+    assert (values["plain"].astype(bool) == ~touched).all()
+    assert 0.25 < values["plain"].mean() < 0.45  # (1 - 0.5) x (1 - 0.3)
+
+
 def test_noise_is_white_gaussian_at_the_snr_drawn() -> None:
     bank = np.random.default_rng(0).standard_normal(round(1.5 * SECONDS * RATE), np.float32)
     snrs, places = (-3.0, 15.0, 22.5, 30.0), (0.0, 0.35, 0.7, 0.999)

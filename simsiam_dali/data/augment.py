@@ -31,6 +31,7 @@ class Draws:
     rate: DataNode  # tempo, FLOAT; above 1 is faster
     semitones: DataNode  # FLOAT
     scaled: DataNode  # BOOL: stretched or pitched, so that the mel's time axis has to be interpolated
+    plain: DataNode  # BOOL: neither pitched nor noisy, so that what was drawn can be done on the mel alone
     noisy: DataNode  # BOOL
     snr_db: DataNode  # FLOAT, read where noisy
     noise_at: DataNode  # FLOAT in [0, 1): place in the noise bank
@@ -74,6 +75,7 @@ def draw(cfg: AugmentationConfig, frames: int, n_mels: int, seed: int) -> Draws:
         return math.floor(pick(f"{name} start", (0.0, 1.0)) * (size - width + 1)), width
 
     stretched, pitched = coin("stretch", cfg.time_stretch_prob), coin("pitch", cfg.pitch_shift_prob)
+    noisy = coin("noise", cfg.noise_prob)
     masks = float(cfg.spec_augment)
     mel_start, mel_width = mask("mel mask", cfg.frequency_mask_prob * masks, cfg.frequency_mask_param, n_mels)
     time_start, time_width = mask("time mask", cfg.time_mask_prob * masks, cfg.time_mask_param, frames)
@@ -82,7 +84,8 @@ def draw(cfg: AugmentationConfig, frames: int, n_mels: int, seed: int) -> Draws:
         rate=1.0 + stretched * (pick("stretch", cfg.time_stretch_range) - 1.0),
         semitones=pitched * pick("pitch", cfg.pitch_shift_range),
         scaled=(stretched + pitched) > 0,
-        noisy=coin("noise", cfg.noise_prob) > 0,
+        plain=(pitched + noisy) == 0,
+        noisy=noisy > 0,
         snr_db=pick("noise", cfg.noise_snr_range),
         noise_at=pick("noise place", (0.0, 1.0)),
         gain_db=coin("gain", cfg.gain_prob) * pick("gain", cfg.gain_range),
@@ -102,7 +105,7 @@ def integer(x: DataNode) -> DataNode:
 
 
 def circular_slice(x: DataNode, start: DataNode, length: DataNode, turns: int = 2) -> DataNode:
-    """`length` samples of `x (N,)` from `start`, going round its end.
+    """`length` samples of `x (N,)` from `start`, going round its end; or frames of `x (N, n_mels)`.
 
     start: INT32 in [0, N]. length: INT32. turns: how often the slice may enter `x`, at least 1 + length / N.
     """

@@ -143,12 +143,12 @@ def clean_view(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
     return fn.transpose(normalised(mel, graph.log_mel), perm=[1, 0])
 
 
-def augmented_view(
-    wave: DataNode, rate: DataNode, draws: augment.Draws, bank: DataNode | None, graph: Graph, gpu: bool
-) -> DataNode:
-    """One augmented view `(n_mels, T)` of `wave (N,)`, the place it shows."""
+def mel_of_wave(wave: DataNode, rate: DataNode, draws: augment.Draws, bank: DataNode | None, graph: Graph) -> DataNode:
+    """Mel power `(F, n_mels)` of `wave (N,)`, the place a view shows, shifted, pitched and noisy as drawn.
+
+    F fits the drawn tempo: `on_mel` still has to scale it to the view's frames.
+    """
     spec, cfg, native = graph.log_mel, graph.augmentation, graph.source.native_rate
-    frames, hop_seconds = spec.frames(graph.seconds), spec.hop_length / spec.sample_rate
 
     # A faster tempo needs more sound than the view is long; that and the shift go round the end.
     start = augment.integer(draws.shift * wave.shape(dtype=types.FLOAT)[0])
@@ -164,8 +164,21 @@ def augmented_view(
         wave = augment.resample(wave, float(spec.sample_rate), pitch_rate, PITCH_QUALITY)
     if bank is not None and draws.noisy:
         wave = augment.add_noise(wave, draws.snr_db, bank, draws.noise_at, turns=2)
+    return mel_power(wave, spec)
 
-    mel = mel_power(wave, spec)
+
+def mel_of_mel(mel: DataNode, draws: augment.Draws, graph: Graph) -> DataNode:
+    """The same for a plain view, from the mel power `(T, n_mels)` of the place as it is: shifted by whole frames."""
+    frames = graph.log_mel.frames(graph.seconds)
+    length = augment.integer(math.ceil((frames - 1) * draws.rate) + 1)
+    turns = 1 + int(np.ceil(fastest(graph.augmentation)))
+    return augment.circular_slice(mel, augment.integer(draws.shift * frames), length, turns)
+
+
+def on_mel(mel: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> DataNode:
+    """A view `(n_mels, T)` from its mel power `(F, n_mels)`: tempo, reverb, gain, log, masks."""
+    spec, cfg = graph.log_mel, graph.augmentation
+    frames, hop_seconds = spec.frames(graph.seconds), spec.hop_length / spec.sample_rate
     if (cfg.time_stretch_prob > 0 or cfg.pitch_shift_prob > 0) and draws.scaled:
         factor = draws.rate * math.pow(2.0, draws.semitones / -12.0)
         mel = augment.time_scale(mel, factor, frames, spec.n_mels)
@@ -174,6 +187,27 @@ def augmented_view(
     mel = augment.gain(mel, draws.gain_db)
     log_mel = augment.spec_augment(normalised(mel, spec), draws)
     return fn.transpose(log_mel, perm=[1, 0])
+
+
+def augmented_views(
+    waves: tuple[DataNode, DataNode],
+    rate: DataNode,
+    draws: tuple[augment.Draws, augment.Draws],
+    bank: DataNode | None,
+    graph: Graph,
+    gpu: bool,
+) -> tuple[DataNode, DataNode]:
+    """Two augmented views `(n_mels, T)` of the places `waves` that they show.
+
+    Where both show one place and neither is pitched or noisy, they share its STFT, the dearest part of a view.
+    """
+    if graph.crops == "same" and draws[0].plain & draws[1].plain:
+        shared = mel_power(at_front_end_rate(waves[0], rate, graph), graph.log_mel)
+        mel1, mel2 = mel_of_mel(shared, draws[0], graph), mel_of_mel(shared, draws[1], graph)
+    else:
+        mel1 = mel_of_wave(waves[0], rate, draws[0], bank, graph)
+        mel2 = mel_of_wave(waves[1], rate, draws[1], bank, graph)
+    return on_mel(mel1, draws[0], graph, gpu), on_mel(mel2, draws[1], graph, gpu)
 
 
 def noise_bank(graph: Graph, seed: int) -> np.ndarray | None:
@@ -251,16 +285,16 @@ def build(
             second = crop(anywhere("crop 2")) if graph.crops == "independent" else first
             # One bank for both views: DALI keeps a copy of a constant for each sample of the batch.
             bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
-            views = []
-            for number, cropped in ((1, first), (2, second)):
-                draws = augment.draw(
+            draws = tuple(
+                augment.draw(
                     graph.augmentation,
                     graph.log_mel.frames(graph.seconds),
                     graph.log_mel.n_mels,
                     augment.stream(draw_seed, f"view {number}"),
                 )
-                views.append(augmented_view(cropped, rate, draws, bank, graph, on_gpu))
-            return (*views, row)
+                for number in (1, 2)
+            )
+            return (*augmented_views((first, second), rate, draws, bank, graph, on_gpu), row)
         cropped = crop(0.5 if graph.source.shuffle_buffer == 0 else anywhere("crop"))
         single = clean_view if graph.mode == "clean" else at_front_end_rate
         return single(cropped, rate, graph), row
