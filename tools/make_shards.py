@@ -94,7 +94,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.music_dir is None and not args.verify:
         parser.error("MUSIC_DIR is needed, unless --verify is given")
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _stop)
     try:
         if args.music_dir is not None:
             settings = PackSettings(
