@@ -35,7 +35,7 @@ class Learner:
         self.encoder = encoder.to(world.device).to(memory_format=layout)
         self.model: Callable[..., Any] = self.encoder
         if world.size > 1:
-            self.model = DistributedDataParallel(self.encoder, device_ids=None if world.gpu is None else [world.gpu])
+            self.model = DistributedDataParallel(encoder, device_ids=None if world.gpu is None else [world.gpu])
         if config.train.compile:
             self.model = torch.compile(self.model)
 

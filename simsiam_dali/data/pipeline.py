@@ -280,20 +280,16 @@ def build(
         def crop(at: DataNode | float) -> DataNode:
             return band_limited(place(wave, rate, graph, at), rate, graph, on_gpu)
 
+        def drawn(view: int) -> augment.Draws:
+            frames, view_seed = graph.log_mel.frames(graph.seconds), augment.stream(draw_seed, f"view {view}")
+            return augment.draw(graph.augmentation, frames, graph.log_mel.n_mels, view_seed)
+
         if graph.mode == "views":
             first = crop(anywhere("crop 1"))
             second = crop(anywhere("crop 2")) if graph.crops == "independent" else first
             # One bank for both views: DALI keeps a copy of a constant for each sample of the batch.
             bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
-            draws = tuple(
-                augment.draw(
-                    graph.augmentation,
-                    graph.log_mel.frames(graph.seconds),
-                    graph.log_mel.n_mels,
-                    augment.stream(draw_seed, f"view {number}"),
-                )
-                for number in (1, 2)
-            )
+            draws = drawn(1), drawn(2)
             return (*augmented_views((first, second), rate, draws, bank, graph, on_gpu), row)
         cropped = crop(0.5 if graph.source.shuffle_buffer == 0 else anywhere("crop"))
         single = clean_view if graph.mode == "clean" else at_front_end_rate
