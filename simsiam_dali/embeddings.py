@@ -1,0 +1,73 @@
+"""The embedding table, `embeddings.parquet`: one row a song, or a segment, with its tags and its vector."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from simsiam_dali.data.shards import SCHEMAS, SONGS
+from simsiam_dali.errors import UserError
+
+FORMAT_VERSION = 1
+_ABOUT = b"simsiam_dali"
+_TAGS = ("path", "title", "artists", "albums", "album_artist", "year", "genres", "rating", "duration", "split")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Row i of `vectors (N, D)`, float32 and not normalised, belongs to row i of `table`.
+
+    `table` has the columns of the song table that tell about the music, and `song`, the row there; of segments also
+    `segment` and `start` (s). `about` says where the vectors come from: `encoder_type`, `embedding`, `checkpoint` (its
+    path), `music` (the folder that `path` is relative to), `shards` (fingerprint), `view_seconds`.
+    """
+
+    table: pd.DataFrame
+    vectors: np.ndarray
+    about: dict[str, str]
+
+
+def of_songs(songs: pd.DataFrame, rows: np.ndarray, vectors: np.ndarray, about: dict[str, str]) -> Embeddings:
+    """Vectors `(N, D)` of the songs at `rows (N,)` of the song table."""
+    table = songs.iloc[rows][list(_TAGS)].reset_index(drop=True)
+    table.insert(0, "song", rows.astype("int64"))
+    return Embeddings(table, vectors.astype(np.float32, copy=False), about)
+
+
+def write(path: Path, embeddings: Embeddings) -> None:
+    """Write beside `path`, then rename: `path` is the old file or the new one."""
+    table, types = embeddings.table, {name: SCHEMAS[SONGS].field(name).type for name in _TAGS}
+    fields = [pa.field(name, types.get(name, pa.float64() if name == "start" else pa.int64())) for name in table]
+    arrays = [pa.array(table[f.name].tolist() if pa.types.is_list(f.type) else table[f.name], f.type) for f in fields]
+    width = embeddings.vectors.shape[1]
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.vectors.reshape(-1), pa.float32()), width)
+    about = {"format_version": FORMAT_VERSION, **embeddings.about}
+    schema = pa.schema([*fields, pa.field("embedding", vectors.type)], {_ABOUT: json.dumps(about).encode()})
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_arrays([*arrays, vectors], schema=schema), part)
+    part.replace(path)
+
+
+def read(path: Path) -> Embeddings:
+    """Read what `write` wrote. Raises UserError for a file that is missing or something else."""
+    try:
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[_ABOUT])
+        version = about.pop("format_version")
+    except FileNotFoundError:
+        raise UserError(f"no embeddings {path}: make them with python -m simsiam_dali.embed") from None
+    except (OSError, pa.ArrowException, TypeError, KeyError, ValueError) as e:
+        raise UserError(f"{path} is damaged or holds no embeddings: make them with python -m simsiam_dali.embed") from e
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: embed again")
+    vectors = table["embedding"].combine_chunks()
+    frame = table.drop_columns(["embedding"]).to_pandas()
+    for name in ("artists", "albums", "genres"):
+        frame[name] = [list(texts) for texts in frame[name]]
+    frame["year"] = table["year"].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    return Embeddings(frame, vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(frame), -1), about)
