@@ -40,8 +40,10 @@ def of_songs(songs: pd.DataFrame, rows: np.ndarray, vectors: np.ndarray, about: 
 
 def write(path: Path, embeddings: Embeddings) -> None:
     """Write beside `path`, then rename: `path` is the old file or the new one."""
-    table, types = embeddings.table, {name: SCHEMAS[SONGS].field(name).type for name in _TAGS}
-    fields = [pa.field(name, types.get(name, pa.float64() if name == "start" else pa.int64())) for name in table]
+    table = embeddings.table
+    types = {"song": pa.int64(), "segment": pa.int64(), "start": pa.float64()}
+    types |= {name: SCHEMAS[SONGS].field(name).type for name in _TAGS}
+    fields = [pa.field(name, types[name]) for name in table.columns]
     arrays = [pa.array(table[f.name].tolist() if pa.types.is_list(f.type) else table[f.name], f.type) for f in fields]
     width = embeddings.vectors.shape[1]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.vectors.reshape(-1), pa.float32()), width)
