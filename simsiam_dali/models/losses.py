@@ -1,7 +1,10 @@
 """Training objectives."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+UNKNOWN = -1  # an id or a year that is not known, and the padding of a row's ids
 
 
 class SimSiamLoss(nn.Module):
@@ -19,3 +22,80 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     """Mean over the batch of D(p, stopgrad(z)) = -cos(p, z); float32 also under autocast."""
     z = z.detach()  # the stop-gradient: without it the encoder collapses (section 4.1)
     return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
+
+
+class MetadataContrastiveLoss(nn.Module):
+    """Multi-positive InfoNCE: songs that share an artist, an album or a time attract, all others of the batch repel.
+
+    It is L_out of Khosla et al., "Supervised Contrastive Learning" (arXiv:2004.11362, equation 2), with positives by
+    metadata in place of one class label: a row may have several artists and albums, and matching is not transitive.
+    `temperature` divides the cosine similarities; `year_threshold` is the largest difference in years that matches.
+    Raises `ValueError` for a temperature that is not above 0, or with nothing to match by.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        use_artist: bool = True,
+        use_album: bool = True,
+        use_year: bool = True,
+        year_threshold: int = 2,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}: above 0")
+        if not (use_artist or use_album or use_year):
+            raise ValueError("use_artist, use_album and use_year are all off: no two songs would match")
+        self.temperature = temperature
+        self.use_artist, self.use_album, self.use_year = use_artist, use_album, use_year
+        self.year_threshold = year_threshold
+
+    def forward(self, embeddings: Tensor, artists: Tensor, albums: Tensor, years: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings `(B, D)`, any float dtype, and their labels (see `positives`) to the loss and its anchors.
+
+        The loss is a float32 scalar (float64 for float64), also under autocast: the mean over the anchors, which are
+        the rows with a positive. Their number is an int64 scalar; without any, the loss and its gradient are exactly 0.
+        Nothing here makes the host wait for the device.
+        """
+        positives = self.positives(artists, albums, years)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            z = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)
+            logits = z @ z.T / self.temperature
+            itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+            # Not -inf: a row that is alone in its batch would turn it into NaN.
+            others = logits.masked_fill(itself, torch.finfo(z.dtype).min)
+            count = positives.sum(dim=1)
+            mean_positive = (logits * positives).sum(dim=1) / count.clamp(min=1)
+            has_positive = count > 0
+            anchors = has_positive.sum()
+            each = (others.logsumexp(dim=1) - mean_positive) * has_positive
+            return each.sum() / anchors.clamp(min=1), anchors
+
+    def positives(self, artists: Tensor, albums: Tensor, years: Tensor) -> Tensor:
+        """Which rows attract each other: bool `(B, B)`, symmetric, False on the diagonal.
+
+        artists: ids `(B, A)`; albums: ids `(B, K)`; years `(B,)`; all int64, `UNKNOWN` where not known or padded.
+        Two rows match by a common artist, a common album or years close enough, whichever are switched on. What is
+        unknown matches nothing, not even what is unknown too.
+        """
+        match = torch.zeros(len(years), len(years), dtype=torch.bool, device=years.device)
+        if self.use_artist:
+            match |= _share_an_id(artists)
+        if self.use_album:
+            match |= _share_an_id(albums)
+        if self.use_year:
+            known = years != UNKNOWN
+            match |= ((years[:, None] - years).abs() <= self.year_threshold) & known[:, None] & known
+        return match.fill_diagonal_(False)
+
+
+def _share_an_id(ids: Tensor) -> Tensor:
+    """Ids `(B, K)` to whether two rows have a known one in common, `(B, B)`.
+
+    Column by column, so that B x B x K booleans are held at a time and not K times as many: 8 MiB for 1,024 rows of 8.
+    """
+    others = ids.masked_fill(ids == UNKNOWN, UNKNOWN - 1)  # so that unknown equals nothing
+    shared = torch.zeros(len(ids), len(ids), dtype=torch.bool, device=ids.device)
+    for column in ids.T:
+        shared |= (column[:, None, None] == others).any(dim=2)
+    return shared

@@ -1,0 +1,105 @@
+"""What songs have in common, as tensors for the contrastive loss: the song table's artists, albums and years as ids."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from simsiam_dali.models.losses import UNKNOWN
+
+# Most artists and albums kept of one song. Every row of a table is as wide as the widest, and comparing two batches'
+# rows takes the square of it, so one song on 200 albums would be paid for by all the others at every step.
+MOST = 8
+
+# Names that players write where they know none, beyond those that packing drops; compared as `name_key` gives them, and
+# without brackets around them.
+_NO_NAME = {
+    *("", "?", "-", "n/a", "none", "null", "unknown", "unknown artist", "unknown album", "no artist", "no album"),
+    *("unbekannt", "unbekannter künstler", "unbekannter interpret", "unbekanntes album"),
+    *("artiste inconnu", "album inconnu", "artista desconocido", "álbum desconocido"),
+    *("artista sconosciuto", "album sconosciuto", "onbekende artiest", "onbekend album"),
+}
+# Names of no artist in particular: nothing that songs share, but a compilation's owner.
+_VARIOUS = {"various artists", "various", "va", "v.a.", "v/a", "verschiedene interpreten", "varios artistas"}
+_COMPILATION = "various artists"
+
+
+@dataclass(frozen=True)
+class SongLabels:
+    """Each song's artists `(S, A)`, albums `(S, K)` and year `(S,)`, and each segment's song `(N,)`: int64.
+
+    Ids count from 0, artists' and albums' each their own; `UNKNOWN` fills what is not known. A song's ids keep the
+    order of its tags: `artists[:, 0]` is the first artist that is known.
+    """
+
+    artists: Tensor
+    albums: Tensor
+    years: Tensor
+    segment_song: Tensor
+
+    @classmethod
+    def from_songs(cls, songs: pd.DataFrame, segment_song: np.ndarray) -> Self:
+        """Labels of the song table (`artists`, `albums`, `album_artist`, `year`), for segments of these songs.
+
+        Of a song with more than `MOST` artists or albums, those that the most songs have are kept.
+        """
+        artists = [artist_keys(names) for names in songs["artists"]]
+        columns = zip(songs["albums"], songs["album_artist"], songs["artists"], strict=True)
+        albums = [album_keys(titles, album_artist, names) for titles, album_artist, names in columns]
+        years = songs["year"].astype("Int64").fillna(UNKNOWN).to_numpy("int64")
+        return cls(_ids(artists), _ids(albums), torch.tensor(years), torch.tensor(segment_song, dtype=torch.int64))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return type(self)(*(t.to(device) for t in (self.artists, self.albums, self.years, self.segment_song)))
+
+    def of(self, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the segment table `(B,)`, on the same device, to artists `(B, A)`, albums `(B, K)`, years `(B,)`."""
+        song = self.segment_song[segments]
+        return self.artists[song], self.albums[song], self.years[song]
+
+
+def name_key(name: str) -> str:
+    """What names that differ only in case, whitespace or Unicode's ways of writing have in common."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
+def artist_keys(names: Iterable[str]) -> list[str]:
+    """Keys of a song's artists, without repeats, placeholders, and names of no artist in particular."""
+    return [key for key in _known(names) if key not in _VARIOUS]
+
+
+def album_keys(titles: Iterable[str], album_artist: str, artists: Iterable[str]) -> list[tuple[str, str]]:
+    """Keys of a song's albums: the title, and whose it is, since two artists' "Greatest Hits" are two albums.
+
+    An album is its album artist's, else the song's first artist's; a compilation's tracks share the owner "Various
+    Artists". Albums of nobody that is known are unknown. A song has one `album_artist` for all its albums.
+    """
+    owner = next(iter(_known([album_artist, *artists])), None)
+    if owner is None:
+        return []
+    return [(title, _COMPILATION if owner in _VARIOUS else owner) for title in _known(titles)]
+
+
+def _known(names: Iterable[str]) -> list[str]:
+    keys = dict.fromkeys(name_key(name) for name in names)
+    return [key for key in keys if key.strip("<>[](){} ") not in _NO_NAME]
+
+
+def _ids(keys: Sequence[Sequence[Hashable]]) -> Tensor:
+    """Each song's keys to rows of ids `(songs, widest)`, filled up with `UNKNOWN`; at least one column."""
+    songs_with = Counter(key for song in keys for key in song)
+    number = {key: i for i, key in enumerate(songs_with)}
+    widest = min(MOST, max(map(len, keys), default=0))
+    table = np.full((len(keys), max(1, widest)), UNKNOWN, dtype=np.int64)
+    for row, song in zip(table, keys, strict=True):
+        shared = set(sorted(song, key=lambda key: -songs_with[key])[:MOST])
+        row[: len(shared)] = [number[key] for key in song if key in shared]
+    return torch.from_numpy(table)

@@ -1,0 +1,78 @@
+"""The baseline encoder: a 1-D CNN on the raw waveform.
+
+It follows M5 of Dai et al., "Very Deep Convolutional Neural Networks for Raw Waveforms" (arXiv:1610.00087): a wide
+first convolution as a learned filter bank, then only kernels of 3 (small filters as in SampleCNN, arXiv:1703.01789),
+each with batch norm, ReLU and a pool of 4, the channels doubling as the rate falls. Time is pooled by mean and maximum,
+as in Pons et al. (arXiv:1711.02520), who found waveform encoders to need far more songs than those on spectrograms.
+
+Each layer's output, for base_channels C, and one frame's hop and receptive field in samples (ms at 16 kHz):
+
+    filter bank    C x 160, stride 8             hop 8      field 160 (10 ms), both as long as the paper's at 8 kHz
+    pool           C                             hop 32     field 184
+    block 1 to 4   2C, 4C, 8C, 16C x 3, pool 4   hop 8192   field 13,784 (861 ms)
+    pool of time   32C, mean beside maximum
+    head           embedding_dim, linear
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FILTER, STRIDE, POOL = 160, 8, 4
+MIN_SAMPLES = 13_784  # one frame's receptive field: a shorter waveform leaves nothing to pool
+
+
+class SimpleAudioEncoder(nn.Module):
+    """1-D CNN on the raw waveform; `base_channels` filters in the bank, 16 times as many channels at the end.
+
+    Convolutions start from He's normal distribution (arXiv:1502.01852), batch norms as the identity, the head from
+    torch's default for linear layers.
+    """
+
+    def __init__(self, embedding_dim: int = 2048, base_channels: int = 32) -> None:
+        super().__init__()
+        channels = [base_channels * 2**i for i in range(5)]
+        self.filter_bank = _block(1, channels[0], FILTER, STRIDE)
+        self.blocks = nn.Sequential(*(_block(c, 2 * c, kernel=3, stride=1) for c in channels[:-1]))
+        self.head = nn.Linear(2 * channels[-1], embedding_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Waveforms `(B, N)`, float, full scale = 1, to embeddings `(B, embedding_dim)`, not normalised.
+
+        N may be any number of samples from `MIN_SAMPLES` up; raises `ValueError` below.
+        """
+        if wave.ndim != 2 or wave.shape[1] < MIN_SAMPLES:
+            raise ValueError(f"a batch of waveforms is (B, N) with N at least {MIN_SAMPLES}, not {tuple(wave.shape)}")
+        frames = self.blocks(self.filter_bank(wave.unsqueeze(1)))
+        return self.head(torch.cat([frames.mean(dim=2), frames.amax(dim=2)], dim=1))
+
+    def embed(self, wave: Tensor) -> Tensor:
+        """The same as `forward`: nothing is put on top of the embedding to train it."""
+        return self(wave)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of what `embed` returns."""
+        return self.head.out_features
+
+    @property
+    def output_dim(self) -> int:
+        """Width of what `forward` gives to the loss."""
+        return self.head.out_features
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One optimizer group; every learning rate is decayed."""
+        return [{"params": list(self.parameters()), "fix_lr": False}]
+
+
+def _block(in_channels: int, channels: int, kernel: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv1d(in_channels, channels, kernel, stride, bias=False),  # the batch norm has the bias
+        nn.BatchNorm1d(channels),
+        nn.ReLU(inplace=True),
+        nn.MaxPool1d(POOL),
+    )
