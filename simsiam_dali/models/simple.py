@@ -2,8 +2,9 @@
 
 It follows M5 of Dai et al., "Very Deep Convolutional Neural Networks for Raw Waveforms" (arXiv:1610.00087): a wide
 first convolution as a learned filter bank, then only kernels of 3 (small filters as in SampleCNN, arXiv:1703.01789),
-each with batch norm, ReLU and a pool of 4, the channels doubling as the rate falls. Time is pooled by mean and maximum,
-as in Pons et al. (arXiv:1711.02520), who found waveform encoders to need far more songs than those on spectrograms.
+each with batch norm, ReLU and a max-pool of 4, the channels doubling as the rate falls. Time is pooled by mean and
+maximum, as in Pons et al. (arXiv:1711.02520), who found waveform encoders to need far more songs than those on
+spectrograms.
 
 Each layer's output, for base_channels C, and one frame's hop and receptive field in samples (ms at 16 kHz):
 
