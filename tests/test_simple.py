@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simsiam_dali.data import shards
 from simsiam_dali.labels import MOST, SongLabels
@@ -334,6 +334,14 @@ def test_waveforms_of_any_length_give_one_embedding(samples: int) -> None:
     assert (model.embedding_dim, model.output_dim) == (24, 24)
 
 
+def test_layers_are_those_of_the_paper() -> None:
+    model = encoder(base_channels=32)
+    layers = [model.filter_bank, *model.blocks]
+    assert all([type(m) for m in layer] == [nn.Conv1d, nn.BatchNorm1d, nn.ReLU, nn.MaxPool1d] for layer in layers)
+    convolutions = [(layer[0].out_channels, *layer[0].kernel_size, *layer[0].stride) for layer in layers]
+    assert convolutions == [(32, 160, 8), (64, 3, 1), (128, 3, 1), (256, 3, 1), (512, 3, 1)]
+
+
 def test_frames_are_as_long_and_as_far_apart_as_said() -> None:
     model = encoder().eval()
     with torch.no_grad():
@@ -423,5 +431,5 @@ def test_songs_of_one_artist_move_together() -> None:
         losses.append(loss.item())
         assert anchors == 8
     # of seven others three are positives: log 7 without any order, log 3 when they coincide far from the rest
-    assert losses[0] > 1.5
-    assert losses[-1] < 1.2
+    assert losses[0] > 1.3
+    assert losses[-1] < 1.15
