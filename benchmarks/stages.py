@@ -36,10 +36,11 @@ from simsiam_dali import config as settings
 from simsiam_dali import factory
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
-from simsiam_dali.data.loader import Batch
+from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.pipeline import Source, read
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.distributed import World, choose_device
+from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError
 from simsiam_dali.learner import Learner
 from simsiam_dali.packing.pack import pack
@@ -89,7 +90,11 @@ def _open(spec: Spec, world: World) -> Stage:
         baseline = BASELINES[BASELINE_OF_TRAIN.get(spec.kind, spec.kind)]
         batches = baseline.batches(config, shards, log_mel, world.device, spec.workers)
         if spec.kind in BASELINE_OF_TRAIN:
-            stage = trained(config, world, batches, steps=max(1, shards.count("train") // config.encoder.batch_size))
+            if encoder_type(config).batches != "views":
+                raise UserError(f"{spec.kind} gives views, which {config.encoder.encoder_type} does not take")
+            stage = trained(
+                config, shards, world, batches, steps=max(1, shards.count("train") // config.encoder.batch_size)
+            )
         else:
             stage = Stage((batch.segment for batch in batches), world.device)
         stage.unit = spec.workers  # they give a batch each in turn
@@ -102,15 +107,14 @@ def _open(spec: Spec, world: World) -> Stage:
     if spec.kind == "pack":
         return Stage(packings(shards, spec.workers))
     if spec.kind == "model":
-        frames = log_mel.frames(factory.view_seconds(config, shards))
-        return trained(config, world, itertools.repeat(random_batch(config, frames, world.device)), steps=100)
+        batch = random_batch(config, shards, world.device)
+        return trained(config, shards, world, itertools.repeat(batch), steps=100)
     if spec.kind == "loader/card":
         config = settings.load(base=config.model_dump(mode="json"), command_line=CARD)
-    loader = factory.create_loader(
-        config, shards, log_mel, world, "train", MODES.get(spec.kind, "views"), shuffled=True
-    )
+    mode = encoder_type(config).batches if spec.kind in TRAINING else MODES.get(spec.kind, "views")
+    loader = factory.create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
     stage = (
-        trained(config, world, loader.endless(), len(loader))
+        trained(config, shards, world, loader.endless(), len(loader))
         if spec.kind == "train"
         else Stage((batch.segment for batch in loader.endless()), world.device)
     )
@@ -167,16 +171,18 @@ def front(config: Config, shards: ShardSet, decode: bool) -> Iterator[Tensor]:
         yield torch.from_dlpack(row.as_tensor()).reshape(-1)
 
 
-def random_batch(config: Config, frames: int, device: torch.device) -> Batch:
-    """A batch that has always been on the device; its segments are numbered from 0."""
-    shape = (config.encoder.batch_size, config.encoder.simsiam.n_mels, frames)
-    view1, view2 = (torch.randn(shape, device=device) for _ in range(2))
-    return Batch(view1, view2, torch.arange(shape[0]))
+def random_batch(config: Config, shards: ShardSet, device: torch.device) -> Batch | Single:
+    """A batch that has always been on the device; its segments are the first of the shards, going round."""
+    log_mel, size = factory.log_mel_settings(config), config.encoder.batch_size
+    shapes = encoder_type(config).input_shapes(log_mel, factory.view_seconds(config, shards))
+    data = [torch.randn(size, *shape, device=device) for shape in shapes]
+    segment = torch.arange(size) % len(shards.segments)
+    return Batch(*data, segment) if len(data) == 2 else Single(*data, segment)
 
 
-def trained(config: Config, world: World, batches: Iterable[Batch], steps: int) -> Stage:
+def trained(config: Config, shards: ShardSet, world: World, batches: Iterable[Batch | Single], steps: int) -> Stage:
     """The trainer's step on each of `batches`, under the trainer's clock. steps: in an epoch, for the learning rate."""
-    learner = Learner(config, world)
+    learner = Learner(config, shards, world)
     learner.encoder.train()
     clock = StepClock(world.device)
 

@@ -41,6 +41,7 @@ from simsiam_dali import factory
 from simsiam_dali.config import Config
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.distributed import choose_device
+from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError, one_line_errors
 
 GROUPS = (
@@ -251,7 +252,7 @@ def document(bench: Bench, entries: dict[str, dict[str, Any]]) -> dict[str, Any]
         "segment_seconds": shards.segment_seconds,
         "codec": shards.codec,
         "sample_rate": shards.sample_rate,  # None: each song's own
-        "model": f"{train.encoder.encoder_type} {train.encoder.simsiam.backbone}",
+        "model": f"{train.encoder.encoder_type} {encoder_type(train).variant(train)}",
         "precision": train.train.precision,
         "compile": train.train.compile,
         "sweep": bench.args.sweep,

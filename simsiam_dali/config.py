@@ -97,8 +97,20 @@ class DataConfig(Section):
     stats_segments: int = Field(256, ge=1, description="segments on which the log-mel's mean and std are measured")
 
 
-class SimSiamConfig(Section):
-    """The encoder, its spectrogram and its optimizer (the plan, sections 2, 8.1 and 12)."""
+class OptimizerConfig(Section):
+    """How an encoder type is optimized; each type has its own defaults."""
+
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="rule of the update")
+    learning_rate: float = Field(
+        0.03, gt=0, description="sgd: for 256 segments a step, scaled by batch / 256; adamw: as it is"
+    )
+    sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum (read by sgd only)")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 for sgd, decoupled for adamw")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear lr warm-up, epochs; then half a cosine to 0")
+
+
+class SimSiamConfig(OptimizerConfig):
+    """The encoder, its spectrogram and its augmentations (the plan, sections 2, 8.1 and 12)."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50"] = Field("resnet50", description="torchvision ResNet")
     pretrained_backbone: bool | Path = Field(
@@ -111,21 +123,44 @@ class SimSiamConfig(Section):
     n_mels: int = Field(128, ge=8, description="mel bins")
     n_fft: int = Field(2048, ge=64, description="STFT window, samples")
     hop_length: int = Field(512, ge=1, description="STFT hop, samples")
-    augmentation: AugmentationConfig = AugmentationConfig()
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD works better for SimSiam")
-    sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum (read by sgd only)")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 for sgd, decoupled for adamw")
     fix_predictor_lr: bool = Field(True, description="no lr decay for the predictor (SimSiam, section 4.2)")
-    warmup_epochs: float = Field(0.0, ge=0, description="linear lr warm-up, epochs")
+    augmentation: AugmentationConfig = AugmentationConfig()
+
+
+class SimpleConfig(OptimizerConfig):
+    """The baseline: a 1-D CNN on the waveform, which learns from tags (the plan, section 8.1)."""
+
+    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="rule of the update")
+    learning_rate: float = Field(
+        0.001, gt=0, description="adamw: as it is; sgd: for 256 segments a step, scaled by batch / 256"
+    )
+    weight_decay: float = Field(1e-4, ge=0, description="L2 for sgd, decoupled for adamw")
+    base_channels: int = Field(32, ge=1, description="channels of the first layer; each block doubles them")
+    loss_type: Literal["metadata_contrastive"] = Field("metadata_contrastive", description="what it learns from")
+    use_artist: bool = Field(True, description="segments by one artist are a positive pair")
+    use_album: bool = Field(True, description="segments of one album are a positive pair")
+    use_year: bool = Field(True, description="segments of years close together are a positive pair")
+    year_threshold: int = Field(2, ge=0, description="how far apart such years may be, years")
+    contrastive_temperature: float = Field(0.5, gt=0, description="temperature of the softmax over similarities")
+
+    @model_validator(mode="after")
+    def _something_to_go_by(self) -> typing.Self:
+        if not (self.use_artist or self.use_album or self.use_year):
+            raise ValueError("use_artist, use_album and use_year are all false: nothing makes a positive pair")
+        return self
 
 
 class EncoderConfig(Section):
     """Which encoder, and the settings every encoder shares."""
 
-    encoder_type: Literal["simsiam"] = Field("simsiam", description="the A/B switch")
+    encoder_type: str = Field("simsiam", description="the A/B switch: simsiam or simple")
+    embedding_dim: int = Field(2048, ge=1, description="width of simple's embedding; simsiam's is its backbone's")
     epochs: int = Field(100, ge=1, description="passes over the training segments")
-    batch_size: int = Field(128, ge=2, description="segments per step and process; each gives two views")
-    learning_rate: float = Field(0.03, gt=0, description="for 256 segments a step; scaled by batch / 256, cosine decay")
+    batch_size: int = Field(128, ge=2, description="segments per step and process")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="for either type; null = its own (encoder.TYPE.learning_rate)"
+    )
+    simple: SimpleConfig = SimpleConfig()
     simsiam: SimSiamConfig = SimSiamConfig()
 
 
@@ -270,6 +305,50 @@ def _validated(tree: dict[str, Any], source: str) -> Config:
         raise _explain(e, source) from None
 
 
+def _sources(
+    path: Path | None,
+    environment: Mapping[str, str] | None,
+    command_line: Mapping[str, Any] | None,
+    assignments: Iterable[str],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each source's name and what it sets, in rising priority."""
+    if path is not None:
+        yield str(path), _read_yaml(path)
+    for variable, key in ENVIRONMENT.items():
+        if value := (environment or {}).get(variable):
+            yield f"environment {variable}", _nested(key, value)
+    for key, value in (command_line or {}).items():
+        if value is not None:
+            yield "command line", _nested(key, value)
+    for assignment in assignments:
+        key, sign, text = assignment.partition("=")
+        if not sign:
+            raise UserError(f"--set {assignment}: expected key=value, such as --set encoder.epochs=5")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment}: the value is not readable YAML") from None
+        yield f"--set {assignment}", _nested(key.strip(), value)
+
+
+def said_of(
+    key: str,
+    path: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    command_line: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> list[tuple[str, Any]]:
+    """Every source that sets `key`, with its value, the one that wins last; empty where it has its default."""
+    found = []
+    for source, tree in _sources(path, environment, command_line, assignments):
+        node: Any = tree
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            found.append((source, node))
+    return found
+
+
 def load(
     path: Path | None = None,
     environment: Mapping[str, str] | None = None,
@@ -285,25 +364,7 @@ def load(
     Raises UserError naming the source (file, variable or option), the key, and what is allowed.
     """
     tree = _merged({}, base or {})
-    if path is not None:
-        tree = _merged(tree, _read_yaml(path))
-        _validated(tree, str(path))
-    for variable, key in ENVIRONMENT.items():
-        if value := (environment or {}).get(variable):
-            tree = _merged(tree, _nested(key, value))
-            _validated(tree, f"environment {variable}")
-    for key, value in (command_line or {}).items():
-        if value is not None:
-            tree = _merged(tree, _nested(key, value))
-            _validated(tree, "command line")
-    for assignment in assignments:
-        key, sign, text = assignment.partition("=")
-        if not sign:
-            raise UserError(f"--set {assignment}: expected key=value, such as --set encoder.epochs=5")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {assignment}: the value is not readable YAML") from None
-        tree = _merged(tree, _nested(key.strip(), value))
-        _validated(tree, f"--set {assignment}")
+    for source, part in _sources(path, environment, command_line, assignments):
+        tree = _merged(tree, part)
+        _validated(tree, source)
     return _validated(tree, "config")

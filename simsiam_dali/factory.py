@@ -1,56 +1,41 @@
 """From the config to the parts of a run: encoder, loss, optimizer, loaders. The one place that knows them all."""
 
 import dataclasses
-import itertools
-import os
-import statistics
-import time
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.pipeline import Graph, LogMel, Source
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.distributed import World
+from simsiam_dali.encoders import LossFn, encoder_type
 from simsiam_dali.errors import UserError
-from simsiam_dali.models.losses import SimSiamLoss
-from simsiam_dali.models.simsiam import SimSiam
+from simsiam_dali.models.encoder import Encoder
 
 
-def create_encoder(config: Config, pretrained: bool = True) -> SimSiam:
+def create_encoder(config: Config, pretrained: bool = True) -> Encoder:
     """The encoder named by `encoder.encoder_type`, on the CPU.
 
     pretrained: False leaves `pretrained_backbone` unread, for an encoder whose weights come from a checkpoint.
     """
-    simsiam = config.encoder.simsiam
-    return SimSiam(
-        backbone=simsiam.backbone,
-        projection_dim=simsiam.projection_dim,
-        projection_layers=simsiam.projection_layers,
-        predictor_hidden_dim=simsiam.predictor_hidden_dim,
-        pretrained=pretrained and simsiam.pretrained_backbone,
-        embedding=simsiam.embedding,
-    )
+    return encoder_type(config).create(config, pretrained)
 
 
-def create_loss_fn(config: Config) -> nn.Module:  # noqa: ARG001  (the type decides, and there is one so far)
-    """The loss that goes with the encoder."""
-    return SimSiamLoss()
+def create_loss_fn(config: Config, shards: ShardSet, device: torch.device) -> LossFn:
+    """The loss that goes with the encoder; `shards` has the tags it may learn from."""
+    return encoder_type(config).create_loss_fn(config, shards, device)
 
 
-def create_optimizer(config: Config, encoder: SimSiam) -> torch.optim.Optimizer:
+def create_optimizer(config: Config, encoder: Encoder) -> torch.optim.Optimizer:
     """The optimizer over the encoder's groups; each group's `fix_lr` is what `learning_rates` goes by."""
-    simsiam = config.encoder.simsiam
+    rule = encoder_type(config).settings(config)
     groups = encoder.param_groups()
-    for group in groups:
-        group["fix_lr"] = group["fix_lr"] and simsiam.fix_predictor_lr
-    if simsiam.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=simsiam.weight_decay, fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=simsiam.sgd_momentum, weight_decay=simsiam.weight_decay, fused=True)
+    if rule.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=rule.weight_decay, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=rule.sgd_momentum, weight_decay=rule.weight_decay, fused=True)
 
 
 def log_mel_settings(config: Config) -> LogMel:
@@ -67,8 +52,14 @@ def view_seconds(config: Config, shards: ShardSet) -> float:
             f"data.view_seconds is {seconds:g}, but {shards.root} holds segments of {shards.segment_seconds:g} s:"
             " use a shorter view, or pack with a longer --segment-seconds"
         )
-    frames, augmentation = log_mel_settings(config).frames(seconds), config.encoder.simsiam.augmentation
-    if augmentation.spec_augment and augmentation.time_mask_param >= frames:
+    kind, spec, augmentation = encoder_type(config), log_mel_settings(config), config.encoder.simsiam.augmentation
+    frames = spec.frames(seconds)
+    if seconds * spec.sample_rate < kind.min_samples:
+        raise UserError(
+            f"data.view_seconds is {seconds:g}, but {config.encoder.encoder_type} needs"
+            f" {kind.min_samples / spec.sample_rate:.2f} s at {spec.sample_rate} Hz or more"
+        )
+    if kind.batches == "views" and augmentation.spec_augment and augmentation.time_mask_param >= frames:
         raise UserError(
             f"encoder.simsiam.augmentation.time_mask_param is {augmentation.time_mask_param}, but a view of"
             f" {seconds:g} s has only {frames} frames: use a smaller mask or a longer view"
@@ -112,7 +103,7 @@ def create_loader(
         crops=config.data.view_crops,
     )
     if config.data.threads == "auto":
-        raise ValueError("data.threads is still auto: `with_threads` chooses a number first")
+        raise ValueError("data.threads is still auto: `tuning.with_threads` chooses a number first")
     return Loader(
         graph,
         count=shards.count(split),
@@ -127,36 +118,6 @@ def create_loader(
 def with_statistics(log_mel: LogMel, mean: float, std: float) -> LogMel:
     """The front end with the data set's mean and std, dB."""
     return dataclasses.replace(log_mel, mean=mean, std=std)
-
-
-def with_threads(config: Config, shards: ShardSet, log_mel: LogMel, world: World) -> Config:
-    """The config with `data.threads: auto` made a number, and `data.prefetch` with it, by a short measurement.
-
-    Takes the fewest threads whose training loader comes within 5% of the fastest, doubling up to this process's share
-    of the cores; and as many batches ahead as the slowest of the timed batches takes median ones, from 2 to 4, so that
-    an uneven loader does not stall the model. The result changes the speed, never the batches.
-    """
-    if config.data.threads != "auto":
-        return config
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    tried: dict[int, list[float]] = {}  # threads -> seconds of each batch
-    for threads in sorted({min(2**n, cores) for n in range(cores.bit_length() + 1)}):
-        trial = _with_data(config, threads=threads)
-        loader = create_loader(trial, shards, log_mel, world, "train", "views", shuffled=True)
-        stamps = [time.perf_counter() for _ in itertools.islice(loader.endless(), TUNING_BATCHES + 1)]
-        tried[threads] = [b - a for a, b in itertools.pairwise(stamps)]
-    fastest = min(map(sum, tried.values()))
-    threads = min(n for n, seconds in tried.items() if sum(seconds) <= 1.05 * fastest)
-    ahead = round(max(tried[threads]) / statistics.median(tried[threads]))
-    return _with_data(config, threads=threads, prefetch=min(4, max(2, ahead)))
-
-
-def _with_data(config: Config, **values: int) -> Config:
-    return config.model_copy(update={"data": config.data.model_copy(update=values)})
-
-
-TUNING_BATCHES = 8
-"""Batches timed for each number of threads; the first, which builds the graph and fills the queue, is left out."""
 
 
 def default_config_file(device: torch.device) -> Path:

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simsiam_dali.config import Config
-
 
 class Journal:
     """One line a step with its loss, one line an epoch with everything else; kept in memory too.
@@ -17,7 +15,7 @@ class Journal:
 
     def __init__(self, path: Path, writes: bool) -> None:
         self.path, self.writes = path, writes
-        self.losses: dict[int, float] = {}  # optimizer step -> training loss
+        self.losses: dict[int, float | None] = {}  # optimizer step -> training loss; None: nothing to learn from
         self.epochs: list[dict[str, Any]] = []
 
     def resume(self, step: int) -> None:
@@ -40,14 +38,16 @@ class Journal:
             with self.path.open("a") as f:
                 f.writelines(json.dumps(r) + "\n" for r in records)
 
-    def write_losses(self, last_step: int, losses: list[float]) -> None:
-        """Append the losses of the steps that end with `last_step`."""
+    def write_losses(self, last_step: int, losses: list[float | None]) -> None:
+        """Append the losses of the steps that end with `last_step`; None where a batch had nothing to learn from."""
         first = last_step - len(losses) + 1
         self.write([{"step": first + i, "loss": loss} for i, loss in enumerate(losses)])
 
-    def mean_loss(self, last_step: int, steps: int) -> float:
-        """Mean loss over the `steps` steps that end with `last_step`."""
-        return sum(self.losses[s] for s in range(last_step - steps + 1, last_step + 1)) / steps
+    def mean_loss(self, last_step: int, steps: int) -> tuple[float, float]:
+        """Of the `steps` steps that end with `last_step`: mean loss where there was one, share where there was none."""
+        every = [self.losses[s] for s in range(last_step - steps + 1, last_step + 1)]
+        losses = [loss for loss in every if loss is not None]
+        return sum(losses) / len(losses) if losses else math.nan, 1 - len(losses) / steps
 
     def _remember(self, records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -79,7 +79,7 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     return f"epoch {record['epoch']}/{epochs}  " + "  ".join(parts)
 
 
-def closing_lines(config: Config, run_dir: Path, epochs: list[dict[str, Any]]) -> Iterator[str]:
+def closing_lines(output_dim: int, run_dir: Path, epochs: list[dict[str, Any]]) -> Iterator[str]:
     """What the run came to: the last epoch beside the untrained encoder and a guess, and where to look."""
     first, last = epochs[0], epochs[-1]
     scores = (
@@ -91,7 +91,7 @@ def closing_lines(config: Config, run_dir: Path, epochs: list[dict[str, Any]]) -
         if last.get(name) is not None:
             floors = f"untrained encoder {first[name]:.3f}, {guess} {last[name + '_chance']:.3f}"
             yield f"{label} {last[name]:.3f}  ({floors})"
-    healthy = config.encoder.simsiam.projection_dim**-0.5
+    healthy = output_dim**-0.5
     yield f"z-std {last['encoder/z_std']:.4f}  (healthy: about {healthy:.4f})"
     yield f"checkpoint {run_dir / 'checkpoint.pt'}"
     yield f"curves     {run_dir / 'curves.png'}"

@@ -4,24 +4,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simsiam_dali import factory
 from simsiam_dali.clock import mark
 from simsiam_dali.config import Config
-from simsiam_dali.data.loader import Batch
+from simsiam_dali.data.loader import Batch, Single
+from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.distributed import World
+from simsiam_dali.encoders import Scored
 
 
 class Learner:
     """Encoder, loss, optimizer and gradient scaler on this process's device.
 
-    pretrained: False where the weights will come from a checkpoint. Seeds torch's generator with `train.seed`, so that
-    all ranks, and all runs of one seed, begin with the same weights.
+    shards: whose tags a loss may learn from. pretrained: False where the weights will come from a checkpoint. Seeds
+    torch's generator with `train.seed`, so that all ranks, and all runs of one seed, begin with the same weights.
     """
 
-    def __init__(self, config: Config, world: World, pretrained: bool = True) -> None:
+    def __init__(self, config: Config, shards: ShardSet, world: World, pretrained: bool = True) -> None:
         torch.manual_seed(config.train.seed)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
@@ -39,7 +41,7 @@ class Learner:
         if config.train.compile:
             self.model = torch.compile(self.model)
 
-        self.loss_fn = factory.create_loss_fn(config)
+        self.loss_fn = factory.create_loss_fn(config, shards, world.device)
         self.optimizer = factory.create_optimizer(config, self.encoder)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
 
@@ -52,20 +54,27 @@ class Learner:
         """The precision's context, for whatever runs the encoder."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.half)
 
-    def step(self, batch: Batch, lr: float, fixed_lr: float) -> tuple[Tensor, Tensor]:
-        """One step at these learning rates: (loss, view 1's projections `(B, d)`), detached and left on the device."""
+    def score(self, batch: Batch | Single) -> Scored:
+        """The loss of a batch by the encoder alone, for validation: nothing here waits for another process."""
+        return self._score(self.encoder, batch)
+
+    def _score(self, model: Callable[..., Any], batch: Batch | Single) -> Scored:
+        with self.autocast():
+            return self.loss_fn(model(*batch[:-1]), batch.segment)
+
+    def step(self, batch: Batch | Single, lr: float, fixed_lr: float) -> Scored:
+        """One step at these learning rates; the result is detached, and left on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = fixed_lr if group["fix_lr"] else lr
-        with mark("forward"), self.autocast():
-            p1, p2, z1, z2 = self.model(batch.view1, batch.view2)
-            loss = self.loss_fn(p1, p2, z1, z2)
+        with mark("forward"):
+            scored = self._score(self.model, batch)
         with mark("backward"):
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(scored.loss).backward()
         with mark("update"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return loss.detach(), z1.detach()
+        return Scored(*(tensor.detach() for tensor in scored))
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, momentum and the scaler's state."""

@@ -26,8 +26,8 @@ RUNTIME_BYTES = 1 << 30
 """The process itself: torch's and DALI's libraries, CUDA context or thread stacks."""
 
 
-def activation_bytes(encoder: nn.Module, n_mels: int, frames: int) -> float:
-    """Bytes per segment that the backward pass of two views `(B, n_mels, frames)` keeps, in fp32."""
+def activation_bytes(encoder: nn.Module, shapes: list[tuple[int, ...]]) -> float:
+    """Bytes per segment that the backward pass keeps, in fp32. shapes: the forward's inputs, of one segment."""
     batch = 2
     shadow = copy.deepcopy(encoder).to("meta").train()
     kept: dict[int, int] = {}
@@ -39,9 +39,9 @@ def activation_bytes(encoder: nn.Module, n_mels: int, frames: int) -> float:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    view = torch.empty(batch, n_mels, frames, device="meta")
+    inputs = [torch.empty(batch, *shape, device="meta") for shape in shapes]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = shadow(view, view)
+        outputs = shadow(*inputs)
     del outputs
     return sum(kept.values()) / batch
 
@@ -60,12 +60,12 @@ def free_bytes(device: torch.device) -> int:
     return min(free, int(limit) - int(used)) if limit.strip().isdigit() else free
 
 
-def check_fits(encoder: nn.Module, batch: int, n_mels: int, frames: int, half: bool, device: torch.device) -> None:
+def check_fits(encoder: nn.Module, batch: int, shapes: list[tuple[int, ...]], half: bool, device: torch.device) -> None:
     """Raise UserError with the largest batch that fits by the estimate, when `batch` segments do not.
 
-    half: activations are kept in 16 bits (autocast).
+    shapes: the forward's inputs, of one segment. half: activations are kept in 16 bits (autocast).
     """
-    per_segment = activation_bytes(encoder, n_mels, frames) * WORKING_SHARE * (0.5 if half else 1.0)
+    per_segment = activation_bytes(encoder, shapes) * WORKING_SHARE * (0.5 if half else 1.0)
     static = RUNTIME_BYTES + BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
     free = free_bytes(device) * (1 - HEADROOM)
     if static + batch * per_segment <= free:

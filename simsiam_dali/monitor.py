@@ -21,6 +21,8 @@ LOW_STD = 0.5
 # A ResNet-18 on 48 synthetic songs, 16 a batch, without the stop-gradient: the effective rank fell from 14 to
 # below 5 within 100 steps while z-std stayed healthy (batch norm sees to that); with it, never below 10.
 LOW_RANK = 5.0
+# The share of batches without a positive pair above which the user hears of it.
+MOST_BATCHES = 0.5
 # Bounds how many similarities are held at a time: 512 queries on a bank of 100,000 songs are 200 MB.
 QUERIES_AT_ONCE = 512
 
@@ -64,6 +66,16 @@ def collapse_advice(z_std: float, d: int, effective_rank: float) -> str | None:
     if effective_rank < LOW_RANK:
         return f"collapse: the projections vary in {effective_rank:.1f} directions (effective rank); {advice}"
     return None
+
+
+def pairless_advice(share: float) -> str | None:
+    """What to tell the user when this share of an epoch's batches had no positive pair; None up to a half."""
+    if share <= MOST_BATCHES:
+        return None
+    return (
+        f"{share:.0%} of the batches held no two segments with an artist, album or year in common, so the encoder"
+        " learned from the others only: use a larger --batch-size, or complete the tags"
+    )
 
 
 def song_embeddings(embeddings: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ kNN searches among training songs (at most `train.knn_segments` segments of them
 the mean of its segments' clean views. The loaders are made anew each time, so that every epoch sees the same draws.
 """
 
+import math
 from typing import Literal
 
 import pandas as pd
@@ -15,6 +16,7 @@ from simsiam_dali.config import Config
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.distributed import World
+from simsiam_dali.encoders import encoder_type
 from simsiam_dali.learner import Learner
 
 Score = dict[str, float]
@@ -39,20 +41,21 @@ def evaluate(
         return {}
     encoder = learner.encoder.eval()
 
+    kind = encoder_type(config)
     total, number = 0.0, 0
-    for batch in factory.create_loader(config, shards, log_mel, world, "val", "views"):
+    for batch in factory.create_loader(config, shards, log_mel, world, "val", kind.batches):
         if len(batch.segment):
-            with learner.autocast():
-                loss = learner.loss_fn(*encoder(batch.view1, batch.view2))
-            total += float(loss) * len(batch.segment)
-            number += len(batch.segment)
+            scored = learner.score(batch)
+            if scored.counts:
+                total += float(scored.loss) * len(batch.segment)
+                number += len(batch.segment)
     sums = world.gather((total, number))
-    score = {"encoder/val_loss": sum(t for t, _ in sums) / sum(n for _, n in sums)}
+    score = {"encoder/val_loss": sum(t for t, _ in sums) / (sum(n for _, n in sums) or math.nan)}
 
     segment_song = torch.from_numpy(shards.segments["song"].to_numpy().copy())
 
     def songs(split: Literal["train", "val"], segments: int) -> tuple[Tensor, Tensor]:
-        loader = factory.create_loader(config, shards, log_mel, world, split, "clean")
+        loader = factory.create_loader(config, shards, log_mel, world, split, kind.embeds)
         rows, embeddings = [], []
         for batch in loader:
             if len(batch.segment):

@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 matplotlib.use("Agg")
 
 
-def curves(epochs: list[dict[str, Any]], projection_dim: int, path: Path) -> None:
+def curves(epochs: list[dict[str, Any]], output_dim: int, path: Path) -> None:
     """Draw `runs/<name>/curves.png` from the epoch records of metrics.jsonl."""
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     loss, spread, score = figure.subplots(1, 3)
     panels = (
-        (loss, "SimSiam loss", ("encoder/train_loss", "encoder/val_loss")),
+        (loss, "loss", ("encoder/train_loss", "encoder/val_loss")),
         (spread, "collapse gauges", ("encoder/z_std",)),
         (score, "online kNN on validation songs", ("knn/artist", "knn/genre")),
     )
@@ -28,8 +28,8 @@ def curves(epochs: list[dict[str, Any]], projection_dim: int, path: Path) -> Non
                 chance = next((e[f"{name}_chance"] for e in epochs if e.get(f"{name}_chance") is not None), None)
                 if chance is not None:
                     axes.axhline(chance, color=line.get_color(), ls=":", lw=1, label=f"{name}: a guess")
-    spread.axhline(projection_dim**-0.5, color="gray", ls="--", lw=1, label="healthy: 1/sqrt(d)")
-    spread.set_ylim(0, 1.4 * projection_dim**-0.5)
+    spread.axhline(output_dim**-0.5, color="gray", ls="--", lw=1, label="healthy: 1/sqrt(d)")
+    spread.set_ylim(0, 1.4 * output_dim**-0.5)
     rank = spread.twinx()
     points = [(e["epoch"], e["encoder/effective_rank"]) for e in epochs if e.get("encoder/effective_rank") is not None]
     rank.plot(*zip(*points, strict=True), color="tab:green", label="effective rank (right)")

@@ -9,6 +9,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from simsiam_dali.config import Config, fields
+from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError
 
 SERVER_TIMEOUT = 5.0
@@ -16,17 +18,10 @@ SERVER_TIMEOUT = 5.0
 
 
 def tags(config: Config) -> dict[str, str]:
-    """The tags of the plan's section 9.1 that `mlflow.auto_tags` asks for."""
-    encoder, simsiam = config.encoder, config.encoder.simsiam
-    loss_type = {"simsiam": "negative_cosine"}[encoder.encoder_type]
-    everything = {
-        "encoder_type": encoder.encoder_type,
-        "loss_type": loss_type,
-        "experiment_variant": f"{encoder.encoder_type}_{loss_type}",
-        "backbone": simsiam.backbone,
-        "pretrained": str(bool(simsiam.pretrained_backbone)).lower(),
-    }
-    return {name: everything[name] for name in config.mlflow.auto_tags}
+    """The tags of the plan's section 9.1 that `mlflow.auto_tags` asks for and the encoder type has."""
+    name, own = config.encoder.encoder_type, encoder_type(config).tags(config)
+    everything = {"encoder_type": name, "experiment_variant": f"{name}_{own['loss_type']}", **own}
+    return {tag: everything[tag] for tag in config.mlflow.auto_tags if tag in everything}
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -59,7 +54,7 @@ class Tracker:
 class MlflowTracker(Tracker):
     """One MLflow run; `run_id` continues an earlier one."""
 
-    def __init__(self, config: Config, run_name: str, run_id: str | None) -> None:
+    def __init__(self, config: Config, shards: ShardSet, run_name: str, run_id: str | None) -> None:
         # A music library is nobody else's business: MLflow's usage telemetry stays off unless asked for.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         check_server(config.mlflow.tracking_uri)
@@ -79,7 +74,7 @@ class MlflowTracker(Tracker):
         self.run_id = run.info.run_id
         if run_id is None:
             mlflow.log_params(flat(config))
-        mlflow.set_tags(tags(config))
+        mlflow.set_tags(tags(config) | {"shards": shards.fingerprint})  # runs on other songs are not to be compared
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log the values that are numbers; MLflow's databases refuse NaN."""
@@ -94,9 +89,9 @@ class MlflowTracker(Tracker):
         self.mlflow.end_run(status)
 
 
-def create_tracker(config: Config, run_name: str, run_id: str | None, main: bool) -> Tracker:
+def create_tracker(config: Config, shards: ShardSet, run_name: str, run_id: str | None, main: bool) -> Tracker:
     """The tracker of this process. Raises UserError when the server does not answer."""
-    return MlflowTracker(config, run_name, run_id) if config.mlflow.enabled and main else Tracker()
+    return MlflowTracker(config, shards, run_name, run_id) if config.mlflow.enabled and main else Tracker()
 
 
 def check_server(uri: str) -> None:

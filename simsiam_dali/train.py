@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, plots, profiling, tracking
+from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, plots, profiling, tracking, tuning
 from simsiam_dali import config as settings
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import measure_log_mel
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World, choose_device, is_main, world
+from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError, one_line_errors
 from simsiam_dali.learner import Learner
 from simsiam_dali.schedule import learning_rates
 
 GAUGE_ROWS = 1024
-"""Projections, of the latest batches, on which the collapse gauges are read."""
+"""Outputs, of the latest batches, on which the collapse gauges are read."""
 
 CHANGEABLE = ("train.log_every", "train.checkpoint_every", "train.profile", "data.threads", "data.prefetch", "mlflow.")
 """Settings a resumed run may change: none of them changes the next loss."""
@@ -56,28 +58,29 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
     interrupt = Interrupt()
     say = functools.partial(tqdm.write, file=sys.stdout) if w.main else (lambda _: None)
     log_every = config.train.log_every
+    kind = encoder_type(config)
 
     # Data: the log-mel's mean and std come first, since they are part of the graph.
     shards = open_shards(config.data.shards)
     log_mel = factory.log_mel_settings(config)
     if config.data.threads == "auto":
-        config = factory.with_threads(config, shards, log_mel, w)
+        config = tuning.with_threads(config, shards, log_mel, w)
         say(f"measured: {config.data.threads} DALI threads, {config.data.prefetch} batches ahead")
     if resumed:
         check_same_shards(resumed, shards.fingerprint, run_dir)
         log_mel = factory.with_statistics(log_mel, **resumed["log_mel"])
-    else:
+    elif kind.batches == "views":
         everything = World(0, 1, w.device)  # all ranks measure the same segments
         clean = factory.create_loader(config, shards, log_mel, everything, "train", "clean")
         log_mel = measure_log_mel(clean, config.data.stats_segments)
         del clean
-    loader = factory.create_loader(config, shards, log_mel, w, "train", "views", shuffled=True)
+    loader = factory.create_loader(config, shards, log_mel, w, "train", kind.batches, shuffled=True)
     steps, batch_size = len(loader), config.encoder.batch_size * w.size  # steps an epoch, segments a step
 
     # What learns
-    learner = Learner(config, w, pretrained=resumed is None)
-    frames = log_mel.frames(loader.graph.seconds)
-    memory.check_fits(learner.encoder, config.encoder.batch_size, log_mel.n_mels, frames, learner.half, w.device)
+    learner = Learner(config, shards, w, pretrained=resumed is None)
+    shapes = kind.input_shapes(log_mel, loader.graph.seconds)
+    memory.check_fits(learner.encoder, config.encoder.batch_size, shapes, learner.half, w.device)
 
     # Where we stand
     epoch, step, seconds = 0, 0, 0.0  # whole epochs, optimizer steps, time spent
@@ -88,7 +91,7 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
         loader.load_state_dict(resumed["loaders"][w.rank])
         checkpoint.set_rng_state(resumed["rng"][w.rank], w.device)
         log.resume(step)
-    tracker = tracking.create_tracker(config, run_dir.name, resumed["mlflow_run"] if resumed else None, w.main)
+    tracker = tracking.create_tracker(config, shards, run_dir.name, resumed["mlflow_run"] if resumed else None, w.main)
     if w.main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config.to_yaml())
@@ -121,10 +124,10 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
         save()
 
     say(
-        f"{config.encoder.encoder_type} {config.encoder.simsiam.backbone} on {w.device.type} x {w.size},"
+        f"{config.encoder.encoder_type} {kind.variant(config)} on {w.device.type} x {w.size},"
         f" {str(learner.dtype).removeprefix('torch.')}: {shards.count('train')} training and"
-        f" {shards.count('val')} validation segments, views of {loader.graph.seconds:g} s"
-        f" ({log_mel.n_mels} x {frames}), {steps} steps of {batch_size} an epoch"
+        f" {shards.count('val')} validation segments, {'views' if kind.batches == 'views' else 'excerpts'} of"
+        f" {loader.graph.seconds:g} s ({' x '.join(map(str, shapes[0]))}), {steps} steps of {batch_size} an epoch"
     )
     say(f"run {run_dir}" + (f", going on after step {step}" if resumed else ""))
     clock = StepClock(w.device)
@@ -135,17 +138,17 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
             finish_epoch({"step": 0, "epoch": 0})  # the untrained encoder: what training has to beat
         while epoch < config.encoder.epochs:
             learner.encoder.train()
-            losses: list[Tensor] = []  # on the device until they are read together
+            losses: list[Tensor] = []  # (loss, whether it counts), on the device until they are read together
             bar = tqdm(desc=f"epoch {epoch + 1}/{config.encoder.epochs}", total=steps, initial=loader.step,
                        unit="step", leave=False, disable=None if w.main else True)  # fmt: skip
             clock.reset()
             for batch in clock.batches(loader):
                 lr, fixed_lr = learning_rates(config, step, steps, batch_size)
-                loss, z = learner.step(batch, lr, fixed_lr)
+                scored = learner.step(batch, lr, fixed_lr)
 
                 step += 1
-                losses.append(loss)
-                recent.append(z)
+                losses.append(torch.stack([scored.loss, scored.counts]))
+                recent.append(scored.z)
                 profiler.step()
                 bar.update()
                 last = loader.step == steps
@@ -155,8 +158,8 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
                 # The only place inside an epoch where the host waits for the device, and the ranks for each other.
                 ranks = w.gather((torch.stack(losses).tolist(), interrupt.signal))
                 losses.clear()
-                values = [sum(rank) / w.size for rank in zip(*(v for v, _ in ranks), strict=True)]
-                if not math.isfinite(sum(values)):
+                values = [mean_where_it_counts(of_ranks) for of_ranks in zip(*(v for v, _ in ranks), strict=True)]
+                if not math.isfinite(sum(v for v in values if v is not None)):
                     raise UserError(
                         f"the loss is not finite near step {step}: lower encoder.learning_rate, or train with"
                         f" --set train.precision=fp32; the checkpoint in {run_dir} is from before"
@@ -164,7 +167,8 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
                 log.write_losses(step, values)
                 elapsed, waited = clock.read()
                 speed = clock.steps * batch_size / elapsed
-                bar.set_postfix_str(f"loss {values[-1]:.4f}, {speed:.1f} samples/s, waiting for data {waited:.0%}")
+                loss = f"loss {values[-1]:.4f}" if values[-1] is not None else "no positive pair"
+                bar.set_postfix_str(f"{loss}, {speed:.1f} samples/s, waiting for data {waited:.0%}")
                 if last:  # finish the epoch before stopping or saving
                     continue
                 if stop := max(signal for _, signal in ranks):
@@ -180,10 +184,12 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
             epoch += 1
             elapsed, waited = clock.read()
             z = torch.cat(list(recent))
+            mean_loss, pairless = log.mean_loss(step, steps)
             record = {
                 "step": step,
                 "epoch": epoch,
-                "encoder/train_loss": log.mean_loss(step, steps),
+                "encoder/train_loss": mean_loss,
+                "encoder/pairless_batches": pairless,
                 "encoder/lr": lr,
                 "encoder/z_std": float(monitor.z_std(z)),
                 "encoder/effective_rank": float(monitor.effective_rank(z)),
@@ -192,7 +198,10 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
                 "training_time_hours": (time.perf_counter() - started) / 3600,
             }
             finish_epoch(record)
-            if advice := monitor.collapse_advice(record["encoder/z_std"], z.shape[1], record["encoder/effective_rank"]):
+            gauges = record["encoder/z_std"], z.shape[1], record["encoder/effective_rank"]
+            if advice := kind.warn_of_collapse and monitor.collapse_advice(*gauges):
+                say(advice)
+            if advice := monitor.pairless_advice(pairless):
                 say(advice)
             if stop := max(w.gather(interrupt.signal)):
                 tracker.end("KILLED")
@@ -205,13 +214,22 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
         profiler.stop()
 
     if w.main:
-        plots.curves(log.epochs, config.encoder.simsiam.projection_dim, run_dir / "curves.png")
+        plots.curves(log.epochs, learner.encoder.output_dim, run_dir / "curves.png")
         tracker.artifact(run_dir / "curves.png")
         tracker.artifact(run_dir / checkpoint.FILE_NAME)
         tracker.end("FINISHED")
-        for line in (*journal.closing_lines(config, run_dir, log.epochs), *tracking.how_to_look(config)):
+        for line in (
+            *journal.closing_lines(learner.encoder.output_dim, run_dir, log.epochs),
+            *tracking.how_to_look(config),
+        ):
             say(line)
     return 0
+
+
+def mean_where_it_counts(ranks: Sequence[tuple[float, float]]) -> float | None:
+    """One step's loss from each rank's (loss, whether it counts); None where no rank had anything to learn from."""
+    counting = [loss for loss, counts in ranks if counts]
+    return sum(counting) / len(counting) if counting else None
 
 
 def check_same_shards(resumed: checkpoint.Checkpoint, fingerprint: str, run_dir: Path) -> None:
@@ -269,6 +287,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def who_chose(key: str, file: Path, given: dict[str, Any], assignments: list[str]) -> str:
+    """One line: the value of `key`, where it comes from, and what it was chosen over."""
+    said = settings.said_of(key, file, os.environ, given, assignments)
+    if not said:
+        return f"{key} has its default"
+    source, value = said[-1]
+    others = [f"{v} ({s})" for s, v in reversed(said[:-1]) if v != value]
+    return f"{key} = {value} ({source})" + (f", over {', '.join(others)}" if others else "")
+
+
 def configure(args: argparse.Namespace) -> tuple[Config, checkpoint.Checkpoint | None, Path]:
     """(settings, checkpoint to go on from, the run's folder) from the command line and what it names."""
     given = {key: value for key, value in vars(args).items() if "." in key and value is not None}
@@ -277,9 +305,9 @@ def configure(args: argparse.Namespace) -> tuple[Config, checkpoint.Checkpoint |
         config = settings.load(file, os.environ, given, args.assignments)
         if is_main():
             print(f"settings from {file}, then the environment and the command line")
-        name = config.train.run_name or (
-            f"{config.encoder.encoder_type}-{config.encoder.simsiam.backbone}-{time.strftime('%Y%m%d-%H%M%S')}"
-        )
+            print(who_chose("encoder.encoder_type", file, given, args.assignments))
+        variant = encoder_type(config).variant(config)
+        name = config.train.run_name or f"{config.encoder.encoder_type}-{variant}-{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = config.train.runs_dir / name
         if (run_dir / checkpoint.FILE_NAME).exists():
             raise UserError(

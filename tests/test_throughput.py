@@ -29,7 +29,7 @@ from torch_views import Views
 from simsiam_dali import config as settings
 from simsiam_dali import factory
 from simsiam_dali.config import AugmentationConfig, Config
-from simsiam_dali.data.loader import Batch
+from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World
@@ -177,10 +177,10 @@ def test_a_stage_that_cannot_open_is_one_clear_error_and_does_not_stop_the_other
 class Sleepy:
     """A loader that sleeps before each batch, and knows how long it slept."""
 
-    def __init__(self, batch: Batch, seconds: float) -> None:
+    def __init__(self, batch: Batch | Single, seconds: float) -> None:
         self.batch, self.seconds, self.slept = batch, seconds, 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | Single]:
         while True:
             began = time.perf_counter()
             time.sleep(self.seconds)
@@ -192,8 +192,8 @@ class Sleepy:
 def test_a_sleep_in_the_loader_shows_in_the_data_wait_share(tiny: Config, sleep: float) -> None:
     """Within 10% of what was really slept in the window, whatever the machine does meanwhile."""
     world = World(0, 1, CPU)
-    loader = Sleepy(random_batch(tiny, LogMel(n_mels=16).frames(1.0), CPU), sleep)
-    stage = trained(tiny, world, loader, steps=10)
+    loader = Sleepy(random_batch(tiny, open_shards(tiny.data.shards), CPU), sleep)
+    stage = trained(tiny, open_shards(tiny.data.shards), world, loader, steps=10)
     inner = stage.batches
     next(inner)
 
@@ -209,9 +209,9 @@ def test_a_sleep_in_the_loader_shows_in_the_data_wait_share(tiny: Config, sleep:
 
 def test_a_loader_that_never_waits_shows_next_to_none(tiny: Config) -> None:
     world = World(0, 1, CPU)
-    batch = random_batch(tiny, LogMel(n_mels=16).frames(1.0), CPU)
+    batch = random_batch(tiny, open_shards(tiny.data.shards), CPU)
     loader = Sleepy(batch, 0.0)
-    share = timed_window(trained(tiny, world, loader, steps=10), 0.3).data_wait_share
+    share = timed_window(trained(tiny, open_shards(tiny.data.shards), world, loader, steps=10), 0.3).data_wait_share
     assert share is not None
     assert share < 0.05
 

@@ -179,14 +179,14 @@ def test_the_checkpoint_holds_the_data_set_s_statistics(whole):
 
 def test_the_predictor_s_rate_stays_and_the_encoder_s_falls(whole):
     encoder, predictor = checkpoint.load(whole / checkpoint.FILE_NAME)["learner"]["optimizer"]["param_groups"]
-    base = config.load(whole / "config.yaml").encoder.learning_rate * TINY["encoder.batch_size"] / 256
+    base = config.load(whole / "config.yaml").encoder.simsiam.learning_rate * TINY["encoder.batch_size"] / 256
     assert predictor["lr"] == pytest.approx(base)
     assert encoder["lr"] < 0.05 * base
 
 
 def test_learning_rates_follow_the_cosine_and_the_warm_up():
     settings = config.load(
-        assignments=["encoder.epochs=10", "encoder.simsiam.warmup_epochs=2", "encoder.learning_rate=0.05"]
+        assignments=["encoder.epochs=10", "encoder.simsiam.warmup_epochs=2", "encoder.simsiam.learning_rate=0.05"]
     )
     rates = [learning_rates(settings, step, 100, 512) for step in range(1000)]
     assert all(fixed == pytest.approx(0.1) for _, fixed in rates)
@@ -196,6 +196,22 @@ def test_learning_rates_follow_the_cosine_and_the_warm_up():
     assert 0 < rates[999][0] < 1e-5
     assert all(a[0] < b[0] for a, b in pairwise(rates[:200]))
     assert all(a[0] > b[0] for a, b in pairwise(rates[200:]))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "base"),
+    [
+        ((), 0.03 * 2),  # SGD: scaled by batch / 256
+        (("encoder.simsiam.optimizer=adamw", "encoder.simsiam.learning_rate=0.002"), 0.002),
+        (("encoder.encoder_type=simple",), 0.001),
+        (("encoder.encoder_type=simple", "encoder.learning_rate=0.004"), 0.004),  # one rate for either type
+        (("encoder.learning_rate=0.004",), 0.008),
+    ],
+)
+def test_the_base_learning_rate_is_the_type_s_own_unless_one_is_given_for_all(assignments, base):
+    rate, fixed = learning_rates(config.load(assignments=assignments), 0, 100, 512)
+    assert rate == pytest.approx(base)
+    assert fixed == pytest.approx(base)
 
 
 def test_fix_predictor_lr_off_marks_no_group():
@@ -321,13 +337,14 @@ def test_refused_a_gpu_that_is_not_there(tmp_path, small_shards):
 def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
     encoder = factory.create_encoder(config.load(assignments=["encoder.simsiam.backbone=resnet18"]))
     monkeypatch.setattr(memory, "free_bytes", lambda _: 4 << 30)
+    shapes = [(128, 1876)] * 2
     with pytest.raises(UserError, match=r"a batch of 512 needs about .* use --batch-size \d+ or less") as e:
-        memory.check_fits(encoder, 512, 128, 1876, False, torch.device("cpu"))
+        memory.check_fits(encoder, 512, shapes, False, torch.device("cpu"))
     largest = int(str(e.value).split("--batch-size ")[1].split()[0])
-    memory.check_fits(encoder, largest, 128, 1876, False, torch.device("cpu"))
+    memory.check_fits(encoder, largest, shapes, False, torch.device("cpu"))
     with pytest.raises(UserError):
-        memory.check_fits(encoder, largest + 1, 128, 1876, False, torch.device("cpu"))
-    memory.check_fits(encoder, 2 * largest, 128, 1876, True, torch.device("cpu"))  # half precision, half the memory
+        memory.check_fits(encoder, largest + 1, shapes, False, torch.device("cpu"))
+    memory.check_fits(encoder, 2 * largest, shapes, True, torch.device("cpu"))  # half precision, half the memory
 
 
 def test_refused_a_server_that_does_not_answer(tmp_path, small_shards):

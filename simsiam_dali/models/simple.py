@@ -2,9 +2,8 @@
 
 It follows M5 of Dai et al., "Very Deep Convolutional Neural Networks for Raw Waveforms" (arXiv:1610.00087): a wide
 first convolution as a learned filter bank, then only kernels of 3 (small filters as in SampleCNN, arXiv:1703.01789),
-each with batch norm, ReLU and a max-pool of 4, the channels doubling as the rate falls. Time is pooled by mean and
-maximum, as in Pons et al. (arXiv:1711.02520), who found waveform encoders to need far more songs than those on
-spectrograms.
+each with batch norm, ReLU and a pool of 4, the channels doubling as the rate falls. Time is pooled by mean and maximum,
+as in Pons et al. (arXiv:1711.02520), who found waveform encoders to need far more songs than those on spectrograms.
 
 Each layer's output, for base_channels C, and one frame's hop and receptive field in samples (ms at 16 kHz):
 
@@ -15,16 +14,16 @@ Each layer's output, for base_channels C, and one frame's hop and receptive fiel
     head           embedding_dim, linear
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+
+from simsiam_dali.models.encoder import Encoder
 
 FILTER, STRIDE, POOL = 160, 8, 4
 MIN_SAMPLES = 13_784  # one frame's receptive field: a shorter waveform leaves nothing to pool
 
 
-class SimpleAudioEncoder(nn.Module):
+class SimpleAudioEncoder(Encoder):
     """1-D CNN on the raw waveform; `base_channels` filters in the bank, 16 times as many channels at the end.
 
     Convolutions start from He's normal distribution (arXiv:1502.01852), batch norms as the identity, the head from
@@ -64,10 +63,6 @@ class SimpleAudioEncoder(nn.Module):
     def output_dim(self) -> int:
         """Width of what `forward` gives to the loss."""
         return self.head.out_features
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """One optimizer group; every learning rate is decayed."""
-        return [{"params": list(self.parameters()), "fix_lr": False}]
 
 
 def _block(in_channels: int, channels: int, kernel: int, stride: int) -> nn.Sequential:

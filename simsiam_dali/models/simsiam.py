@@ -15,16 +15,18 @@ import torchvision
 from torch import Tensor, nn
 
 from simsiam_dali.errors import UserError
+from simsiam_dali.models.encoder import Encoder
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
 Embedding = Literal["backbone", "projection"]
 
 
-class SimSiam(nn.Module):
+class SimSiam(Encoder):
     """ResNet backbone, projector and predictor.
 
     `pretrained` is False (random weights), True (torchvision's ImageNet weights, downloaded once) or the path
-    of a state dict of the same torchvision ResNet. `embedding` chooses what `embed` returns.
+    of a state dict of the same torchvision ResNet. `embedding` chooses what `embed` returns. `fix_predictor_lr`
+    keeps the predictor's learning rate where it began.
     Raises `UserError` when the pretrained weights cannot be had or do not fit.
     """
 
@@ -36,9 +38,10 @@ class SimSiam(nn.Module):
         predictor_hidden_dim: int = 512,
         pretrained: bool | str | Path = False,
         embedding: Embedding = "backbone",
+        fix_predictor_lr: bool = True,
     ) -> None:
         super().__init__()
-        self.embedding = embedding
+        self.embedding, self.fix_predictor_lr = embedding, fix_predictor_lr
         self.backbone, self.backbone_dim = create_backbone(backbone, pretrained)
         self.projector = create_projector(self.backbone_dim, projection_dim, projection_layers)
         self.projection_dim = projection_dim
@@ -68,15 +71,20 @@ class SimSiam(nn.Module):
         """Width of what `embed` returns."""
         return self.backbone_dim if self.embedding == "backbone" else self.projection_dim
 
+    @property
+    def output_dim(self) -> int:
+        """Width of the projections."""
+        return self.projection_dim
+
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups; `fix_lr` marks the predictor, whose learning rate is not decayed.
+        """Optimizer groups; `fix_lr` marks the predictor, whose learning rate is then not decayed.
 
         The predictor has to keep adapting to the latest representations (section 4.2, table 1c).
         """
         encoder = [*self.backbone.parameters(), *self.projector.parameters()]
         return [
             {"params": encoder, "fix_lr": False},
-            {"params": list(self.predictor.parameters()), "fix_lr": True},
+            {"params": list(self.predictor.parameters()), "fix_lr": self.fix_predictor_lr},
         ]
 
 

@@ -1,0 +1,142 @@
+"""The A/B switch: both types through the one trainer, a third one as CONTRIBUTING.md says, and who chose the type."""
+
+import re
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from test_train import command, epochs, losses, records, refusal, run, start, wait_for_step
+
+from simsiam_dali import checkpoint, config, factory
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.distributed import World
+from simsiam_dali.encoders import encoder_type
+from simsiam_dali.train import mean_where_it_counts
+
+ROOT = Path(__file__).resolve().parent.parent
+SIMPLE = {"encoder__encoder_type": "simple", "encoder__embedding_dim": 16, "encoder__simple__base_channels": 4}
+
+
+@pytest.fixture(scope="module")
+def simple(tmp_path_factory, small_shards) -> Path:
+    """A whole run of the baseline."""
+    folder = tmp_path_factory.mktemp("simple")
+    done = run(command(folder, small_shards, "--run-name", "simple", **SIMPLE), folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs/simple"
+
+
+def test_simple_is_tagged_measured_and_kept_like_simsiam(simple):
+    client = mlflow.MlflowClient(f"sqlite:///{simple.parent.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("music_recommendation")
+    (found,) = client.search_runs([experiment.experiment_id], "tags.encoder_type = 'simple'")
+    assert {
+        "loss_type": "metadata_contrastive",
+        "experiment_variant": "simple_metadata_contrastive",
+    }.items() <= found.data.tags.items()
+    assert "backbone" not in found.data.tags
+    assert {
+        "encoder/train_loss",
+        "encoder/val_loss",
+        "encoder/pairless_batches",
+        "knn/artist",
+        "training_time_hours",
+    } <= set(found.data.metrics)
+    assert {p.name for p in simple.iterdir()} == {"checkpoint.pt", "config.yaml", "curves.png", "metrics.jsonl"}
+
+
+def test_simple_s_loss_falls(simple):
+    first, *_, last = [r["encoder/train_loss"] for r in epochs(simple)[1:]]
+    assert last < first
+
+
+def test_simple_killed_and_resumed_is_as_if_never_stopped(simple, tmp_path, small_shards):
+    process = start(command(tmp_path, small_shards, train__checkpoint_every=2, **SIMPLE), tmp_path)
+    wait_for_step(process, tmp_path / "runs", max(losses(simple)) // 2)
+    process.kill()
+    process.communicate()
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    done = run([sys.executable, "-m", "simsiam_dali.train", "--resume", str(run_dir)], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(run_dir) == losses(simple)
+    ours, theirs = (checkpoint.load(d / checkpoint.FILE_NAME)["learner"]["encoder"] for d in (run_dir, simple))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_one_switch_and_who_chose_is_printed(tmp_path, small_shards):
+    over = {k: v for k, v in SIMPLE.items() if k != "encoder__encoder_type"} | {"encoder__epochs": 1}
+    args = command(tmp_path, small_shards, "--encoder-type", "simple", **over)
+    done = run(args, tmp_path, ENCODER_TYPE="simsiam")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "encoder.encoder_type = simple (command line), over simsiam (environment ENCODER_TYPE)" in done.stdout
+
+
+def test_the_environment_chooses_and_an_unknown_type_is_refused_with_the_known_ones(tmp_path, small_shards):
+    line = refusal(command(tmp_path, small_shards), tmp_path, ENCODER_TYPE="simpel")
+    assert "'simpel'" in line
+    assert "simple, simsiam" in line
+
+
+def test_the_same_shards_and_songs_for_both_types(small_shards):
+    shards = open_shards(small_shards)
+    rows = {}
+    for name in ("simple", "simsiam"):
+        settings = config.load(
+            command_line={"encoder.encoder_type": name, "data.shards": small_shards, "data.threads": 1,
+                          "data.view_seconds": 1.5, "encoder.batch_size": 4,
+                          "encoder.simsiam.augmentation.time_mask_param": 10}
+        )  # fmt: skip
+        kind = encoder_type(settings)
+        here = World(0, 1, torch.device("cpu"))
+        loader = factory.create_loader(
+            settings, shards, factory.log_mel_settings(settings), here, "train", kind.batches, shuffled=True
+        )
+        batches = list(loader)
+        shapes = kind.input_shapes(factory.log_mel_settings(settings), 1.5)
+        assert [tuple(x.shape[1:]) for x in batches[0][:-1]] == shapes
+        rows[name] = [b.segment.tolist() for b in batches]
+    assert rows["simple"] == rows["simsiam"]
+
+
+def test_a_loss_is_the_mean_over_the_ranks_that_had_one():
+    assert mean_where_it_counts([(2.0, 1.0), (0.0, 0.0)]) == 2.0
+    assert mean_where_it_counts([(2.0, 1.0), (4.0, 1.0)]) == 3.0
+    assert mean_where_it_counts([(0.0, 0.0)]) is None
+
+
+def test_batches_without_a_pair_are_counted_said_and_kept_out_of_the_mean(tmp_path, small_shards):
+    # Two segments a batch, and only songs of one year within 0 years pair: most batches hold no pair.
+    over = SIMPLE | {"encoder__batch_size": 2, "encoder__epochs": 1}
+    options = ("--set", "encoder.simple.use_artist=false", "--set", "encoder.simple.use_album=false",
+               "--set", "encoder.simple.use_year=true", "--set", "encoder.simple.year_threshold=0")  # fmt: skip
+    done = run(command(tmp_path, small_shards, "--run-name", "few", *options, **over), tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    every = records(tmp_path / "runs/few")
+    losses = [r["loss"] for r in every if "loss" in r]
+    epoch = every[-1]
+    share = sum(loss is None for loss in losses) / len(losses)
+    assert share > 0
+    assert epoch["encoder/pairless_batches"] == pytest.approx(share)
+    counted = [loss for loss in losses if loss is not None]
+    if counted:
+        assert epoch["encoder/train_loss"] == pytest.approx(sum(counted) / len(counted))
+    assert ("held no two segments" in done.stdout) == (share > 0.5)
+
+
+def test_a_third_type_is_a_file_and_an_entry_as_contributing_says(tmp_path, small_shards):
+    module, entry = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    script = "\n".join(
+        ["from simsiam_dali.encoders import *", "from simsiam_dali.encoders import Any, Tensor", module, entry,
+         "from simsiam_dali import train", "train.main()"]
+    )  # fmt: skip
+    (tmp_path / "with_third.py").write_text(script)
+    _, _, _, *options = command(tmp_path, small_shards, "--encoder-type", "third", encoder__epochs=2)
+    done = run([sys.executable, "with_third.py", *options], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "third linear on cpu" in done.stdout
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("music_recommendation")
+    (found,) = client.search_runs([experiment.experiment_id], "tags.encoder_type = 'third'")
+    assert found.data.tags["experiment_variant"] == "third_info_nce"
