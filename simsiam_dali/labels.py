@@ -65,6 +65,16 @@ class SongLabels:
         return self.artists[song], self.albums[song], self.years[song]
 
 
+def label_ids(songs: pd.DataFrame, column: str) -> Tensor:
+    """Each song's first `artists` or `genres` as an id, `(songs,)` int64; -1 where none is known.
+
+    Names compare as the contrastive loss compares them: without case and placeholders, and "Various Artists" is nobody.
+    """
+    keys = {"artists": artist_keys, "genres": known_keys}[column]
+    first = songs[column].map(lambda names: next(iter(keys(names)), None))
+    return torch.from_numpy(pd.factorize(first)[0].astype("int64"))
+
+
 def name_key(name: str) -> str:
     """What names that differ only in case, whitespace or Unicode's ways of writing have in common."""
     folded = unicodedata.normalize("NFKC", name).casefold()
@@ -73,7 +83,7 @@ def name_key(name: str) -> str:
 
 def artist_keys(names: Iterable[str]) -> list[str]:
     """Keys of a song's artists, without repeats, placeholders, and names of no artist in particular."""
-    return [key for key in _known(names) if key not in _VARIOUS]
+    return [key for key in known_keys(names) if key not in _VARIOUS]
 
 
 def album_keys(titles: Iterable[str], album_artist: str, artists: Iterable[str]) -> list[tuple[str, str]]:
@@ -82,13 +92,14 @@ def album_keys(titles: Iterable[str], album_artist: str, artists: Iterable[str])
     An album is its album artist's, else the song's first artist's; a compilation's tracks share the owner "Various
     Artists". Albums of nobody that is known are unknown. A song has one `album_artist` for all its albums.
     """
-    owner = next(iter(_known([album_artist, *artists])), None)
+    owner = next(iter(known_keys([album_artist, *artists])), None)
     if owner is None:
         return []
-    return [(title, _COMPILATION if owner in _VARIOUS else owner) for title in _known(titles)]
+    return [(title, _COMPILATION if owner in _VARIOUS else owner) for title in known_keys(titles)]
 
 
-def _known(names: Iterable[str]) -> list[str]:
+def known_keys(names: Iterable[str]) -> list[str]:
+    """Keys of names, without repeats and placeholders."""
     keys = dict.fromkeys(name_key(name) for name in names)
     return [key for key in keys if key.strip("<>[](){} ") not in _NO_NAME]
 

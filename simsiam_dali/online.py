@@ -7,7 +7,6 @@ the mean of its segments' clean views. The loaders are made anew each time, so t
 import math
 from typing import Literal
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -17,15 +16,10 @@ from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.distributed import World
 from simsiam_dali.encoders import encoder_type
+from simsiam_dali.labels import label_ids
 from simsiam_dali.learner import Learner
 
 Score = dict[str, float]
-
-
-def label_ids(songs: pd.DataFrame, column: str) -> Tensor:
-    """Each song's first artist or genre as an id, `(songs,)` int64; unknown is -1."""
-    first = songs[column].map(lambda values: values[0] if len(values) else None)
-    return torch.from_numpy(pd.factorize(first)[0].astype("int64"))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from running import ROOT, run_tool
 from simsiam_dali import checkpoint, config, factory, monitor
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World
-from simsiam_dali.online import label_ids
+from simsiam_dali.labels import label_ids
 
 
 @pytest.fixture(scope="module")

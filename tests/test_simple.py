@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.data import shards
-from simsiam_dali.labels import MOST, SongLabels
+from simsiam_dali.labels import MOST, SongLabels, label_ids
 from simsiam_dali.models.losses import UNKNOWN, MetadataContrastiveLoss
 from simsiam_dali.models.simple import MIN_SAMPLES, SimpleAudioEncoder
 
@@ -424,3 +424,14 @@ def test_songs_of_one_artist_move_together() -> None:
     # of seven others three are positives: log 7 without any order, log 3 when they coincide far from the rest
     assert losses[0] > 1.5
     assert losses[-1] < 1.2
+
+
+def test_a_song_s_label_is_its_first_known_name() -> None:
+    songs = pd.DataFrame(
+        {
+            "artists": [["Abba"], [" ABBA ", "Cher"], ["Various Artists"], ["<unknown>", "Cher"], [], ["Cher"]],
+            "genres": [["Pop"], ["pop"], [], ["Rock"], ["none", "Rock"], ["Pop", "Rock"]],
+        }
+    )
+    assert label_ids(songs, "artists").tolist() == [0, 0, -1, 1, -1, 1]
+    assert label_ids(songs, "genres").tolist() == [0, 0, -1, 1, 1, 0]
