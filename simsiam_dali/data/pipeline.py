@@ -95,9 +95,13 @@ def mel_power(wave: DataNode, spec: LogMel) -> DataNode:
 
 
 def normalised(mel: DataNode, spec: LogMel) -> DataNode:
-    """dB, then zero mean and unit std over the data set."""
-    decibels = fn.to_decibels(mel, multiplier=10.0, reference=1.0, cutoff_db=FLOOR_DB)
-    return (decibels - spec.mean) * (1.0 / spec.std)
+    """dB, then zero mean and unit std over the data set, in one pass."""
+    return fn.to_decibels(
+        mel,
+        multiplier=10.0 / spec.std,
+        reference=10.0 ** (spec.mean / 10.0),
+        cutoff_db=(FLOOR_DB - spec.mean) / spec.std,
+    )
 
 
 def exactly(wave: DataNode, samples: DataNode) -> DataNode:
