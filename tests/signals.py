@@ -18,7 +18,7 @@ from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
 from simsiam_dali.config import AugmentationConfig
 from simsiam_dali.data.augment import Draws
-from simsiam_dali.data.pipeline import Graph, LogMel, Source, mel_of_mel, mel_of_wave, mel_power, on_mel
+from simsiam_dali.data.pipeline import Graph, LogMel, Source, noisy_spectrum, view
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import demo_synth
@@ -130,7 +130,7 @@ NEUTRAL = {
     **dict.fromkeys(("shift", "semitones", "snr_db", "noise_at", "gain_db", "drr_db"), 0.0),
     **dict.fromkeys(("mel_start", "mel_width", "time_start", "time_width"), 0.0),
     **dict.fromkeys(("rate", "rt60"), 1.0),
-    **dict.fromkeys(("scaled", "plain", "noisy", "reverberant"), False),
+    **dict.fromkeys(("stretched", "noisy", "reverberant"), False),
 }
 
 
@@ -147,25 +147,20 @@ def augmented(
     """
     seconds = len(waves[0]) / RATE
     graph = Graph(no_source(seconds), spec or LogMel(), "views", seconds, AugmentationConfig())
-    full = [{**NEUTRAL, "scaled": d.get("rate", 1) != 1 or d.get("semitones", 0) != 0, **d} for d in draws]
+    full = [{**NEUTRAL, "stretched": d.get("rate", 1) != 1, **d} for d in draws]
     inputs = {
         name: [np.array(d[name], np.bool_ if isinstance(NEUTRAL[name], bool) else np.float32) for d in full]
         for name in NEUTRAL
     }
 
-    def define(wave: Any, hz: Any, **nodes: Any) -> Any:
+    def define(wave: Any, **nodes: Any) -> Any:
         on_gpu = gpu is not None
         noise = None if bank is None else types.Constant(bank, device="gpu" if on_gpu else "cpu")
         drawn = Draws(**nodes)
-        wave = wave.gpu() if on_gpu else wave
-        if drawn.plain:
-            mel = mel_of_mel(mel_power(wave, graph.log_mel), drawn, graph)
-        else:
-            mel = mel_of_wave(wave, hz, drawn, noise, graph)
-        return on_mel(mel, drawn, graph, on_gpu)
+        spectrum = noisy_spectrum(wave.gpu() if on_gpu else wave, drawn, noise, graph)
+        return view(spectrum, drawn, graph, on_gpu)
 
-    rates = [np.float32(RATE)] * len(waves)
-    return run_graph(define, {"wave": list(waves), "hz": rates, **inputs}, gpu)[0]
+    return run_graph(define, {"wave": list(waves), **inputs}, gpu)[0]
 
 
 # --- shards

@@ -1,9 +1,10 @@
 """The eight augmentations as functions from DALI nodes to DALI nodes, and their random draws.
 
-Each one is done where it is cheap. On the waveform `(N,)`: time shift, pitch shift, noise. On the mel power
-`(F, n_mels)`, time first: time stretch, reverb, gain. On the normalised log-mel: the masks. Drawing is separate from
-doing: `draw` makes the random numbers, the rest is a deterministic function of them, so a test can put in a known draw
-and a GPU graph can be compared with a CPU graph on the same draws.
+Each one is done where it is cheap. On the waveform `(N,)`: noise. On the power spectrogram `(F, bins)`, time first:
+pitch shift, by the mel filters. On the mel power `(F, n_mels)`: time shift, time stretch, reverb, gain. On the
+normalised log-mel: the masks. Drawing is separate from doing: `draw` makes the random numbers, the rest is a
+deterministic function of them, so a test can put in a known draw and a GPU graph can be compared with a CPU graph on
+the same draws.
 
 Argument inputs (everything in `Draws`) are always CPU scalars; DALI takes them for operators on either device.
 """
@@ -22,6 +23,9 @@ DECAY_60_DB = np.log(1e6)
 
 LOW_PASS_TAPS = 129
 
+PITCH_STEP = 0.125
+"""Semitones from one mel filter bank to the next: a pitch shift is done to half of it."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -30,8 +34,7 @@ class Draws:
     shift: DataNode  # fraction of the view, FLOAT in [0, 1)
     rate: DataNode  # tempo, FLOAT; above 1 is faster
     semitones: DataNode  # FLOAT
-    scaled: DataNode  # BOOL: stretched or pitched, so that the mel's time axis has to be interpolated
-    plain: DataNode  # BOOL: neither pitched nor noisy, so that what was drawn can be done on the mel alone
+    stretched: DataNode  # BOOL: the rate was drawn, so that the mel's time axis has to be interpolated
     noisy: DataNode  # BOOL
     snr_db: DataNode  # FLOAT, read where noisy
     noise_at: DataNode  # FLOAT in [0, 1): place in the noise bank
@@ -83,8 +86,7 @@ def draw(cfg: AugmentationConfig, frames: int, n_mels: int, seed: int) -> Draws:
         shift=pick("shift", cfg.time_shift_range) * coin("shift", cfg.time_shift_prob),
         rate=1.0 + stretched * (pick("stretch", cfg.time_stretch_range) - 1.0),
         semitones=pitched * pick("pitch", cfg.pitch_shift_range),
-        scaled=(stretched + pitched) > 0,
-        plain=(pitched + noisy) == 0,
+        stretched=stretched > 0,
         noisy=noisy > 0,
         snr_db=pick("noise", cfg.noise_snr_range),
         noise_at=pick("noise place", (0.0, 1.0)),
@@ -104,25 +106,26 @@ def integer(x: DataNode) -> DataNode:
     return fn.cast(x, dtype=types.INT32)
 
 
-def circular_slice(x: DataNode, start: DataNode, length: DataNode, turns: int = 2) -> DataNode:
-    """`length` samples of `x (N,)` from `start`, going round its end; or frames of `x (N, n_mels)`.
+def circular_slice(x: DataNode, start: DataNode, length: DataNode, turns: int = 2, joint: int = 0) -> DataNode:
+    """`length` frames of `x (N, n_mels)` from `start`, going round its end.
 
     start: INT32 in [0, N]. length: INT32. turns: how often the slice may enter `x`, at least 1 + length / N.
+    joint: frames at the end of `x` that are those at its beginning over again, which is passed over.
     """
     size = x.shape(dtype=types.INT32)[0]
-    zero = types.Constant(np.int32(0), device="cpu")
+    again = types.Constant(np.int32(joint), device="cpu")
     end = math.min(start + length, size)
     pieces = [fn.slice(x, start=start, end=end, axes=[0])]
     left = length - (end - start)
     for _ in range(turns - 1):
-        take = math.min(left, size)
-        pieces.append(fn.slice(x, start=zero, end=take, axes=[0]))
+        take = math.min(left, size - joint)
+        pieces.append(fn.slice(x, start=again, end=joint + take, axes=[0]))
         left = left - take
     return fn.cat(*pieces, axis=0)
 
 
 def resample(x: DataNode, in_rate: DataNode | float, out_rate: DataNode | float, quality: float) -> DataNode:
-    """Sinc interpolation of `(N,)`; a pitch shift is one whose output is then read at another rate.
+    """Sinc interpolation of `(N,)`.
 
     DALI's filter ends at the input's Nyquist frequency, whatever the output's: what lies above the latter folds back.
     """
@@ -145,26 +148,73 @@ def low_pass(x: DataNode, cutoff: DataNode, gpu: bool) -> DataNode:
     return fn.reshape(row, shape=[-1])
 
 
-def pitch_rate(sample_rate: float, semitones: DataNode) -> DataNode:
-    """The rate at which samples, later read at `sample_rate`, sound `semitones` higher (and faster by as much)."""
-    return sample_rate * math.pow(2.0, semitones / -12.0)
-
-
-def add_noise(x: DataNode, snr_db: DataNode, bank: DataNode, at: DataNode, turns: int) -> DataNode:
+def add_noise(x: DataNode, snr_db: DataNode, bank: DataNode, at: DataNode) -> DataNode:
     """Add white Gaussian noise at `snr_db` against the RMS of `x (N,)` itself.
 
-    bank: unit-variance noise `(M,)`, of which a stretch at the random place `at` (in [0, 1)) is taken, round its end:
-    reading costs a tenth of drawing. turns: as in `circular_slice`.
+    bank: unit-variance noise `(M,)`, M >= N, of which the stretch at the random place `at` (in [0, 1)) is taken:
+    reading costs a tenth of drawing.
     """
-    bank_size = fn.cast(bank.shape(dtype=types.INT32)[0], dtype=types.FLOAT)
-    noise = circular_slice(bank, integer(at * bank_size), x.shape(dtype=types.INT32)[0], turns)
+    size = x.shape(dtype=types.INT32)[0]
+    start = integer(at * (bank.shape(dtype=types.INT32)[0] - size))
+    noise = fn.slice(bank, start=start, end=start + size, axes=[0])
     return x + fn.reductions.rms(x) * math.pow(10.0, snr_db / -20.0) * noise
+
+
+def mel_filters(power: DataNode, sample_rate: int, n_mels: int, semitones: float) -> DataNode:
+    """Mel power `(F, n_mels)` of the power spectrogram `power (F, bins)` as if every bin stood `semitones` higher.
+
+    HTK triangles, not normalised: a tone keeps its power. Lowered, the spectrum leaves nothing for the highest
+    filters; they get what the highest has that is still whole.
+    """
+    scale, nyquist = 2.0 ** (semitones / 12), sample_rate / 2
+    edges = 700 * (np.power(1 + nyquist / 700, np.arange(n_mels + 2) / (n_mels + 1)) - 1)  # Hz, equidistant in mel
+    whole = n_mels if semitones >= 0 else int(np.sum(edges[2:] <= scale * nyquist))
+    mel = fn.mel_filter_bank(
+        power,
+        nfilter=whole,
+        sample_rate=scale * sample_rate,
+        freq_high=float(edges[whole + 1]),
+        mel_formula="htk",
+        normalize=False,
+    )
+    mel = fn.reshape(mel, layout="")  # conditionals merge only equal layouts, and warps name theirs otherwise
+    if whole < n_mels:
+        mel = fn.cat(mel, *[mel[:, whole - 1 :]] * (n_mels - whole), axis=1)
+    return mel
+
+
+def pitch_steps(low: float, high: float) -> list[float]:
+    """The pitch shifts that have a bank of mel filters, in semitones: 0, and from `low` to `high` by `PITCH_STEP`."""
+    steps = np.linspace(low, high, 1 + int(np.ceil((high - low) / PITCH_STEP)))
+    return sorted({0.0, *map(float, steps)})
+
+
+def pitch_level_db(semitones: DataNode) -> DataNode:
+    """What a pitch shift takes off noise, dB: the same power in a wider band, or more in each Hz of a narrower."""
+    return semitones * float(10 * np.log10(2) / 12)
+
+
+def pitched_mel(power: DataNode, semitones: DataNode, steps: list[float], sample_rate: int, n_mels: int) -> DataNode:
+    """Mel power `(F, n_mels)` of the power spectrogram `power (F, bins)`, `semitones` higher; the tempo stays.
+
+    A pitch shift scales the frequency axis, and mel filters can be built for a scaled axis as well as for the plain
+    one, so it costs no more than they do. There is a bank for each of the rising `steps`, of which bisection finds the
+    nearest: 0 semitones change nothing.
+    """
+    if len(steps) == 1:
+        return mel_filters(power, sample_rate, n_mels, steps[0])
+    half = len(steps) // 2
+    if semitones < (steps[half - 1] + steps[half]) / 2:
+        mel = pitched_mel(power, semitones, steps[:half], sample_rate, n_mels)
+    else:
+        mel = pitched_mel(power, semitones, steps[half:], sample_rate, n_mels)
+    return mel
 
 
 def time_scale(mel: DataNode, factor: DataNode, frames: int, n_mels: int) -> DataNode:
     """Frame t of the result `(frames, n_mels)` is frame `t * factor` of `mel (F, n_mels)`, interpolated linearly.
 
-    This is the time stretch, and it undoes the tempo of a pitch shift. Interpolating the mel power equals interpolating
+    This is the time stretch. Interpolating the mel power equals interpolating
     the power spectrogram before the mel filters, since those are linear along frequency.
     """
     # DALI's pixel centres lie at +0.5: scaling about (0.5, 0.5) keeps frame 0 in place.

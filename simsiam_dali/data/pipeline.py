@@ -19,14 +19,17 @@ from simsiam_dali.data import augment
 FLOOR_DB = -100.0
 """Log-mel floor: `AmplitudeToDB(amin=1e-10)`."""
 
-CONVERT_QUALITY, PITCH_QUALITY = 50.0, 20.0
-"""DALI's resampling quality, 0..100: 16 and 4 lobes of the sinc on each side."""
+CONVERT_QUALITY = 50.0
+"""DALI's resampling quality, 0..100: 16 lobes of the sinc on each side."""
 
 BAND_EDGE = 0.94
 """Where the low-pass before a conversion is 6 dB down, as a fraction of the front end's Nyquist frequency."""
 
-LOSSY_CODEC_SLACK = 1e-3
-"""How much shorter than its nominal length, as a fraction, a decoded Vorbis segment may be."""
+MISSING = 0.1
+"""How much of its end a segment may lack, s: lossy codecs and resamplers leave out some samples."""
+
+NOISE_PLACES = 15.0
+"""How much longer than a view the bank of noise is, s: a view's noise may start anywhere in it."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,10 @@ class Graph:
     crops: Literal["same", "independent"] = "same"
 
 
-def mel_power(wave: DataNode, spec: LogMel) -> DataNode:
-    """Mel power `(F, n_mels)` of `wave (N,)`, F = 1 + N // hop. Time first: the STFT is 2.5 times faster that way."""
+def power_spectrogram(wave: DataNode, spec: LogMel) -> DataNode:
+    """Power `(F, 1 + n_fft // 2)` of `wave (N,)`, F = 1 + N // hop. Time first: 2.5 times faster that way."""
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.n_fft) / spec.n_fft)
-    power = fn.spectrogram(
+    return fn.spectrogram(
         wave,
         nfft=spec.n_fft,
         window_length=spec.n_fft,
@@ -83,15 +86,11 @@ def mel_power(wave: DataNode, spec: LogMel) -> DataNode:
         power=2,
         layout="tf",
     )
-    mel = fn.mel_filter_bank(
-        power,
-        nfilter=spec.n_mels,
-        sample_rate=float(spec.sample_rate),
-        freq_high=spec.sample_rate / 2,
-        mel_formula="htk",
-        normalize=False,
-    )
-    return fn.reshape(mel, layout="")  # conditionals merge only equal layouts, and warps name theirs otherwise
+
+
+def mel_power(power: DataNode, spec: LogMel) -> DataNode:
+    """Mel power `(F, n_mels)` of a power spectrogram `(F, 1 + n_fft // 2)`."""
+    return augment.mel_filters(power, spec.sample_rate, spec.n_mels, semitones=0.0)
 
 
 def normalised(mel: DataNode, spec: LogMel) -> DataNode:
@@ -102,12 +101,6 @@ def normalised(mel: DataNode, spec: LogMel) -> DataNode:
         reference=10.0 ** (spec.mean / 10.0),
         cutoff_db=(FLOOR_DB - spec.mean) / spec.std,
     )
-
-
-def exactly(wave: DataNode, samples: DataNode) -> DataNode:
-    """`wave (N,)` cut or padded with zeros to `samples` (INT32); resamplers and codecs may leave out the last few."""
-    start = types.Constant(np.int32(0), device="cpu")
-    return fn.slice(wave, start=start, end=samples, axes=[0], out_of_bounds_policy="pad")
 
 
 def fastest(cfg: AugmentationConfig) -> float:
@@ -133,59 +126,53 @@ def band_limited(wave: DataNode, rate: DataNode, graph: Graph, gpu: bool) -> Dat
 
 
 def at_front_end_rate(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
-    """`wave (N,)` at the front end's rate, exactly `graph.seconds` long."""
+    """`wave (N,)` at the front end's rate, exactly `graph.seconds` long, zeros where its end is `MISSING`."""
     spec = graph.log_mel
-    samples = round(graph.seconds * spec.sample_rate)
     if graph.source.native_rate:
         wave = augment.resample(wave, rate, float(spec.sample_rate), CONVERT_QUALITY)
-    return exactly(wave, types.Constant(np.int32(samples), device="cpu"))
+    # One that lacks more stays too short, which ends the run.
+    longest = wave.shape(dtype=types.INT32)[0] + round(MISSING * spec.sample_rate)
+    end = math.min(longest, round(graph.seconds * spec.sample_rate))
+    start = types.Constant(np.int32(0), device="cpu")
+    return fn.slice(wave, start=start, end=end, axes=[0], out_of_bounds_policy="pad")
 
 
 def clean_view(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
     """The view `(n_mels, T)` without any augmentation."""
-    mel = mel_power(at_front_end_rate(wave, rate, graph), graph.log_mel)
+    mel = mel_power(power_spectrogram(at_front_end_rate(wave, rate, graph), graph.log_mel), graph.log_mel)
     return fn.transpose(normalised(mel, graph.log_mel), perm=[1, 0])
 
 
-def mel_of_wave(wave: DataNode, rate: DataNode, draws: augment.Draws, bank: DataNode | None, graph: Graph) -> DataNode:
-    """Mel power `(F, n_mels)` of `wave (N,)`, the place a view shows, shifted, pitched and noisy as drawn.
+def spectrum(wave: DataNode, graph: Graph) -> DataNode:
+    """What a view's mel is made from: power `(F, 1 + n_fft // 2)`, or mel power `(F, n_mels)` where none is pitched."""
+    power = power_spectrogram(wave, graph.log_mel)
+    return power if graph.augmentation.pitch_shift_prob > 0 else mel_power(power, graph.log_mel)
 
-    F fits the drawn tempo: `on_mel` still has to scale it to the view's frames.
-    """
-    spec, cfg, native = graph.log_mel, graph.augmentation, graph.source.native_rate
 
-    # A faster tempo needs more sound than the view is long; that and the shift go round the end.
-    start = augment.integer(draws.shift * wave.shape(dtype=types.FLOAT)[0])
-    length = augment.integer(rate * (graph.seconds * draws.rate))
-    turns = 1 + int(np.ceil(fastest(cfg) + LOSSY_CODEC_SLACK))
-    wave = augment.circular_slice(wave, start, length, turns)
-
-    pitch_rate = augment.pitch_rate(float(spec.sample_rate), draws.semitones)
-    if native:
-        wave = augment.resample(wave, rate, pitch_rate, CONVERT_QUALITY)
-        wave = exactly(wave, augment.integer(pitch_rate * (graph.seconds * draws.rate)))
-    elif cfg.pitch_shift_prob > 0 and draws.semitones != 0.0:
-        wave = augment.resample(wave, float(spec.sample_rate), pitch_rate, PITCH_QUALITY)
+def noisy_spectrum(wave: DataNode, draws: augment.Draws, bank: DataNode | None, graph: Graph) -> DataNode:
+    """The `spectrum` of a view of its own, with noise where drawn."""
     if bank is not None and draws.noisy:
-        wave = augment.add_noise(wave, draws.snr_db, bank, draws.noise_at, turns=2)
-    return mel_power(wave, spec)
+        # The pitch shift comes later; what it takes off the noise is given beforehand.
+        snr_db = draws.snr_db - augment.pitch_level_db(draws.semitones)
+        wave = augment.add_noise(wave, snr_db, bank, draws.noise_at)
+    return spectrum(wave, graph)
 
 
-def mel_of_mel(mel: DataNode, draws: augment.Draws, graph: Graph) -> DataNode:
-    """The same for a plain view, from the mel power `(T, n_mels)` of the place as it is: shifted by whole frames."""
-    frames = graph.log_mel.frames(graph.seconds)
-    length = augment.integer(math.ceil((frames - 1) * draws.rate) + 1)
-    turns = 1 + int(np.ceil(fastest(graph.augmentation)))
-    return augment.circular_slice(mel, augment.integer(draws.shift * frames), length, turns)
-
-
-def on_mel(mel: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> DataNode:
-    """A view `(n_mels, T)` from its mel power `(F, n_mels)`: tempo, reverb, gain, log, masks."""
-    spec, cfg = graph.log_mel, graph.augmentation
+def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> DataNode:
+    """A view `(n_mels, T)` from the `spectrum` of its place: pitch, shift, tempo, reverb, gain, log, masks."""
+    spec, cfg, mel = graph.log_mel, graph.augmentation, spectrum
     frames, hop_seconds = spec.frames(graph.seconds), spec.hop_length / spec.sample_rate
-    if (cfg.time_stretch_prob > 0 or cfg.pitch_shift_prob > 0) and draws.scaled:
-        factor = draws.rate * math.pow(2.0, draws.semitones / -12.0)
-        mel = augment.time_scale(mel, factor, frames, spec.n_mels)
+    if cfg.pitch_shift_prob > 0:
+        steps = augment.pitch_steps(*cfg.pitch_shift_range)
+        mel = augment.pitched_mel(spectrum, draws.semitones, steps, spec.sample_rate, spec.n_mels)
+    # A faster tempo needs more sound than the view is long; that and the shift go round the end.
+    length = augment.integer(math.ceil((frames - 1) * draws.rate) + 1)
+    # The last frame lies where the wave ends, which is where it begins: nearer than half a hop, they are one.
+    joint = int(2 * (round(graph.seconds * spec.sample_rate) % spec.hop_length) < spec.hop_length)
+    start = augment.integer(draws.shift * (frames - joint))
+    mel = augment.circular_slice(mel, start, length, turns=1 + int(np.ceil(fastest(cfg))), joint=joint)
+    if cfg.time_stretch_prob > 0 and draws.stretched:
+        mel = augment.time_scale(mel, draws.rate, frames, spec.n_mels)
     if cfg.reverb_prob > 0 and draws.reverberant:
         mel = augment.reverb(mel, draws.rt60, draws.drr_db, cfg.reverb_rt60_range[1], hop_seconds, gpu)
     mel = augment.gain(mel, draws.gain_db)
@@ -193,35 +180,31 @@ def on_mel(mel: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> Data
     return fn.transpose(log_mel, perm=[1, 0])
 
 
-def augmented_views(
+def two_views(
     waves: tuple[DataNode, DataNode],
-    rate: DataNode,
     draws: tuple[augment.Draws, augment.Draws],
     bank: DataNode | None,
     graph: Graph,
     gpu: bool,
 ) -> tuple[DataNode, DataNode]:
-    """Two augmented views `(n_mels, T)` of the places `waves` that they show.
+    """Two augmented views `(n_mels, T)` of `waves (N,)`, the places that they show, at the front end's rate.
 
-    Where both show one place and neither is pitched or noisy, they share its STFT, the dearest part of a view.
+    Where both show one place and neither is noisy, they share its STFT, the dearest part of a view.
     """
-    if graph.crops == "same" and draws[0].plain & draws[1].plain:
-        shared = mel_power(at_front_end_rate(waves[0], rate, graph), graph.log_mel)
-        mel1, mel2 = mel_of_mel(shared, draws[0], graph), mel_of_mel(shared, draws[1], graph)
+    if graph.crops == "same" and (draws[0].noisy | draws[1].noisy) == 0:
+        spectrum1 = spectrum2 = spectrum(waves[0], graph)
     else:
-        mel1 = mel_of_wave(waves[0], rate, draws[0], bank, graph)
-        mel2 = mel_of_wave(waves[1], rate, draws[1], bank, graph)
-    return on_mel(mel1, draws[0], graph, gpu), on_mel(mel2, draws[1], graph, gpu)
+        spectrum1 = noisy_spectrum(waves[0], draws[0], bank, graph)
+        spectrum2 = noisy_spectrum(waves[1], draws[1], bank, graph)
+    return view(spectrum1, draws[0], graph, gpu), view(spectrum2, draws[1], graph, gpu)
 
 
 def noise_bank(graph: Graph, seed: int) -> np.ndarray | None:
-    """Unit-variance Gaussian noise `(M,)`, half as long again as the longest view; None when no view can be noisy."""
-    cfg = graph.augmentation
-    if cfg.noise_prob == 0:
+    """Unit-variance Gaussian noise `(M,)`, `NOISE_PLACES` longer than a view; None when no view can be noisy."""
+    if graph.augmentation.noise_prob == 0:
         return None
-    slowest_pitch = 2 ** (max(0.0, -cfg.pitch_shift_range[0]) / 12) if cfg.pitch_shift_prob > 0 else 1.0
-    longest = (graph.seconds * fastest(cfg) + 1.0) * slowest_pitch * graph.log_mel.sample_rate
-    return np.random.default_rng(augment.stream(seed, "noise bank")).standard_normal(int(1.5 * longest), np.float32)
+    samples = round((graph.seconds + NOISE_PLACES) * graph.log_mel.sample_rate)
+    return np.random.default_rng(augment.stream(seed, "noise bank")).standard_normal(samples, np.float32)
 
 
 def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
@@ -289,12 +272,14 @@ def build(
             return augment.draw(graph.augmentation, frames, graph.log_mel.n_mels, view_seed)
 
         if graph.mode == "views":
-            first = crop(anywhere("crop 1"))
-            second = crop(anywhere("crop 2")) if graph.crops == "independent" else first
+            first = at_front_end_rate(crop(anywhere("crop 1")), rate, graph)
+            second = first
+            if graph.crops == "independent":
+                second = at_front_end_rate(crop(anywhere("crop 2")), rate, graph)
             # One bank for both views: DALI keeps a copy of a constant for each sample of the batch.
             bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
             draws = drawn(1), drawn(2)
-            return (*augmented_views((first, second), rate, draws, bank, graph, on_gpu), row)
+            return (*two_views((first, second), draws, bank, graph, on_gpu), row)
         cropped = crop(0.5 if graph.source.shuffle_buffer == 0 else anywhere("crop"))
         single = clean_view if graph.mode == "clean" else at_front_end_rate
         return single(cropped, rate, graph), row
