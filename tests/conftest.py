@@ -1,9 +1,11 @@
-"""What the tests share: the `gpu` marker skips itself without CUDA, and one small packed library."""
+"""What the tests share: the `gpu` marker skips itself without CUDA, one small packed library, one MLflow server."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from logged_runs import mlflow_server
 from running import run_tool
 
 
@@ -19,6 +21,13 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_tool("make_demo_music.py", folder / "music", "--songs", 16, "--seconds", 6, 8)
     run_tool("make_shards.py", folder / "music", "--out", folder / "shards", *SMALL_PACKING)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server on loopback; it knows only what tests log to it."""
+    with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
+        yield uri
 
 
 SMALL_PACKING = ("--segment-seconds", 3, "--min-seconds", 2, "--val-fraction", 0.25)
