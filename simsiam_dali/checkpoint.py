@@ -61,17 +61,20 @@ def load(path: Path) -> Checkpoint:
     return checkpoint  # type: ignore[return-value]
 
 
-def find(run: str, runs_dir: Path) -> Path:
-    """The checkpoint that `--resume RUN` means: a file, a run's folder, a run's name, or "" for the newest run."""
+def find(run: str, runs_dir: Path, option: str = "--resume") -> Path:
+    """The checkpoint that `--resume RUN` means: a file, a run's folder, a run's name, or "" for the newest run.
+
+    option: the word for `run` in what UserError says.
+    """
     if not run:
         found = sorted(runs_dir.glob(f"*/{FILE_NAME}"), key=lambda p: p.stat().st_mtime)
         if not found:
-            raise UserError(f"--resume: no run with a checkpoint in {runs_dir}/")
+            raise UserError(f"{option}: no run with a checkpoint in {runs_dir}/")
         return found[-1]
     for path in (Path(run), Path(run) / FILE_NAME, runs_dir / run / FILE_NAME):
         if path.is_file():
             return path
-    raise UserError(f"--resume {run}: neither a checkpoint, nor a run's folder, nor a run in {runs_dir}/")
+    raise UserError(f"{option} {run}: neither a checkpoint, nor a run's folder, nor a run in {runs_dir}/")
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

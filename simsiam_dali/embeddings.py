@@ -1,8 +1,10 @@
 """The embedding table, `embeddings.parquet`: one row a song, or a segment, with its tags and its vector."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,8 +24,10 @@ class Embeddings:
     """Row i of `vectors (N, D)`, float32 and not normalised, belongs to row i of `table`.
 
     `table` has the columns of the song table that tell about the music, and `song`, the row there; of segments also
-    `segment` and `start` (s). `about` says where the vectors come from: `encoder_type`, `embedding`, `checkpoint` (its
-    path), `music` (the folder that `path` is relative to), `shards` (fingerprint), `view_seconds`.
+    `segment`, the row in the segment table, and `start` (s). `about` says where the vectors come from: `features`
+    ("checkpoint", or the floor's name), `rows` ("songs" or "segments"), `encoder_type`, `embedding` (which output of
+    the encoder), `checkpoint` (its path), `checkpoint_sha256`, `music` (the folder that `path` is relative to),
+    `shards` (fingerprint), `view_seconds`, `mlflow_run` ("" without MLflow) and `tracking_uri`.
     """
 
     table: pd.DataFrame
@@ -38,8 +42,18 @@ def of_songs(songs: pd.DataFrame, rows: np.ndarray, vectors: np.ndarray, about: 
     return Embeddings(table, vectors.astype(np.float32, copy=False), about)
 
 
+def of_segments(
+    songs: pd.DataFrame, segments: pd.DataFrame, rows: np.ndarray, vectors: np.ndarray, about: dict[str, str]
+) -> Embeddings:
+    """Vectors `(N, D)` of the segments at `rows (N,)` of the segment table."""
+    each = of_songs(songs, segments["song"].to_numpy()[rows], vectors, about)
+    each.table.insert(1, "segment", rows.astype("int64"))
+    each.table.insert(2, "start", segments["start"].to_numpy()[rows])
+    return each
+
+
 def write(path: Path, embeddings: Embeddings) -> None:
-    """Write beside `path`, then rename: `path` is the old file or the new one."""
+    """Write beside `path`, then rename: `path` is the old file or the new one. Raises UserError when it cannot."""
     table = embeddings.table
     types = {"song": pa.int64(), "segment": pa.int64(), "start": pa.float64()}
     types |= {name: SCHEMAS[SONGS].field(name).type for name in _TAGS}
@@ -50,16 +64,36 @@ def write(path: Path, embeddings: Embeddings) -> None:
     about = {"format_version": FORMAT_VERSION, **embeddings.about}
     schema = pa.schema([*fields, pa.field("embedding", vectors.type)], {_ABOUT: json.dumps(about).encode()})
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_arrays([*arrays, vectors], schema=schema), part)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_arrays([*arrays, vectors], schema=schema), part)
+        part.replace(path)
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror or e})") from e
 
 
 def read(path: Path) -> Embeddings:
     """Read what `write` wrote. Raises UserError for a file that is missing or something else."""
+    about, table = _read(path, pq.read_table)
+    vectors = table["embedding"].combine_chunks()
+    frame = table.drop_columns(["embedding"]).to_pandas()
+    for name in ("artists", "albums", "genres"):
+        frame[name] = [list(texts) for texts in frame[name]]
+    frame["year"] = table["year"].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    return Embeddings(frame, vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(frame), -1), about)
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """`about` alone, without the vectors; raises as `read` does."""
+    return _read(path, pq.read_schema)[0]
+
+
+def _read(path: Path, how: Callable[[Path], Any]) -> tuple[dict[str, str], Any]:
+    """`about`, and what `how` reads: the table, or only its schema."""
     try:
-        table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[_ABOUT])
+        table = how(path)
+        schema = table.schema if isinstance(table, pa.Table) else table
+        about = json.loads(schema.metadata[_ABOUT])
         version = about.pop("format_version")
     except FileNotFoundError:
         raise UserError(f"no embeddings {path}: make them with python -m simsiam_dali.embed") from None
@@ -67,9 +101,4 @@ def read(path: Path) -> Embeddings:
         raise UserError(f"{path} is damaged or holds no embeddings: make them with python -m simsiam_dali.embed") from e
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: embed again")
-    vectors = table["embedding"].combine_chunks()
-    frame = table.drop_columns(["embedding"]).to_pandas()
-    for name in ("artists", "albums", "genres"):
-        frame[name] = [list(texts) for texts in frame[name]]
-    frame["year"] = table["year"].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
-    return Embeddings(frame, vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(frame), -1), about)
+    return about, table

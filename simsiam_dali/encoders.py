@@ -5,13 +5,12 @@ A new type is a file in `models/`, and an entry of `ENCODERS` (see CONTRIBUTING.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from simsiam_dali.config import Config, OptimizerConfig
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.errors import UserError
 from simsiam_dali.labels import SongLabels
@@ -19,6 +18,9 @@ from simsiam_dali.models.encoder import Encoder
 from simsiam_dali.models.losses import MetadataContrastiveLoss, SimSiamLoss
 from simsiam_dali.models.simple import MIN_SAMPLES, SimpleAudioEncoder
 from simsiam_dali.models.simsiam import SimSiam
+
+if TYPE_CHECKING:  # an encoder alone can do without DALI
+    from simsiam_dali.data.pipeline import LogMel
 
 
 class Scored(NamedTuple):
@@ -55,7 +57,7 @@ class EncoderType:
     warn_of_collapse: bool
     """Whether few directions in the outputs are a fault: SimSiam's loss is lowest there, a contrastive one is not."""
 
-    def input_shapes(self, log_mel: LogMel, seconds: float) -> list[tuple[int, ...]]:
+    def input_shapes(self, log_mel: "LogMel", seconds: float) -> list[tuple[int, ...]]:
         """Shape of each of the forward's inputs, for one segment."""
         if self.batches == "views":
             return [(log_mel.n_mels, log_mel.frames(seconds))] * 2

@@ -83,9 +83,13 @@ def song_embeddings(embeddings: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
 
     The float32 mean of a song's L2-normalised segment embeddings, so that each segment counts the same.
     """
+    return song_means(F.normalize(embeddings.float(), dim=1), songs)
+
+
+def song_means(vectors: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for vectors as they are: the mean over a song's segments."""
     unique, row, count = torch.unique(songs, return_inverse=True, return_counts=True)
-    unit = F.normalize(embeddings.float(), dim=1)
-    sums = unit.new_zeros(len(unique), unit.shape[1]).index_add_(0, row, unit)
+    sums = vectors.new_zeros(len(unique), vectors.shape[1]).index_add_(0, row, vectors)
     return unique, sums / count[:, None]
 
 

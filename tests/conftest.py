@@ -1,4 +1,4 @@
-"""What the tests share: the `gpu` marker skips itself without CUDA, one small packed library, one MLflow server."""
+"""What the tests share: the `gpu` marker skips itself without CUDA; a small library, runs on it, an MLflow server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +28,18 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server on loopback; it knows only what tests log to it."""
     with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
         yield uri
+
+
+@pytest.fixture(scope="session")
+def small_runs(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> dict[str, Path]:
+    """A run's folder for each encoder type: tiny ones, trained for one epoch on `small_shards`."""
+    from test_train import train
+
+    tiny = {"encoder__embedding_dim": 24, "encoder__simple__base_channels": 4, "encoder__epochs": 1}
+    return {
+        kind: train(tmp_path_factory.mktemp(kind), small_shards, encoder__encoder_type=kind, **tiny)
+        for kind in ("simsiam", "simple")
+    }
 
 
 SMALL_PACKING = ("--segment-seconds", 3, "--min-seconds", 2, "--val-fraction", 0.25)

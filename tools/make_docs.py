@@ -12,7 +12,7 @@ from pathlib import Path
 
 import make_shards
 
-from simsiam_dali import compare, config, train
+from simsiam_dali import compare, config, embed, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +75,7 @@ def main() -> None:
     readme = replace_part(readme, "make_shards options", options_table(make_shards.build_parser()))
     readme = replace_part(readme, "train options", options_table(train.build_parser()))
     readme = replace_part(readme, "compare options", options_table(compare.build_parser()))
+    readme = replace_part(readme, "embed options", options_table(embed.build_parser()))
     wanted = {
         "README.md": readme,
         "docs/config.md": CONFIG_PAGE + "".join(f"{line}\n" for line in config_table()),

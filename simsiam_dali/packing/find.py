@@ -53,7 +53,7 @@ def find_songs(music: Path, leave_out: Path | None = None) -> tuple[list[SongFil
             seen.add(_identity(folder))
             entries = sorted(os.scandir(folder), key=lambda e: e.name)
         except OSError as e:
-            files.append(SongFile(folder, _name(folder, music), 0, 0, f"folder cannot be read: {e.strerror}"))
+            files.append(SongFile(folder, relative_name(folder, music), 0, 0, f"folder cannot be read: {e.strerror}"))
             continue
         for entry in entries:
             path = Path(entry.path)
@@ -62,7 +62,7 @@ def find_songs(music: Path, leave_out: Path | None = None) -> tuple[list[SongFil
                 info = entry.stat()
             except OSError as e:
                 if suffix in AUDIO:
-                    files.append(SongFile(path, _name(path, music), 0, 0, f"cannot be read: {e.strerror}"))
+                    files.append(SongFile(path, relative_name(path, music), 0, 0, f"cannot be read: {e.strerror}"))
                 else:
                     passed_over += 1
                 continue
@@ -70,7 +70,7 @@ def find_songs(music: Path, leave_out: Path | None = None) -> tuple[list[SongFil
                 if not entry.name.startswith("."):
                     (linked if entry.is_symlink() else real).append(path)
             elif stat.S_ISREG(info.st_mode) and suffix not in NOT_AUDIO and not entry.name.startswith("."):
-                files.append(SongFile(path, _name(path, music), info.st_size, info.st_mtime_ns))
+                files.append(SongFile(path, relative_name(path, music), info.st_size, info.st_mtime_ns))
             else:
                 passed_over += 1
     return sorted(files, key=lambda f: f.name), passed_over
@@ -81,5 +81,6 @@ def _identity(folder: Path) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def _name(path: Path, music: Path) -> str:
+def relative_name(path: Path, music: Path) -> str:
+    """A path's name below `music`, as `SongFile.name` has it."""
     return os.fsencode(path.relative_to(music).as_posix()).decode("utf-8", "backslashreplace")

@@ -77,9 +77,11 @@ def pack(
     workers: int,
     ratings: Path | None = None,
     replace: bool = False,
+    files: list[SongFile] | None = None,
 ) -> Report:
     """Pack the folder `music` into the set at `out`; whatever happens, `out` holds the old set or the new one.
 
+    files: what to pack of it, by names relative to it; None = every song below it.
     Files that the last run packed with the same decode settings are not decoded again. `replace` allows writing
     over shards of another folder. Raises `UserError` for what the user can mend, a full disk included.
     """
@@ -88,7 +90,9 @@ def pack(
     if music.resolve() == out.resolve():
         raise UserError(f"--out {out} is the folder of music itself: name another")
     rated = RatingsFile.read(ratings, music) if ratings else None
-    files, passed_over = find_songs(music.absolute(), leave_out=out)
+    passed_over = 0
+    if files is None:
+        files, passed_over = find_songs(music.absolute(), leave_out=out)
     if not files:
         raise UserError(f"{music}: no audio file in this folder ({passed_over} other files passed over)")
     try:

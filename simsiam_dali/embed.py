@@ -1,0 +1,287 @@
+"""Embed songs with a trained encoder: python -m simsiam_dali.embed --checkpoint runs/NAME --out embeddings.parquet
+
+Every song once, from clean views through the same data graph as in training: the mean over its segments' embeddings,
+each scaled to length 1. Stopped or killed, the same command goes on from there and gives the same table.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from simsiam_dali import embeddings, factory, loose, trained
+from simsiam_dali.clock import StepClock
+from simsiam_dali.config import Config
+from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.shards import SPLITS, ShardSet, open_shards
+from simsiam_dali.distributed import World, choose_device
+from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.features import CHECKPOINT, FLOORS, Features, create_features, output_name
+from simsiam_dali.parts import Parts
+from simsiam_dali.trained import Trained
+
+PART_SECONDS = 10.0
+"""How much work a kill can cost. At each part the host waits for the device once."""
+
+FORWARD_SHARE = 4
+"""A batch may hold this many times the audio of a training batch: nothing is kept for a backward pass."""
+
+
+@dataclasses.dataclass
+class Speed:
+    """How fast it went: segments and audio (s) of this process, wall time (s), the share of it without data."""
+
+    segments: int = 0
+    audio: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def __str__(self) -> str:
+        hours = self.audio / 3600 / self.seconds if self.seconds else 0.0
+        return f"{hours:.3g} audio-h/s, waiting for data {self.waited:.0%}"
+
+
+def embed_segments(
+    features: Features, config: Config, shards: ShardSet, log_mel: LogMel, world: World, parts: Parts
+) -> tuple[Tensor, Tensor, Speed]:
+    """Every segment's row `(N,)` and vector `(N, D)`, on the CPU, after those that `parts` holds already."""
+    clock, view = StepClock(world.device), factory.view_seconds(config, shards)
+    speed = Speed()
+    with tqdm(total=len(shards.segments), initial=len(parts), unit="segment", desc=features.name, disable=None) as bar:
+        for split in SPLITS[SPLITS.index(parts.split) if parts.split else 0 :]:
+            if not shards.count(split):
+                continue
+            loader = factory.create_loader(config, shards, log_mel, world, split, features.mode)
+            if split == parts.split and parts.loader:
+                loader.load_state_dict(parts.loader)
+            rows: list[Tensor] = []
+            vectors: list[Tensor] = []
+            since = time.perf_counter()
+            for batch in clock.batches(loader):
+                vectors.append(features.of(batch.data))
+                rows.append(batch.segment)
+                speed.segments += len(batch.segment)
+                bar.update(len(batch.segment))
+                if loader.step == len(loader) or time.perf_counter() - since >= PART_SECONDS:
+                    parts.add(torch.cat(rows).cpu(), finite(torch.cat(vectors).cpu()), split, loader.state_dict())
+                    speed.seconds, speed.waited = clock.read()
+                    speed.audio = speed.segments * view
+                    bar.set_postfix_str(str(speed), refresh=False)
+                    rows, vectors, since = [], [], time.perf_counter()
+    return *parts.all(), speed
+
+
+def finite(vectors: Tensor) -> Tensor:
+    """The vectors, if they are numbers; else UserError."""
+    if not vectors.isfinite().all():
+        raise UserError("the encoder gives values that are not finite: its training diverged, or try --precision fp32")
+    return vectors
+
+
+def embed(
+    features: Features,
+    config: Config,
+    shards: ShardSet,
+    log_mel: LogMel,
+    world: World,
+    about: dict[str, str],
+    out: Path,
+) -> str:
+    """Write the table `out`; returns what to tell of it."""
+    key = {
+        **about,
+        "device": world.device.type,
+        "dtype": str(features.dtype),
+        "batch_size": config.encoder.batch_size,  # of another size, a sum's order and so its last bit may differ
+    }
+    del key["rows"], key["checkpoint"]
+    # Hidden, so that nobody looks for songs in it.
+    with Parts(out.with_name(f".{out.name}.partial"), key) as parts:
+        rows, vectors, speed = embed_segments(features, config, shards, log_mel, world, parts)
+        order = torch.argsort(rows)
+        rows, vectors = rows[order], vectors[order]
+        if not torch.equal(rows, torch.arange(len(shards.segments))):
+            raise AssertionError("the data graph did not give each segment once")
+        if about["rows"] == "segments":
+            table = embeddings.of_segments(shards.songs, shards.segments, rows.numpy(), vectors.numpy(), about)
+        else:
+            song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
+            songs, means = features.of_songs(vectors, song_of)
+            table = embeddings.of_songs(shards.songs, songs.numpy(), means.numpy(), about)
+        embeddings.write(out, table)
+        parts.remove()
+    return f"{out}: {len(table.table)} {about['rows']} x {vectors.shape[1]} ({about['embedding']}); {speed}"
+
+
+def up_to_date(out: Path, about: dict[str, str], replace: bool) -> bool:
+    """Whether `out` is already what would be made. Raises UserError when it is something else, unless `replace`."""
+    if not out.exists():
+        return False
+    differ: list[str] = []
+    try:
+        there = embeddings.read_about(out)
+        what = ("features", "rows", "checkpoint_sha256", "shards", "embedding", "view_seconds")
+        differ = [name for name in what if there.get(name) != about[name]]
+        if not differ:
+            return True
+        reason = f"holds embeddings of other {', '.join(n.removesuffix('_sha256').replace('_', ' ') for n in differ)}"
+    except UserError:
+        reason = "is no table of embeddings that this program reads"
+    if not replace:
+        raise UserError(f"{out} {reason}: name another --out, or give --replace")
+    return False
+
+
+def batch_size(config: Config, view: float, training_view: float) -> int:
+    """Segments a batch, so that batches of `view` s take no more memory than the training's of `training_view` s."""
+    fits = int(FORWARD_SHARE * config.encoder.batch_size * training_view / view)
+    return max(2, min(config.encoder.batch_size, fits))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; the README's table is made from it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simsiam_dali.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", default="", metavar="RUN",
+        help="a run's folder or name, or a checkpoint file (default: the newest run in runs/)")  # fmt: skip
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--shards", type=Path, metavar="DIR", help="songs to embed (default: the training's shards)")
+    source.add_argument("--music", type=Path, nargs="+", metavar="PATH",
+                        help="folders or files instead, packed for the moment as the training's shards are",
+    )  # fmt: skip
+    add("--out", type=Path, default=Path("embeddings.parquet"), metavar="FILE", help="the table (default: %(default)s)")
+    add("--per-segment", action="store_true", help="a row for each segment, with its start in s, instead of each song")
+    add("--embedding", choices=["backbone", "projection"],
+        help="of a simsiam encoder (default: encoder.simsiam.embedding of the training)")  # fmt: skip
+    add("--view-seconds", type=float, metavar="S",
+        help="the middle S seconds of each segment (default: the whole segment)")  # fmt: skip
+    add("--features", choices=[CHECKPOINT, *FLOORS], default=CHECKPOINT,
+        help="the trained encoder, or a floor it has to beat (default: %(default)s)")  # fmt: skip
+    add("--floors", type=Path, nargs="?", const=Path(), metavar="DIR",
+        help="write all floors too, into DIR (default: floors/ beside --out)")  # fmt: skip
+    add("--batch-size", type=int, metavar="N",
+        help=f"segments a batch (default: the training's, with at most {FORWARD_SHARE} times its audio)")  # fmt: skip
+    add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: the training's; auto = all cores)")
+    add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes the GPU when there is one")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="autocast (default: the training's)")
+    add("--replace", action="store_true", help="write over a table of something else")
+    return parser
+
+
+def configured(args: argparse.Namespace, run: Trained, segment_seconds: float) -> Trained:
+    """The run with what the command line asks for; segment_seconds: of the segments to embed."""
+    config = run.config
+    if args.embedding and config.encoder.encoder_type != "simsiam":
+        raise UserError(f"--embedding is for simsiam: an encoder of type {config.encoder.encoder_type} has one output")
+    view = segment_seconds if args.view_seconds is None else args.view_seconds
+    threads = config.data.threads if args.threads is None else args.threads
+    size = args.batch_size
+    if size is None:
+        size = batch_size(config, view, config.data.view_seconds or segment_seconds)
+    return run.with_settings(
+        data__view_seconds=view,
+        data__threads=len(os.sched_getaffinity(0)) if threads == "auto" else threads,
+        encoder__batch_size=size,
+        encoder__simsiam__embedding=args.embedding,
+        encoder__simsiam__augmentation__spec_augment=False,  # a mask longer than a short view would be refused
+        train__precision=args.precision,
+    )
+
+
+def described(name: str, rows: str, run: Trained, music: str, fingerprint: str) -> dict[str, str]:
+    """`Embeddings.about` of a table: the features `name`, by "songs" or "segments"."""
+    config = run.config
+    return {
+        "features": name,
+        "rows": rows,
+        "encoder_type": config.encoder.encoder_type,
+        "embedding": output_name(name, config),
+        "checkpoint": str(run.path),
+        "checkpoint_sha256": run.sha256,
+        "music": music,
+        "shards": fingerprint,
+        "view_seconds": f"{config.data.view_seconds:g}",
+        "mlflow_run": run.mlflow_run or "",
+        "tracking_uri": config.mlflow.tracking_uri,
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does: see which tables are wanted and not there yet, and make them."""
+    device = choose_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    trained_run = trained.read(args.checkpoint)
+    packed = args.out.with_name(f".{args.out.name}.packed")
+    loose_songs, shards = None, None
+    if args.music:
+        packing, origin = trained_run.packing()
+        loose_songs = loose.find(args.music, packing)
+        print(f"segments of {packing.segment_seconds:g} s ({origin})")
+        seconds, fingerprint, music = packing.segment_seconds, loose_songs.fingerprint, str(loose_songs.root)
+    else:
+        shards = open_shards(args.shards or trained_run.config.data.shards)
+        seconds, fingerprint, music = shards.segment_seconds, shards.fingerprint, shards.manifest.music
+    trained_run = configured(args, trained_run, seconds)
+    config = trained_run.config
+    if shards:
+        factory.view_seconds(config, shards)  # refused before anything is written
+    log_mel = factory.with_statistics(factory.log_mel_settings(config), **trained_run.statistics)
+
+    wanted = {args.features: args.out}
+    if args.floors is not None:
+        folder = args.out.parent / "floors" if args.floors == Path() else args.floors
+        wanted |= {name: folder / f"{name}.parquet" for name in FLOORS if name != args.features}
+    tables = []
+    for name, out in wanted.items():
+        rows = "segments" if args.per_segment else "songs"
+        about = described(name, rows, trained_run, music, fingerprint)
+        if up_to_date(out, about, args.replace):
+            print(f"{out} is up to date")
+        else:
+            tables.append((about, out))
+
+    if tables and loose_songs:
+        shards, report = loose_songs.packed(packed)
+        for title, lines in (("refused", report.refused), ("kept", report.notes)):
+            for name, reason in lines:
+                print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")
+    for about, out in tables:
+        assert shards is not None
+        features = create_features(about["features"], trained_run, log_mel, device)
+        print(embed(features, config, shards, log_mel, World(0, 1, device), about, out))
+    shutil.rmtree(packed, ignore_errors=True)
+
+
+@one_line_errors
+def main() -> None:
+    """The command."""
+    args = build_parser().parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _stop)
+    try:
+        run(args)
+    except torch.OutOfMemoryError as e:
+        raise UserError("out of memory: use a smaller --batch-size or shorter --view-seconds") from e
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is given
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

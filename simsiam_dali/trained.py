@@ -1,0 +1,68 @@
+"""What training left behind, ready for the commands that use it. Nothing here needs DALI."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from simsiam_dali import checkpoint
+from simsiam_dali import config as settings
+from simsiam_dali.config import Config, TrainConfig
+from simsiam_dali.data.shards import read_manifest, sha256_of
+from simsiam_dali.encoders import encoder_type
+from simsiam_dali.errors import UserError
+from simsiam_dali.models.encoder import Encoder
+from simsiam_dali.packing.pack_song import PackSettings
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's checkpoint. `statistics`: the log-mel's `mean` and `std` over the training songs, dB."""
+
+    path: Path
+    sha256: str
+    config: Config
+    statistics: dict[str, float]
+    weights: dict[str, Tensor]
+    mlflow_run: str | None
+
+    def with_settings(self, **values: object) -> "Trained":
+        """The same with other settings, by dotted key with __ for the dot; None leaves a setting as it is."""
+        over = {key.replace("__", "."): value for key, value in values.items()}
+        config = settings.load(base=self.config.model_dump(mode="json"), command_line=over)
+        return dataclasses.replace(self, config=config)
+
+    def encoder(self) -> Encoder:
+        """The trained encoder, on the CPU, in evaluation mode."""
+        encoder = encoder_type(self.config).create(self.config, False)
+        encoder.load_state_dict(self.weights)
+        return encoder.eval()
+
+    def packing(self) -> tuple[PackSettings, str]:
+        """How songs are to be packed, or cut, for this encoder, and in words where that comes from.
+
+        As the shards of the training are, where they still are in their folder; else by the defaults of make_shards.
+        """
+        folder = self.config.data.shards
+        try:
+            return PackSettings(**read_manifest(folder).settings), f"as in {folder}"
+        except UserError:
+            return PackSettings(), f"the default, since the shards of the training are no longer in {folder}"
+
+
+def read(run: str, option: str = "--checkpoint") -> Trained:
+    """The checkpoint that `run` means: a file, a run's folder, a run's name, or "" for the newest run.
+
+    Raises UserError for what is missing or damaged; option: the word for `run` in what it says.
+    """
+    path = checkpoint.find(run, TrainConfig().runs_dir, option)
+    saved = checkpoint.load(path)
+    return Trained(
+        path=path,
+        sha256=sha256_of(path),
+        config=settings.load(base=saved["config"]),
+        statistics=saved["log_mel"],
+        weights=saved["learner"]["encoder"],
+        mlflow_run=saved["mlflow_run"],
+    )

@@ -1,0 +1,292 @@
+"""The embed command: every song once, the same by hand, killed and gone on with the same bytes, refused in one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_music import write_song
+
+from simsiam_dali import embed, embeddings, factory, monitor, trained
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.distributed import World
+from simsiam_dali.encoders import encoder_type
+from simsiam_dali.errors import UserError
+
+KINDS = ("simsiam", "simple")
+
+
+def run(run_dir: Path, out: Path, *options: object) -> embeddings.Embeddings:
+    """Embed in this process; the table."""
+    embed.run(parsed(run_dir, out, *options))
+    return embeddings.read(out)
+
+
+def parsed(run_dir: Path, out: Path, *options: object):
+    words = ["--checkpoint", run_dir, "--out", out, "--device", "cpu", *options]
+    return embed.build_parser().parse_args([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory, small_runs) -> dict[str, Path]:
+    """Each encoder type's table of `small_shards`, and the floors beside simsiam's."""
+    folder = tmp_path_factory.mktemp("embedded")
+    for kind in KINDS:
+        run(small_runs[kind], folder / f"{kind}.parquet", *(["--floors"] if kind == "simsiam" else []))
+    return {path.stem: path for path in sorted(folder.rglob("*.parquet"))}
+
+
+def by_hand(run_dir: Path, shards_dir: Path, song: int) -> torch.Tensor:
+    """One song's embedding: its segments one by one through the encoder, whole, then the mean of the unit vectors."""
+    one = trained.read(str(run_dir))
+    one = one.with_settings(data__view_seconds=3.0, encoder__simsiam__augmentation__spec_augment=False)
+    shards, kind = open_shards(shards_dir), encoder_type(one.config)
+    log_mel = factory.with_statistics(factory.log_mel_settings(one.config), **one.statistics)
+    encoder, here, units = one.encoder(), World(0, 1, torch.device("cpu")), []
+    for split in ("train", "val"):
+        for batch in factory.create_loader(one.config, shards, log_mel, here, split, kind.embeds):
+            for data, segment in zip(batch.data, batch.segment.tolist(), strict=True):
+                if shards.segments["song"][segment] == song:
+                    with torch.no_grad():
+                        units.append(torch.nn.functional.normalize(encoder.embed(data[None])[0], dim=0))
+    return torch.stack(units).mean(dim=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_song_once_with_its_own_embedding(tables, small_shards, small_runs, kind):
+    table, shards = embeddings.read(tables[kind]), open_shards(small_shards)
+    assert table.table["song"].tolist() == list(range(len(shards.songs)))
+    assert table.table["path"].tolist() == shards.songs["path"].tolist()
+    assert set(table.table["split"]) == {"train", "val"}
+    assert table.vectors.shape == (len(shards.songs), 512 if kind == "simsiam" else 24)
+    for song in (0, 7, 15):
+        np.testing.assert_allclose(table.vectors[song], by_hand(small_runs[kind], small_shards, song), atol=1e-5)
+    # Rows are told apart: no other song's embedding is as near as that.
+    apart = np.abs(table.vectors[:, None] - table.vectors[None]).max(axis=2)
+    assert apart[~np.eye(len(apart), dtype=bool)].min() > 1e-3
+
+
+def test_about_says_where_the_vectors_come_from(tables, small_shards, small_runs):
+    shards = open_shards(small_shards)
+    about = embeddings.read_about(tables["simsiam"])
+    assert about == {
+        "features": "checkpoint",
+        "rows": "songs",
+        "encoder_type": "simsiam",
+        "embedding": "backbone",
+        "checkpoint": str(small_runs["simsiam"] / "checkpoint.pt"),
+        "checkpoint_sha256": trained.read(str(small_runs["simsiam"])).sha256,
+        "music": shards.manifest.music,
+        "shards": shards.fingerprint,
+        "view_seconds": "3",
+        "mlflow_run": "",
+        "tracking_uri": about["tracking_uri"],
+    }
+    assert embeddings.read_about(tables["simple"])["encoder_type"] == "simple"
+
+
+def test_segments_have_their_start_and_make_up_their_song(tables, small_shards, small_runs, tmp_path):
+    each, shards = run(small_runs["simsiam"], tmp_path / "e.parquet", "--per-segment"), open_shards(small_shards)
+    assert each.table["segment"].tolist() == list(range(len(shards.segments)))
+    for name in ("song", "start", "split"):
+        assert each.table[name].tolist() == shards.segments[name].tolist()
+    _, means = monitor.song_embeddings(torch.tensor(each.vectors), torch.tensor(each.table["song"]))
+    np.testing.assert_array_equal(means, embeddings.read(tables["simsiam"]).vectors)
+
+
+def test_projection_and_the_middle_of_each_segment(small_runs, tmp_path):
+    projection = run(small_runs["simsiam"], tmp_path / "p.parquet", "--embedding", "projection")
+    assert projection.vectors.shape[1] == 32
+    assert projection.about["embedding"] == "projection"
+    middle = run(small_runs["simsiam"], tmp_path / "m.parquet", "--view-seconds", 0.5)
+    assert middle.about["view_seconds"] == "0.5"
+
+
+def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes(tables, small_runs, tmp_path):
+    """Killed twice; each batch of four is a part, so that is inside the training split and near or behind its end."""
+    out, parts = tmp_path / "e.parquet", tmp_path / ".e.parquet.partial"
+    slow = (
+        "import time, simsiam_dali.embed as e, simsiam_dali.features as f; e.PART_SECONDS = 0\n"
+        "make = e.create_features\n"
+        "def late(*a):\n"
+        "    import dataclasses; made = make(*a)\n"
+        "    return dataclasses.replace(made, of=lambda x: (time.sleep(0.3), made.of(x))[1])\n"
+        "e.create_features = late; e.main()"
+    )
+    options = [sys.executable, "-c", slow, "--checkpoint", small_runs["simsiam"], "--out", out, "--batch-size", "4"]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for wanted in (2, 6):
+        child = subprocess.Popen([*map(str, options), "--device", "cpu"], env=env, stdout=subprocess.PIPE)
+        while len(list(parts.glob("*.pt"))) < wanted:
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not out.exists()
+    kept = [path.stat().st_mtime_ns for path in sorted(parts.glob("*.pt"))]
+    (parts / f"{len(kept) - 1:06d}.pt").write_bytes(b"cut short")  # as after a power failure
+    done = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*.pt"))[:-1]}
+    seen: list[dict[Path, int]] = []
+    remove = embed.Parts.remove
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed.Parts, "remove", lambda self: (seen.append(stamps(parts)), remove(self)))
+        run(small_runs["simsiam"], out, "--batch-size", 4)
+    assert done.items() <= seen[0].items()  # nothing was done twice
+    assert not parts.exists()
+    assert out.read_bytes() == tables["simsiam"].read_bytes()
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
+
+
+def test_parts_of_other_settings_are_not_mixed_in(small_runs, tmp_path, monkeypatch):
+    out = tmp_path / "e.parquet"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(small_runs["simsiam"], out, "--view-seconds", 1)
+    assert list((tmp_path / ".e.parquet.partial").glob("*.pt"))
+    mixed = run(small_runs["simsiam"], out, "--view-seconds", 2)
+    alone = run(small_runs["simsiam"], tmp_path / "alone.parquet", "--view-seconds", 2)
+    np.testing.assert_array_equal(mixed.vectors, alone.vectors)
+
+
+def test_an_output_is_kept_unless_it_may_be_replaced(small_runs, tmp_path, capsys):
+    out = tmp_path / "e.parquet"
+    first = run(small_runs["simsiam"], out)
+    before = out.read_bytes()
+    assert run(small_runs["simsiam"], out).about == first.about
+    assert "is up to date" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"holds embeddings of other checkpoint.*--replace"):
+        run(small_runs["simple"], out)
+    with pytest.raises(UserError, match="other rows"):
+        run(small_runs["simsiam"], out, "--per-segment")
+    assert out.read_bytes() == before
+    assert run(small_runs["simple"], out, "--replace").about["encoder_type"] == "simple"
+    out.write_text("my notes")
+    with pytest.raises(UserError, match="is no table of embeddings"):
+        run(small_runs["simple"], out)
+    assert out.read_text() == "my notes"
+
+
+def test_floors_hear_the_same_songs(tables, small_shards):
+    songs = len(open_shards(small_shards).songs)
+    widths = {"untrained": 512, "mfcc": 2 * 16, "log-mel": 2 * 16}  # 16 mel bins have only 16 cepstral coefficients
+    for name, width in widths.items():
+        floor = embeddings.read(tables[name])
+        assert tables[name].parent == tables["simsiam"].parent / "floors"
+        assert floor.about["features"] == name
+        assert floor.vectors.shape == (songs, width)
+        assert floor.table["song"].tolist() == list(range(songs))
+    trained_vectors = embeddings.read(tables["simsiam"]).vectors
+    assert np.abs(embeddings.read(tables["untrained"]).vectors - trained_vectors).max() > 1e-3
+
+
+def test_log_mel_and_mfcc_are_those_of_torchaudio(tables, small_shards):
+    """Against torchaudio on the packed segments themselves, decoded without DALI."""
+    import io
+    import tarfile
+
+    import soundfile
+    import torchaudio
+
+    shards = open_shards(small_shards)
+    options = {"n_fft": 2048, "hop_length": 512, "n_mels": 16}
+    log_mel = torch.nn.Sequential(
+        torchaudio.transforms.MelSpectrogram(16000, **options), torchaudio.transforms.AmplitudeToDB()
+    )
+    mfcc = torchaudio.transforms.MFCC(16000, n_mfcc=16, melkwargs=options)
+    mfcc.amplitude_to_DB.top_db = None
+    song, expected = 3, {"log-mel": [], "mfcc": []}
+    for row in np.flatnonzero(shards.segments["song"] == song):
+        with tarfile.open(shards.root / shards.segments["shard"][row]) as tar:
+            wave, _ = soundfile.read(io.BytesIO(tar.extractfile(f"{row:09d}.flac").read()), dtype="float32")
+        for name, transform in (("log-mel", log_mel), ("mfcc", mfcc)):
+            x = transform(torch.from_numpy(wave))
+            expected[name].append(torch.cat([x.mean(dim=1), x.std(dim=1, correction=0)]))
+    for name, of_segments in expected.items():
+        own = embeddings.read(tables[name]).vectors[song]
+        np.testing.assert_allclose(own, torch.stack(of_segments).mean(dim=0), rtol=1e-4, atol=2e-2)  # dB
+
+
+def test_the_untrained_floor_is_epoch_0_of_the_run(tables, small_shards, small_runs):
+    one = trained.read(str(small_runs["simsiam"]))
+    torch.manual_seed(one.config.train.seed)
+    fresh = factory.create_encoder(one.config)
+    assert any(not torch.equal(fresh.state_dict()[name], weight) for name, weight in one.weights.items())
+    patched = pytest.MonkeyPatch()
+    with patched.context() as patch:
+        patch.setattr(trained.Trained, "encoder", lambda self: fresh.eval())  # noqa: ARG005
+        expected = by_hand(small_runs["simsiam"], small_shards, 5)
+    np.testing.assert_allclose(embeddings.read(tables["untrained"]).vectors[5], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_songs_in_no_shard(small_runs, small_shards, tables, tmp_path, capsys, kind):
+    """A folder, a file of it again, and one elsewhere; what cannot be read is listed, and the rest goes on."""
+    music = Path(open_shards(small_shards).manifest.music)
+    known = embeddings.read(tables[kind])
+    folder = tmp_path / "new"
+    write_song(folder / "a/one.flac", 1, title="One")
+    (folder / "broken.mp3").write_bytes(b"no music at all")
+    packed = music / known.table["path"][4]
+    out = folder / "e.parquet"  # among the songs
+    table = run(small_runs[kind], out, "--music", folder, folder / "a/one.flac", packed)
+    said = capsys.readouterr().out
+    assert "broken.mp3: does not open as audio" in said
+    root = Path(table.about["music"])
+    assert sorted(root / path for path in table.table["path"]) == sorted([folder / "a/one.flac", packed])
+    assert set(table.table["split"]) == {""}
+    (row,) = np.flatnonzero([root / path == packed for path in table.table["path"]])
+    assert table.table["title"][row] == known.table["title"][4]
+    np.testing.assert_allclose(table.vectors[row], known.vectors[4], atol=1e-6)  # the same song through the shards
+    assert sorted(p.name for p in folder.iterdir()) == ["a", "broken.mp3", "e.parquet"]
+    run(small_runs[kind], out, "--music", folder, folder / "a/one.flac", packed)
+    assert "is up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere: neither a checkpoint"),
+        (["--checkpoint", __file__], "is damaged or no checkpoint"),
+        (["--shards", "nowhere"], "no shards at nowhere"),
+        (["--music", "nowhere"], "nowhere: no such folder or file"),
+        (["--view-seconds", "4"], "holds segments of 3 s"),
+        (["--batch-size", "0"], "encoder.batch_size = 0 is refused"),
+    ],
+)
+def test_refused_in_one_line(small_runs, tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
+    monkeypatch.setattr(sys, "argv", ["embed", "--checkpoint", str(small_runs["simsiam"]), *options])
+    with pytest.raises(SystemExit, match="1"):
+        embed.main()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert words in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_simple_has_no_projection(small_runs, tmp_path):
+    with pytest.raises(UserError, match="--embedding is for simsiam"):
+        run(small_runs["simple"], tmp_path / "e.parquet", "--embedding", "projection")
+
+
+def test_a_batch_holds_no_more_audio_than_four_of_the_training():
+    config = trained.settings.Config()
+    assert config.encoder.batch_size == 128
+    assert embed.batch_size(config, 60.0, 60.0) == 128
+    assert embed.batch_size(config, 60.0, 5.0) == 42
+    assert embed.batch_size(config, 6000.0, 5.0) == 2  # the least that a config may say
