@@ -17,8 +17,8 @@ The JSON (--json) holds
                   gpu_bytes, bytes_to_device (for each sample), data_wait_share (training stages)
     ratios        card_over_light, all_over_full, train_over_slower, data_wait_share (of train); null = not measured
 
-train_over_slower is train / min(loader/train, model). On a CPU those two share the cores, so it can come to
-1 / (1 + slower / faster) at most.
+train_over_slower is train / min(loader/train, model). On a CPU the two share the cores: if each alone kept all of them
+busy, 1 / (1 + slower / faster) would be the limit, and what lies above it is time that one of them had left idle.
 """
 
 import argparse
