@@ -1,5 +1,6 @@
 """The A/B switch: both types through the one trainer, a third one as CONTRIBUTING.md says, and who chose the type."""
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -140,3 +141,19 @@ def test_a_third_type_is_a_file_and_an_entry_as_contributing_says(tmp_path, smal
     experiment = client.get_experiment_by_name("music_recommendation")
     (found,) = client.search_runs([experiment.experiment_id], "tags.encoder_type = 'third'")
     assert found.data.tags["experiment_variant"] == "third_info_nce"
+
+
+def test_compare_shows_both_types_after_both_ran_on_one_set_of_shards(simple, small_shards):
+    """Every metric of the plan's section 9.2 that was computed, and the names of those that were not."""
+    folder = simple.parent.parent
+    done = run(command(folder, small_shards, "--run-name", "simsiam", encoder__epochs=1), folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    compare = [sys.executable, "-m", "simsiam_dali.compare", "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
+    done = run(compare, folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = list(csv.DictReader((folder / "runs/compare.csv").read_text().splitlines()))
+    assert {row["encoder_type"] for row in rows} == {"simple", "simsiam"}
+    for name in ("encoder/train_loss", "encoder/val_loss", "training_time_hours", "knn/artist"):
+        assert all(float(row[name]) == float(row[name]) for row in rows), name
+    for name in ("classifier/val_mse", "classifier/val_mae", "classifier/val_correlation"):
+        assert any(name in line for line in done.stdout.splitlines() if "missing" in line), done.stdout
