@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from simsiam_dali import probes, scores
 from simsiam_dali.labels import album_keys, artist_keys, name_key
@@ -18,6 +19,8 @@ MIN_SONGS = 10
 MIN_UNSEEN = 20
 """Songs that the encoder never saw, from which on they get figures of their own."""
 RETRIEVED = 10
+ONE_THREAD = 2_000_000
+"""Numbers in a table below which threads wait for each other longer than they work, above all on a busy machine."""
 GUESS = "guess"
 """The floor that hears nothing: the training songs' mean rating or commonest class, or a random order."""
 
@@ -119,8 +122,10 @@ def evaluate(
             else:
                 planned += plan(split, group[split], options, say)
         done.statements[target] = list(dict.fromkeys(say))
+    threads = 1 if max(x.size for x in vectors.values()) < ONE_THREAD else None
     for probe in progress(planned):
-        values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()} | {GUESS: probe.guess}
+        with threadpool_limits(threads):
+            values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()} | {GUESS: probe.guess}
         never = unseen[probe.scored]
         subsets = {"all": np.ones(len(never), bool)}
         if MIN_UNSEEN <= never.sum() < len(never):

@@ -88,14 +88,14 @@ def majority_guess(classes: np.ndarray) -> np.ndarray:
     return np.full_like(classes, np.bincount(classes).argmax())
 
 
-def neighbours(x: np.ndarray, group: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(x: np.ndarray, group: np.ndarray, k: int, standardise: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """The rows nearest to each, nearest first, none of its own group; and their cosines. Both `(N, k)`.
 
-    Rows are int64, -1 where none is left (cosine -inf).
-
-    Dimensions are standardised over all rows, which takes no label.
+    Rows are int64, -1 where none is left (cosine -inf). Standardising is over all rows, which takes no label.
     """
-    x = StandardScaler().fit_transform(x.astype(np.float32))
+    x = x.astype(np.float32)  # a copy
+    if standardise:
+        x = StandardScaler().fit_transform(x)
     x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
     k_there = min(k, len(x))
     found, cosine = np.full((len(x), k), -1), np.full((len(x), k), -np.inf)

@@ -1,6 +1,7 @@
 """MLflow: parameters, tags, metrics and artifacts of a run. With `mlflow.enabled: false`, mlflow is never imported."""
 
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -118,3 +119,41 @@ def how_to_look(config: Config) -> Iterator[str]:
     else:
         yield f"MLflow     mlflow ui --backend-store-uri {uri}"
         yield f'           then http://localhost:5000, experiment "{config.mlflow.experiment_name}"'
+
+
+class EarlierRun:
+    """A run that more is added to after its end; its status, parameters and tags stay as they are.
+
+    `found` is false where the database or server at `uri` has no run `run_id`. Raises UserError when a server does not
+    answer.
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        self.run_id, self.found = run_id, False
+        check_server(uri)
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+            return  # MLflow would make an empty database
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        self._client = MlflowClient(tracking_uri=uri)
+        try:
+            self._client.get_run(run_id)
+            self.found = True
+        except MlflowException as e:
+            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise UserError(f"MLflow cannot open run {run_id} of {uri} ({' '.join(str(e).split())[:200]})") from e
+
+    def metrics(self, values: dict[str, float]) -> None:
+        """Add the values that are numbers."""
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(name, value, now, 0) for name, value in values.items() if value == value]
+        for start in range(0, len(metrics), 1000):  # MLflow takes no more at once
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def artifact(self, path: Path, folder: str) -> None:
+        """Upload a file into a folder of the run's artifacts."""
+        self._client.log_artifact(self.run_id, str(path), folder)

@@ -1,0 +1,200 @@
+"""The evaluation as a command: what it reads and refuses, what it writes, and what MLflow gets."""
+
+import json
+import math
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from evaluation_tables import planted, song_table
+
+from simsiam_dali import embeddings, evaluate, maps, report
+from simsiam_dali.embeddings import Embeddings
+from simsiam_dali.evaluation import Evaluation, Options
+
+ABOUT = {"encoder_type": "simsiam", "shards": "fingerprint", "checkpoint": "runs/<b>bold</b>/checkpoint.pt"}
+
+
+def store(path: Path, table: pd.DataFrame, vectors: np.ndarray, **about: str) -> Path:
+    embeddings.write(path, Embeddings(table, vectors, ABOUT | about))
+    return path
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """40 songs whose vectors tell the artist, and where the command is run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store(tmp_path / "embeddings.parquet", song_table(40), planted(np.arange(40) % 6, noise=0.5))
+    return tmp_path
+
+
+def run(monkeypatch, capsys, *arguments: object) -> str:
+    """The command in this process; returns what it printed, on an error its line."""
+    quick = ("--resamples", 20)
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, (*quick, *arguments))])
+    try:
+        evaluate.main()
+    except SystemExit:
+        error = capsys.readouterr().err
+        return error[error.index("error:") :]
+    return capsys.readouterr().out
+
+
+def test_everything_is_written_and_nothing_written_over(library, monkeypatch, capsys):
+    out = run(monkeypatch, capsys, "--out", "new/evaluation")
+    made = library / "new/evaluation"
+    names = {"report.html", "map.html", "metrics.json", "umap.png", "t-sne.png"}
+    assert {path.name for path in made.iterdir()} == names
+    assert [path.name for path in (library / "new").iterdir()] == ["evaluation"]
+    assert "artist  album     k-NN" in out
+    for name in ("umap", "t-sne"):
+        assert (made / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (made / "report.html").read_text()
+    assert "never seen by the encoder" in page
+    assert "The only floor here is a guess" in page
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+    assert "<b>bold</b>" not in page
+    before = (made / "report.html").stat().st_mtime_ns
+    refused = run(monkeypatch, capsys, "--out", "new/evaluation", "--no-maps")
+    assert "holds an evaluation already" in refused
+    assert (made / "report.html").stat().st_mtime_ns == before
+    run(monkeypatch, capsys, "--out", "new/evaluation", "--no-maps", "--replace")
+    assert (made / "report.html").stat().st_mtime_ns != before
+
+
+def test_floors_are_matched_by_song(library, monkeypatch, capsys):
+    """The same vectors as a floor, their rows in another order: the same figures."""
+    songs = embeddings.read(library / "embeddings.parquet")
+    order = np.random.default_rng(0).permutation(40)
+    shuffled = songs.table.iloc[order].reset_index(drop=True)
+    store(library / "floors/same.parquet", shuffled, songs.vectors[order], features="same")
+    store(library / "floors/noise.parquet", shuffled, np.random.default_rng(1).standard_normal((40, 3)))
+    run(monkeypatch, capsys, "--no-maps")
+    figures = json.loads((library / "evaluation/metrics.json").read_text())["figures"]
+    assert figures
+    for figure in figures:
+        assert figure["floors"].keys() == {"same", "noise", "guess"}
+        same = figure["floors"]["same"]
+        if figure["probe"] != "mlp":  # whose weights start in an order of the dimensions, which is the same
+            assert same["value"] == pytest.approx(figure["value"], abs=1e-6)
+        assert "better than every floor" not in figure["verdict"]
+    by_name = {figure["name"]: figure for figure in figures}
+    assert by_name["eval/artist/knn_accuracy/album_split"]["verdict"] == "not told apart from same"
+    assert by_name["eval/artist/knn_accuracy/album_split"]["value"] > 0.8
+    assert by_name["eval/artist/knn_accuracy/album_split"]["floors"]["noise"]["value"] < 0.5
+
+
+def test_what_does_not_fit_is_refused_in_one_line(library, monkeypatch, capsys):
+    songs = embeddings.read(library / "embeddings.parquet")
+    others = store(library / "other.parquet", songs.table, songs.vectors, shards="another")
+    assert "is of other shards" in run(monkeypatch, capsys, "--floor", f"mfcc={others}")
+    fewer = store(library / "fewer.parquet", songs.table[:30], songs.vectors[:30])
+    assert "has 30 songs, not the 40" in run(monkeypatch, capsys, "--floor", f"mfcc={fewer}")
+    assert "expected NAME=FILE" in run(monkeypatch, capsys, "--floor", str(fewer))
+    twice = store(library / "twice.parquet", songs.table.assign(song=0), songs.vectors)
+    assert "several rows a song" in run(monkeypatch, capsys, "--embeddings", twice)
+    broken = store(library / "broken.parquet", songs.table, songs.vectors * math.nan)
+    assert "not finite" in run(monkeypatch, capsys, "--embeddings", broken)
+    empty = store(library / "empty.parquet", songs.table[:0], songs.vectors[:0])
+    assert "holds no songs" in run(monkeypatch, capsys, "--embeddings", empty)
+    assert "no embeddings" in run(monkeypatch, capsys, "--embeddings", "none.parquet")
+    assert "is a file" in run(monkeypatch, capsys, "--out", twice)
+    assert not (library / "evaluation").exists()
+
+
+def test_a_library_without_ratings_and_with_one_artist_gets_the_rest(library, monkeypatch, capsys):
+    table = song_table(40).assign(rating=math.nan, artists=[["Only One"]] * 40, album_artist="Only One")
+    store(library / "embeddings.parquet", table, planted(np.arange(40) % 3))
+    out = run(monkeypatch, capsys, "--no-maps")
+    said = "Not evaluated: 0 songs rated, at least 10 are needed."
+    assert f"rating: {said}" in out
+    assert "artist: Not evaluated: all 40 songs with an artist have the same one." in out
+    page = (library / "evaluation/report.html").read_text()
+    assert said in page
+    figures = json.loads((library / "evaluation/metrics.json").read_text())["figures"]
+    assert {figure["target"] for figure in figures} == {"album", "genre"}
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_tiny_library_gets_a_report_and_a_map(library, monkeypatch, capsys, n):
+    store(library / "embeddings.parquet", song_table(n), planted(np.arange(n)))
+    out = run(monkeypatch, capsys)
+    assert "genre: Not evaluated" in out
+    assert (library / "evaluation/pca.png").exists()
+    assert (library / "evaluation/map.html").exists()
+
+
+def test_mlflow_gets_the_figures_where_the_run_is(library, monkeypatch, capsys):
+    uri = f"sqlite:///{library}/runs.db"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("music", artifact_location=(library / "artifacts").as_uri())
+    run_id = client.create_run(experiment, run_name="trained").info.run_id
+    client.set_terminated(run_id, "FINISHED")
+    ended = client.get_run(run_id).info.end_time
+    songs = embeddings.read(library / "embeddings.parquet")
+    store(library / "embeddings.parquet", songs.table, songs.vectors, mlflow_run=run_id)
+    out = run(monkeypatch, capsys, "--no-maps", "--tracking-uri", uri)
+    assert f"logged to run {run_id}" in out
+    found = client.get_run(run_id)
+    assert (found.info.status, found.info.end_time) == ("FINISHED", ended)
+    written = json.loads((library / "evaluation/metrics.json").read_text())
+    assert set(written["classifier"]) == {f"classifier/val_{name}" for name in ("mse", "mae", "correlation")}
+    by_name = {figure["name"]: figure["value"] for figure in written["figures"]}
+    assert found.data.metrics["classifier/val_mse"] == pytest.approx(
+        by_name["eval/rating/mlp_mse/album_split"], abs=1e-5
+    )
+    assert found.data.metrics.keys() == {*by_name, *written["classifier"]}
+    kept = {Path(file.path).name for file in client.list_artifacts(run_id, "evaluation")}
+    assert kept == {"report.html", "metrics.json"}
+
+
+def test_without_a_run_nothing_is_logged_and_no_database_made(library, monkeypatch, capsys):
+    assert "the embeddings name no run" in run(monkeypatch, capsys, "--no-maps")
+    replace = ("--no-maps", "--replace")
+    assert "has no run 123" in run(monkeypatch, capsys, *replace, "--run-id", "123")
+    songs = embeddings.read(library / "embeddings.parquet")
+    store(library / "embeddings.parquet", songs.table, songs.vectors, mlflow_run="123")
+    assert "not logged to MLflow: sqlite:///mlflow.db has no run 123" in run(monkeypatch, capsys, *replace)
+    assert "switched off" in run(monkeypatch, capsys, *replace, "--no-mlflow")
+    assert "switched off" in run(monkeypatch, capsys, *replace, "--set", "mlflow.enabled=false")
+    assert not (library / "mlflow.db").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert "does not answer" in run(monkeypatch, capsys, *replace)
+
+
+def test_the_map_holds_each_songs_nearest_by_cosine():
+    table, x = song_table(30), np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32) + 1
+    data = maps.page_data(table, x, maps.project(x[:9], 0))
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    for song in range(30):
+        others = sorted(set(range(30)) - {song}, key=lambda other: -cosine[song, other])
+        assert data["near"][song] == others[: maps.NEAREST]
+        assert data["cosine"][song] == pytest.approx(cosine[song, others[: maps.NEAREST]], abs=6e-4)
+
+
+def test_the_ten_commonest_are_coloured():
+    labels = [["a"]] * 3 + [[]] * 5 + [["b", "a"]] * 4 + [[f"other {i}"] for i in range(20)]
+    names, place = maps.categories(labels)
+    assert names[:2] == ["b", "a"]
+    assert len(names) == maps.COLOURED == len(maps.PALETTE)
+    assert place[:3].tolist() == [1, 1, 1]
+    assert place[3:8].tolist() == [-1] * 5
+    assert place[8:12].tolist() == [0] * 4
+    assert (place[12:] == -1).sum() == 12
+
+
+def test_names_that_look_like_formulas_are_drawn():
+    table = song_table(12)
+    table["artists"] = [["A$AP $Rocky^{"], ["_under"], ["東京"], ["<b>"]] * 3
+    assert maps.picture(np.random.default_rng(0).random((12, 2)), table, "map").startswith(b"\x89PNG")
+
+
+def test_a_report_of_nothing():
+    nothing = Evaluation([], {target: ["Not evaluated."] for target in ("rating", "artist", "album", "genre")})
+    provenance = {"songs": 1, "unseen": 1, "dimensions": 2, "date": "today"}
+    assert "Not evaluated." in report.page(nothing, provenance, Options(), {}, None)
+    assert list(report.terminal_table(nothing)) == [f"{t}: Not evaluated." for t in nothing.statements]
