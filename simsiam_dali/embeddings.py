@@ -80,7 +80,8 @@ def read(path: Path) -> Embeddings:
     for name in ("artists", "albums", "genres"):
         frame[name] = [list(texts) for texts in frame[name]]
     frame["year"] = table["year"].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
-    return Embeddings(frame, vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(frame), -1), about)
+    numbers = vectors.flatten().to_numpy(zero_copy_only=False)
+    return Embeddings(frame, numbers.reshape(len(frame), vectors.type.list_size), about)
 
 
 def read_about(path: Path) -> dict[str, str]:

@@ -83,8 +83,9 @@ def write(out: Path, files: Mapping[str, str | bytes]) -> None:
 
 def find_run(args: argparse.Namespace, about: Mapping[str, str]) -> tuple[tracking.EarlierRun | None, str]:
     """(the MLflow run to log to, or None; a line that says which or why none)."""
+    trained_with = {"mlflow": {"tracking_uri": about["tracking_uri"]}} if about.get("tracking_uri") else None
     given = {"mlflow.tracking_uri": args.tracking_uri}
-    config = settings.load(args.config, os.environ, given, args.assignments).mlflow
+    config = settings.load(args.config, os.environ, given, args.assignments, base=trained_with).mlflow
     run_id = args.run_id or about.get("mlflow_run")
     if args.no_mlflow or not config.enabled:
         return None, "not logged to MLflow: switched off"
@@ -135,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     number("--seed", default.seed, 0, "of the bootstrap, the MLP and the maps")
     add("--no-maps", action="store_true", help="leave t-SNE, UMAP and the interactive map out")
     add("--run-id", metavar="ID", help="MLflow run to log to (default: the one that made the checkpoint)")
-    add("--tracking-uri", metavar="URI", help="of MLflow (mlflow.tracking_uri; default sqlite:///mlflow.db)")
+    add("--tracking-uri", metavar="URI", help="of MLflow (mlflow.tracking_uri; default: the training's)")
     add("--no-mlflow", action="store_true", help="log nothing to MLflow")
     add("--config", type=Path, metavar="FILE", help="YAML settings, of which only mlflow's are used")
     add("--set", action="append", default=[], metavar="a.b=c", dest="assignments", help="any setting by its dotted key")
@@ -166,7 +167,7 @@ def main() -> None:
     done = evaluation.evaluate(songs.table, vectors, options, progress)
     provenance = {
         "songs": len(songs.table),
-        "unseen": int((songs.table["split"] != "train").sum()),
+        "held back": int((songs.table["split"] == "val").sum()),
         "dimensions": songs.vectors.shape[1],
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "embeddings": str(args.embeddings),
@@ -195,7 +196,7 @@ def main() -> None:
     for line in report.terminal_table(done):
         print(line)
     if any(f.songs == "unseen" for f in done.figures):
-        print(f"the same for the {provenance['unseen']} songs that the encoder never saw: in the report")
+        print(f"the same for the {provenance['held back']} songs held back from the training: in the report")
     print(f"MLflow  {logged}")
     print(f"report  {args.out / 'report.html'}")
 

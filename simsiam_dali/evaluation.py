@@ -17,7 +17,7 @@ TARGETS = ("rating", "artist", "album", "genre")
 MIN_SONGS = 10
 """Songs with a rating or a label, below which a figure would say nothing."""
 MIN_UNSEEN = 20
-"""Songs that the encoder never saw, from which on they get figures of their own."""
+"""Songs held back from the encoder's training, from which on they get figures of their own."""
 RETRIEVED = 10
 ONE_THREAD = 2_000_000
 """Numbers in a table below which threads wait for each other longer than they work, above all on a busy machine."""
@@ -42,7 +42,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of the report. songs: `all`, or `unseen` (by the encoder in its training)."""
+    """One number of the report. songs: `all`, or `unseen`: held back from the encoder's training."""
 
     target: str
     probe: str
@@ -110,7 +110,7 @@ def evaluate(
     `table` has the columns of an embedding table, one row a song; row i of all `vectors` belongs to its row i.
     """
     done = Evaluation()
-    unseen = (table["split"] != "train").to_numpy()
+    unseen = (table["split"] == "val").to_numpy()
     group = {split: groups(table, split) for split in SPLITS}
     planned: list[Probe] = []
     for target in TARGETS:

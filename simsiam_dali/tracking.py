@@ -135,14 +135,13 @@ class EarlierRun:
         if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
             return  # MLflow would make an empty database
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
-        self._client = MlflowClient(tracking_uri=uri)
         try:
+            self._client = MlflowClient(tracking_uri=uri)
             self._client.get_run(run_id)
             self.found = True
-        except MlflowException as e:
-            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+        except Exception as e:  # MLflow raises SQLAlchemy's, requests' and its own errors here
+            if getattr(e, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
                 raise UserError(f"MLflow cannot open run {run_id} of {uri} ({' '.join(str(e).split())[:200]})") from e
 
     def metrics(self, values: dict[str, float]) -> None:

@@ -53,7 +53,7 @@ def test_everything_is_written_and_nothing_written_over(library, monkeypatch, ca
     for name in ("umap", "t-sne"):
         assert (made / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (made / "report.html").read_text()
-    assert "never seen by the encoder" in page
+    assert "held back from the encoder" in page
     assert "The only floor here is a guess" in page
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
     assert "<b>bold</b>" not in page
@@ -135,8 +135,11 @@ def test_mlflow_gets_the_figures_where_the_run_is(library, monkeypatch, capsys):
     client.set_terminated(run_id, "FINISHED")
     ended = client.get_run(run_id).info.end_time
     songs = embeddings.read(library / "embeddings.parquet")
-    store(library / "embeddings.parquet", songs.table, songs.vectors, mlflow_run=run_id)
-    out = run(monkeypatch, capsys, "--no-maps", "--tracking-uri", uri)
+    store(library / "embeddings.parquet", songs.table, songs.vectors, mlflow_run=run_id, tracking_uri=uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
+    assert "elsewhere.db has no run" in run(monkeypatch, capsys, "--no-maps")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    out = run(monkeypatch, capsys, "--no-maps", "--replace")
     assert f"logged to run {run_id}" in out
     found = client.get_run(run_id)
     assert (found.info.status, found.info.end_time) == ("FINISHED", ended)
@@ -195,6 +198,6 @@ def test_names_that_look_like_formulas_are_drawn():
 
 def test_a_report_of_nothing():
     nothing = Evaluation([], {target: ["Not evaluated."] for target in ("rating", "artist", "album", "genre")})
-    provenance = {"songs": 1, "unseen": 1, "dimensions": 2, "date": "today"}
+    provenance = {"songs": 1, "held back": 1, "dimensions": 2, "date": "today"}
     assert "Not evaluated." in report.page(nothing, provenance, Options(), {}, None)
     assert list(report.terminal_table(nothing)) == [f"{t}: Not evaluated." for t in nothing.statements]

@@ -53,7 +53,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flat = {"first": x[:, :2], "second": x[:, 2:4]}
     html = report.map_page(maps.page_data(table, x, flat))
     (folder / "map.html").write_text(html)
-    provenance = {"songs": SONGS, "unseen": 0, "dimensions": 16, "date": "today", "made by": {HOSTILE[0]: HOSTILE[1]}}
+    provenance = {
+        "songs": SONGS,
+        "held back": 0,
+        "dimensions": 16,
+        "date": "today",
+        "made by": {HOSTILE[0]: HOSTILE[1]},
+    }
     done = Evaluation([], {"rating": [HOSTILE[0]], "artist": [], "album": [], "genre": []})
     (folder / "report.html").write_text(report.page(done, provenance, Options(), {}, html))
     return folder
