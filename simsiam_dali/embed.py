@@ -181,9 +181,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def configured(args: argparse.Namespace, run: Trained, segment_seconds: float) -> Trained:
     """The run with what the command line asks for; segment_seconds: of the segments to embed."""
+    run = run.with_embedding(args.embedding) if args.embedding else run
     config = run.config
-    if args.embedding and config.encoder.encoder_type != "simsiam":
-        raise UserError(f"--embedding is for simsiam: an encoder of type {config.encoder.encoder_type} has one output")
     view = segment_seconds if args.view_seconds is None else args.view_seconds
     threads = config.data.threads if args.threads is None else args.threads
     size = args.batch_size
@@ -193,7 +192,6 @@ def configured(args: argparse.Namespace, run: Trained, segment_seconds: float) -
         data__view_seconds=view,
         data__threads=len(os.sched_getaffinity(0)) if threads == "auto" else threads,
         encoder__batch_size=size,
-        encoder__simsiam__embedding=args.embedding,
         encoder__simsiam__augmentation__spec_augment=False,  # a mask longer than a short view would be refused
         train__precision=args.precision,
     )

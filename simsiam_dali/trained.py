@@ -33,6 +33,13 @@ class Trained:
         config = settings.load(base=self.config.model_dump(mode="json"), command_line=over)
         return dataclasses.replace(self, config=config)
 
+    def with_embedding(self, embedding: str) -> "Trained":
+        """The same with that output of a simsiam encoder. Raises UserError for an encoder of another type."""
+        kind = self.config.encoder.encoder_type
+        if kind != "simsiam":
+            raise UserError(f"--embedding is for simsiam: an encoder of type {kind} has one output")
+        return self.with_settings(encoder__simsiam__embedding=embedding)
+
     def encoder(self) -> Encoder:
         """The trained encoder, on the CPU, in evaluation mode."""
         encoder = encoder_type(self.config).create(self.config, False)

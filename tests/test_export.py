@@ -1,0 +1,246 @@
+"""An exported encoder: the same embedding as through the shards, in torch without DALI, and in onnxruntime."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors
+import torch
+from running import run_tool
+from signals import noise, reference_log_mel, song
+from small_music import write_audio
+
+import simsiam_dali
+from simsiam_dali import embed, embeddings, export, inference, recipe, trained
+from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.errors import UserError
+
+KINDS = ("simsiam", "simple")
+SOURCES = {
+    "stereo.mp3": (44100, 2),
+    "stereo.flac": (44100, 2),
+    "stereo.ogg": (44100, 2),
+    "low.mp3": (16000, 1),
+    "low.flac": (16000, 1),
+    "low.ogg": (16000, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, small_runs) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exported")
+    for kind in KINDS:
+        run = trained.read(str(small_runs[kind]))
+        export.export(run, recipe.of_run(run)[0], folder / kind, replace=False)
+    return {kind: folder / kind for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory) -> Path:
+    """Songs of 7.7 s in several formats: two segments of 3 s and a third that overlaps; stereo has unlike channels."""
+    folder = tmp_path_factory.mktemp("songs")
+    for seed, (name, (rate, channels)) in enumerate(SOURCES.items()):
+        write_audio(folder / name, np.stack([song(7.7, seed + 20 * i, rate) for i in range(channels)], axis=1), rate)
+    return folder
+
+
+def through_the_shards(songs: Path, run_dir: Path, folder: Path, *packing: object) -> dict[str, np.ndarray]:
+    run_tool("make_shards.py", songs, "--out", folder / "shards", "--segment-seconds", 3, "--val-fraction", 0, *packing)
+    words = ["--checkpoint", run_dir, "--shards", folder / "shards", "--out", folder / "e.parquet", "--device", "cpu"]
+    embed.run(embed.build_parser().parse_args([str(word) for word in words]))
+    table = embeddings.read(folder / "e.parquet")
+    return dict(zip(table.table["path"], table.vectors, strict=True))
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine distance."""
+    return float(1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_embeds_as_through_the_shards(songs, small_runs, tmp_path, kind):
+    table = through_the_shards(songs, small_runs[kind], tmp_path)
+    encoder = simsiam_dali.load_encoder(small_runs[kind])
+    own = {name: encoder.embed_file(songs / name) for name in SOURCES}
+    assert table.keys() == own.keys()
+    for name in SOURCES:
+        assert own[name].shape == (encoder.embedding_dim,)
+        # Same decoder, same cuts, same 16 bits: what is left is rounding.
+        np.testing.assert_allclose(own[name], table[name], atol=1e-4 * np.abs(table[name]).max())
+        assert distance(own[name], table[name]) <= 1e-6
+    others = [distance(own[a], table[b]) for a in SOURCES for b in SOURCES if a != b]
+    assert min(others) > 1e-5  # songs differ by more than that
+
+
+@pytest.mark.parametrize("rate", ["native", 22050])
+@pytest.mark.parametrize("kind", KINDS)
+def test_also_where_the_graph_converts_the_rate(songs, small_runs, tmp_path, kind, rate):
+    """Shards at each song's own rate, or at another: DALI's resampler in the graph, FFmpeg's in `embed_file`."""
+    table = through_the_shards(songs, small_runs[kind], tmp_path, "--sample-rate", rate)
+    encoder = simsiam_dali.load_encoder(small_runs[kind])
+    for name in SOURCES:
+        assert distance(encoder.embed_file(songs / name), table[name]) <= 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_folder_gives_the_same_without_dali_or_shards(exported, songs, small_runs, tmp_path, kind):
+    here = simsiam_dali.load_encoder(small_runs[kind]).embed_file(songs / "stereo.mp3")
+    program = (
+        "import sys; sys.modules['nvidia'] = None\n"
+        "import numpy, simsiam_dali\n"
+        f"encoder = simsiam_dali.load_encoder({str(exported[kind])!r})\n"
+        f"numpy.save('v.npy', encoder.embed_file({str(songs / 'stereo.mp3')!r}))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), here, atol=1e-6)
+
+
+def test_importing_the_package_stays_light():
+    program = "import sys, simsiam_dali; assert 'torch' not in sys.modules; simsiam_dali.load_encoder"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'load_decoder'"):
+        _ = simsiam_dali.load_decoder
+
+
+def test_the_front_end_in_torch_is_the_reference(small_runs):
+    of = recipe.of_run(trained.read(str(small_runs["simsiam"])))[0]
+    wave = noise(3.0)
+    expected = reference_log_mel(wave, LogMel(n_mels=16))
+    own = inference.LogMel(of)(torch.from_numpy(wave)[None])[0].numpy()
+    # 1e-4 of the power is 4.3e-4 dB
+    np.testing.assert_allclose(own * of.statistics["std"] + of.statistics["mean"], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wave_embeds_as_its_file(songs, small_runs, tmp_path, kind):
+    import soundfile
+
+    encoder = simsiam_dali.load_encoder(small_runs[kind])
+    wave, rate = soundfile.read(songs / "stereo.flac", dtype="float32")
+    assert distance(encoder.embed_wave(wave.T, rate), encoder.embed_file(songs / "stereo.flac")) <= 1e-6
+    low, rate = soundfile.read(songs / "low.flac", dtype="float32")
+    np.testing.assert_allclose(encoder.embed_wave(torch.from_numpy(low), rate), encoder.embed_file(songs / "low.flac"))
+    with pytest.raises(UserError, match="finite"):
+        encoder.embed_wave(np.full(50_000, np.nan), 16000)
+    with pytest.raises(UserError, match="is silent"):
+        encoder.embed_wave(np.zeros(50_000), 16000)
+    broken = tmp_path / "broken.mp3"
+    broken.write_bytes(b"no music at all")
+    with pytest.raises(UserError, match=r"broken\.mp3: does not open as audio"):
+        encoder.embed_file(broken)
+    with pytest.raises(UserError, match="cannot be read"):
+        encoder.embed_file(tmp_path / "none.mp3")
+
+
+def test_a_long_song_in_several_batches_and_a_short_one_repeated(small_runs):
+    encoder = simsiam_dali.load_encoder(small_runs["simsiam"])
+    wave = song(3 * (inference.SEGMENTS_AT_ONCE + 2), 1)
+    parts = [encoder.embed_wave(part, 16000) for part in np.split(wave, inference.SEGMENTS_AT_ONCE + 2)]
+    np.testing.assert_allclose(encoder.embed_wave(wave, 16000), np.mean(parts, axis=0), atol=1e-5)
+    short = wave[:16000]
+    np.testing.assert_allclose(encoder.embed_wave(short, 16000), encoder.embed_wave(np.tile(short, 3), 16000))
+
+
+def test_the_middle_of_each_segment(songs, small_runs, tmp_path):
+    table = tmp_path / "e.parquet"
+    words = ["--checkpoint", small_runs["simsiam"], "--music", songs, "--view-seconds", 1, "--out", table]
+    embed.run(embed.build_parser().parse_args([str(word) for word in [*words, "--device", "cpu"]]))
+    encoder = simsiam_dali.load_encoder(small_runs["simsiam"], view_seconds=1)
+    read = embeddings.read(table)
+    for name, vector in zip(read.table["path"], read.vectors, strict=True):
+        assert distance(encoder.embed_file(songs / name), vector) <= 1e-6
+    with pytest.raises(UserError, match="segments are 3 s long"):
+        simsiam_dali.load_encoder(small_runs["simsiam"], view_seconds=4)
+    with pytest.raises(UserError, match=r"at least 0\.86 s"):
+        simsiam_dali.load_encoder(small_runs["simple"], view_seconds=0.5)
+
+
+def test_without_the_shards_the_default_cut_is_used_and_said(small_runs):
+    run = trained.read(str(small_runs["simsiam"])).with_settings(data__shards="gone")
+    of, origin = recipe.of_run(run)
+    assert of.segment_seconds == 60
+    assert "no longer in gone" in origin
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "projection"])
+def test_onnxruntime_agrees_with_torch_for_any_batch_and_length(exported, small_runs, tmp_path, kind):
+    folder = exported.get(kind, tmp_path / kind)
+    run = trained.read(str(small_runs["simple" if kind == "simple" else "simsiam"]))
+    if kind == "projection":
+        run = run.with_embedding("projection")
+        export.export(run, recipe.of_run(run)[0], folder, replace=False)
+    onnx.checker.check_model(folder / export.ONNX, full_check=True)
+    session = onnxruntime.InferenceSession(folder / export.ONNX, providers=["CPUExecutionProvider"])
+    (name,) = (i.name for i in session.get_inputs())
+    assert name == json.loads((folder / recipe.CONFIG).read_text())["input"]
+    encoder = run.encoder()
+    for batch, seconds in ((1, 1.0), (5, 3.0), (2, 9.7)):
+        x = export.example(recipe.of_run(run)[0], batch, round(16000 * seconds))
+        (theirs,) = session.run(None, {name: x.numpy()})
+        with torch.no_grad():
+            ours = encoder.embed(x).numpy()
+        assert theirs.shape == (batch, encoder.embedding_dim)
+        assert np.abs(theirs - ours).max() <= 1e-4 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_safetensors_hold_every_weight_and_the_config_no_path(exported, small_runs, kind):
+    run = trained.read(str(small_runs[kind]))
+    with safetensors.safe_open(exported[kind] / inference.WEIGHTS, "pt") as file:
+        assert set(file.keys()) == set(run.weights)
+        assert all(torch.equal(file.get_tensor(name), weight) for name, weight in run.weights.items())
+    text = (exported[kind] / recipe.CONFIG).read_text()
+    content = json.loads(text)
+    assert content["encoder_type"] == kind
+    assert content["embedding_dim"] == run.encoder().embedding_dim
+    assert content["segment_seconds"] == 3
+    assert content["checkpoint_sha256"] == run.sha256
+    assert "/" not in text
+    assert recipe.read(exported[kind]).to_json().items() <= content.items()
+
+
+def test_nothing_else_is_written_over(exported, small_runs, tmp_path):
+    run = trained.read(str(small_runs["simple"]))
+    of = recipe.of_run(run)[0]
+    with pytest.raises(UserError, match="--replace"):
+        export.export(run, of, exported["simple"], replace=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="no exported encoder"):
+        export.export(run, of, tmp_path, replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    export.export(run, of, tmp_path / "e", replace=False)
+    (tmp_path / "e" / inference.WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="export again"):
+        simsiam_dali.load_encoder(tmp_path / "e")
+    export.export(run, of, tmp_path / "e", replace=True)
+    assert simsiam_dali.load_encoder(tmp_path / "e").embedding_dim == 24
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "notes.txt"]
+
+
+def test_an_onnx_file_that_computes_something_else_is_not_written(small_runs, tmp_path, monkeypatch):
+    run = trained.read(str(small_runs["simple"]))
+
+    class Wrong(onnxruntime.InferenceSession):
+        def run(self, *arguments):
+            return [1.001 * super().run(*arguments)[0]]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    with pytest.raises(UserError, match="onnxruntime's values"):
+        export.export(run, recipe.of_run(run)[0], tmp_path / "e", replace=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(small_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export", "--checkpoint", str(small_runs["simple"]), "--out", "e"])
+    export.main()
+    assert "segments of 3 s" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["export", "--checkpoint", "nowhere"])
+    with pytest.raises(SystemExit, match="1"):
+        export.main()
+    assert capsys.readouterr().err.startswith("error: --checkpoint nowhere")
