@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from simsiam_dali.errors import UserError
 
@@ -156,6 +156,7 @@ class EncoderConfig(Section):
     encoder_type: str = Field("simsiam", description="the A/B switch: simsiam or simple")
     embedding_dim: int = Field(2048, ge=1, description="width of simple's embedding; simsiam's is its backbone's")
     epochs: int = Field(100, ge=1, description="passes over the training segments")
+    final_training_epochs: int = Field(50, ge=1, description="the same for the best settings that hpo has found")
     batch_size: int = Field(128, ge=2, description="segments per step and process")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="for either type; null = its own (encoder.TYPE.learning_rate)"
@@ -195,6 +196,74 @@ class MlflowConfig(Section):
         ("encoder_type", "loss_type", "experiment_variant", "backbone", "pretrained"),
         description="tags set from the config on every run",
     )
+    log_checkpoint: bool = Field(True, description="keep a copy of the final checkpoint with the run")
+
+
+def _no_loss(metric: Any) -> Any:
+    if str(metric).endswith("loss"):
+        raise ValueError("a loss cannot judge trials: SimSiam's is lowest when the encoder has collapsed")
+    return metric
+
+
+class PrunerConfig(Section):
+    """When a trial is given up: by the median rule, at an epoch where it is worse than half of those before it."""
+
+    kind: Literal["median", "none"] = Field("median", description="none trains every trial to its end")
+    startup_trials: int = Field(5, ge=1, description="complete trials before any is given up")
+    warmup_epochs: int = Field(3, ge=1, description="epochs that every trial is given")
+
+
+Space = dict[str, dict[str, Any]]
+"""Dotted key -> {low, high, log, around} or {choices}; `simsiam_dali.search.space` reads and checks it."""
+
+
+class SpaceConfig(Section):
+    """What is searched, for each encoder type. A space in a config file takes the place of the default."""
+
+    simsiam: Space = Field(
+        {
+            "encoder.simsiam.learning_rate": {"low": 0.01, "high": 1.0, "log": True},
+            "encoder.simsiam.weight_decay": {"low": 1e-5, "high": 1e-3, "log": True},
+            "encoder.simsiam.predictor_hidden_dim": {"low": 64, "high": 1024, "log": True},
+            "encoder.simsiam.augmentation.time_stretch_prob": {"low": 0.0, "high": 1.0},
+            "encoder.simsiam.augmentation.time_stretch_range": {"around": 1.0, "low": 0.05, "high": 0.5},
+            "encoder.simsiam.augmentation.pitch_shift_prob": {"low": 0.0, "high": 1.0},
+            "encoder.simsiam.augmentation.pitch_shift_range": {"around": 0.0, "low": 0.5, "high": 5.0},
+            "encoder.simsiam.augmentation.noise_prob": {"low": 0.0, "high": 1.0},
+            "encoder.simsiam.augmentation.frequency_mask_prob": {"low": 0.0, "high": 1.0},
+            "encoder.simsiam.augmentation.time_mask_prob": {"low": 0.0, "high": 1.0},
+        },
+        description="setting: {low, high, log} is a range of values (log: even in the logarithm);"
+        " {around: c, low, high} searches w of a range setting [c - w, c + w]; {choices: [...]} are values of any type",
+    )
+    simple: Space = Field(
+        {
+            "encoder.simple.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+            "encoder.simple.weight_decay": {"low": 1e-6, "high": 1e-2, "log": True},
+            "encoder.simple.contrastive_temperature": {"low": 0.05, "high": 1.0, "log": True},
+            "encoder.simple.base_channels": {"low": 8, "high": 64, "log": True},
+            "encoder.simple.use_year": {"choices": [True, False]},
+            "encoder.simple.year_threshold": {"low": 0, "high": 5},
+        },
+        description="the same",
+    )
+
+
+class HpoConfig(Section):
+    """The search for better settings (simsiam_dali.hpo)."""
+
+    trials: int = Field(20, ge=1, description="trials of the study in all, whoever ran them and however they ended")
+    epochs: int = Field(10, ge=1, description="epochs of a trial; the learning rate's cosine ends with them")
+    metric: Annotated[
+        Literal["knn/artist", "knn/genre", "knn/rating_mae", "knn/rating_correlation"], BeforeValidator(_no_loss)
+    ] = Field("knn/artist", description="the online score on validation songs that trials are judged by")
+    mean_epochs: int = Field(
+        3, ge=1, description="a trial's value is the mean of its last epochs' scores, this many; one epoch's is noisy"
+    )
+    storage: str = Field("sqlite:///hpo.db", description="Optuna's database")
+    study_name: str | None = Field(None, description="null = the encoder type and the shards' fingerprint")
+    pruner: PrunerConfig = PrunerConfig()
+    space: SpaceConfig = SpaceConfig()
 
 
 class Config(Section):
@@ -204,6 +273,7 @@ class Config(Section):
     encoder: EncoderConfig = EncoderConfig()
     train: TrainConfig = TrainConfig()
     mlflow: MlflowConfig = MlflowConfig()
+    hpo: HpoConfig = HpoConfig()
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load` reads back to an equal tree."""
@@ -235,6 +305,8 @@ def allowed(annotation: Any) -> str:
         return " | ".join(map(str, args))
     if origin is Annotated:
         return allowed(args[0])
+    if origin is dict:
+        return "a mapping"
     if origin is tuple:
         return f"[{', '.join('...' if a is Ellipsis else allowed(a) for a in args)}]"
     return " or ".join(allowed(a) for a in args)

@@ -4,7 +4,8 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,34 +49,28 @@ class Tracker:
     def artifact(self, path: Path) -> None:
         """Keep a copy of a file with the run."""
 
-    def end(self, status: str) -> None:
-        """Close the run: FINISHED, KILLED or FAILED."""
+    def end(self, status: str, reason: str = "") -> None:
+        """Close the run: FINISHED, KILLED or FAILED. A reason becomes the tag `end_reason`."""
 
 
 class MlflowTracker(Tracker):
     """One MLflow run; `run_id` continues an earlier one."""
 
-    def __init__(self, config: Config, shards: ShardSet, run_name: str, run_id: str | None) -> None:
-        # A music library is nobody else's business: MLflow's usage telemetry stays off unless asked for.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        check_server(config.mlflow.tracking_uri)
-        import mlflow
+    def __init__(
+        self, config: Config, shards: ShardSet, run_name: str, run_id: str | None, more_tags: Mapping[str, str]
+    ) -> None:
+        with opening(config.mlflow.tracking_uri):
+            import mlflow
 
-        self.mlflow = mlflow
-        try:
+            self.mlflow = mlflow
             mlflow.set_tracking_uri(config.mlflow.tracking_uri)
             mlflow.set_experiment(config.mlflow.experiment_name)
             run = mlflow.start_run(run_id=run_id, run_name=None if run_id else run_name)
-        except Exception as e:  # MLflow raises SQLAlchemy's, requests' and its own errors here
-            reason = " ".join(str(e).split())[:200]
-            raise UserError(
-                f"MLflow cannot open {config.mlflow.tracking_uri} ({reason}); mend mlflow.tracking_uri, or train"
-                " without it: --set mlflow.enabled=false"
-            ) from e
         self.run_id = run.info.run_id
         if run_id is None:
-            mlflow.log_params(flat(config))
-        mlflow.set_tags(tags(config) | {"shards": shards.fingerprint})  # runs on other songs are not to be compared
+            mlflow.log_params({key: value for key, value in flat(config).items() if not key.startswith("hpo.")})
+        # runs on other songs are not to be compared
+        mlflow.set_tags({**tags(config), "shards": shards.fingerprint, **more_tags})
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log the values that are numbers; MLflow's databases refuse NaN."""
@@ -85,14 +80,36 @@ class MlflowTracker(Tracker):
         """Upload a file."""
         self.mlflow.log_artifact(str(path))
 
-    def end(self, status: str) -> None:
+    def end(self, status: str, reason: str = "") -> None:
         """Close the run."""
+        if reason:
+            self.mlflow.set_tag("end_reason", reason)
         self.mlflow.end_run(status)
 
 
-def create_tracker(config: Config, shards: ShardSet, run_name: str, run_id: str | None, main: bool) -> Tracker:
+def create_tracker(
+    config: Config, shards: ShardSet, run_name: str, run_id: str | None, main: bool, more_tags: Mapping[str, str]
+) -> Tracker:
     """The tracker of this process. Raises UserError when the server does not answer."""
-    return MlflowTracker(config, shards, run_name, run_id) if config.mlflow.enabled and main else Tracker()
+    if not (config.mlflow.enabled and main):
+        return Tracker()
+    return MlflowTracker(config, shards, run_name, run_id, more_tags)
+
+
+@contextmanager
+def opening(uri: str) -> Iterator[None]:
+    """Around MLflow's import and first calls: telemetry off, and a store that cannot be opened is a UserError."""
+    # A music library is nobody else's business: MLflow's usage telemetry stays off unless asked for.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    check_server(uri)
+    try:
+        yield
+    except Exception as e:  # MLflow raises SQLAlchemy's, requests' and its own errors here
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(
+            f"MLflow cannot open {uri} ({reason}); mend mlflow.tracking_uri, or train without it:"
+            " --set mlflow.enabled=false"
+        ) from e
 
 
 def check_server(uri: str) -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from simsiam_dali.distributed import World, choose_device, is_main, world
 from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError, one_line_errors
 from simsiam_dali.learner import Learner
+from simsiam_dali.options import add_setting
 from simsiam_dali.schedule import learning_rates
 
 GAUGE_ROWS = 1024
@@ -53,8 +54,23 @@ class Interrupt:
         signal.signal(number, signal.SIG_DFL)
 
 
-def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_dir: Path) -> int:
-    """Train until done or interrupted; returns the number of the signal that ended it, or 0."""
+class Stop(Exception):
+    """Raised by `on_epoch` when it has seen enough; says why. The run ends as KILLED, not as FAILED."""
+
+
+def train(
+    config: Config,
+    w: World,
+    resumed: checkpoint.Checkpoint | None,
+    run_dir: Path,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
+    tags: Mapping[str, str] | None = None,
+) -> int:
+    """Train until done or interrupted; returns the number of the signal that ended it, or 0.
+
+    on_epoch: called on every rank with each epoch's record, the untrained encoder's as epoch 0; what it raises ends the
+    run. tags: set on the MLflow run beside those of the config.
+    """
     interrupt = Interrupt()
     say = functools.partial(tqdm.write, file=sys.stdout) if w.main else (lambda _: None)
     log_every = config.train.log_every
@@ -91,7 +107,8 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
         loader.load_state_dict(resumed["loaders"][w.rank])
         checkpoint.set_rng_state(resumed["rng"][w.rank], w.device)
         log.resume(step)
-    tracker = tracking.create_tracker(config, shards, run_dir.name, resumed["mlflow_run"] if resumed else None, w.main)
+    mlflow_run = resumed["mlflow_run"] if resumed else None
+    tracker = tracking.create_tracker(config, shards, run_dir.name, mlflow_run, w.main, tags or {})
     if w.main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config.to_yaml())
@@ -122,6 +139,7 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
         tracker.metrics({k: v for k, v in record.items() if "/" in k or k == "training_time_hours"}, step)
         say(journal.epoch_line(record, config.encoder.epochs))
         save()
+        on_epoch(record)
 
     say(
         f"{config.encoder.encoder_type} {kind.variant(config)} on {w.device.type} x {w.size},"
@@ -207,8 +225,11 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
                 tracker.end("KILLED")
                 say(f"stopped after epoch {epoch}: go on with --resume {run_dir}")
                 return stop
-    except BaseException:
-        tracker.end("FAILED")
+    except Stop as e:
+        tracker.end("KILLED", str(e))
+        raise
+    except BaseException as e:
+        tracker.end("FAILED", str(e))
         raise
     finally:
         profiler.stop()
@@ -216,7 +237,8 @@ def train(config: Config, w: World, resumed: checkpoint.Checkpoint | None, run_d
     if w.main:
         plots.curves(log.epochs, learner.encoder.output_dim, run_dir / "curves.png")
         tracker.artifact(run_dir / "curves.png")
-        tracker.artifact(run_dir / checkpoint.FILE_NAME)
+        if config.mlflow.log_checkpoint:
+            tracker.artifact(run_dir / checkpoint.FILE_NAME)
         tracker.end("FINISHED")
         for line in (
             *journal.closing_lines(learner.encoder.output_dim, run_dir, log.epochs),
@@ -248,19 +270,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = dict(settings.fields())
-
-    def setting(option: str, key: str, metavar: str | None = None, **more: Any) -> None:
-        default = known[key].default
-        shown = "null" if default is None else default
-        parser.add_argument(
-            option,
-            dest=key,
-            metavar=metavar,
-            help=f"{known[key].description} ({key}; default {shown})",
-            **more,
-        )
-
+    setting = functools.partial(add_setting, parser)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML settings (default: configs/gpu.yaml or cpu.yaml)"
     )

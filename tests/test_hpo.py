@@ -1,0 +1,459 @@
+"""The search for settings: what is refused, drawn and given up, and that it outlives kills and is shared."""
+
+import csv
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlflow
+import optuna
+import pytest
+from optuna.trial import TrialState
+from test_train import TINY, command, run, start
+
+from simsiam_dali import config as settings
+from simsiam_dali import hpo
+from simsiam_dali.errors import UserError
+from simsiam_dali.search import report, trial
+from simsiam_dali.search.space import Space
+from simsiam_dali.search.study import Study
+from simsiam_dali.search.study_run import StudyRun
+from simsiam_dali.search.trial import Ending, Job
+
+ONE = {"encoder.simsiam.learning_rate": {"low": 0.01, "high": 1.0, "log": True}}
+RUNNING = SimpleNamespace(signal=0)
+
+
+def make_config(folder: Path, space: dict[str, Any] | None = None, **over: object) -> settings.Config:
+    """Tiny settings without MLflow, everything written below `folder`."""
+    values = {
+        **TINY,
+        "train.runs_dir": folder / "runs",
+        "mlflow.enabled": False,
+        "hpo.storage": f"sqlite:///{folder}/hpo.db",
+        "hpo.epochs": 4,
+        "hpo.space.simsiam": ONE if space is None else space,
+        **{k.replace("__", "."): v for k, v in over.items()},
+    }
+    return settings.load(command_line=values)
+
+
+def make_study(config: settings.Config, fingerprint: str = "0123456789abcdef") -> Study:
+    return Study(config, fingerprint, Space(config))
+
+
+Scores = Callable[[Job], list[float]]
+
+
+def fake_training(monkeypatch: pytest.MonkeyPatch, scores: Scores, metric: str = "knn/artist") -> list[Job]:
+    """Trials that only report what `scores` gives for their epochs; returns the jobs as they come."""
+    jobs: list[Job] = []
+
+    def run(job: Job, on_epoch: Callable[[dict], Ending | None], asked_to_stop: Callable[[], bool]) -> Ending:
+        jobs.append(job)
+        for epoch, score in enumerate([0.9, *scores(job)]):  # the untrained encoder's comes first
+            if ending := on_epoch({"epoch": epoch, metric: score}):
+                return ending
+        return Ending("interrupted", "interrupted") if asked_to_stop() else Ending("complete")
+
+    monkeypatch.setattr(trial, "run", run)
+    return jobs
+
+
+def search(config: settings.Config) -> Study:
+    """All that is left of the study, in this process."""
+    study = make_study(config)
+    hpo.search(study, StudyRun(config, study), RUNNING)
+    return study
+
+
+# --- what is refused before the first trial
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        ({"encoder.simsiam.learning_rat": {"low": 1, "high": 2}}, "did you mean encoder.simsiam.learning_rate?"),
+        ({"encoder.simsiam": {"low": 1, "high": 2}}, "there is no setting encoder.simsiam"),
+        ({"encoder.simsiam.augmentation.noise_prob": {"low": 0.5, "high": 1.5}}, "less than or equal to 1"),
+        ({"encoder.simsiam.n_mels": {"low": 4, "high": 64}}, "greater than or equal to 8"),
+        ({"encoder.simsiam.backbone": {"choices": ["resnet18", "resnet51"]}}, "resnet18 | resnet34 | resnet50"),
+        ({"encoder.simsiam.augmentation.pitch_shift_range": {"low": 1, "high": 2}}, "pitch_shift_range would be 1.0"),
+        ({"encoder.simsiam.augmentation.pitch_shift_range": {"around": 0, "low": 1, "high": 13}}, "at most 12"),
+        ({"encoder.simsiam.learning_rate": {"low": 0.1}}, "high is None"),
+        ({"encoder.simsiam.learning_rate": {"low": 0.1, "high": "x"}}, "high is 'x'"),
+        ({"encoder.simsiam.learning_rate": {"low": 0.2, "high": 0.1}}, "low 0.2 is not below high 0.1"),
+        ({"encoder.simsiam.weight_decay": {"low": 0, "high": 1, "log": True}}, "begins above 0"),
+        ({"encoder.simsiam.weight_decay": {"low": 0.1, "high": 1, "log": "yes"}}, "log is true or false"),
+        ({"encoder.simsiam.weight_decay": {"low": 0.1, "hihg": 1}}, "unknown hihg; known are low, high"),
+        ({"encoder.simsiam.weight_decay": {"choices": []}}, "choices is a list"),
+        ({"encoder.simsiam.weight_decay": {"choices": [1], "low": 0}}, "stands alone"),
+        ({"encoder.simple.base_channels": {"low": 8, "high": 64}}, "changes nothing"),
+        ({"encoder.epochs": {"low": 8, "high": 64}}, "trials are of one length, hpo.epochs"),
+        ({"train.seed": {"low": 0, "high": 64}}, "only settings of data. and encoder."),
+        ({}, "hpo.space.simsiam is empty"),
+    ],
+)  # fmt: skip
+def test_a_space_that_cannot_be_searched_is_refused(tmp_path, space, expected):
+    with pytest.raises(UserError) as e:
+        Space(make_config(tmp_path, space))
+    assert expected in str(e.value)
+    assert str(e.value).startswith("hpo.space.simsiam")
+    assert "\n" not in str(e.value)
+
+
+def test_a_learning_rate_that_another_setting_overrules_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"encoder\.learning_rate is set and wins over"):
+        Space(make_config(tmp_path, encoder__learning_rate=0.1))
+
+
+@pytest.mark.parametrize("encoder_type", ["simsiam", "simple"])
+def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type):
+    space = Space(settings.load(assignments=[f"encoder.encoder_type={encoder_type}"]))
+    assert f"encoder.{encoder_type}.learning_rate" in space.dimensions
+    assert f"encoder.{encoder_type}.weight_decay" in space.dimensions
+
+
+@pytest.mark.parametrize("metric", ["encoder/val_loss", "encoder/train_loss"])
+def test_a_loss_is_no_yardstick(metric):
+    with pytest.raises(UserError) as e:
+        hpo.configure(hpo.build_parser().parse_args(["--device", "cpu", "--metric", metric]))
+    assert f"command line: hpo.metric = '{metric}' is refused" in str(e.value)
+    assert "a loss cannot judge trials: SimSiam's is lowest when the encoder has collapsed" in str(e.value)
+    assert "allowed: knn/artist | knn/genre" in str(e.value)
+
+
+# --- what is drawn
+
+
+def test_draws_become_settings_of_the_right_kind(tmp_path):
+    augmentation = "encoder.simsiam.augmentation"
+    space = Space(
+        make_config(
+            tmp_path,
+            {
+                "encoder.simsiam.weight_decay": {"low": "1e-5", "high": 1, "log": True},
+                "encoder.simsiam.predictor_hidden_dim": {"low": 8, "high": 64, "log": True},
+                f"{augmentation}.pitch_shift_range": {"around": 0.5, "low": 1, "high": 4},
+                f"{augmentation}.noise_snr_range": {"choices": [[15, 30], [5, 30]]},
+                "encoder.simsiam.pretrained_backbone": {"choices": [True, False, "weights.pt"]},
+            },
+        )
+    )
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(10):
+        drawn = study.ask(space.distributions).params
+        simsiam = space.config(drawn, encoder__epochs=7).encoder.simsiam
+        assert simsiam.predictor_hidden_dim == drawn["encoder.simsiam.predictor_hidden_dim"]
+        assert simsiam.weight_decay == drawn["encoder.simsiam.weight_decay"]
+        low, high = simsiam.augmentation.pitch_shift_range
+        assert low + high == pytest.approx(1)
+        assert 2 <= high - low <= 8
+        assert simsiam.augmentation.noise_snr_range in [(15, 30), (5, 30)]
+        assert simsiam.pretrained_backbone in [True, False, Path("weights.pt")]
+    assert space.config(drawn, encoder__epochs=7).encoder.epochs == 7
+    distribution = space.distributions["encoder.simsiam.predictor_hidden_dim"]
+    assert isinstance(distribution, optuna.distributions.IntDistribution)
+
+
+def test_a_search_comes_out_the_same_stopped_or_not_and_every_draw_is_new(tmp_path, monkeypatch):
+    fake_training(monkeypatch, lambda job: [job.config.encoder.simsiam.learning_rate] * 4)
+    draws = []
+    for name, totals in (("whole", [14]), ("pieces", [1, 5, 12, 14])):
+        for total in totals:
+            study = search(make_config(tmp_path / name, hpo__trials=total))
+        draws.append([t.params["encoder.simsiam.learning_rate"] for t in study.trials()])
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) == 14
+    other = search(make_config(tmp_path / "other", hpo__trials=3, train__seed=1))
+    assert not {t.params["encoder.simsiam.learning_rate"] for t in other.trials()} & set(draws[0])
+
+
+def test_draws_that_were_tried_are_not_trained_again(tmp_path, monkeypatch):
+    space = {"encoder.simsiam.projection_layers": {"choices": [2, 3]}}
+    jobs = fake_training(monkeypatch, lambda job: [0.1 * job.config.encoder.simsiam.projection_layers] * 4)
+    study = search(make_config(tmp_path, space, hpo__trials=8))
+    assert sorted(job.config.encoder.simsiam.projection_layers for job in jobs) == [2, 3]
+    assert len(study.trials()) == 8
+    assert all("the same draws as trial" in t.user_attrs["reason"] for t in study.trials(TrialState.FAIL))
+
+
+# --- what a trial is worth, and when it is given up
+
+
+def test_a_trial_is_worth_the_mean_of_its_last_epochs(tmp_path, monkeypatch):
+    fake_training(monkeypatch, lambda _: [1.0, 0.2, 0.3, 0.4])
+    study = search(make_config(tmp_path, hpo__trials=1, hpo__mean_epochs=3))
+    (done,) = study.trials()
+    assert done.value == pytest.approx(0.3)
+    assert done.intermediate_values == pytest.approx({1: 1.0, 2: 0.6, 3: 0.5, 4: 0.3})
+
+
+@pytest.mark.parametrize(("metric", "best"), [("knn/artist", 2), ("knn/rating_mae", 1)])
+def test_the_best_is_the_highest_score_or_the_lowest_error(tmp_path, monkeypatch, metric, best):
+    values = iter([0.5, 0.1, 0.9, 0.9])
+    fake_training(monkeypatch, lambda _: [next(values)] * 4, metric)
+    study = search(make_config(tmp_path, hpo__trials=4, hpo__metric=metric, hpo__pruner__kind="none"))
+    found = study.best()
+    assert found is not None
+    assert found.number == best
+    chosen = settings.load(study.folder / report.BEST)
+    assert chosen.encoder.simsiam.learning_rate == found.params["encoder.simsiam.learning_rate"]
+    assert chosen.encoder.epochs == 50  # final_training_epochs
+
+
+def test_a_trial_below_the_median_is_given_up_after_the_warm_up(tmp_path, monkeypatch):
+    values = iter([0.4, 0.5, 0.6, 0.1, 0.7])
+    fake_training(monkeypatch, lambda _: [next(values)] * 4)
+    pruner = {"hpo__pruner__startup_trials": 3, "hpo__pruner__warmup_epochs": 2}
+    study = search(make_config(tmp_path, hpo__trials=5, **pruner))
+    states = [t.state for t in study.trials()]
+    assert states == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED, TrialState.COMPLETE]
+    assert study.trials()[3].last_step == 2
+    assert "pruned after epoch 2" in report.trial_line(study, 3)
+    assert "best 0.700 (trial 4)" in report.trial_line(study, 3)
+
+
+# --- failures
+
+
+def test_a_failing_trial_does_not_end_the_search_but_nothing_else_does(tmp_path, monkeypatch):
+    fates = iter([None, None, 0.3, None, None, None, 0.4])
+
+    def scores(_: Job) -> list[float]:
+        if (score := next(fates)) is None:
+            raise UserError("the loss is not finite")
+        return [score] * 4
+
+    fake_training(monkeypatch, scores)
+    study = search(make_config(tmp_path, hpo__trials=7))
+    assert [t.state == TrialState.FAIL for t in study.trials()] == [True, True, False, True, True, True, False]
+    assert study.trials()[0].user_attrs["reason"] == "the loss is not finite"
+    with (study.folder / report.TABLE).open() as f:
+        rows = list(csv.DictReader(f))
+    assert [row["state"] for row in rows] == [t.state.name for t in study.trials()]
+    assert rows[0]["reason"] == "the loss is not finite"
+
+
+def test_nothing_but_failures_ends_the_search_with_their_reason(tmp_path, monkeypatch):
+    jobs = fake_training(monkeypatch, lambda _: [math.nan] * 4)
+    with pytest.raises(UserError, match=r"3 trials failed and none succeeded.* there is no knn/artist on these shards"):
+        search(make_config(tmp_path, hpo__trials=7))
+    assert len(jobs) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL (the system does that when memory runs out)"),
+        ("import sys; sys.exit(3)", "ended with status 3"),
+    ],
+)
+def test_a_training_process_that_dies_is_a_failed_trial(tmp_path, monkeypatch, code, expected):
+    monkeypatch.setattr(trial, "CHILD", code)
+    with (tmp_path / "lock").open("w") as lock:
+        job = Job(make_config(tmp_path), tmp_path / "t", {}, lock.fileno())
+        ending = trial.run(job, lambda _: None, lambda: False)
+    assert ending.state == "failed"
+    assert expected in ending.reason
+
+
+# --- the study in its database
+
+
+def test_a_running_trial_counts_as_killed_only_when_nobody_holds_its_lock(tmp_path):
+    config = make_config(tmp_path, hpo__trials=3)
+    ours, theirs = make_study(config), make_study(config)
+    first, second = ours.claim(), theirs.claim()
+    assert first
+    assert second
+    assert (first.trial.number, second.trial.number) == (0, 1)
+    assert first.trial.params != second.trial.params
+    assert theirs.fail_killed() == []
+    first.lock.close()  # as when its process dies
+    assert theirs.fail_killed() == [0]
+    assert [t.state for t in ours.trials()] == [TrialState.FAIL, TrialState.RUNNING]
+    third = theirs.claim()
+    assert third
+    assert third.trial.number == 2
+    assert theirs.claim() is None  # three in all, the killed one counted
+
+
+def test_a_study_takes_no_trials_that_would_not_compare(tmp_path):
+    make_study(make_config(tmp_path))
+    make_study(make_config(tmp_path, hpo__trials=99, data__threads=2, encoder__final_training_epochs=3))
+    for over, words in (
+        ({"hpo__epochs": 5}, r"hpo\.epochs = 4, and now it is 5"),
+        ({"encoder__batch_size": 8}, r"encoder\.batch_size = 4"),
+        ({"space": {"encoder.simsiam.learning_rate": {"low": 0.02, "high": 1.0, "log": True}}}, "low=0.01"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_study(make_config(tmp_path, **over))
+    assert make_study(make_config(tmp_path), "fedcba9876543210").name == "simsiam-fedcba98"  # other data, another study
+    named = make_config(tmp_path, hpo__study_name="mine")
+    make_study(named)
+    with pytest.raises(UserError, match="shards = "):
+        make_study(named, "fedcba9876543210")
+    with pytest.raises(UserError, match="use no slashes"):
+        make_study(make_config(tmp_path, hpo__study_name="a/b"))
+
+
+def test_files_of_a_study_that_the_database_does_not_know_stay_as_they_are(tmp_path, monkeypatch):
+    fake_training(monkeypatch, lambda _: [0.5] * 4)
+    study = search(make_config(tmp_path, hpo__trials=1))
+    kept = study.trial_folder(0) / "metrics.jsonl"
+    kept.write_text("kept")
+    (tmp_path / "hpo.db").unlink()
+    with pytest.raises(UserError, match=r"the database knows no trial 0: move"):
+        search(make_config(tmp_path, hpo__trials=1))
+    assert kept.read_text() == "kept"
+
+
+def test_a_database_that_cannot_be_opened_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"Optuna cannot open sqlite:////nowhere/hpo\.db"):
+        make_study(make_config(tmp_path, hpo__storage="sqlite:////nowhere/hpo.db"))
+    with pytest.raises(UserError, match="Optuna cannot open nonsense"):
+        make_study(make_config(tmp_path, hpo__storage="nonsense"))
+
+
+# --- the command
+
+
+def hpo_command(folder: Path, shards: Path, *options: str, **over: object) -> list[str]:
+    """`python -m simsiam_dali.hpo` with tiny settings and trials of one epoch."""
+    over = {"hpo__storage": f"sqlite:///{folder}/hpo.db", "hpo__epochs": 1, **over}
+    args = command(folder, shards, *options, **over)
+    return [args[0], "-m", "simsiam_dali.hpo", *args[3:]]
+
+
+SPAWNED = """
+import sys, time
+from simsiam_dali import hpo
+from simsiam_dali.search import trial
+
+def run(job, on_epoch, asked_to_stop):
+    time.sleep(0.02)
+    score = job.config.encoder.simsiam.learning_rate
+    ending = on_epoch({"epoch": 0, "knn/artist": score}) or on_epoch({"epoch": 1, "knn/artist": score})
+    return ending or trial.Ending("complete")
+
+trial.run = run
+hpo.main()
+"""
+
+
+def test_processes_that_share_a_study_repeat_no_trial_and_end_at_the_number_asked_for(tmp_path, small_shards):
+    """Real processes and a real database, and trials so quick that they meet all the time."""
+    args = hpo_command(tmp_path, small_shards, "--trials", "12", "--no-final", mlflow__enabled="false")
+    processes = [start([sys.executable, "-c", SPAWNED, *args[3:]], tmp_path) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    (folder,) = (tmp_path / "runs/hpo").glob("simsiam-*")
+    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{tmp_path}/hpo.db")
+    assert [t.number for t in study.trials] == list(range(12))
+    assert all(t.state.is_finished() for t in study.trials)
+    assert len({tuple(t.params.items()) for t in study.trials}) == 12
+    ran = [sum(line.startswith("trial ") for line in out.splitlines()) for out, _ in said]
+    assert sum(ran) == 12
+    assert min(ran) > 0
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_it_goes_on_with_the_next_trial_and_trains_the_best_at_the_end(tmp_path, small_shards):
+    name = {"hpo__study_name": "mine", "encoder__final_training_epochs": 2}
+    args = hpo_command(tmp_path, small_shards, "--trials", "3", **name)
+    process = start(args, tmp_path)
+    wait_for(tmp_path / "runs/hpo/mine/trial-0001/metrics.jsonl", process)
+    process.kill()
+    process.communicate()
+    done = run(args, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "trial 1 of 3  failed: its process was killed" in done.stdout  # once its training process had gone too
+    assert "trial 0 of 3" not in done.stdout
+
+    study = optuna.load_study(study_name="mine", storage=f"sqlite:///{tmp_path}/hpo.db")
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert len({tuple(t.params.items()) for t in study.trials}) == 3
+
+    best = study.best_trial
+    chosen = settings.load(tmp_path / "runs/hpo/mine/best.yaml")
+    assert chosen.encoder.simsiam.learning_rate == best.params["encoder.simsiam.learning_rate"]
+    final = tmp_path / f"runs/hpo-mine-trial-{best.number:04d}"
+    trained = settings.load(final / "config.yaml")
+    assert trained.encoder == chosen.encoder
+    assert trained.encoder.epochs == 2
+    assert (final / "checkpoint.pt").exists()
+    assert not list(tmp_path.glob("runs/hpo/mine/trial-*/checkpoint.pt"))
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("music_recommendation")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if r.info.run_name == "hpo-mine"]
+    assert parent.info.status == "FINISHED"
+    files = {f.path for f in client.list_artifacts(parent.info.run_id)}
+    assert {"best.yaml", "trials.csv", "history.png"} <= files
+    nested = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    by_number = {r.data.tags["hpo.trial"]: r for r in nested}
+    assert len(nested) == len(by_number) == 3
+    assert [by_number[n].info.status for n in "012"] == ["FINISHED", "KILLED", "FINISHED"]
+    assert by_number["0"].data.metrics["knn/artist"] == pytest.approx(study.trials[0].value)
+    assert by_number["0"].data.tags["encoder_type"] == "simsiam"
+
+    again = run(args, tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"the best settings are trained already: runs/{final.name}" in again.stdout.replace(f"{tmp_path}/", "")
+
+
+def test_a_signal_ends_the_trial_and_says_how_to_go_on(tmp_path, small_shards):
+    args = hpo_command(tmp_path, small_shards, hpo__study_name="mine", hpo__epochs=1000, mlflow__enabled="false")
+    process = start(args, tmp_path)
+    wait_for(tmp_path / "runs/hpo/mine/trial-0000/metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
+    assert "stopped: go on with trial 1 by the same command: python -m simsiam_dali.hpo" in out
+    (stopped,) = optuna.load_study(study_name="mine", storage=f"sqlite:///{tmp_path}/hpo.db").trials
+    assert (stopped.state, stopped.user_attrs["reason"]) == (TrialState.FAIL, "interrupted")
+
+
+def test_a_trial_given_up_is_no_failed_run_in_mlflow(tmp_path, small_shards):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = make_config(
+        tmp_path, data__shards=small_shards, mlflow__enabled=True, mlflow__tracking_uri=uri, train__seed=3
+    )
+    records: list[dict[str, Any]] = []
+
+    def on_epoch(record: dict[str, Any]) -> Ending | None:
+        records.append(record)
+        return Ending("pruned", "after epoch 0")
+
+    with (tmp_path / "lock").open("w") as lock:
+        job = Job(config, tmp_path / "trial", {"hpo.trial": "5"}, lock.fileno())
+        assert trial.run(job, on_epoch, lambda: False) == Ending("pruned", "after epoch 0")
+    assert [r["epoch"] for r in records] == [0]
+    client = mlflow.MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("music_recommendation").experiment_id])
+    assert found.info.status == "KILLED"
+    assert found.data.tags["end_reason"] == "pruned: after epoch 0"
+    assert found.data.tags["hpo.trial"] == "5"
+    assert "epoch 0/3" in (tmp_path / "trial/log.txt").read_text()
+    assert not (tmp_path / "trial/checkpoint.pt").exists()
+
+
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start this command several times, without torchrun"):
+        hpo.configure(hpo.build_parser().parse_args([]))
