@@ -19,7 +19,7 @@ MIN_SONGS = 10
 MIN_UNSEEN = 20
 """Songs held back from the encoder's training, from which on they get figures of their own."""
 RETRIEVED = 10
-ONE_THREAD = 2_000_000
+ONE_THREAD = 20_000_000
 """Numbers in a table below which threads wait for each other longer than they work, above all on a busy machine."""
 GUESS = "guess"
 """The floor that hears nothing: the training songs' mean rating or commonest class, or a random order."""
