@@ -440,3 +440,9 @@ def load(
         tree = _merged(tree, part)
         _validated(tree, source)
     return _validated(tree, "config")
+
+
+def changed(config: Config, **values: object) -> Config:
+    """The same with other settings, by dotted key with __ for the dot; None leaves a setting as it is."""
+    over = {key.replace("__", "."): value for key, value in values.items()}
+    return load(base=config.model_dump(mode="json"), command_line=over)

@@ -11,18 +11,22 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from simsiam_dali import config as settings
 from simsiam_dali import embeddings, factory, loose, trained
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
+from simsiam_dali.data.loader import Single
 from simsiam_dali.data.pipeline import LogMel
-from simsiam_dali.data.shards import SPLITS, ShardSet, open_shards
+from simsiam_dali.data.shards import SPLITS, ShardSet, Split, open_shards
 from simsiam_dali.distributed import World, choose_device
 from simsiam_dali.errors import UserError, one_line_errors
 from simsiam_dali.features import CHECKPOINT, FLOORS, Features, create_features, output_name
@@ -36,48 +40,49 @@ FORWARD_SHARE = 4
 """A batch may hold this many times the audio of a training batch: nothing is kept for a backward pass."""
 
 
-@dataclasses.dataclass
-class Speed:
-    """How fast it went: segments and audio (s) of this process, wall time (s), the share of it without data."""
+def embed_batches(
+    features: Features, batches: Iterable[Single], parts: Parts, split: Split, place: Callable[[], dict[str, Any]]
+) -> Iterator[Tensor]:
+    """Embed batches into `parts`; gives each batch's segments `(B,)` once that is queued on the device.
 
-    segments: int = 0
-    audio: float = 0.0
-    seconds: float = 0.0
-    waited: float = 0.0
-
-    def __str__(self) -> str:
-        hours = self.audio / 3600 / self.seconds if self.seconds else 0.0
-        return f"{hours:.3g} audio-h/s, waiting for data {self.waited:.0%}"
+    place: the loader's state after the latest batch.
+    """
+    rows: list[Tensor] = []
+    vectors: list[Tensor] = []  # on the device: nobody waits for it but once a part
+    since = time.perf_counter()
+    for batch in batches:
+        vectors.append(features.of(batch.data))
+        rows.append(batch.segment)
+        yield batch.segment
+        if time.perf_counter() - since >= PART_SECONDS:
+            parts.add(torch.cat(rows).cpu(), finite(torch.cat(vectors).cpu()), split, place())
+            rows, vectors, since = [], [], time.perf_counter()
+    if rows:
+        parts.add(torch.cat(rows).cpu(), finite(torch.cat(vectors).cpu()), split, None)
 
 
 def embed_segments(
     features: Features, config: Config, shards: ShardSet, log_mel: LogMel, world: World, parts: Parts
-) -> tuple[Tensor, Tensor, Speed]:
-    """Every segment's row `(N,)` and vector `(N, D)`, on the CPU, after those that `parts` holds already."""
+) -> str:
+    """Bring every segment's vector into `parts`, after those it holds already; returns how fast it went."""
     clock, view = StepClock(world.device), factory.view_seconds(config, shards)
-    speed = Speed()
+    done = 0
     with tqdm(total=len(shards.segments), initial=len(parts), unit="segment", desc=features.name, disable=None) as bar:
         for split in SPLITS[SPLITS.index(parts.split) if parts.split else 0 :]:
-            if not shards.count(split):
+            going_on = split == parts.split
+            if not shards.count(split) or (going_on and parts.loader is None):
                 continue
             loader = factory.create_loader(config, shards, log_mel, world, split, features.mode)
-            if split == parts.split and parts.loader:
+            if going_on and parts.loader:
                 loader.load_state_dict(parts.loader)
-            rows: list[Tensor] = []
-            vectors: list[Tensor] = []
-            since = time.perf_counter()
-            for batch in clock.batches(loader):
-                vectors.append(features.of(batch.data))
-                rows.append(batch.segment)
-                speed.segments += len(batch.segment)
-                bar.update(len(batch.segment))
-                if loader.step == len(loader) or time.perf_counter() - since >= PART_SECONDS:
-                    parts.add(torch.cat(rows).cpu(), finite(torch.cat(vectors).cpu()), split, loader.state_dict())
-                    speed.seconds, speed.waited = clock.read()
-                    speed.audio = speed.segments * view
-                    bar.set_postfix_str(str(speed), refresh=False)
-                    rows, vectors, since = [], [], time.perf_counter()
-    return *parts.all(), speed
+            for segment in embed_batches(features, clock.batches(loader), parts, split, loader.state_dict):
+                done += len(segment)
+                bar.set_postfix_str(
+                    f"{done * view / 3600 / (time.perf_counter() - clock.started):.3g} audio-h/s", refresh=False
+                )
+                bar.update(len(segment))
+    seconds, waited = clock.read()
+    return f"{done * view / 3600 / seconds:.3g} audio-h/s, waiting for data {waited:.0%}"
 
 
 def finite(vectors: Tensor) -> Tensor:
@@ -106,7 +111,8 @@ def embed(
     del key["rows"], key["checkpoint"]
     # Hidden, so that nobody looks for songs in it.
     with Parts(out.with_name(f".{out.name}.partial"), key) as parts:
-        rows, vectors, speed = embed_segments(features, config, shards, log_mel, world, parts)
+        speed = embed_segments(features, config, shards, log_mel, world, parts)
+        rows, vectors = parts.all()
         order = torch.argsort(rows)
         rows, vectors = rows[order], vectors[order]
         if not torch.equal(rows, torch.arange(len(shards.segments))):
@@ -179,21 +185,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def configured(args: argparse.Namespace, run: Trained, segment_seconds: float) -> Trained:
-    """The run with what the command line asks for; segment_seconds: of the segments to embed."""
-    run = run.with_embedding(args.embedding) if args.embedding else run
-    config = run.config
-    view = segment_seconds if args.view_seconds is None else args.view_seconds
-    threads = config.data.threads if args.threads is None else args.threads
-    size = args.batch_size
-    if size is None:
-        size = batch_size(config, view, config.data.view_seconds or segment_seconds)
-    return run.with_settings(
+def embedding_config(
+    config: Config,
+    segment_seconds: float,
+    view_seconds: float | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    **over: object,
+) -> Config:
+    """The training's settings as embedding takes them, for segments of this length; None = as the command's help says.
+
+    over: other settings, by dotted key with __ for the dot.
+    """
+    view = segment_seconds if view_seconds is None else view_seconds
+    own = len(os.sched_getaffinity(0)) if config.data.threads == "auto" else config.data.threads
+    fits = batch_size(config, view, config.data.view_seconds or segment_seconds)
+    return settings.changed(
+        config,
         data__view_seconds=view,
-        data__threads=len(os.sched_getaffinity(0)) if threads == "auto" else threads,
-        encoder__batch_size=size,
+        data__threads=own if threads is None else threads,
+        encoder__batch_size=fits if batch is None else batch,
         encoder__simsiam__augmentation__spec_augment=False,  # a mask longer than a short view would be refused
-        train__precision=args.precision,
+        **over,
     )
 
 
@@ -231,8 +244,12 @@ def run(args: argparse.Namespace) -> None:
     else:
         shards = open_shards(args.shards or trained_run.config.data.shards)
         seconds, fingerprint, music = shards.segment_seconds, shards.fingerprint, shards.manifest.music
-    trained_run = configured(args, trained_run, seconds)
-    config = trained_run.config
+    if args.embedding:
+        trained_run = trained_run.with_embedding(args.embedding)
+    config = embedding_config(
+        trained_run.config, seconds, args.view_seconds, args.batch_size, args.threads, train__precision=args.precision
+    )
+    trained_run = dataclasses.replace(trained_run, config=config)
     if shards:
         factory.view_seconds(config, shards)  # refused before anything is written
     log_mel = factory.with_statistics(factory.log_mel_settings(config), **trained_run.statistics)

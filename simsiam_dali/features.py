@@ -59,12 +59,11 @@ def create_features(name: str, trained: Trained, log_mel: LogMel, device: torch.
     else:
         torch.manual_seed(config.train.seed)
         encoder = factory.create_encoder(config).eval()
-    return encoder_features(name, encoder, trained, device)
+    return encoder_features(name, encoder, config, device)
 
 
-def encoder_features(name: str, encoder: Encoder, trained: Trained, device: torch.device) -> Features:
+def encoder_features(name: str, encoder: Encoder, config: Config, device: torch.device) -> Features:
     """What `encoder` embeds, on `device`, in the training's precision and memory format."""
-    config, kind = trained.config, encoder_type(trained.config)
     torch.set_float32_matmul_precision("high")
     # cuDNN's autotuner may choose another algorithm in the next process, and a resumed table could differ in a bit.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
@@ -76,7 +75,7 @@ def encoder_features(name: str, encoder: Encoder, trained: Trained, device: torc
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return encoder.embed(data).float()
 
-    return Features(name, kind.embeds, of, dtype, unit=True)
+    return Features(name, encoder_type(config).embeds, of, dtype, unit=True)
 
 
 def output_name(name: str, config: Config) -> str:

@@ -33,7 +33,7 @@ class Parts:
         self.rows: list[Tensor] = []  # int64 (n,), one a part
         self.vectors: list[Tensor] = []  # float32 (n, D)
         self.split: Split | None = None  # where the last part ends
-        self.loader: dict[str, Any] | None = None  # the loader's state there
+        self.loader: dict[str, Any] | None = None  # the loader's state there; None at the end of the split
 
     def __enter__(self) -> Self:
         try:
@@ -56,8 +56,8 @@ class Parts:
         """Number of rows."""
         return sum(map(len, self.rows))
 
-    def add(self, rows: Tensor, vectors: Tensor, split: Split, loader: dict[str, Any]) -> None:
-        """Keep rows `(n,)` and vectors `(n, D)`, on the CPU, and the place after them."""
+    def add(self, rows: Tensor, vectors: Tensor, split: Split, loader: dict[str, Any] | None) -> None:
+        """Keep rows `(n,)` and vectors `(n, D)`, on the CPU, and the place after them (None: the end of the split)."""
         number = len(self.rows)
         self._remember(rows, vectors, split, loader)
         part = {"rows": rows, "vectors": vectors, "split": split, "loader": loader}
@@ -74,7 +74,7 @@ class Parts:
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.pt"
 
-    def _remember(self, rows: Tensor, vectors: Tensor, split: Split, loader: dict[str, Any]) -> None:
+    def _remember(self, rows: Tensor, vectors: Tensor, split: Split, loader: dict[str, Any] | None) -> None:
         self.rows.append(rows)
         self.vectors.append(vectors)
         self.split, self.loader = split, loader

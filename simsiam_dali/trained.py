@@ -29,9 +29,7 @@ class Trained:
 
     def with_settings(self, **values: object) -> "Trained":
         """The same with other settings, by dotted key with __ for the dot; None leaves a setting as it is."""
-        over = {key.replace("__", "."): value for key, value in values.items()}
-        config = settings.load(base=self.config.model_dump(mode="json"), command_line=over)
-        return dataclasses.replace(self, config=config)
+        return dataclasses.replace(self, config=settings.changed(self.config, **values))
 
     def with_embedding(self, embedding: str) -> "Trained":
         """The same with that output of a simsiam encoder. Raises UserError for an encoder of another type."""

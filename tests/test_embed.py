@@ -1,5 +1,6 @@
 """The embed command: every song once, the same by hand, killed and gone on with the same bytes, refused in one line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import ROOT
 from small_music import write_song
 
 from simsiam_dali import embed, embeddings, factory, monitor, trained
@@ -290,3 +292,29 @@ def test_a_batch_holds_no_more_audio_than_four_of_the_training():
     assert embed.batch_size(config, 60.0, 60.0) == 128
     assert embed.batch_size(config, 60.0, 5.0) == 42
     assert embed.batch_size(config, 6000.0, 5.0) == 2  # the least that a config may say
+
+
+def test_the_benchmark_times_loader_model_and_both(small_shards, tmp_path):
+    out = tmp_path / "b.json"
+    tiny = ("encoder.simsiam.n_mels=16", "train.channels_last=false")
+    sets = [word for setting in tiny for word in ("--set", setting)]
+    command = [sys.executable, ROOT / "benchmarks/embed.py", "--shards", small_shards, "--device", "cpu", *sets]
+    windows = ["--seconds", "0.2", "--windows", "2", "--batch-size", "4", "--json", out]
+    done = subprocess.run([*map(str, [*command, *windows])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    doc = json.loads(out.read_text())
+    rate = {kind: stage["samples_per_s"] for kind, stage in doc["stages"].items()}
+    assert rate.keys() == {"loader", "model", "embed"}
+    assert all(stage["samples"] >= 2 * 4 for stage in doc["stages"].values())
+    assert doc["ratios"]["embed_over_slower"] == pytest.approx(rate["embed"] / min(rate["loader"], rate["model"]))
+    assert doc["ratios"]["embed_over_shared"] == pytest.approx(rate["embed"] * (1 / rate["loader"] + 1 / rate["model"]))
+    assert "embed over the slower of loader and model" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_the_gpu_the_same(small_runs, tables, tmp_path, kind):
+    table = run(small_runs[kind], tmp_path / "e.parquet", "--device", "gpu", "--precision", "fp32")
+    own, other = (torch.nn.functional.normalize(torch.tensor(v), dim=1) for v in
+                  (table.vectors, embeddings.read(tables[kind]).vectors))  # fmt: skip
+    assert (1 - (own * other).sum(dim=1)).max() <= 1e-4
