@@ -12,7 +12,7 @@ from pathlib import Path
 
 import make_shards
 
-from simsiam_dali import compare, config, embed, evaluate, export, hpo, train
+from simsiam_dali import compare, config, embed, evaluate, export, hpo, recommend, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,6 +78,7 @@ def main() -> None:
     readme = replace_part(readme, "embed options", options_table(embed.build_parser()))
     readme = replace_part(readme, "evaluate options", options_table(evaluate.build_parser()))
     readme = replace_part(readme, "export options", options_table(export.build_parser()))
+    readme = replace_part(readme, "recommend options", options_table(recommend.build_parser()))
     readme = replace_part(readme, "hpo options", options_table(hpo.build_parser()))
     wanted = {
         "README.md": readme,
