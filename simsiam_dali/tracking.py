@@ -38,6 +38,10 @@ def flat(config: Config) -> dict[str, Any]:
     return {key: value(key) for key, _ in fields()}
 
 
+REASON_LENGTH = 500
+"""Characters of an `end_reason`; MLflow refuses very long tags."""
+
+
 class Tracker:
     """Does nothing: what a run without MLflow, or a rank other than 0, talks to."""
 
@@ -83,7 +87,7 @@ class MlflowTracker(Tracker):
     def end(self, status: str, reason: str = "") -> None:
         """Close the run."""
         if reason:
-            self.mlflow.set_tag("end_reason", reason)
+            self.mlflow.set_tag("end_reason", reason[:REASON_LENGTH])
         self.mlflow.end_run(status)
 
 
