@@ -112,7 +112,8 @@ def close(config: Config, study: Study, parent: StudyRun, status: str) -> Frozen
         parent.end(status, files + drawings)
     say(report.count_line(study))
     if best:
-        shown = f"{study.metric} {best.value:.3f}, mean of its last epochs"
+        equal = sum(t.value == best.value for t in study.trials(TrialState.COMPLETE)) - 1
+        shown = f"{study.metric} {best.value:.3f}" + (f", as {equal} more, of which it is the first" if equal else "")
         say(f"best       trial {best.number}: {shown}; {report.drawn(best, study.space)}")
         say(f"settings   {study.folder / report.BEST}")
     say(f"trials     {', '.join(map(str, [study.folder / report.TABLE, *drawings]))}")

@@ -429,6 +429,48 @@ def test_a_signal_ends_the_trial_and_says_how_to_go_on(tmp_path, small_shards):
     assert (stopped.state, stopped.user_attrs["reason"]) == (TrialState.FAIL, "interrupted")
 
 
+@pytest.mark.parametrize("store", ["file", "server"])
+def test_one_mlflow_run_is_above_all_trials_whatever_processes_come_and_go(tmp_path, monkeypatch, request, store):
+    uri = f"sqlite:///{tmp_path}/mlflow.db" if store == "file" else request.getfixturevalue("mlflow_uri")
+    client = mlflow.MlflowClient(uri)
+    values = iter([0.5, 0.75, 0.625])
+    jobs = fake_training(monkeypatch, lambda _: [next(values)] * 4)
+    tracked = {"mlflow__enabled": True, "mlflow__tracking_uri": uri, "hpo__study_name": "mine"}
+    tracked["mlflow__experiment_name"] = "search"  # other tests look at all runs of the default one
+    ids = set()
+    for total in (1, 3):  # the second process goes on
+        config = make_config(tmp_path, hpo__trials=total, **tracked)
+        study = make_study(config)
+        parent = StudyRun(config, study)
+        ids.add(parent.run_id)
+        hpo.search(study, parent, RUNNING)
+        hpo.close(config, study, parent, "FINISHED")
+    (run_id,) = ids
+    assert run_id
+    assert {job.tags["mlflow.parentRunId"] for job in jobs} == ids
+    assert [job.tags["hpo.trial"] for job in jobs] == ["0", "1", "2"]
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "hpo/best")] == [
+        (0, 0.5),
+        (1, 0.75),
+        (2, 0.75),
+    ]
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["hpo.metric"] == "knn/artist"
+    assert "encoder_type" not in found.data.tags  # a study is no run of an encoder, and is not compared with one
+    files = {f.path for f in client.list_artifacts(run_id)}
+    assert files == {"best.yaml", "trials.csv", "history.png", "importance.png"}
+
+    config = make_config(tmp_path, hpo__trials=4, **tracked)
+    study = make_study(config)
+    claim = study.claim()
+    assert claim
+    left = client.create_run(found.info.experiment_id, tags=parent.trial_tags(3)).info.run_id
+    claim.lock.close()  # as when its process is killed
+    hpo.search(study, StudyRun(config, study), RUNNING)
+    assert client.get_run(left).info.status == "KILLED"
+
+
 def test_a_trial_given_up_is_no_failed_run_in_mlflow(tmp_path, small_shards):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = make_config(

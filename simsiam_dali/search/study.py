@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -170,8 +171,7 @@ class Study:
 
     def value(self, scores: list[float]) -> float:
         """What a trial with these scores, one an epoch, comes to: the mean of the last ones, never the best of them."""
-        last = scores[-self.mean_epochs :]
-        return sum(last) / len(last)
+        return fmean(scores[-self.mean_epochs :])
 
     def tell(self, trial: optuna.Trial, ending: Ending, scores: list[float]) -> None:
         """Write down how a trial ended."""
