@@ -13,7 +13,7 @@ import torch
 
 from simsiam_dali.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "checkpoint.pt"
 
 
@@ -29,6 +29,7 @@ class Checkpoint(TypedDict):
     loaders: list[dict[str, Any]]  # per rank
     log_mel: dict[str, float]  # mean and std of the data set, dB
     shards: str  # fingerprint of the shard set
+    packing: dict[str, Any]  # how it was packed, so that other songs can be cut the same way
     mlflow_run: str | None
     seconds: float  # of training so far
 

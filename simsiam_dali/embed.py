@@ -237,9 +237,9 @@ def run(args: argparse.Namespace) -> None:
     packed = args.out.with_name(f".{args.out.name}.packed")
     loose_songs, shards = None, None
     if args.music:
-        packing, origin = trained_run.packing()
+        packing = trained_run.packing
         loose_songs = loose.find(args.music, packing)
-        print(f"segments of {packing.segment_seconds:g} s ({origin})")
+        print(f"segments of {packing.segment_seconds:g} s, as in the training")
         seconds, fingerprint, music = packing.segment_seconds, loose_songs.fingerprint, str(loose_songs.root)
     else:
         shards = open_shards(args.shards or trained_run.config.data.shards)

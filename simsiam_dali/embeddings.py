@@ -103,3 +103,15 @@ def _read(path: Path, how: Callable[[Path], Any]) -> tuple[dict[str, str], Any]:
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: embed again")
     return about, table
+
+
+def read_songs(path: Path) -> Embeddings:
+    """A table that has each song once, with finite vectors. Raises UserError for any other."""
+    songs = read(path)
+    if not len(songs.table):
+        raise UserError(f"{path} holds no songs")
+    if "segment" in songs.table or songs.table["song"].duplicated().any():
+        raise UserError(f"{path} has a row for each segment, and one a song is needed: embed without --per-segment")
+    if not np.isfinite(songs.vectors).all():
+        raise UserError(f"{path} has vectors that are not finite: embed again")
+    return songs

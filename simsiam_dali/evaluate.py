@@ -31,18 +31,6 @@ ARTIFACTS = "evaluation"
 """Folder of the run's artifacts."""
 
 
-def read_songs(path: Path) -> Embeddings:
-    """An embedding table that has each song once, with finite vectors."""
-    table = embeddings.read(path)
-    if not len(table.table):
-        raise UserError(f"{path} holds no songs")
-    if "segment" in table.table or table.table["song"].duplicated().any():
-        raise UserError(f"{path} has several rows a song, evaluation needs one: embed without --per-segment")
-    if not np.isfinite(table.vectors).all():
-        raise UserError(f"{path} has vectors that are not finite: embed again")
-    return table
-
-
 def floor_files(given: list[str], beside: Path) -> dict[str, Path]:
     """NAME=FILE of the command line, else every table in `floors/` beside the embeddings, called by its file's name."""
     if not given:
@@ -58,7 +46,7 @@ def floor_files(given: list[str], beside: Path) -> dict[str, Path]:
 
 def matched(path: Path, songs: Embeddings) -> np.ndarray:
     """The vectors of a floor `(N, D)` in the order of the songs; refused when it is of other songs."""
-    floor = read_songs(path)
+    floor = embeddings.read_songs(path)
     shards = songs.about.get("shards"), floor.about.get("shards")
     if all(shards) and shards[0] != shards[1]:
         raise UserError(f"{path} is of other shards than the embeddings: make it again from the same shards")
@@ -153,7 +141,7 @@ def main() -> None:
         raise UserError(f"--out {args.out} is a file: name a folder")
     if not args.replace and any((args.out / name).exists() for name in names):
         raise UserError(f"{args.out} holds an evaluation already: choose another --out, or --replace it")
-    songs = read_songs(args.embeddings)
+    songs = embeddings.read_songs(args.embeddings)
     floors = floor_files(args.floors, args.embeddings.parent)
     vectors = {"embedding": songs.vectors} | {name: matched(path, songs) for name, path in floors.items()}
     run, logged = find_run(args, songs.about)

@@ -140,13 +140,13 @@ def main() -> None:
     run = trained.read(args.checkpoint)
     if args.embedding:
         run = run.with_embedding(args.embedding)
-    of, origin = recipe.of_run(run)
+    of = recipe.of_run(run)
     if args.segment_seconds:
-        of, origin = dataclasses.replace(of, segment_seconds=args.segment_seconds), "--segment-seconds"
+        of = dataclasses.replace(of, segment_seconds=args.segment_seconds)
     of = dataclasses.replace(of, view_seconds=args.view_seconds)
     difference = export(run, of, args.out, args.replace)
     print(f"{args.out}: {of.config.encoder.encoder_type} of {run.path}, onnxruntime within {difference:.1e} of torch")
-    print(f"songs are cut into segments of {of.segment_seconds:g} s ({origin})")
+    print(f"songs are cut into segments of {of.segment_seconds:g} s")
 
 
 if __name__ == "__main__":

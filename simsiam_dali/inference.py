@@ -152,7 +152,7 @@ def load_encoder(
             raise UserError(f"{folder / WEIGHTS} is missing or damaged ({reason}): export again") from e
     else:
         run = trained.read(str(path), "load_encoder")
-        found, encoder = recipe.of_run(run)[0], run.encoder()
+        found, encoder = recipe.of_run(run), run.encoder()
     found = dataclasses.replace(
         found,
         segment_seconds=segment_seconds or found.segment_seconds,

@@ -104,11 +104,10 @@ class Recipe:
         )
 
 
-def of_run(run: Trained) -> tuple[Recipe, str]:
-    """The recipe of a run, and in words where the cutting comes from."""
-    packing, origin = run.packing()
-    rate = packing.sample_rate or run.config.data.sample_rate
-    return Recipe(run.config, run.statistics, packing.segment_seconds, rate, None, run.sha256), origin
+def of_run(run: Trained) -> Recipe:
+    """The recipe of a run: its songs are cut as those of the training were."""
+    rate = run.packing.sample_rate or run.config.data.sample_rate
+    return Recipe(run.config, run.statistics, run.packing.segment_seconds, rate, None, run.sha256)
 
 
 def read(folder: Path) -> Recipe:

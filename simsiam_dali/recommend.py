@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from simsiam_dali import embeddings, playlists
-from simsiam_dali.embeddings import Embeddings
 from simsiam_dali.errors import UserError, one_line_errors
 from simsiam_dali.library import Library, Variety, printable
 from simsiam_dali.neighbours import Neighbours, unit
@@ -144,18 +143,6 @@ def choose(library: Library, vectors: np.ndarray, args: argparse.Namespace) -> C
     return (top if args.top else explore)(library, x, candidates, args.count, variety())
 
 
-def read_songs(path: Path) -> Embeddings:
-    """An embedding table that has each song once, with finite vectors."""
-    songs = embeddings.read(path)
-    if not len(songs.table):
-        raise UserError(f"{path} holds no songs")
-    if songs.table["song"].duplicated().any() or "segment" in songs.table:
-        raise UserError(f"{path} has a row for each segment: embed without --per-segment")
-    if not np.isfinite(songs.vectors).all():
-        raise UserError(f"{path} has vectors that are not finite: embed again")
-    return songs
-
-
 def lines(library: Library, choice: Choice) -> list[str]:
     """The choice as a table for a terminal; paths are relative to the music folder."""
     head = ("", "similarity" if "similarity" in choice.scores else "rating", "artist - title", "album", "path")
@@ -269,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("two playlists would be written to one file: choose a file for each")
     for path in outputs.values():
         playlists.check_writable(path, args.replace)
-    songs = read_songs(args.embeddings)
+    songs = embeddings.read_songs(args.embeddings)
     library = Library(songs.table, (args.music or Path(songs.about.get("music", ""))).resolve())
     choice = choose(library, songs.vectors, args)
     print(f"{len(choice.rows)} of {len(library)} songs: {printable(choice.title)}\n")

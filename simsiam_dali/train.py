@@ -128,6 +128,7 @@ def train(
                 rng=[rng for _, rng in ranks],
                 log_mel={"mean": log_mel.mean, "std": log_mel.std},
                 shards=shards.fingerprint,
+                packing=shards.manifest.settings,
                 mlflow_run=tracker.run_id,
                 seconds=time.perf_counter() - started,
             )

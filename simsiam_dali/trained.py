@@ -9,7 +9,7 @@ from torch import Tensor
 from simsiam_dali import checkpoint
 from simsiam_dali import config as settings
 from simsiam_dali.config import Config, TrainConfig
-from simsiam_dali.data.shards import read_manifest, sha256_of
+from simsiam_dali.data.shards import sha256_of
 from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError
 from simsiam_dali.models.encoder import Encoder
@@ -18,12 +18,16 @@ from simsiam_dali.packing.pack_song import PackSettings
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's checkpoint. `statistics`: the log-mel's `mean` and `std` over the training songs, dB."""
+    """A run's checkpoint.
+
+    `statistics`: the log-mel's `mean` and `std` over the training songs, dB. `packing`: how those songs were cut.
+    """
 
     path: Path
     sha256: str
     config: Config
     statistics: dict[str, float]
+    packing: PackSettings
     weights: dict[str, Tensor]
     mlflow_run: str | None
 
@@ -44,17 +48,6 @@ class Trained:
         encoder.load_state_dict(self.weights)
         return encoder.eval()
 
-    def packing(self) -> tuple[PackSettings, str]:
-        """How songs are to be packed, or cut, for this encoder, and in words where that comes from.
-
-        As the shards of the training are, where they still are in their folder; else by the defaults of make_shards.
-        """
-        folder = self.config.data.shards
-        try:
-            return PackSettings(**read_manifest(folder).settings), f"as in {folder}"
-        except UserError:
-            return PackSettings(), f"the default, since the shards of the training are no longer in {folder}"
-
 
 def read(run: str, option: str = "--checkpoint") -> Trained:
     """The checkpoint that `run` means: a file, a run's folder, a run's name, or "" for the newest run.
@@ -68,6 +61,7 @@ def read(run: str, option: str = "--checkpoint") -> Trained:
         sha256=sha256_of(path),
         config=settings.load(base=saved["config"]),
         statistics=saved["log_mel"],
+        packing=PackSettings(**saved["packing"]),
         weights=saved["learner"]["encoder"],
         mlflow_run=saved["mlflow_run"],
     )

@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused_in_one_line(library, monkeypatch, capsys):
     assert "has 30 songs, not the 40" in run(monkeypatch, capsys, "--floor", f"mfcc={fewer}")
     assert "expected NAME=FILE" in run(monkeypatch, capsys, "--floor", str(fewer))
     twice = store(library / "twice.parquet", songs.table.assign(song=0), songs.vectors)
-    assert "several rows a song" in run(monkeypatch, capsys, "--embeddings", twice)
+    assert "row for each segment" in run(monkeypatch, capsys, "--embeddings", twice)
     broken = store(library / "broken.parquet", songs.table, songs.vectors * math.nan)
     assert "not finite" in run(monkeypatch, capsys, "--embeddings", broken)
     empty = store(library / "empty.parquet", songs.table[:0], songs.vectors[:0])

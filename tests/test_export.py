@@ -36,7 +36,7 @@ def exported(tmp_path_factory, small_runs) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exported")
     for kind in KINDS:
         run = trained.read(str(small_runs[kind]))
-        export.export(run, recipe.of_run(run)[0], folder / kind, replace=False)
+        export.export(run, recipe.of_run(run), folder / kind, replace=False)
     return {kind: folder / kind for kind in KINDS}
 
 
@@ -108,7 +108,7 @@ def test_importing_the_package_stays_light():
 
 
 def test_the_front_end_in_torch_is_the_reference(small_runs):
-    of = recipe.of_run(trained.read(str(small_runs["simsiam"])))[0]
+    of = recipe.of_run(trained.read(str(small_runs["simsiam"])))
     wave = noise(3.0)
     expected = reference_log_mel(wave, LogMel(n_mels=16))
     own = inference.LogMel(of)(torch.from_numpy(wave)[None])[0].numpy()
@@ -160,11 +160,9 @@ def test_the_middle_of_each_segment(songs, small_runs, tmp_path):
         simsiam_dali.load_encoder(small_runs["simple"], view_seconds=0.5)
 
 
-def test_without_the_shards_the_default_cut_is_used_and_said(small_runs):
+def test_songs_are_cut_as_those_of_the_training_also_without_their_shards(small_runs):
     run = trained.read(str(small_runs["simsiam"])).with_settings(data__shards="gone")
-    of, origin = recipe.of_run(run)
-    assert of.segment_seconds == 60
-    assert "no longer in gone" in origin
+    assert recipe.of_run(run).segment_seconds == 3
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "projection"])
@@ -173,14 +171,14 @@ def test_onnxruntime_agrees_with_torch_for_any_batch_and_length(exported, small_
     run = trained.read(str(small_runs["simple" if kind == "simple" else "simsiam"]))
     if kind == "projection":
         run = run.with_embedding("projection")
-        export.export(run, recipe.of_run(run)[0], folder, replace=False)
+        export.export(run, recipe.of_run(run), folder, replace=False)
     onnx.checker.check_model(folder / export.ONNX, full_check=True)
     session = onnxruntime.InferenceSession(folder / export.ONNX, providers=["CPUExecutionProvider"])
     (name,) = (i.name for i in session.get_inputs())
     assert name == json.loads((folder / recipe.CONFIG).read_text())["input"]
     encoder = run.encoder()
     for batch, seconds in ((1, 1.0), (5, 3.0), (2, 9.7)):
-        x = export.example(recipe.of_run(run)[0], batch, round(16000 * seconds))
+        x = export.example(recipe.of_run(run), batch, round(16000 * seconds))
         (theirs,) = session.run(None, {name: x.numpy()})
         with torch.no_grad():
             ours = encoder.embed(x).numpy()
@@ -206,7 +204,7 @@ def test_safetensors_hold_every_weight_and_the_config_no_path(exported, small_ru
 
 def test_nothing_else_is_written_over(exported, small_runs, tmp_path):
     run = trained.read(str(small_runs["simple"]))
-    of = recipe.of_run(run)[0]
+    of = recipe.of_run(run)
     with pytest.raises(UserError, match="--replace"):
         export.export(run, of, exported["simple"], replace=False)
     (tmp_path / "notes.txt").write_text("mine")
@@ -231,7 +229,7 @@ def test_an_onnx_file_that_computes_something_else_is_not_written(small_runs, tm
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
     with pytest.raises(UserError, match="onnxruntime's values"):
-        export.export(run, recipe.of_run(run)[0], tmp_path / "e", replace=False)
+        export.export(run, recipe.of_run(run), tmp_path / "e", replace=False)
     assert not list(tmp_path.iterdir())
 
 
