@@ -10,7 +10,7 @@ help:
 	@echo "make demo    write a small music library, pack it, train on it, and say where to look"
 	@echo "make test    the tests"
 	@echo "make lint    ruff check, ruff format --check, mypy, generated documents up to date"
-	@echo "make docs    write the generated tables of the README and docs/config.md"
+	@echo "make docs    write the generated tables of docs/commands.md, docs/config.md and the README"
 
 setup: .venv/.installed
 

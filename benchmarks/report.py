@@ -165,7 +165,7 @@ def readme_table(docs: Mapping[str, Doc]) -> Iterator[str]:
     shown = {
         name: doc
         for name, doc in docs.items()
-        if "loader/card" in doc["stages"]  # a sweep's stages have its value in their name
+        if "train" in doc["stages"]  # a sweep's stages have its value in their name
     }
     if not shown:
         yield "Nothing has been measured yet."

@@ -22,7 +22,7 @@ def count(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the README's table is made from it."""
+    """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
         prog="python -m simsiam_dali.compare",
         description=__doc__,

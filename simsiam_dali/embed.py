@@ -154,7 +154,7 @@ def batch_size(config: Config, view: float, training_view: float) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the README's table is made from it."""
+    """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
         prog="python -m simsiam_dali.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -89,7 +89,7 @@ def find_run(args: argparse.Namespace, about: Mapping[str, str]) -> tuple[tracki
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the README's table is made from it."""
+    """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
         prog="python -m simsiam_dali.evaluate",
         description=__doc__,

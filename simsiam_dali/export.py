@@ -115,7 +115,7 @@ def example(of: Recipe, batch: int, samples: int) -> Tensor:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the README's table is made from it."""
+    """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
         prog="python -m simsiam_dali.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -156,7 +156,7 @@ def train_best(config: Config, study: Study, best: FrozenTrial, interrupt: Inter
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the README's table is made from it."""
+    """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
         prog="python -m simsiam_dali.hpo",
         description=__doc__,

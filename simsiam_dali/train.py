@@ -265,7 +265,7 @@ def check_same_shards(resumed: checkpoint.Checkpoint, fingerprint: str, run_dir:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the README's table is made from it."""
+    """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
         prog="python -m simsiam_dali.train",
         description=__doc__,

@@ -141,18 +141,21 @@ def unseen_segments_of_the_artist(run_dir: Path, folder: Path, trained: bool) ->
     return monitor.knn_labels(bank, artist[bank_songs], query, artist[query_songs], k=5)
 
 
-def test_every_command_of_the_readme_exists():
-    """Make targets, scripts, modules and options that the README names are there."""
-    readme = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_command_and_link_of_a_page_exists(name):
+    """Make targets, scripts, modules and links are there."""
+    page = (ROOT / name).read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^    make (\w+)", readme, re.MULTILINE):
+    for target in re.findall(r"^    make (\w+)", page, re.MULTILINE):
         assert f"\n{target}:" in makefile, target
-    for script in re.findall(r"python (\S+\.py)", readme):
+    for script in re.findall(r"python (\S+\.py)", page):
         assert (ROOT / script).is_file(), script
-    for module in re.findall(r"-m (simsiam_dali\.\w+)", readme):
+    for module in re.findall(r"-m (simsiam_dali\.\w+)", page):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
-        assert (ROOT / link).exists(), link
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+        assert ((ROOT / name).parent / link).exists(), link
 
 
 def test_the_generated_tables_are_up_to_date():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the generated tables: the options of the commands into README.md, every setting into docs/config.md.
+"""Write the generated tables: the options of the commands into docs/commands.md, every setting into docs/config.md.
 
 python tools/make_docs.py           rewrites them
 python tools/make_docs.py --check   exits with 1 when one of them is out of date
@@ -9,12 +9,24 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import make_shards
 
 from simsiam_dali import compare, config, embed, evaluate, export, hpo, recommend, train
 
 ROOT = Path(__file__).resolve().parent.parent
+
+COMMANDS: dict[str, ModuleType] = {
+    "make_shards": make_shards,
+    "train": train,
+    "hpo": hpo,
+    "compare": compare,
+    "embed": embed,
+    "evaluate": evaluate,
+    "recommend": recommend,
+    "export": export,
+}
 
 
 def cell(text: object) -> str:
@@ -62,7 +74,7 @@ def replace_part(text: str, name: str, lines: Iterator[str]) -> str:
     head, begin, rest = text.partition(f"<!-- {name} -->\n")
     _, end, tail = rest.partition(f"<!-- /{name} -->")
     if not (begin and end):
-        raise SystemExit(f"README.md has no part {name}")
+        raise SystemExit(f"docs/commands.md has no part {name}")
     return head + begin + "".join(f"{line}\n" for line in lines) + end + tail
 
 
@@ -71,17 +83,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when a file would change")
     check = parser.parse_args().check
-    readme = (ROOT / "README.md").read_text()
-    readme = replace_part(readme, "make_shards options", options_table(make_shards.build_parser()))
-    readme = replace_part(readme, "train options", options_table(train.build_parser()))
-    readme = replace_part(readme, "compare options", options_table(compare.build_parser()))
-    readme = replace_part(readme, "embed options", options_table(embed.build_parser()))
-    readme = replace_part(readme, "evaluate options", options_table(evaluate.build_parser()))
-    readme = replace_part(readme, "export options", options_table(export.build_parser()))
-    readme = replace_part(readme, "recommend options", options_table(recommend.build_parser()))
-    readme = replace_part(readme, "hpo options", options_table(hpo.build_parser()))
+    page = (ROOT / "docs/commands.md").read_text()
+    for name, command in COMMANDS.items():
+        page = replace_part(page, f"{name} options", options_table(command.build_parser()))
     wanted = {
-        "README.md": readme,
+        "docs/commands.md": page,
         "docs/config.md": CONFIG_PAGE + "".join(f"{line}\n" for line in config_table()),
     }
     stale = [name for name, text in wanted.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
