@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-600}
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-${TMPDIR:-/tmp}/simsiam_dali_cache} PYTHONPATH=$PWD
-mkdir -p "$OUT/logs"
+mkdir -p "$OUT/logs" "$OUT/embed"
 CORES=$(nproc)
 LEAST=30 # seconds in which no part can do anything
 started=$SECONDS failed=0
@@ -59,12 +59,14 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   for sweep in seconds rate codec; do
     bench "gpu-sweep-$sweep" 90 --sweep "$sweep" --stages loader/card --threads "$CORES" --seconds 0.5
   done
+  part gpu-embed 60 "$PYTHON" benchmarks/embed.py --seconds 1 --json "$OUT/embed/gpu.json"
   bench gpu-soak 60 --soak 1000 --threads "$CORES"
 else
   skip gpu-tests
   skip gpu
   for option in compile channels_last precision; do skip "gpu-train-$option"; done
   skip gpu-baseline-train
+  skip gpu-embed
   bench rehearsal 400 --stages loader/card model train --seconds 0.2
   for sweep in threads batch seconds rate codec; do
     bench "rehearsal-sweep-$sweep" 400 --sweep "$sweep" --stages loader/card --seconds 0.2 --view-seconds 10

@@ -191,6 +191,19 @@ def readme_table(docs: Mapping[str, Doc]) -> Iterator[str]:
     yield "Every stage, window and sweep: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
 
 
+def embed_section(name: str, doc: Doc) -> Iterator[str]:
+    """A result of benchmarks/embed.py."""
+    yield from ("", f"## Embedding: {name}", "", machine(doc), "", "| | segments/s | low | high |", "|---|---|---|---|")
+    for stage, entry in doc["stages"].items():
+        yield f"| {stage} | {' | '.join(figure(entry[key]) for key in ('samples_per_s', 'low', 'high'))} |"
+    ratios = doc["ratios"]
+    yield ""
+    yield (
+        f"Embedding over the slower of loader and model: {ratios['embed_over_slower']:.2f}; over what both can reach on"
+        f" shared cores: {ratios['embed_over_shared']:.2f}."
+    )
+
+
 def with_table(readme: str, docs: Mapping[str, Doc]) -> str:
     """The README with the table between its markers."""
     head, begin, rest = readme.partition(BEGIN)
@@ -205,11 +218,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when a file would change")
     check = parser.parse_args().check
-    docs = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    docs, embeds = (
+        {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        for folder in (RESULTS, RESULTS / "embed")
+    )
     pages = {
         ROOT / "README.md": with_table((ROOT / "README.md").read_text(), docs),
         ROOT / "benchmarks" / "RESULTS.md": INTRO
-        + "".join(f"{line}\n" for name, doc in docs.items() for line in section(name, doc)),
+        + "".join(f"{line}\n" for name, doc in docs.items() for line in section(name, doc))
+        + "".join(f"{line}\n" for name, doc in embeds.items() for line in embed_section(name, doc)),
     }
     stale = {page: text for page, text in pages.items() if not page.exists() or page.read_text() != text}
     if check and stale:
