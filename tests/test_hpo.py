@@ -285,6 +285,25 @@ def test_a_running_trial_counts_as_killed_only_when_nobody_holds_its_lock(tmp_pa
     assert theirs.claim() is None  # three in all, the killed one counted
 
 
+def test_a_trial_that_ends_while_others_look_for_killed_ones_is_not_one(tmp_path, monkeypatch):
+    config = make_config(tmp_path, hpo__trials=3)
+    ours, theirs = make_study(config), make_study(config)
+    claim = ours.claim()
+    assert claim
+    asked = theirs.trials
+
+    def ends_after_it_was_asked_for(*states):
+        found = asked(*states)
+        if states == (TrialState.RUNNING,):
+            ours.tell(claim.trial, Ending("complete", ""), [0.5])
+            claim.lock.close()
+        return found
+
+    monkeypatch.setattr(theirs, "trials", ends_after_it_was_asked_for)
+    assert theirs.fail_killed() == []
+    assert [t.state for t in asked()] == [TrialState.COMPLETE]
+
+
 def test_a_study_takes_no_trials_that_would_not_compare(tmp_path):
     make_study(make_config(tmp_path))
     make_study(make_config(tmp_path, hpo__trials=99, data__threads=2, encoder__final_training_epochs=3))

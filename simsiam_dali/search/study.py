@@ -122,10 +122,13 @@ class Study:
         for trial in self.trials(TrialState.RUNNING):
             path = self.trial_folder(trial.number) / "lock"
             if path.exists() and (lock := try_lock(path)):
-                lock.close()
-                self.optuna.tell(trial.number, state=TrialState.FAIL)
-                drop_checkpoint(path.parent)
-                killed.append(trial.number)
+                with lock:
+                    # It may have ended, and let go of its lock, since the study was asked; asked again, it says so.
+                    if self.trials()[trial.number].state != TrialState.RUNNING:
+                        continue
+                    self.optuna.tell(trial.number, state=TrialState.FAIL)
+                    drop_checkpoint(path.parent)
+                    killed.append(trial.number)
         return killed
 
     def trial_folder(self, number: int) -> Path:
