@@ -36,6 +36,7 @@ lint: setup
 	$(PY) -m mypy
 	$(PY) tools/make_docs.py --check
 	$(PY) benchmarks/report.py --check
+	$(PY) benchmarks/questions.py --check
 
 format: setup
 	$(PY) -m ruff check --fix .
@@ -44,6 +45,7 @@ format: setup
 docs: setup
 	$(PY) tools/make_docs.py
 	$(PY) benchmarks/report.py
+	$(PY) benchmarks/questions.py --write
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

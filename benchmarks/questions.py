@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "encoder.simsiam.n_mels": 128,
         f"{AUGMENTATION}.frequency_mask_param": 26,
     },
-    "views of 8 s": {"data.view_seconds": 8},
     "no augmentation (two places)": NONE,
-    "half the strength": WEAK,
     "twice the strength": STRONG,
+    "half the strength": WEAK,
+    "views of 8 s": {"data.view_seconds": 8},
 }
 """One change each: what a row of the table is called, and its settings."""
 OTHER_TABLES = {
@@ -91,7 +91,7 @@ def artist_precision(table: Path) -> np.ndarray:
     return retrieval.average_precision(near)
 
 
-def tables(folder: Path, seeds: int) -> Iterator[tuple[str, int, Path]]:
+def tables(folder: Path, seeds: int, wanted: Collection[str]) -> Iterator[tuple[str, int, Path]]:
     """Train and embed what is not there yet: (row, seed, embedding table)."""
     music, shards = folder / "music", folder / "shards"
     if not (shards / "manifest.json").exists():
@@ -99,6 +99,8 @@ def tables(folder: Path, seeds: int) -> Iterator[tuple[str, int, Path]]:
         python("tools/make_shards.py", music, "--out", shards, "--segment-seconds", 10, "--val-fraction", 0.3)
     for seed in range(seeds):
         for row, over in RUNS.items():
+            if row not in {BASE, *wanted}:
+                continue
             name = re.sub(r"\W+", "-", f"{row} {seed}")
             run = folder / "runs" / name
             table = folder / f"{name}.parquet"
@@ -118,10 +120,10 @@ def tables(folder: Path, seeds: int) -> Iterator[tuple[str, int, Path]]:
                     yield other, seed, out
 
 
-def measure(folder: Path, seeds: int) -> dict[str, Any]:
+def measure(folder: Path, seeds: int, wanted: Collection[str]) -> dict[str, Any]:
     """What --json writes: by row, mAP@10 of each seed, and over all seeds' songs the intervals."""
     found: dict[str, list[np.ndarray]] = {}
-    for row, _, table in tables(folder, seeds):
+    for row, _, table in tables(folder, seeds, wanted):
         found.setdefault(row, []).append(artist_precision(table))
     metric = scores.METRICS["map_at_10"]
 
@@ -175,12 +177,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="where music, shards and runs are kept")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each row (default: %(default)s)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=RUNS, default=list(RUNS), metavar="ROW",
+        help=f"which to run, beside {BASE} (default: all): {', '.join(name for name in RUNS if name != BASE)}",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     parser.add_argument("--write", action="store_true", help="put the newest result's table into docs/questions.md")
     parser.add_argument("--check", action="store_true", help="exit with 1 when that table is out of date")
     args = parser.parse_args()
     if args.folder:
-        doc = measure(args.folder.resolve(), args.seeds)
+        doc = measure(args.folder.resolve(), args.seeds, args.rows)
         print("\n".join(table_lines(doc)))
         if args.json:
             args.json.write_text(json.dumps(doc, indent=1) + "\n")
