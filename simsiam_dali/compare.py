@@ -12,6 +12,7 @@ from simsiam_dali import comparison, comparison_report, mlflow_runs
 from simsiam_dali import config as settings
 from simsiam_dali.comparison import SIDES
 from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.options import add_setting
 
 
 def count(text: str) -> int:
@@ -28,14 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = dict(settings.fields())
-
-    def setting(option: str, key: str, metavar: str) -> None:
-        meaning = f"{known[key].description} ({key}; default {known[key].default})"
-        parser.add_argument(option, dest=key, metavar=metavar, help=meaning)
-
-    setting("--tracking-uri", "mlflow.tracking_uri", "URI")
-    setting("--experiment", "mlflow.experiment_name", "NAME")
+    add_setting(parser, "--tracking-uri", "mlflow.tracking_uri", "URI")
+    add_setting(parser, "--experiment", "mlflow.experiment_name", "NAME")
     parser.add_argument(
         "--by", metavar="METRIC",
         help=f"what the best runs are chosen by (default: {' or, where no run has it, '.join(comparison.DEFAULT_BY)})",

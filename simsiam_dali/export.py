@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--embedding", choices=["backbone", "projection"],
         help="of a simsiam encoder (default: encoder.simsiam.embedding of the training)")  # fmt: skip
     add("--segment-seconds", type=float, metavar="S",
-        help="how songs are cut (default: as the training's shards are, else make_shards' default)")  # fmt: skip
+        help="how songs are cut (default: as those of the training were)")  # fmt: skip
     add("--view-seconds", type=float, metavar="S",
         help="the middle S seconds of each segment (default: the whole segment)")  # fmt: skip
     add("--replace", action="store_true", help="write over an exported encoder")

@@ -136,9 +136,8 @@ def load_encoder(
 ) -> SongEncoder:
     """The encoder in an exported folder, a checkpoint, a run's folder, or the run of that name in runs/.
 
-    segment_seconds: how songs are cut; None = as the training's shards are, as far as that is known (an exported folder
-    says it; a checkpoint alone does not: where the shards are gone it is make_shards' default). view_seconds: hear only
-    the middle of each segment; None = as exported, or all of it.
+    segment_seconds: how songs are cut; None = as those of the training were. view_seconds: hear only the middle of each
+    segment; None = as exported, or all of it.
     Raises UserError for what is missing or damaged.
     """
     folder = Path(path)
