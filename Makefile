@@ -1,14 +1,15 @@
-# make demo | test | lint | setup. Needs python3 (3.11 or later) and make; everything else goes into .venv.
+# make demo | test | faults | lint | setup. Needs python3 (3.11 or later) and make; everything else goes into .venv.
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := demo
 
-.PHONY: help setup demo test lint format docs clean
+.PHONY: help setup demo test faults lint format docs clean
 
 help:
 	@echo "make setup   make .venv with the exact versions of requirements.lock"
 	@echo "make demo    write a small music library, pack it, train on it, and say where to look"
 	@echo "make test    the tests"
+	@echo "make faults  the long tests: killed processes, full disks, a lost server, fuzzing"
 	@echo "make lint    ruff check, ruff format --check, mypy, generated documents up to date"
 	@echo "make docs    write the generated tables of docs/commands.md, docs/config.md and the README"
 
@@ -29,6 +30,9 @@ demo: setup
 
 test: setup
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q
+
+faults: setup
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -m faults
 
 lint: setup
 	$(PY) -m ruff check .
