@@ -1,13 +1,21 @@
-"""One process or many under `torchrun`: rank, device, and the few collective calls the trainer needs."""
+"""One process or many under `torchrun`: rank, device, the few collective calls the trainer needs, and one voice.
 
+Where a process fails or is killed, all of them fail at the next collective call. The first to notice tells it, the
+others end in silence; torchrun adds its own report, which names the process that ended first.
+"""
+
+import functools
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from simsiam_dali.errors import UserError
 
@@ -37,6 +45,38 @@ class World:
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, thing)
         return everyone
+
+
+class _Sum(torch.autograd.Function):
+    """Every rank's loss depends on what every rank put in, so the gradients are summed over the ranks too."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        return _Sum.forward(_ctx, grad)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of every rank's `x`, of one shape, on every rank; differentiable. All ranks must call it."""
+    total: Tensor = _Sum.apply(x)
+    return total
+
+
+def rows_of_all_ranks(x: Tensor) -> Tensor:
+    """`(B, ...)` of each rank to `(ranks x B, ...)` on every rank, in the order of ranks; differentiable.
+
+    All ranks must call it, with the same B. Without a process group it is `x`.
+    """
+    if not dist.is_initialized():
+        return x
+    rows = x.new_zeros(dist.get_world_size(), *x.shape)
+    rows[dist.get_rank()] = x
+    return sum_over_ranks(rows).flatten(0, 1)
 
 
 def is_main() -> bool:
@@ -71,5 +111,44 @@ def world(wanted_device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(rank, size, device)
+    except Exception:
+        speaks_first()  # before the others see this process leave
+        raise
     finally:
         dist.destroy_process_group()
+
+
+@functools.cache
+def speaks_first() -> bool:
+    """Whether this process is the first of its run to ask, and so the one to tell the error; True without torchrun."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        # torchrun itself keeps the store, so it is there whichever rank is gone.
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
+        return bool(store.add("simsiam_dali/errors", 1) == 1)
+    except dist.DistError:  # torchrun is gone too: better told twice than not at all
+        return True
+
+
+def one_voice(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a command's `main`: of all ranks' errors the first is raised, the others become exit status 1.
+
+    What a rank sees of another's end becomes a UserError.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except Exception as e:
+            if not speaks_first():
+                sys.exit(1)
+            if isinstance(e, dist.DistError) or "gloo/transport" in str(e):  # gloo has no type of its own
+                raise UserError(
+                    "another process of this run has ended without a word (killed, out of memory, or its host is gone;"
+                    " see torchrun's report), so all of them stop: go on from the last checkpoint with --resume"
+                ) from e
+            raise
+
+    return wrapped

@@ -56,6 +56,8 @@ class EncoderType:
     """The shortest input, in samples of the front end's rate."""
     warn_of_collapse: bool
     """Whether few directions in the outputs are a fault: SimSiam's loss is lowest there, a contrastive one is not."""
+    compares: bool
+    """Whether the loss compares a batch's segments with each other: then it is given those of all processes."""
 
     def input_shapes(self, log_mel: "LogMel", seconds: float) -> list[tuple[int, ...]]:
         """Shape of each of the forward's inputs, for one segment."""
@@ -124,6 +126,7 @@ ENCODERS: dict[str, EncoderType] = {
         },
         min_samples=1,
         warn_of_collapse=True,
+        compares=False,
     ),
     "simple": EncoderType(
         create=_create_simple,
@@ -135,6 +138,7 @@ ENCODERS: dict[str, EncoderType] = {
         tags=lambda config: {"loss_type": config.encoder.simple.loss_type},
         min_samples=MIN_SAMPLES,
         warn_of_collapse=False,
+        compares=True,
     ),
 }
 

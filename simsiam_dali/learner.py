@@ -4,16 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simsiam_dali import factory
+from simsiam_dali import factory, sync_bn
 from simsiam_dali.clock import mark
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.distributed import World
-from simsiam_dali.encoders import Scored
+from simsiam_dali.distributed import World, rows_of_all_ranks
+from simsiam_dali.encoders import Scored, encoder_type
 
 
 class Learner:
@@ -32,7 +31,7 @@ class Learner:
 
         encoder = factory.create_encoder(config, pretrained)
         if config.train.sync_bn and world.size > 1:
-            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+            sync_bn.convert(encoder, world.device)
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.encoder = encoder.to(world.device).to(memory_format=layout)
         self.model: Callable[..., Any] = self.encoder
@@ -41,6 +40,7 @@ class Learner:
         if config.train.compile:
             self.model = torch.compile(self.model)
 
+        self.compares = encoder_type(config).compares
         self.loss_fn = factory.create_loss_fn(config, shards, world.device)
         self.optimizer = factory.create_optimizer(config, self.encoder)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
@@ -56,18 +56,25 @@ class Learner:
 
     def score(self, batch: Batch | Single) -> Scored:
         """The loss of a batch by the encoder alone, for validation: nothing here waits for another process."""
-        return self._score(self.encoder, batch)
-
-    def _score(self, model: Callable[..., Any], batch: Batch | Single) -> Scored:
         with self.autocast():
-            return self.loss_fn(model(*batch[:-1]), batch.segment)
+            return self.loss_fn(self.encoder(*batch[:-1]), batch.segment)
+
+    def _score(self, batch: Batch | Single) -> Scored:
+        """The loss of this step, which is that of all ranks' batches where its segments are compared."""
+        with self.autocast():
+            outputs, segment = self.model(*batch[:-1]), batch.segment
+            if self.compares:
+                segment = rows_of_all_ranks(segment)
+                together = tuple(map(rows_of_all_ranks, outputs if isinstance(outputs, tuple) else (outputs,)))
+                outputs = together if isinstance(outputs, tuple) else together[0]
+            return self.loss_fn(outputs, segment)
 
     def step(self, batch: Batch | Single, lr: float, fixed_lr: float) -> Scored:
         """One step at these learning rates; the result is detached, and left on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = fixed_lr if group["fix_lr"] else lr
         with mark("forward"):
-            scored = self._score(self.model, batch)
+            scored = self._score(batch)
         with mark("backward"):
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(scored.loss).backward()

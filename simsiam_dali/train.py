@@ -27,11 +27,12 @@ from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import measure_log_mel
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World, choose_device, is_main, world
+from simsiam_dali.distributed import World, choose_device, is_main, one_voice, world
 from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError, one_line_errors
 from simsiam_dali.learner import Learner
 from simsiam_dali.options import add_setting
+from simsiam_dali.ranks import order_seed, shared_anew
 from simsiam_dali.schedule import learning_rates
 
 GAUGE_ROWS = 1024
@@ -96,7 +97,9 @@ def train(
     # What learns
     learner = Learner(config, shards, w, pretrained=resumed is None)
     shapes = kind.input_shapes(log_mel, loader.graph.seconds)
-    memory.check_fits(learner.encoder, config.encoder.batch_size, shapes, learner.half, w.device)
+    with torch.device("meta"):  # an encoder of its own, since batch norm over all ranks cannot be counted
+        shape = factory.create_encoder(config, pretrained=False)
+    memory.check_fits(shape, config.encoder.batch_size, shapes, learner.half, w.device)
 
     # Where we stand
     epoch, step, seconds = 0, 0, 0.0  # whole epochs, optimizer steps, time spent
@@ -104,8 +107,16 @@ def train(
     if resumed:
         epoch, step, seconds = resumed["epoch"], resumed["step"], resumed["seconds"]
         learner.load_state_dict(resumed["learner"])
-        loader.load_state_dict(resumed["loaders"][w.rank])
-        checkpoint.set_rng_state(resumed["rng"][w.rank], w.device)
+        if len(resumed["loaders"]) == w.size:
+            loader.load_state_dict(resumed["loaders"][w.rank])
+            checkpoint.set_rng_state(resumed["rng"][w.rank], w.device)
+        else:
+            loader.begin(order_seed(config, step, w.size))
+            say(
+                f"saved after step {step} by {len(resumed['loaders'])} processes, now {w.size} with"
+                f" {config.encoder.batch_size} segments a step each: epoch {epoch + 1} from its start, in a new order"
+            )
+            step = epoch * steps
         log.resume(step)
     mlflow_run = resumed["mlflow_run"] if resumed else None
     tracker = tracking.create_tracker(config, shards, run_dir.name, mlflow_run, w.main, tags or {})
@@ -342,13 +353,14 @@ def configure(args: argparse.Namespace) -> tuple[Config, checkpoint.Checkpoint |
 
 
 @one_line_errors
+@one_voice
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
     config, resumed, run_dir = configure(args)
     with world(config.train.device) as w:
         if resumed and len(resumed["loaders"]) != w.size:
-            raise UserError(f"the run was made by {len(resumed['loaders'])} processes and cannot go on with {w.size}")
+            config = shared_anew(config, len(resumed["loaders"]), w.size)
         try:
             ended_by = train(config, w, resumed, run_dir)
         except torch.OutOfMemoryError as e:

@@ -259,25 +259,6 @@ finally:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_two_processes_train_one_model(tmp_path, small_shards):
-    args = command(tmp_path, small_shards, mlflow__enabled="false", encoder__epochs=2, encoder__batch_size=2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *args[1:]]
-    done = run(launcher, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
-    assert len(saved["loaders"]) == 2
-    assert saved["loaders"][0] != saved["loaders"][1]
-    steps = len(losses(run_dir))
-    assert steps == saved["step"]
-    refused = run(
-        command(tmp_path, small_shards, "--resume", mlflow__enabled="false", encoder__batch_size=2, encoder__epochs=2),
-        tmp_path,
-    )
-    assert refused.returncode == 1
-    assert "made by 2 processes" in refused.stderr
-
-
 def refusal(args: list[str], folder: Path, **environment: str) -> str:
     """The one line that ended a command; it must be one, and no traceback."""
     done = run(args, folder, **environment)

@@ -61,9 +61,10 @@ class Loader:
                 f"a batch of {batch_size}{each} is larger than the data set ({count} segments): use --batch-size"
                 f" {max(1, count // ranks)} or less, or pack more songs"
             )
-        self.settings = (batch_size, threads, prefetch, seed, gpu)
+        self.settings = (batch_size, threads, prefetch)
+        self.pipeline: Pipeline
         self.step = 0  # batches of this epoch already given
-        self.pipeline: Pipeline = build(graph, *self.settings, state=None)
+        self.begin(seed)
 
     def __len__(self) -> int:
         return self.steps
@@ -97,14 +98,19 @@ class Loader:
                 " tools/make_shards.py --verify"
             ) from e
 
+    def begin(self, seed: int) -> None:
+        """Start from the first batch, in the order and with the draws of another seed."""
+        self.seed, self.step = seed, 0
+        self.pipeline = build(self.graph, *self.settings, seed, self.gpu, state=None)
+
     def state_dict(self) -> dict[str, Any]:
         """The reader's place and the state of every random draw, after the last batch given."""
-        return {"step": self.step, "pipeline": self.pipeline.checkpoint()}
+        return {"step": self.step, "seed": self.seed, "pipeline": self.pipeline.checkpoint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state_dict` was called: the same order, the same draws."""
-        self.step = state["step"]
-        self.pipeline = build(self.graph, *self.settings, state=state["pipeline"])
+        self.step, self.seed = state["step"], state.get("seed", self.seed)
+        self.pipeline = build(self.graph, *self.settings, self.seed, self.gpu, state=state["pipeline"])
 
 
 def measure_log_mel(loader: Loader, segments: int) -> LogMel:

@@ -1,0 +1,177 @@
+"""Several processes as one: gradients, segments, one error, and going on with another number of them."""
+
+import os
+import signal
+import sys
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_worker
+import torch
+from test_train import command, epochs, losses, run, start, wait_for_step
+
+from simsiam_dali import checkpoint, config
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.distributed import World
+from simsiam_dali.errors import UserError
+from simsiam_dali.ranks import shared_anew
+from simsiam_dali.schedule import learning_rates
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+HERE = Path(__file__).parent
+
+
+def launched(processes: int, args: list[str]) -> list[str]:
+    """A command of `python ...` under torchrun."""
+    return [*TORCHRUN, "--standalone", "--nproc-per-node", str(processes), *args[1:]]
+
+
+@pytest.fixture(scope="module")
+def alone(small_shards: Path) -> dict[str, Any]:
+    """What one process does with the whole batch."""
+    return rank_worker.measure(open_shards(small_shards), World(0, 1, torch.device("cpu")))
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.faults)])
+def ranks(request: pytest.FixtureRequest, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What several do, with equal parts of it each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = [sys.executable, str(HERE / "rank_worker.py"), str(small_shards), str(folder / "out.pt")]
+    done = run(launched(request.param, script), folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, torch.load(folder / "out.pt", weights_only=True)
+
+
+def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of two tensors of one name."""
+    assert ours.keys() == theirs.keys()
+    pairs = [(ours[n].double(), theirs[n].double()) for n in theirs]
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs if b.any())
+
+
+@pytest.mark.parametrize("encoder", ["simsiam", "simple"])
+def test_the_gradients_are_those_of_one_process_with_the_whole_batch(ranks, alone, encoder):
+    ours, theirs = ranks[1]["steps"][encoder], alone["steps"][encoder]
+    assert all(gradient.any() for gradient in theirs["gradients"].values())
+    assert difference(ours["gradients"], theirs["gradients"]) < 1e-4
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    running = [name for name in theirs["state"] if "running" in name]
+    assert running
+    for name in running:
+        torch.testing.assert_close(ours["state"][name], theirs["state"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_sync_bn_they_are_not(ranks, alone):
+    apart, whole = ranks[1]["steps"]["apart"], alone["steps"]["apart"]
+    assert (
+        apart["state"].keys() == ranks[1]["steps"]["simsiam"]["state"].keys()
+    )  # either checkpoint fits either encoder
+    assert difference(apart["gradients"], whole["gradients"]) > 1e-2
+
+
+def test_each_segment_comes_once_an_epoch_over_all_ranks(ranks, small_shards):
+    number, result = ranks
+    count = open_shards(small_shards).count("train")
+    steps = count // rank_worker.SEGMENTS
+    first = Counter(chain.from_iterable(of_rank[0] for of_rank in result["segments"]))
+    assert set(first.values()) == {1}
+    assert sum(first.values()) == steps * rank_worker.SEGMENTS
+    for of_rank in result["segments"]:
+        assert [len(epoch) for epoch in of_rank] == [steps * rank_worker.SEGMENTS // number] * rank_worker.EPOCHS
+
+
+# --- going on with another number of processes
+
+SHARED = {"mlflow__enabled": "false", "train__sync_bn": "true", "encoder__epochs": 3}
+
+
+def check_whole(run_dir: Path, processes: int) -> None:
+    """The run has come to its end as if it had always been one: every step once, the settings of its last processes."""
+    saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
+    total = len(losses(run_dir))
+    assert (saved["epoch"], saved["step"], total % 3) == (3, total, 0)
+    assert list(losses(run_dir)) == list(range(1, total + 1))
+    assert [record["epoch"] for record in epochs(run_dir)] == [0, 1, 2, 3]
+    assert len(saved["loaders"]) == processes
+    settings = config.load(run_dir / "config.yaml")
+    assert settings.encoder.batch_size * processes == 8
+    decayed, fixed = (group["lr"] for group in saved["learner"]["optimizer"]["param_groups"])
+    assert (decayed, fixed) == pytest.approx(learning_rates(settings, total - 1, total // 3, 8))
+
+
+def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_shards):
+    args = command(tmp_path, small_shards, encoder__batch_size=4, **{**SHARED, "encoder__epochs": 2})
+    done = run(launched(2, args), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
+    steps = saved["step"] // 2
+    assert len(losses(run_dir)) == saved["step"]
+    assert saved["loaders"][0] != saved["loaders"][1]
+
+    # as if three epochs were to be made, and it had been stopped in the middle of the second
+    saved["config"]["encoder"]["epochs"] = 3
+    saved["epoch"], saved["step"] = 1, steps + 2
+    checkpoint.save(saved, run_dir / checkpoint.FILE_NAME)
+    resume = [sys.executable, "-m", "simsiam_dali.train", "--resume", str(run_dir)]
+    refused = run(launched(3, resume), tmp_path)
+    assert refused.returncode == 1
+    assert [line for line in refused.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: a step of this run has 8 segments, which 3 processes cannot share evenly, 2 or more each: go on with"
+        " 1, 2, 4"
+    ]
+    done = run(resume, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = f"saved after step {steps + 2} by 2 processes, now 1 with 8 segments a step each: epoch 2 from its start"
+    assert said in done.stdout
+    check_whole(run_dir, 1)
+
+
+def test_a_step_keeps_its_segments():
+    settings = config.load(assignments=["encoder.batch_size=6"])
+    assert shared_anew(settings, before=2, now=1).encoder.batch_size == 12
+    assert shared_anew(settings, before=2, now=6).encoder.batch_size == 2
+    with pytest.raises(UserError, match="12 segments, which 8 processes cannot share evenly"):
+        shared_anew(settings, before=2, now=8)
+    with pytest.raises(UserError, match=r"go on with 1, 2, 3, 4, 6$"):
+        shared_anew(settings, before=2, now=12)  # one segment has no batch statistics
+
+
+def worker(launcher: int, rank: int) -> int:
+    """Process id of a rank that torchrun started."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise AssertionError(f"rank {rank} is not running")
+
+
+@pytest.mark.faults
+def test_a_killed_rank_ends_all_with_one_error_and_any_number_goes_on(tmp_path, small_shards):
+    """4 processes, one killed; 2, the one that writes killed; 1, killed; 2 to the end."""
+    args = command(tmp_path, small_shards, encoder__batch_size=2, train__checkpoint_every=1, **SHARED)
+    resume = [sys.executable, "-m", "simsiam_dali.train", "--resume", "--set", f"train.runs_dir={tmp_path}/runs"]
+    for processes, rank, step in ((4, 1, 2), (2, 0, 6)):
+        launcher = start(launched(processes, args), tmp_path)
+        wait_for_step(launcher, tmp_path / "runs", step)
+        os.kill(worker(launcher.pid, rank), signal.SIGKILL)
+        _, err = launcher.communicate(timeout=120)
+        assert launcher.returncode == 1
+        (said,) = (line for line in err.splitlines() if line.startswith("error: "))
+        assert "another process of this run has ended without a word" in said
+        assert err.count("Traceback") == 1  # torchrun's own, of its report
+        assert err.index("error: ") < err.index("Traceback") < err.index("ChildFailedError")
+        assert "(SIGKILL)" in err
+        args = resume
+    alone = start(args, tmp_path)
+    wait_for_step(alone, tmp_path / "runs", 10)
+    alone.kill()
+    out, _ = alone.communicate()
+    assert "by 2 processes, now 1 with 8 segments a step each: epoch 2 from its start, in a new order" in out
+    done = run(launched(2, resume), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "by 1 processes, now 2 with 4 segments a step each: epoch 3 from its start, in a new order" in done.stdout
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    check_whole(run_dir, 2)
