@@ -57,7 +57,7 @@ def test_the_gradients_are_those_of_one_process_with_the_whole_batch(ranks, alon
     ours, theirs = ranks[1]["steps"][encoder], alone["steps"][encoder]
     assert all(gradient.any() for gradient in theirs["gradients"].values())
     assert difference(ours["gradients"], theirs["gradients"]) < 1e-4
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4, abs=1e-5)
     running = [name for name in theirs["state"] if "running" in name]
     assert running
     for name in running:
