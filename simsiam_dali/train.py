@@ -120,13 +120,11 @@ def train(
         log.resume(step)
     mlflow_run = resumed["mlflow_run"] if resumed else None
     tracker = tracking.create_tracker(config, shards, run_dir.name, mlflow_run, w.main, tags or {})
-    if w.main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(config.to_yaml())
-        tracker.artifact(run_dir / "config.yaml")
     started = time.perf_counter() - seconds
+    unsaved: UserError | None = None  # why the newest state is not on the disk
 
     def save() -> None:
+        nonlocal unsaved
         ranks = w.gather((loader.state_dict(), checkpoint.rng_state(w.device)))
         if w.main:
             state = checkpoint.Checkpoint(
@@ -143,7 +141,16 @@ def train(
                 mlflow_run=tracker.run_id,
                 seconds=time.perf_counter() - started,
             )
-            checkpoint.save(state, run_dir / checkpoint.FILE_NAME)
+            try:
+                log.sync()  # a resumed run reads it up to this step
+                checkpoint.save(state, run_dir / checkpoint.FILE_NAME)
+                unsaved = None
+            except (UserError, OSError) as e:
+                unsaved = e if isinstance(e, UserError) else UserError(f"cannot write {log.path} ({e.strerror})")
+                if not (run_dir / checkpoint.FILE_NAME).exists():
+                    raise unsaved from e
+                # Days of training are worth more than one checkpoint, and somebody may make room before the next.
+                say(f"warning: step {step}: {unsaved}; training goes on, and the next one is tried")
 
     def finish_epoch(record: dict[str, Any]) -> None:
         record |= online.evaluate(config, shards, log_mel, w, learner)
@@ -164,6 +171,9 @@ def train(
     profiler = profiling.create_profiler(config.train.profile if w.main else 0, run_dir, w.device)
     recent: deque[Tensor] = deque(maxlen=max(1, GAUGE_ROWS // config.encoder.batch_size))
     try:
+        if w.main:
+            prepare(run_dir, config)
+            tracker.artifact(run_dir / "config.yaml")
         if not resumed:
             finish_epoch({"step": 0, "epoch": 0})  # the untrained encoder: what training has to beat
         while epoch < config.encoder.epochs:
@@ -204,6 +214,8 @@ def train(
                 if stop := max(signal for _, signal in ranks):
                     bar.close()
                     save()
+                    if unsaved:
+                        raise unsaved
                     tracker.end("KILLED")
                     say(f"stopped after step {step}: go on with --resume {run_dir}")
                     return stop
@@ -234,9 +246,13 @@ def train(
             if advice := monitor.pairless_advice(pairless):
                 say(advice)
             if stop := max(w.gather(interrupt.signal)):
+                if unsaved:
+                    raise unsaved
                 tracker.end("KILLED")
                 say(f"stopped after epoch {epoch}: go on with --resume {run_dir}")
                 return stop
+        if unsaved:
+            raise unsaved
     except Stop as e:
         tracker.end("KILLED", str(e))
         raise
@@ -247,8 +263,11 @@ def train(
         profiler.stop()
 
     if w.main:
-        plots.curves(log.epochs, learner.encoder.output_dim, run_dir / "curves.png")
-        tracker.artifact(run_dir / "curves.png")
+        try:
+            plots.curves(log.epochs, learner.encoder.output_dim, run_dir / "curves.png")
+            tracker.artifact(run_dir / "curves.png")
+        except OSError as e:
+            say(f"warning: cannot write {run_dir / 'curves.png'} ({e.strerror}); --resume {run_dir} draws it again")
         if config.mlflow.log_checkpoint:
             tracker.artifact(run_dir / checkpoint.FILE_NAME)
         tracker.end("FINISHED")
@@ -258,6 +277,22 @@ def train(
         ):
             say(line)
     return 0
+
+
+def prepare(run_dir: Path, config: Config) -> None:
+    """Make the run's folder, with its settings and without what a killed process left half written.
+
+    Raises UserError where that cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for left in run_dir.glob("*.part*"):
+            left.unlink()
+        part = run_dir / "config.part"
+        part.write_text(config.to_yaml())
+        part.replace(run_dir / "config.yaml")
+    except OSError as e:
+        raise UserError(f"cannot write into {run_dir} ({e.strerror}): make room, or choose another") from e
 
 
 def mean_where_it_counts(ranks: Sequence[tuple[float, float]]) -> float | None:

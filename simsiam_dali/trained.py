@@ -55,7 +55,7 @@ def read(run: str, option: str = "--checkpoint") -> Trained:
     Raises UserError for what is missing or damaged; option: the word for `run` in what it says.
     """
     path = checkpoint.find(run, TrainConfig().runs_dir, option)
-    saved = checkpoint.load(path)
+    saved = checkpoint.load(path, option)
     return Trained(
         path=path,
         sha256=sha256_of(path),

@@ -45,7 +45,8 @@ def test_simple_is_tagged_measured_and_kept_like_simsiam(simple):
         "knn/artist",
         "training_time_hours",
     } <= set(found.data.metrics)
-    assert {p.name for p in simple.iterdir()} == {"checkpoint.pt", "config.yaml", "curves.png", "metrics.jsonl"}
+    written = {p.name for p in simple.iterdir()}
+    assert written == {"checkpoint.pt", "checkpoint.previous.pt", "config.yaml", "curves.png", "metrics.jsonl"}
 
 
 def test_simple_s_loss_falls(simple):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from simsiam_dali import checkpoint, train
+from simsiam_dali import train
 from simsiam_dali.config import Config
 from simsiam_dali.distributed import world
 from simsiam_dali.errors import UserError
@@ -93,9 +93,8 @@ def run(job: Job, on_epoch: Callable[[dict[str, Any]], Ending | None], asked_to_
 
 def drop_checkpoint(run_dir: Path) -> None:
     """Remove what `run` does not keep."""
-    path = run_dir / checkpoint.FILE_NAME
-    path.unlink(missing_ok=True)
-    path.with_suffix(".part").unlink(missing_ok=True)
+    for path in run_dir.glob("checkpoint.*"):
+        path.unlink()
 
 
 def _died(status: int, asked: bool) -> Ending:

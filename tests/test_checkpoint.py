@@ -1,0 +1,220 @@
+"""A checkpoint is whole or refused: damage, kills and full disks while it is written, and pickles that would act."""
+
+import hashlib
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from full_disk import fill, small_disk
+
+from simsiam_dali import checkpoint
+from simsiam_dali.errors import UserError
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def state(step: int, numbers: int = 10) -> Any:
+    """A checkpoint that holds every key; its weights are `step`, so that one tells from which save they are."""
+    whole: dict[str, Any] = dict.fromkeys(checkpoint.Checkpoint.__required_keys__)
+    weights = torch.full((numbers,), float(step))
+    return whole | {"format_version": checkpoint.FORMAT_VERSION, "step": step, "learner": {"encoder": {"w": weights}}}
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """The second of two checkpoints."""
+    path = tmp_path / checkpoint.FILE_NAME
+    checkpoint.save(state(1), path)
+    checkpoint.save(state(2), path)
+    return path
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_one_before_is_kept(two):
+    assert files(two.parent) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME}
+    assert checkpoint.load(two)["step"] == 2
+    assert checkpoint.load(two.with_name(checkpoint.PREVIOUS_NAME))["step"] == 1
+
+
+def test_on_a_disk_without_hard_links_too(two, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    checkpoint.save(state(3), two)
+    assert checkpoint.load(two)["step"] == 3
+    assert checkpoint.load(two.with_name(checkpoint.PREVIOUS_NAME))["step"] == 2
+
+
+def test_any_flipped_bit_and_any_cut_is_found(two):
+    content = two.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        two.write_bytes(damaged)
+        assert not checkpoint.sound(two), place
+    for length in (*range(0, len(content) - 100, 11), *range(len(content) - 100, len(content))):
+        two.write_bytes(content[:length])
+        assert not checkpoint.sound(two), length
+    two.write_bytes(content + b"\0")
+    assert not checkpoint.sound(two)
+    two.write_bytes(content)
+    assert checkpoint.sound(two)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "something else"])
+def test_a_damaged_one_is_refused_by_name_and_the_one_before_offered(two, damage):
+    content = bytearray(two.read_bytes())
+    content[len(content) // 2] ^= 1
+    pieces = {"flipped": bytes(content), "cut": bytes(content[:-100]), "empty": b""}
+    two.write_bytes(pieces.get(damage, b"not a checkpoint"))
+    previous = two.with_name(checkpoint.PREVIOUS_NAME)
+    with pytest.raises(UserError) as e:
+        checkpoint.load(two, "--checkpoint")
+    assert f"checkpoint {two} is damaged" in str(e.value)
+    assert str(e.value).endswith(f"; the one before it is whole: --checkpoint {previous}")
+    assert "\n" not in str(e.value)
+    assert checkpoint.find(str(previous), two.parent) == previous
+    assert checkpoint.load(previous)["step"] == 1
+
+    previous.write_bytes(b"")  # then it is no help
+    with pytest.raises(UserError) as e:
+        checkpoint.load(two)
+    assert previous.name not in str(e.value)
+
+
+def test_a_damaged_one_does_not_push_out_the_good_one_before(two):
+    """The run goes on from the one before, and is killed right after its first save."""
+    two.write_bytes(two.read_bytes()[:-1])
+    checkpoint.save(state(3), two)
+    assert checkpoint.load(two)["step"] == 3
+    assert checkpoint.load(two.with_name(checkpoint.PREVIOUS_NAME))["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"format_version": checkpoint.FORMAT_VERSION - 1}, "no checkpoint of this version"),
+        ({"format_version": checkpoint.FORMAT_VERSION}, "it lacks config, epoch"),
+        ([1, 2], "no checkpoint of this version"),
+        (torch.zeros(2), "no checkpoint of this version"),
+    ],
+)
+def test_what_is_whole_but_no_checkpoint_is_refused(tmp_path, content, why):
+    checkpoint.save(content, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=why):
+        checkpoint.load(tmp_path / "c.pt")
+
+
+class Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.proof}",)
+
+
+@pytest.mark.parametrize("kind", ["in torch's file", "bare pickle"])
+@pytest.mark.parametrize("with_sum", [True, False])
+def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, kind, with_sum):
+    path, proof = tmp_path / "c.pt", tmp_path / "done"
+    if kind == "bare pickle":
+        path.write_bytes(pickle.dumps(Malicious(proof)))
+    else:
+        torch.save(state(1) | {"config": Malicious(proof)}, path)
+    with path.open("rb") as f:  # it would act, if it were let
+        pickle.load(f) if kind == "bare pickle" else torch.load(f, weights_only=False)
+    assert proof.exists()
+    proof.unlink()
+    if with_sum:
+        content = path.read_bytes()
+        path.write_bytes(content + b"\nsha256 " + hashlib.sha256(content).hexdigest().encode())
+        assert checkpoint.sound(path)
+    with pytest.raises(UserError, match=r"c\.pt is (no checkpoint|damaged)"):
+        checkpoint.load(path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("numbers", [20_000, 200_000])  # one that fits in a buffer of torch's, one that does not
+def test_a_full_disk_keeps_the_last_good_one_and_says_so(tmp_path, numbers):
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        path = disk / checkpoint.FILE_NAME
+        checkpoint.save(state(1, numbers), path)
+        checkpoint.save(state(2, numbers), path)
+        filler = fill(disk)
+        with pytest.raises(UserError) as e:
+            checkpoint.save(state(3, numbers), path)
+        assert str(e.value) == (
+            f"cannot write the checkpoint {path} ([Errno 28] No space left on device); the one before is kept"
+        )
+        assert files(disk) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME, "filler"}
+        assert checkpoint.load(path)["step"] == 2
+        filler.unlink()
+        checkpoint.save(state(4, numbers), path)
+        assert checkpoint.load(path)["step"] == 4
+
+
+def test_a_limit_on_file_sizes_does_the_same(tmp_path):
+    """A real failure of writing for where nothing can be mounted."""
+    path = tmp_path / checkpoint.FILE_NAME
+    checkpoint.save(state(1), path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"File too large\); the one before is kept"):
+            checkpoint.save(state(2, 100_000), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert files(tmp_path) == {checkpoint.FILE_NAME}
+    assert checkpoint.load(path)["step"] == 1
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from test_checkpoint import state
+from simsiam_dali import checkpoint
+step = int(sys.argv[2])
+while True:
+    checkpoint.save(state(step, 10_000_000), Path(sys.argv[1]))
+    print(step, flush=True)
+    step += 1
+"""
+
+
+def test_killed_while_writing(tmp_path):
+    """SIGKILL four times, each while the file was growing; what was said to be saved is there, and the rest no harm."""
+    path, step = tmp_path / checkpoint.FILE_NAME, 1
+    part = path.with_suffix(".part")
+    left = 0
+    for _ in range(4):
+        args = [sys.executable, "-c", WRITER, str(path), str(step)]
+        env = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        writer = subprocess.Popen(args, stdout=subprocess.PIPE, text=True, env=env)
+        assert writer.stdout is not None
+        assert int(writer.stdout.readline()) == step  # a left-over of the last kill did not hurt
+        while writer.poll() is None and not (part.exists() and part.stat().st_size > 0):
+            time.sleep(0.001)
+        writer.kill()
+        said = writer.communicate()[0].split()
+        left += part.exists()
+        saved = checkpoint.load(path)
+        assert saved["step"] >= (int(said[-1]) if said else step)
+        assert torch.equal(saved["learner"]["encoder"]["w"], torch.full((10_000_000,), float(saved["step"])))
+        step = saved["step"] + 1
+    assert left >= 2  # the others had just been renamed
+    assert checkpoint.sound(path.with_name(checkpoint.PREVIOUS_NAME))
+    checkpoint.save(state(step), path)
+    assert files(tmp_path) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME}
