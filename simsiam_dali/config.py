@@ -94,6 +94,9 @@ class DataConfig(Section):
     )
     prefetch: int = Field(2, ge=1, description="batches DALI prepares ahead")
     shuffle_buffer: int = Field(1024, ge=1, description="segments the reader shuffles among (they stay encoded)")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="part of the segments that may fail to decode and be left out before a run stops"
+    )
     stats_segments: int = Field(256, ge=1, description="segments on which the log-mel's mean and std are measured")
 
 

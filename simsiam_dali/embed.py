@@ -26,6 +26,7 @@ from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import Single
 from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import SPLITS, ShardSet, Split, open_shards
 from simsiam_dali.distributed import World, choose_device
 from simsiam_dali.errors import UserError, one_line_errors
@@ -115,7 +116,9 @@ def embed(
         rows, vectors = parts.all()
         order = torch.argsort(rows)
         rows, vectors = rows[order], vectors[order]
-        if not torch.equal(rows, torch.arange(len(shards.segments))):
+        quarantine = Quarantine(shards, config.data.max_bad_fraction)
+        missing = set(range(len(shards.segments))) - set(rows.tolist())
+        if len(rows) + len(missing) != len(shards.segments) or not missing <= quarantine.rows:
             raise AssertionError("the data graph did not give each segment once")
         if about["rows"] == "segments":
             table = embeddings.of_segments(shards.songs, shards.segments, rows.numpy(), vectors.numpy(), about)
@@ -125,7 +128,8 @@ def embed(
             table = embeddings.of_songs(shards.songs, songs.numpy(), means.numpy(), about)
         embeddings.write(out, table)
         parts.remove()
-    return f"{out}: {len(table.table)} {about['rows']} x {vectors.shape[1]} ({about['embedding']}); {speed}"
+    without = f", without {len(missing)} segments that do not decode (see {quarantine.path})" if missing else ""
+    return f"{out}: {len(table.table)} {about['rows']} x {vectors.shape[1]} ({about['embedding']}){without}; {speed}"
 
 
 def up_to_date(out: Path, about: dict[str, str], replace: bool) -> bool:

@@ -9,6 +9,7 @@ import torch
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.pipeline import Graph, LogMel, Source
+from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.distributed import World
 from simsiam_dali.encoders import LossFn, encoder_type
@@ -79,7 +80,7 @@ def create_loader(
     """The data graph over one split, this rank's part of it.
 
     shuffled: training order, reading on without end; otherwise the stored order, once. Raises UserError when the split
-    is empty or a batch is larger than it.
+    is empty, a batch is larger than it, or too much of the set is in its quarantine.
     """
     if not shards.count(split):
         raise UserError(f"{shards.root} holds no {split} segments: pack again with another --val-fraction")
@@ -112,6 +113,7 @@ def create_loader(
         prefetch=config.data.prefetch,
         seed=config.train.seed,
         gpu=world.gpu,
+        quarantine=Quarantine(shards, config.data.max_bad_fraction),
     )
 
 

@@ -38,7 +38,10 @@ from simsiam_dali.schedule import learning_rates
 GAUGE_ROWS = 1024
 """Outputs, of the latest batches, on which the collapse gauges are read."""
 
-CHANGEABLE = ("train.log_every", "train.checkpoint_every", "train.profile", "data.threads", "data.prefetch", "mlflow.")
+CHANGEABLE = (
+    "train.log_every", "train.checkpoint_every", "train.profile", "data.threads", "data.prefetch",
+    "data.max_bad_fraction", "mlflow.",
+)  # fmt: skip
 """Settings a resumed run may change: none of them changes the next loss."""
 
 
@@ -92,6 +95,9 @@ def train(
         log_mel = measure_log_mel(clean, config.data.stats_segments)
         del clean
     loader = factory.create_loader(config, shards, log_mel, w, "train", kind.batches, shuffled=True)
+    quarantine = loader.quarantine
+    if quarantine and quarantine.rows:
+        say(f"{len(quarantine.rows)} segments that did not decode are left out from the start: see {quarantine.path}")
     steps, batch_size = len(loader), config.encoder.batch_size * w.size  # steps an epoch, segments a step
 
     # What learns
@@ -154,6 +160,11 @@ def train(
 
     def finish_epoch(record: dict[str, Any]) -> None:
         record |= online.evaluate(config, shards, log_mel, w, learner)
+        if quarantine:
+            quarantine.read()  # the loaders of the validation have met others
+            quarantine.rows.update(*w.gather(quarantine.rows))
+            quarantine.check()
+            record["data/quarantined"] = len(quarantine.rows)
         log.write([record])
         tracker.metrics({k: v for k, v in record.items() if "/" in k or k == "training_time_hours"}, step)
         say(journal.epoch_line(record, config.encoder.epochs))

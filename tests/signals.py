@@ -172,6 +172,7 @@ def write_shards(
     rates: int | Iterable[int] = RATE,
     codec: str = "flac",
     per_tar: int = 10**9,
+    subtype: str | None = None,
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Pack each wave as one segment, its row its place in the list. Returns tars and DALI indexes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ def write_shards(
         with tarfile.open(tars[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, (wave, rate) in segments[first : first + per_tar]:
                 audio = io.BytesIO()
-                soundfile.write(audio, wave, rate, format=codec.upper())
+                soundfile.write(audio, wave, rate, subtype, format=codec.upper())
                 parts = {codec: audio.getvalue(), "row": np.int64(row).tobytes()}
                 line = []
                 for extension, data in parts.items():

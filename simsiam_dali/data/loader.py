@@ -2,18 +2,25 @@
 
 A shuffled loader (training) reads on without end: an epoch is the whole batches in it, and what is left over comes
 first in the next, so that each segment is seen once before any is seen twice. An ordered loader (validation,
-embedding) gives each segment of this rank's part once; only its last batch is smaller.
+embedding) gives each segment of this rank's part once; only its last batch is smaller. A segment that no longer
+decodes is left out of its batch.
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from simsiam_dali.data.pipeline import Graph, LogMel, Pipeline, build
+from simsiam_dali.data.leave_out import build_without, damaged, reason_of
+from simsiam_dali.data.pipeline import Graph, LogMel
+from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.errors import UserError
+
+PLACE_SECONDS = 1.0
+"""How often the graph's state is kept while it runs, s: after an error, so much is decoded again at most."""
 
 
 class Batch(NamedTuple):
@@ -34,8 +41,10 @@ class Single(NamedTuple):
 class Loader:
     """Iterates over `count` segments of a `Graph` in batches.
 
-    count: segments in the split, over all ranks. gpu: CUDA device number, None for the CPU. Raises UserError when a
-    shuffled loader could not fill one batch.
+    count: segments in the split, over all ranks. gpu: CUDA device number, None for the CPU. quarantine: where a segment
+    that no longer decodes goes; the batches that it was to be in are smaller by it, everything else stays as it was.
+    Raises UserError when a shuffled loader could not fill one batch, when too many segments are bad, and, without a
+    quarantine, at the first.
     """
 
     def __init__(
@@ -47,9 +56,10 @@ class Loader:
         prefetch: int,
         seed: int,
         gpu: int | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         ranks, rank = graph.source.num_shards, graph.source.shard_id
-        self.graph, self.batch_size, self.gpu = graph, batch_size, gpu
+        self.graph, self.batch_size, self.gpu, self.quarantine = graph, batch_size, gpu, quarantine
         self.shuffled = graph.source.shuffle_buffer > 0
         # DALI gives rank r the samples from count * r // ranks on, and pads every rank to the longest part.
         self.count = count * (rank + 1) // ranks - count * rank // ranks
@@ -62,8 +72,12 @@ class Loader:
                 f" {max(1, count // ranks)} or less, or pack more songs"
             )
         self.settings = (batch_size, threads, prefetch)
-        self.pipeline: Pipeline
         self.step = 0  # batches of this epoch already given
+        self.left_out = set(quarantine.rows) if quarantine else set[int]()
+        # Where to come back to: DALI's graph is lost with an error, and then cannot say where it was.
+        self._place: str | None = None  # a state of the graph,
+        self._since = 0  # batches given after it,
+        self._placed = 0.0  # and when it was
         self.begin(seed)
 
     def __len__(self) -> int:
@@ -73,10 +87,18 @@ class Loader:
         while self.step < self.steps:
             outputs = self._run()
             self.step += 1
+            rows = outputs[-1]
+            keep = torch.ones(len(rows), dtype=torch.bool)
             if not self.shuffled:
-                left = self.count - (self.step - 1) * self.batch_size
-                outputs = [x[: max(left, 0)] for x in outputs] if left < self.batch_size else outputs
-            outputs[-1] = outputs[-1].reshape(-1)
+                keep[max(self.count - (self.step - 1) * self.batch_size, 0) :] = False
+            keep &= ~torch.isin(rows, self._marks)
+            if not keep.all():
+                if self.shuffled and keep.sum() < 2:  # batch norm has no statistics of one
+                    raise UserError(
+                        f"of a batch of {self.batch_size} segments {int(keep.sum())} are not in {self.quarantine.path}:"  # type: ignore[union-attr]
+                        " use a larger --batch-size"
+                    )
+                outputs = [x[keep.to(x.device)] for x in outputs]
             yield Batch(*outputs) if self.graph.mode == "views" else Single(*outputs)
         self.step = 0
 
@@ -86,31 +108,81 @@ class Loader:
             yield from self
 
     def _run(self) -> list[Tensor]:
+        """The next batch: views or data, and rows `(B,)` on the CPU; stand-ins are still in it."""
+        if time.monotonic() - self._placed > PLACE_SECONDS:
+            self._remember(self.pipeline.checkpoint())
+        searched = False
+        while True:
+            try:
+                outputs, total = self._outputs()
+                outputs[-1] = outputs[-1].reshape(-1)
+                if bool(total.isfinite().all()) and self._known(outputs[-1]):
+                    self._since += 1
+                    return outputs
+                reason = "a segment holds values that are not finite, or a row that is not in the table"
+            except RuntimeError as e:
+                reason = reason_of(e)
+            found = self._damaged() if self.quarantine else {}
+            # What nobody can find may have passed, such as a network's fault: one more try.
+            if not self.quarantine or (not found and searched):
+                raise UserError(
+                    f"the data graph stopped ({reason}): a segment of the shards may be damaged; check with"
+                    " tools/make_shards.py --verify"
+                )
+            searched = True
+            self.quarantine.add(found)
+            self.left_out |= self.quarantine.rows
+            batches = self._since
+            self._build(self._place)
+            for _ in range(batches):
+                self._outputs()
+            self._since = batches
+
+    def _known(self, rows: Tensor) -> bool:
+        """Whether `rows (B,)` are of segments, or mark a stand-in: others are read from damaged bytes."""
+        return self.quarantine is None or bool((torch.isin(rows, self._marks) | self.quarantine.holds(rows)).all())
+
+    def _outputs(self) -> tuple[list[Tensor], Tensor]:
+        """What the graph gives next, and the sums that tell whether it is finite."""
         stream = torch.cuda.current_stream(self.gpu) if self.gpu is not None else None
+        # No copy: the dynamic executor hands its buffers over, and gets them back when torch drops the tensors.
+        *outputs, total = [torch.from_dlpack(x.as_tensor()) for x in self.pipeline.run(stream)]
+        return outputs, total
+
+    def _damaged(self) -> dict[int, str]:
+        """The rows of the batch that failed which do not decode, with reasons."""
+        assert self.quarantine is not None
+        left_out = self.quarantine.by_shard(self.left_out)
         try:
-            # No copy: the dynamic executor hands its buffers over, and gets them back when torch drops the tensors.
-            return [torch.from_dlpack(x.as_tensor()) for x in self.pipeline.run(stream)]
+            return damaged(self.graph, (*self.settings, self.seed, self.gpu), self._place, self._since, left_out)
         except RuntimeError as e:
-            # DALI tells where in the graph, then "encountered:", then what; a decoding error names tar and segment.
-            reason = str(e).rpartition("encountered:")[2].strip().partition("\n")[0]
-            raise UserError(
-                f"the data graph stopped ({reason}): a segment of the shards may be damaged; check with"
-                " tools/make_shards.py --verify"
-            ) from e
+            raise UserError(f"the data graph stopped, and the shards cannot be read ({reason_of(e)})") from e
+
+    def _build(self, state: str | None) -> None:
+        left_out = self.quarantine.by_shard(self.left_out) if self.quarantine else {}
+        settings = (*self.settings, self.seed, self.gpu)
+        self.pipeline, marks = build_without(self.graph, settings, state, left_out)
+        self._marks = torch.tensor(sorted(marks), dtype=torch.int64)  # rows of what stands in
+        self._remember(state)
+
+    def _remember(self, place: str | None) -> None:
+        self._place, self._since, self._placed = place, 0, time.monotonic()
 
     def begin(self, seed: int) -> None:
         """Start from the first batch, in the order and with the draws of another seed."""
         self.seed, self.step = seed, 0
-        self.pipeline = build(self.graph, *self.settings, seed, self.gpu, state=None)
+        self._build(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The reader's place and the state of every random draw, after the last batch given."""
-        return {"step": self.step, "seed": self.seed, "pipeline": self.pipeline.checkpoint()}
+        """The reader's place and the state of every random draw, after the last batch given; and what is left out."""
+        self._remember(self.pipeline.checkpoint())
+        return {"step": self.step, "seed": self.seed, "pipeline": self._place, "left_out": sorted(self.left_out)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state_dict` was called: the same order, the same draws."""
-        self.step, self.seed = state["step"], state.get("seed", self.seed)
-        self.pipeline = build(self.graph, *self.settings, self.seed, self.gpu, state=state["pipeline"])
+        self.step, self.seed = state["step"], state["seed"]
+        self.left_out |= set(state["left_out"])
+        self._build(state["pipeline"])
 
 
 def measure_log_mel(loader: Loader, segments: int) -> LogMel:

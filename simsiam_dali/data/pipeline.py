@@ -234,7 +234,9 @@ def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
 def build(
     graph: Graph, batch_size: int, threads: int, prefetch: int, seed: int, gpu: int | None, state: str | None
 ) -> Pipeline:
-    """Build the pipeline. Outputs: [view1, view2, row] in mode "views", [view, row] or [wave, row] otherwise.
+    """Build the pipeline. Outputs: [view1, view2, row, total] in mode "views", [view or wave, row, total] otherwise.
+
+    total, on the CPU: the sum of each decoded segment, which is finite only where all of the segment is.
 
     gpu: CUDA device number, or None for the CPU alone. state: a `pipeline.checkpoint()` to go on from.
     The draws' seed differs by rank, the reader's must not: all ranks have to agree on the order they share.
@@ -254,6 +256,7 @@ def build(
     def define() -> tuple[DataNode, ...]:
         encoded, row = read(graph.source, seed)
         wave, decoded_rate = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
+        total = fn.reductions.sum(wave)
         rate = decoded_rate
         if not graph.source.native_rate:
             rate = types.Constant(np.float32(graph.log_mel.sample_rate), device="cpu")
@@ -279,10 +282,10 @@ def build(
             # One bank for both views: DALI keeps a copy of a constant for each sample of the batch.
             bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
             draws = drawn(1), drawn(2)
-            return (*two_views((first, second), draws, bank, graph, on_gpu), row)
+            return (*two_views((first, second), draws, bank, graph, on_gpu), row, total)
         cropped = crop(0.5 if graph.source.shuffle_buffer == 0 else anywhere("crop"))
         single = clean_view if graph.mode == "clean" else at_front_end_rate
-        return single(cropped, rate, graph), row
+        return single(cropped, rate, graph), row, total
 
     pipeline = define(checkpoint=state)
     pipeline.build()
