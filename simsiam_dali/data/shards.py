@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,7 +145,8 @@ class ShardSet:
 def open_shards(root: Path) -> ShardSet:
     """Open the set in `root`; `UserError` where there is none, or where it is not as it was packed.
 
-    Sizes are always compared; a file is read to compare its sum only if its modification time has changed.
+    Sizes are always compared, and each index with its tar's length and the segment table's rows; a file is read to
+    compare its sum only if its modification time has changed.
     """
     root = Path(root)
     manifest = read_manifest(root)
@@ -154,7 +155,41 @@ def open_shards(root: Path) -> ShardSet:
             if read_manifest(root) != manifest:  # replaced by a packer while we looked
                 return open_shards(root)
             raise UserError(f"{root / name} {problem}: pack again with tools/make_shards.py")
-    return ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS))
+    shards = ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS))
+    if problem := next(_unfit(shards), None):
+        raise UserError(f"{problem}: pack again with tools/make_shards.py --replace")
+    return shards
+
+
+def _unfit(shards: ShardSet) -> Iterator[str]:
+    """Where manifest, indexes and segment table cannot be of one set; no tar is read."""
+    rows_of = shards.segments["shard"].value_counts().to_dict()
+    split_of = shards.segments.groupby("shard")["split"].unique()
+    for split in SPLITS:
+        for tar in shards.tars(split):
+            index, rows = tar.with_suffix(".idx"), rows_of.pop(tar.name, 0)
+            if index.name not in shards.manifest.files:
+                yield f"{index} is missing (the index DALI needs)"
+                continue
+            try:
+                head, *lines = index.read_text().splitlines()
+                end = _end_of(lines[-1]) if lines else -1
+            except ValueError:
+                head, lines, end = "", [], -1
+            if head != f"v1.2 {rows}" or len(lines) != rows:
+                yield f"{index} does not have the {rows} segments that {SEGMENTS} gives its tar"
+            elif end != shards.manifest.files[tar.name].bytes:
+                yield f"{index} does not fit its tar: it tells of another length"
+            elif list(split_of[tar.name]) != [split]:
+                yield f"{shards.root / SEGMENTS} gives {tar.name} to another split"
+    if rows_of:
+        yield f"{shards.root / SEGMENTS} names shards that are not in the manifest: {sorted(map(str, rows_of))}"
+
+
+def _end_of(line: str) -> int:
+    """Where a tar ends whose index ends with `line`: the last content, filled up to a block, and two empty blocks."""
+    _, offset, size, _ = line.split(" ")[-4:]
+    return int(offset) + -(-int(size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -169,6 +204,8 @@ def read_manifest(root: Path) -> Manifest:
             files = {name: FileSum(**file) for name, file in content.pop("files").items()}
             if not {SONGS, SEGMENTS, FILES} <= files.keys():
                 raise KeyError(SONGS)
+            if strangers := [name for name in files if Path(name).name != name]:
+                raise ValueError(f"{strangers[0]!r} is no plain file name")  # it must not lead out of the folder
             return Manifest(**content, files=files)
     except FileNotFoundError:
         raise UserError(f"no shards in {root}: make them with tools/make_shards.py MUSIC_DIR") from None
@@ -217,7 +254,10 @@ def verify(root: Path) -> list[str]:
 
 def _contradictions(tar: Path, rows: Iterable[int]) -> list[str]:
     """Where a sound tar, its index and the rows that the segment table gives it do not tell the same."""
-    members = _members(tar)
+    try:
+        members = _members(tar)
+    except (UserError, tarfile.TarError) as e:
+        return [f"{tar}: {e}"]
     if index_text(members) != tar.with_suffix(".idx").read_text():
         return [f"{tar.with_suffix('.idx')} does not match its tar"]
     with tar.open("rb") as file:
@@ -250,9 +290,12 @@ def read_index(path: Path) -> list[Members]:
 
 
 def _members(tar: Path) -> list[Members]:
+    """The samples of a tar. Raises UserError for a member that no sample has: a link, a folder, a path."""
     samples: dict[str, dict[str, tuple[int, int, str]]] = {}
     with tarfile.open(tar) as archive:
         for member in archive:
+            if not member.isreg() or Path(member.name).name != member.name:
+                raise UserError(f"it holds {member.name!r}, which is no plain file")
             key, _, extension = member.name.partition(".")
             samples.setdefault(key, {})[extension] = (member.offset_data, member.size, member.name)
     return list(samples.values())

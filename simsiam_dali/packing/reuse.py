@@ -53,7 +53,7 @@ def _cuts(old: ShardSet, damaged: set[str]) -> dict[int, tuple[Cut, ...]]:
     found: dict[int, list[Cut]] = defaultdict(list)
     lost = set()
     for shard, rows in old.segments.groupby("shard"):
-        if shard in damaged:
+        if shard in damaged or shard not in old.manifest.files:
             lost |= set(rows["song"])
             continue
         tar = old.root / str(shard)
