@@ -9,6 +9,7 @@ from types import FrameType
 
 from simsiam_dali.data.shards import read_manifest, verify
 from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.packing import on_ray, workers
 from simsiam_dali.packing.pack import PackSettings, Report, pack
 
 
@@ -67,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"segments in one tar {default}",
     )
     add("--workers", metavar="N", type=_count, help="decoding processes (default: one for each core)")
+    add(
+        "--executor",
+        choices=("processes", "ray"),
+        default="processes",
+        help=f"where they run: on this host, or on the Ray cluster of RAY_ADDRESS {default}",
+    )
     add("--seed", metavar="N", type=_seed, default=0, help=f"seed of the shuffle and the split {default}")
     add(
         "--min-seconds",
@@ -108,8 +115,11 @@ def main() -> None:
                 segments_per_shard=args.segments_per_shard,
                 seed=args.seed,
             )
-            workers = args.workers or len(os.sched_getaffinity(0))
-            report = pack(args.music_dir, args.out, settings, workers, args.ratings, args.replace)
+            if args.executor == "ray":
+                executor, number = on_ray.run_all, args.workers or on_ray.cores()
+            else:
+                executor, number = workers.run_all, args.workers or len(os.sched_getaffinity(0))
+            report = pack(args.music_dir, args.out, settings, number, args.ratings, args.replace, executor=executor)
             summarise(report, args.out)
         if args.verify:
             check(args.out)

@@ -8,6 +8,7 @@ the segment table) and `KEY.json` (the tags, for readers of plain webdataset). K
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -29,6 +30,7 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 SONGS, SEGMENTS, FILES, REFUSED = "songs.parquet", "segments.parquet", "files.parquet", "refused.csv"
 
+ROWS_AT_ONCE = 1 << 16
 _TEXT, _TEXTS, _INT, _FLOAT = pa.string(), pa.list_(pa.string()), pa.int64(), pa.float64()
 
 
@@ -329,10 +331,12 @@ def write_shard(tar: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -
     }
 
 
-def write_table(path: Path, rows: list[dict[str, Any]]) -> FileSum:
-    """Write a table of the set; its file name chooses the schema."""
-    out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMAS[path.name]), out)
+def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> FileSum:
+    """Write a table of the set, `ROWS_AT_ONCE` in memory at a time; its file name chooses the schema."""
+    out, schema, waiting = io.BytesIO(), SCHEMAS[path.name], iter(rows)
+    with pq.ParquetWriter(out, schema) as writer:
+        while part := list(itertools.islice(waiting, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(part, schema))
     return write_file(path, out.getvalue())
 
 

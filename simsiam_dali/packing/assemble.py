@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 Results = list[tuple[SongFile, Result]]
 
 
-@dataclass
+@dataclass(slots=True)
 class Song:
     """A song of the set; `file` is the first by name of those that hold its audio, `others` are the rest."""
 
@@ -51,25 +52,21 @@ def shuffled_cuts(songs: list[Song], seed: int) -> list[tuple[int, Cut]]:
     return order
 
 
-def segment_rows(songs: list[Song], order: list[tuple[int, Cut]], settings: PackSettings) -> list[Row]:
+def segment_rows(songs: list[Song], order: list[tuple[int, Cut]], settings: PackSettings) -> Iterator[Row]:
     """The segment table, which also says which shard each goes to."""
     in_split: Counter[str] = Counter()
-    rows = []
     for row, (song, cut) in enumerate(order):
         split = songs[song].split
-        rows.append(
-            {
-                "song": song,
-                "key": f"{row:09d}",
-                "split": split,
-                "shard": f"{split}-{in_split[split] // settings.segments_per_shard:06d}.tar",
-                "start": cut.start,
-                "seconds": cut.seconds,
-                "sample_rate": songs[song].packed.sample_rate,
-            }
-        )
+        yield {
+            "song": song,
+            "key": f"{row:09d}",
+            "split": split,
+            "shard": f"{split}-{in_split[split] // settings.segments_per_shard:06d}.tar",
+            "start": cut.start,
+            "seconds": cut.seconds,
+            "sample_rate": songs[song].packed.sample_rate,
+        }
         in_split[split] += 1
-    return rows
 
 
 def song_row(song: Song) -> Row:
@@ -89,20 +86,18 @@ def song_row(song: Song) -> Row:
     }
 
 
-def file_rows(songs: list[Song], results: Results) -> list[Row]:
+def file_rows(songs: list[Song], results: Results) -> Iterator[Row]:
     """The table of files seen, by which the next run knows what it need not decode."""
     row_of = {song.packed.audio_hash: row for row, song in enumerate(songs)}
-    rows = []
     for file, result in results:
         seen = {"path": file.name, "bytes": file.bytes, "mtime_ns": file.mtime_ns, "retry": False}
         if isinstance(result.outcome, Packed):
             row = row_of[result.outcome.audio_hash]
             status = "ok" if songs[row].file is file else "duplicate"
-            rows.append(seen | {"status": status, "reason": result.outcome.note, "song": row})
+            yield seen | {"status": status, "reason": result.outcome.note, "song": row}
         elif result.outcome.audio:
             refused = {"status": "refused", "reason": result.outcome.reason, "retry": result.outcome.retry}
-            rows.append(seen | refused)
-    return rows
+            yield seen | refused
 
 
 def refused_csv(results: Results) -> bytes:
@@ -116,7 +111,7 @@ def refused_csv(results: Results) -> bytes:
     return out.getvalue().encode()
 
 
-def counts(songs: list[Song], segments: list[Row]) -> dict[str, int]:
+def counts(songs: list[Song], segments: Iterable[Row]) -> dict[str, int]:
     """Numbers for people: songs, duplicate files, seconds of music, songs and segments of each split."""
     split_of = Counter(song.split for song in songs)
     segments_of = Counter(segment["split"] for segment in segments)

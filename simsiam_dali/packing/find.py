@@ -23,7 +23,7 @@ NOT_AUDIO = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SongFile:
     """A file below the music folder; `name` is relative to it, posix, and always encodes as UTF-8."""
 

@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -50,7 +51,7 @@ from simsiam_dali.packing.pack_song import Cut, Job, Packed, PackSettings, Refus
 from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.packing.reuse import damaged_shards, known_outcomes
 from simsiam_dali.packing.splits import assign_splits, group_key
-from simsiam_dali.packing.workers import Died, run_all
+from simsiam_dali.packing.workers import Died, Executor, run_all
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -78,10 +79,11 @@ def pack(
     ratings: Path | None = None,
     replace: bool = False,
     files: list[SongFile] | None = None,
+    executor: Executor = run_all,
 ) -> Report:
     """Pack the folder `music` into the set at `out`; whatever happens, `out` holds the old set or the new one.
 
-    files: what to pack of it, by names relative to it; None = every song below it.
+    files: what to pack of it, by names relative to it; None = every song below it. executor: who decodes.
     Files that the last run packed with the same decode settings are not decoded again. `replace` allows writing
     over shards of another folder. Raises `UserError` for what the user can mend, a full disk included.
     """
@@ -99,7 +101,8 @@ def pack(
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, wait=False):
             roll_forward(out)
-            return _Packer(music.resolve(), out, settings, rated, replace).run(files, passed_over, workers)
+            packer = _Packer(music.resolve(), out, settings, rated, replace, executor)
+            return packer.run(files, passed_over, workers)
     except OSError as e:
         if e.errno in _DISK_FULL:
             shutil.rmtree(out / STAGING, ignore_errors=True)
@@ -111,10 +114,16 @@ def pack(
 
 class _Packer:
     def __init__(
-        self, music: Path, out: Path, settings: PackSettings, ratings: RatingsFile | None, replace: bool
+        self,
+        music: Path,
+        out: Path,
+        settings: PackSettings,
+        ratings: RatingsFile | None,
+        replace: bool,
+        executor: Executor,
     ) -> None:
         self.music, self.out, self.settings = music, out, settings
-        self.ratings, self.replace = ratings, replace
+        self.ratings, self.replace, self.executor = ratings, replace, executor
         self.report = Report()
         self.old = self._old_set()
         self.damaged = damaged_shards(self.old) if self.old else set()
@@ -158,12 +167,12 @@ class _Packer:
         known = known_outcomes(self.old, decode, self.damaged) if self.old else {}
         cache = self.out / STAGING / "songs"
         cache.mkdir(parents=True, exist_ok=True)
-        jobs = [Job(f, decode, cache, known.get((f.name, f.bytes, f.mtime_ns))) for f in files]
+        jobs = (Job(f, decode, cache, known.get((f.name, f.bytes, f.mtime_ns))) for f in files)
         results: dict[SongFile, Result] = {}
         report, began = self.report, time.monotonic()
         with (
-            tqdm(total=len(jobs), unit="song", smoothing=0.1) as bar,
-            contextlib.closing(run_all(do_job, jobs, workers)) as done,
+            tqdm(total=len(files), unit="song", smoothing=0.1) as bar,
+            contextlib.closing(self.executor(do_job, jobs, workers)) as done,
         ):
             for job, result in done:
                 if isinstance(result, Died):
@@ -227,12 +236,12 @@ class _Packer:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
         order = shuffled_cuts(songs, self.settings.seed)
-        segments = segment_rows(songs, order, self.settings)
-        rows = [song_row(song) for song in songs]
-        self.report.counts |= counts(songs, segments)
+        # Rows are made where they are needed and not kept: they would be most of the memory of a large library.
+        segments = functools.partial(segment_rows, songs, order, self.settings)
+        self.report.counts |= counts(songs, segments())
         files = {
-            SONGS: write_table(staged / SONGS, rows),
-            SEGMENTS: write_table(staged / SEGMENTS, segments),
+            SONGS: write_table(staged / SONGS, map(song_row, songs)),
+            SEGMENTS: write_table(staged / SEGMENTS, segments()),
             FILES: write_table(staged / FILES, file_rows(songs, results)),
             REFUSED: write_file(staged / REFUSED, refused_csv(results)),
         }
@@ -240,8 +249,8 @@ class _Packer:
             self.report.unchanged = True
             shutil.rmtree(self.out / STAGING, ignore_errors=True)
             return
-        self._check_names(files.keys() | {row["shard"] for row in segments})
-        files |= self._write_shards(staged, rows, segments, order)
+        self._check_names(files.keys() | {row["shard"] for row in segments()})
+        files |= self._write_shards(staged, songs, segments(), order)
         manifest = Manifest(FORMAT_VERSION, str(self.music), asdict(self.settings), self.report.counts, files)
         write_manifest(staged, manifest)
         # From here on a signal waits: the set is complete, and moving it takes no time.
@@ -270,18 +279,17 @@ class _Packer:
             raise UserError(f"{self.out / foreign[0]} was not written by make_shards: move it, or give --replace")
 
     def _write_shards(
-        self, staged: Path, songs: list[Row], segments: list[Row], order: list[tuple[int, Cut]]
+        self, staged: Path, songs: list[Song], segments: Iterable[Row], order: list[tuple[int, Cut]]
     ) -> dict[str, FileSum]:
         files: dict[str, FileSum] = {}
-        rows = range(len(segments))
-        with tqdm(total=len(segments), unit="segment", desc="writing") as bar:
+        with tqdm(total=len(order), unit="segment", desc="writing") as bar:
 
-            def samples(rows: Iterator[int]) -> Iterator[tuple[str, dict[str, bytes]]]:
-                for row in rows:
+            def samples(of_shard: Iterable[tuple[int, Row]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+                for row, segment in of_shard:
                     song, cut = order[row]
-                    yield segments[row]["key"], sample(row, cut, songs[song], self.settings.codec)
+                    yield segment["key"], sample(row, cut, song_row(songs[song]), self.settings.codec)
                     bar.update()
 
-            for shard, of_shard in itertools.groupby(rows, key=lambda row: segments[row]["shard"]):
+            for shard, of_shard in itertools.groupby(enumerate(segments), key=lambda numbered: numbered[1]["shard"]):
                 files |= write_shard(staged / shard, samples(of_shard))
         return files

@@ -39,7 +39,7 @@ class PackSettings(DecodeSettings):
         return DecodeSettings(self.sample_rate, self.segment_seconds, self.codec, self.min_seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cut:
     """An encoded segment: `start` and true length in seconds, and where its bytes lie."""
 
@@ -50,7 +50,7 @@ class Cut:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Packed:
     """A decoded song: its segments' rate and its source's in Hz, its `duration` in seconds."""
 
@@ -63,7 +63,7 @@ class Packed:
     cuts: tuple[Cut, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Refused:
     """A file that is not packed. `retry`: the reason may pass; `audio` False: it never was a song."""
 
@@ -72,7 +72,7 @@ class Refused:
     audio: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """A file to look at; `known` is what an earlier run made of it, so that only its tags are read."""
 
@@ -82,7 +82,7 @@ class Job:
     known: Packed | Refused | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Result:
     """What became of a file; `decoded_seconds` counts audio decoded in this run."""
 

@@ -38,7 +38,7 @@ _NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tags:
     """Cleaned tags; empty, None and NaN mean unknown. `rating` is in 0..1."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,6 +24,16 @@ class Died:
     """In place of a result: the process that worked on the task ended without one."""
 
     exit_code: int | None
+
+
+class Executor(Protocol):
+    """What works on many tasks at once: `run_all` here, or another with its promises."""
+
+    def __call__(
+        self, function: Callable[[T], R], tasks: Iterable[T], workers: int
+    ) -> Generator[tuple[T, R | Died], None, None]:
+        """See `run_all`."""
+        ...
 
 
 @dataclass
