@@ -1,15 +1,16 @@
-# make demo | test | faults | lint | setup. Needs python3 (3.11 or later) and make; everything else goes into .venv.
+# make demo | test | lint | setup; make help lists the rest. Needs python3 (3.11 or later) and make; everything else goes into .venv.
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := demo
 
-.PHONY: help setup demo test faults lint format docs clean
+.PHONY: help setup demo test faults soak lint format docs clean
 
 help:
 	@echo "make setup   make .venv with the exact versions of requirements.lock"
 	@echo "make demo    write a small music library, pack it, train on it, and say where to look"
 	@echo "make test    the tests"
 	@echo "make faults  the long tests: killed processes, full disks, a lost server, fuzzing"
+	@echo "make soak    an hour of loading and of training: are memory, files and threads flat?"
 	@echo "make lint    ruff check, ruff format --check, mypy, generated documents up to date"
 	@echo "make docs    write the generated tables of docs/commands.md, docs/config.md and the README"
 
@@ -31,6 +32,9 @@ demo: setup
 test: setup
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q
 
+soak: setup
+	$(PY) benchmarks/soak.py
+
 faults: setup
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -m faults
 
@@ -41,6 +45,7 @@ lint: setup
 	$(PY) tools/make_docs.py --check
 	$(PY) benchmarks/report.py --check
 	$(PY) benchmarks/questions.py --check
+	$(PY) benchmarks/real_music/experiments.py --check
 
 format: setup
 	$(PY) -m ruff check --fix .
@@ -50,6 +55,7 @@ docs: setup
 	$(PY) tools/make_docs.py
 	$(PY) benchmarks/report.py
 	$(PY) benchmarks/questions.py --write
+	$(PY) benchmarks/real_music/experiments.py --write
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

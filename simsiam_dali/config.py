@@ -116,6 +116,10 @@ class SimSiamConfig(OptimizerConfig):
     """The encoder, its spectrogram and its augmentations (the plan, sections 2, 8.1 and 12)."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50"] = Field("resnet50", description="torchvision ResNet")
+    backbone_width: int = Field(64, ge=8, multiple_of=8, description="channels of the first stage; 64 = torchvision's")
+    pooling: Literal["mean", "mean_max"] = Field(
+        "mean", description="of the last map; mean_max gives both, and an embedding twice as wide"
+    )
     pretrained_backbone: bool | Path = Field(
         False, description="true = torchvision's ImageNet weights, or a local state_dict file"
     )

@@ -76,6 +76,8 @@ def _create_simsiam(config: Config, pretrained: bool) -> SimSiam:
         pretrained=pretrained and simsiam.pretrained_backbone,
         embedding=simsiam.embedding,
         fix_predictor_lr=simsiam.fix_predictor_lr,
+        width=simsiam.backbone_width,
+        pooling=simsiam.pooling,
     )
 
 

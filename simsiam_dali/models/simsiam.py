@@ -19,6 +19,10 @@ from simsiam_dali.models.encoder import Encoder
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
 Embedding = Literal["backbone", "projection"]
+Pooling = Literal["mean", "mean_max"]
+
+WIDTH = 64
+"""Channels of the first stage of torchvision's ResNets; each stage after it doubles them."""
 
 
 class SimSiam(Encoder):
@@ -39,10 +43,12 @@ class SimSiam(Encoder):
         pretrained: bool | str | Path = False,
         embedding: Embedding = "backbone",
         fix_predictor_lr: bool = True,
+        width: int = WIDTH,
+        pooling: Pooling = "mean",
     ) -> None:
         super().__init__()
         self.embedding, self.fix_predictor_lr = embedding, fix_predictor_lr
-        self.backbone, self.backbone_dim = create_backbone(backbone, pretrained)
+        self.backbone, self.backbone_dim = create_backbone(backbone, pretrained, width, pooling)
         self.projector = create_projector(self.backbone_dim, projection_dim, projection_layers)
         self.projection_dim = projection_dim
         self.predictor = create_predictor(projection_dim, predictor_hidden_dim)
@@ -88,22 +94,62 @@ class SimSiam(Encoder):
         ]
 
 
-def create_backbone(name: Backbone, pretrained: bool | str | Path) -> tuple[nn.Module, int]:
+class MeanMax(nn.Module):
+    """Mean and maximum over the last map, one after the other: `(B, C, H, W)` to `(B, 2 C, 1, 1)`.
+
+    The mean tells how much of a pattern there is, the maximum whether there is any: Niizumi et al., "BYOL for Audio",
+    arXiv:2204.07402, section IV-B, has both for the same reason.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return torch.cat([x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)], dim=1)
+
+
+class _Resnet(torchvision.models.ResNet):
+    """torchvision's ResNet with `width` channels in its first stage instead of 64."""
+
+    def __init__(self, block: Any, layers: list[int], width: int) -> None:
+        self.width = width
+        super().__init__(block, layers, zero_init_residual=True)
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
+        if planes == WIDTH != self.width:  # the first stage: torchvision has just made a stem of 64 channels
+            self.inplanes = self.width
+            self.conv1 = nn.Conv2d(3, self.width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(self.width)
+        return super()._make_layer(block, planes * self.width // WIDTH, *args, **options)
+
+
+_STAGES: dict[Backbone, tuple[Any, list[int]]] = {
+    "resnet18": (torchvision.models.resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (torchvision.models.resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (torchvision.models.resnet.Bottleneck, [3, 4, 6, 3]),
+}
+
+
+def create_backbone(
+    name: Backbone, pretrained: bool | str | Path, width: int = WIDTH, pooling: Pooling = "mean"
+) -> tuple[nn.Module, int]:
     """A torchvision ResNet with a one-channel stem and no classifier, and the width of its output."""
     # Each residual block starts as the identity, as in the published code; pretrained weights replace this.
-    resnet = torchvision.models.get_model(name, zero_init_residual=True)
-    dim = resnet.fc.in_features
+    resnet = _Resnet(*_STAGES[name], width)
+    dim = _STAGES[name][0].expansion * 8 * width
     resnet.fc = nn.Identity()
+    if pretrained and width != WIDTH:
+        raise UserError(f"pretrained_backbone: there are weights for a backbone_width of {WIDTH} only, not {width}")
     if pretrained is True:
         _load(resnet, _imagenet_weights(name), f"torchvision's {name}")
     elif pretrained:
         _load(resnet, _local_weights(Path(pretrained)), str(pretrained))
 
     # Convolving three equal channels is convolving one with the weights summed over the input channel.
-    stem = nn.Conv2d(1, resnet.conv1.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
+    stem = nn.Conv2d(1, width, kernel_size=7, stride=2, padding=3, bias=False)
     with torch.no_grad():
         stem.weight.copy_(resnet.conv1.weight.sum(dim=1, keepdim=True))
     resnet.conv1 = stem
+    if pooling == "mean_max":
+        resnet.avgpool, dim = MeanMax(), 2 * dim
     return resnet, dim
 
 

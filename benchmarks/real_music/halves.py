@@ -1,0 +1,156 @@
+"""Real music in two halves, and what is trained on one of them embedding the other."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+HALVES = ("a", "b")
+PACKING = ("--segment-seconds", "20", "--min-seconds", "10", "--val-fraction", "0", "--codec", "wav")
+"""Below ten seconds lie the games' sound effects. WAV, since a core that trains has better to do than decode FLAC."""
+
+
+def python(words: Sequence[object], log: Path | None = None, threads: int | None = None) -> None:
+    """Run a command of the project, its output to `log` or this terminal. Raises UserError when it fails."""
+    environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [sys.executable, *map(str, words)]
+    if log is None:
+        done = subprocess.run(command, cwd=ROOT, env=environment)
+    else:
+        with log.open("ab") as out:
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise UserError(
+            f"{' '.join(command[1:4])} failed with status {done.returncode}" + (f": see {log}" if log else "")
+        )
+
+
+def prepare(folder: Path, music: Path) -> None:
+    """Fetch the music into `music` and pack `folder/a` and `folder/b`, whatever of it is not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if subprocess.run(["bash", ROOT / "benchmarks/real_music/fetch.sh", music]).returncode:
+        raise UserError(f"not all of the music could be fetched into {music} (see above)")
+    everything = folder / "all"
+    if not (everything / "manifest.json").exists():
+        python(["tools/make_shards.py", music, "--out", everything, *PACKING])
+    halves = split(open_shards(everything).songs["path"])
+    for half in HALVES:
+        shards = folder / half
+        if (shards / "manifest.json").exists():
+            continue
+        songs = folder / f"{half}-songs"
+        shutil.rmtree(songs, ignore_errors=True)
+        for path, own in halves.items():
+            if own == half:
+                (songs / path).parent.mkdir(parents=True, exist_ok=True)
+                os.link(music / path, songs / path) if same_disk(music, folder) else shutil.copy(
+                    music / path, songs / path
+                )
+        python(["tools/make_shards.py", songs, "--out", shards, *PACKING])
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether a hard link can be made between the two."""
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def soundtrack(path: str) -> str:
+    """The package that a song of this path came with."""
+    return path.partition("/")[0]
+
+
+def split(paths: Iterable[str]) -> dict[str, str]:
+    """Each song's half: every second song of a soundtrack, in the order of a hash, so that no choice is ours."""
+    half: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for path in sorted(paths, key=lambda p: hashlib.sha256(p.encode()).hexdigest()):
+        place = counts[soundtrack(path)] = counts.get(soundtrack(path), -1) + 1
+        half[path] = HALVES[place % 2]
+    return half
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training on one half, and the tables it makes of the other.
+
+    kind: simsiam, simple or lightly. settings: dotted key to value, over the config file. tables: the row of the result
+    that a table is for, to its options of `simsiam_dali.embed`; lightly makes one table.
+    """
+
+    name: str
+    kind: str
+    trained_on: str
+    seed: int
+    settings: dict[str, object]
+    tables: dict[str, tuple[str, ...]]
+
+    def table(self, folder: Path, row: str) -> Path:
+        """Where a table lies."""
+        return folder / "tables" / f"{slug(row)}-{self.trained_on}-{self.seed}.parquet"
+
+
+def slug(name: str) -> str:
+    """A row's name as a file's."""
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in name)
+
+
+def other(half: str) -> str:
+    """The half that is not learned from."""
+    return HALVES[1 - HALVES.index(half)]
+
+
+def run(job: Job, shards: Path, folder: Path, config: Path, device: torch.device, threads: int | None) -> None:
+    """Train and embed what is not there yet. shards: where `prepare` put the halves; folder: where the results go."""
+    wanted = {row: options for row, options in job.tables.items() if not job.table(folder, row).exists()}
+    if not wanted:
+        return
+    name = f"{slug(job.name)}-{job.trained_on}-{job.seed}"
+    log = folder / "logs" / f"{name}.log"
+    for directory in ("logs", "tables", "runs"):
+        (folder / directory).mkdir(parents=True, exist_ok=True)
+    sets = [word for key, value in job.settings.items() for word in ("--set", f"{key}={value}")]
+    source = ["--config", config, "--shards", shards / job.trained_on, "--seed", job.seed]
+    if job.kind == "lightly":
+        (row,) = wanted
+        words = ["--embed", shards / other(job.trained_on), "--out", job.table(folder, row), *sets]
+        python(["benchmarks/real_music/peer.py", *source, *words], log, threads)
+        return
+    training = folder / "runs" / name
+    if (training / "checkpoint.pt").exists():
+        python(["-m", "simsiam_dali.train", "--resume", training], log, threads)
+    else:
+        words = ["--encoder-type", job.kind, "--run-name", name, "--set", f"train.runs_dir={folder / 'runs'}", *sets]
+        python(["-m", "simsiam_dali.train", *source, *words], log, threads)
+    for row, options in wanted.items():
+        words = ["--checkpoint", training, "--shards", shards / other(job.trained_on), "--device", device.type]
+        if device.type == "cuda":
+            words[-1] = "gpu"
+        python(["-m", "simsiam_dali.embed", *words, "--out", job.table(folder, row), *options], log, threads)
+
+
+def run_all(
+    jobs: Sequence[Job], shards: Path, folder: Path, config: Path, device: torch.device, side_by_side: int
+) -> None:
+    """`run` each job, several at once: on a CPU a training on each core does more than one on all of them."""
+    threads = max(1, len(os.sched_getaffinity(0)) // side_by_side) if device.type == "cpu" else None
+    with ThreadPoolExecutor(side_by_side) as pool, tqdm(total=len(jobs), unit="training") as bar:
+        futures = [pool.submit(run, job, shards, folder, config, device, threads) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

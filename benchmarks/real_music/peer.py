@@ -1,0 +1,138 @@
+"""The peer: SimSiam put together from lightly's parts, trained on the same backbone, views and number of steps.
+
+    python benchmarks/real_music/peer.py --config configs/real_music_cpu.yaml --shards A --embed B --out peer.parquet
+
+From lightly come the projector (the paper's three layers), the predictor, the loss and the schedule; the loop is that
+of lightly's SimSiam example, and the optimizer torch's SGD at the config's settings. The backbone, its first weights
+and the views are ours, so that what differs is what the two projects make of them.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the package does, and before torch is imported
+
+import torch
+from lightly.loss import NegativeCosineSimilarity
+from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
+from lightly.utils.scheduler import CosineWarmupScheduler
+from torch import Tensor
+from tqdm import trange
+
+from simsiam_dali import config as settings
+from simsiam_dali import factory, tuning
+from simsiam_dali.config import Config
+from simsiam_dali.data.loader import measure_log_mel
+from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.distributed import World, choose_device
+from simsiam_dali.embed import embed, embedding_config
+from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.features import encoder_features
+from simsiam_dali.models.encoder import Encoder
+from simsiam_dali.models.simsiam import create_backbone
+
+
+class Peer(Encoder):
+    """Our backbone between lightly's heads."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        own = config.encoder.simsiam
+        self.backbone, dim = create_backbone(own.backbone, False, own.backbone_width, own.pooling)
+        self.projector = SimSiamProjectionHead(dim, own.projection_dim, own.projection_dim)
+        self.predictor = SimSiamPredictionHead(own.projection_dim, own.predictor_hidden_dim, own.projection_dim)
+        self.dims = dim, own.projection_dim
+
+    def forward(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        """One view `(B, n_mels, T)` to its projection without gradient, and its prediction."""
+        z = self.projector(self.embed(view))
+        return z.detach(), self.predictor(z)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """One view `(B, n_mels, T)` to the backbone's output."""
+        return self.backbone(x.unsqueeze(1))
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the backbone's output."""
+        return self.dims[0]
+
+    @property
+    def output_dim(self) -> int:
+        """Width of the projections."""
+        return self.dims[1]
+
+
+def train(config: Config, shards: ShardSet, log_mel: LogMel, world: World) -> Peer:
+    """As many steps as `simsiam_dali.train` takes with the same config."""
+    torch.manual_seed(config.train.seed)
+    own = config.encoder.simsiam
+    loader = factory.create_loader(config, shards, log_mel, world, "train", "views", shuffled=True)
+    peer = Peer(config).to(world.device)
+    peer = peer.to(memory_format=torch.channels_last)
+    criterion = NegativeCosineSimilarity()
+    base = own.learning_rate * config.encoder.batch_size / 256
+    optimizer = torch.optim.SGD(peer.parameters(), lr=base, momentum=own.sgd_momentum, weight_decay=own.weight_decay)
+    schedule = CosineWarmupScheduler(optimizer, warmup_epochs=0, max_epochs=config.encoder.epochs * len(loader))
+    batches = loader.endless()
+    for _ in (bar := trange(config.encoder.epochs * len(loader), unit="step", disable=None)):
+        batch = next(batches)
+        z0, p0 = peer(batch.view1)
+        z1, p1 = peer(batch.view2)
+        loss = 0.5 * (criterion(z0, p1) + criterion(z1, p0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if bar.n % 10 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.4f}")
+    return peer.eval()
+
+
+@one_line_errors
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML settings")
+    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="songs to learn from")
+    parser.add_argument("--embed", type=Path, required=True, metavar="DIR", help="songs to embed (shards as well)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the table of embeddings")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and draws (default: 0)")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="assignments", help="any setting")
+    args = parser.parse_args()
+    config = settings.load(args.config, command_line={"train.seed": args.seed}, assignments=args.assignments)
+    if config.encoder.simsiam.optimizer != "sgd":
+        raise UserError("the peer takes encoder.simsiam.optimizer=sgd")
+    device = choose_device(config.train.device)
+    world = World(0, 1, device)
+    shards, others = open_shards(args.shards), open_shards(args.embed)
+    log_mel = factory.log_mel_settings(config)
+    if config.data.threads == "auto":
+        config = tuning.with_threads(config, shards, log_mel, world)
+    log_mel = measure_log_mel(
+        factory.create_loader(config, shards, log_mel, world, "train", "clean"), config.data.stats_segments
+    )
+    peer = train(config, shards, log_mel, world)
+
+    clean = embedding_config(config, others.segment_seconds)
+    about = {
+        "features": "checkpoint",
+        "rows": "songs",
+        "encoder_type": "lightly",
+        "embedding": "backbone",
+        "checkpoint": "",
+        "checkpoint_sha256": "",
+        "music": others.manifest.music,
+        "shards": others.fingerprint,
+        "view_seconds": f"{others.segment_seconds:g}",
+        "mlflow_run": "",
+        "tracking_uri": "",
+    }
+    features = encoder_features("lightly", peer, clean, device)
+    print(embed(features, clean, others, log_mel, world, about, args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Does it learn? Real music, one command, one table: python benchmarks/real_music/run.py
+
+Fetches the soundtracks of eleven free games (fetch.sh), packs them in two halves, trains on one half of each
+soundtrack's songs and embeds the other, then the other way round: no song was heard in training. Scores are of each
+song among the others of its half, by the cosine of standardised embeddings: the vote of its 5 nearest (accuracy) and
+mAP@10, for its soundtrack and its artist. Beside SimSiam stand the floors (mean and std of MFCCs and of the log-mel,
+and the untrained encoder), SimSiam built from lightly's parts on the same backbone, views and steps, and the encoder
+that learns from tags.
+
+Everything stays in --work; the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import halves
+import numpy as np
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import machine
+
+from simsiam_dali import config as settings
+from simsiam_dali import embeddings, evaluation, probes, scores
+from simsiam_dali.distributed import choose_device
+from simsiam_dali.errors import UserError, one_line_errors
+
+NEIGHBOURS, RETRIEVED = 5, 10
+TARGETS = ("soundtrack", "artist")
+RESAMPLES = 2000
+
+OURS, PROJECTION, PEER, SIMPLE = (
+    "SimSiam",
+    "SimSiam, its projection",
+    "SimSiam of lightly's parts",
+    "simple (from tags)",
+)
+FLOORS = {"untrained": "untrained encoder", "mfcc": "MFCC", "log-mel": "log-mel"}
+ORDER = (OURS, PROJECTION, PEER, SIMPLE, *FLOORS.values())
+
+
+def plan(seeds: int) -> Iterator[halves.Job]:
+    """The trainings behind the table: first one of each of the two to compare, and last the one that has tags."""
+    ours, theirs, tagged = [], [], []
+    for seed in range(seeds):
+        for half in halves.HALVES:
+            tables: dict[str, tuple[str, ...]] = {
+                OURS: (),
+                PROJECTION: ("--embedding", "projection"),
+                FLOORS["untrained"]: ("--features", "untrained"),
+            }
+            if seed == 0:  # nothing in them is drawn
+                tables |= {FLOORS[name]: ("--features", name) for name in ("mfcc", "log-mel")}
+            ours.append(halves.Job(OURS, "simsiam", half, seed, {}, tables))
+            theirs.append(halves.Job(PEER, "lightly", half, seed, {}, {PEER: ()}))
+            tagged.append(halves.Job(SIMPLE, "simple", half, seed, {}, {SIMPLE: ()}))
+    one = len(halves.HALVES)
+    yield from (*ours[:one], *theirs[:one], *ours[one:], *theirs[one:], *tagged)
+
+
+def of_each_song(table: Path) -> dict[str, np.ndarray]:
+    """`soundtrack/knn`, `soundtrack/map`, and so for artist: the score of each song that can be scored, in order."""
+    songs = embeddings.read_songs(table)
+    rows = songs.table.assign(albums=[[halves.soundtrack(path)] for path in songs.table["path"]])
+    names = {name: i for i, name in enumerate(dict.fromkeys(own for (own,) in rows["albums"]))}
+    labels = {
+        "soundtrack": [[names[own]] for (own,) in rows["albums"]],
+        "artist": evaluation.label_ids(rows, "artist"),
+    }
+    found = {}
+    for target in TARGETS:
+        labelled = np.flatnonzero([bool(own) for own in labels[target]])
+        each = np.arange(len(labelled))  # leave out the song itself, and no other
+        own = [labels[target][row] for row in labelled]
+        first = np.array([ids[0] for ids in own])
+        near, cosine = probes.neighbours(songs.vectors[labelled], each, RETRIEVED)
+        retrieval = probes.Retrieval(own, each, RETRIEVED)
+        vote = probes.knn_vote(first, near[:, :NEIGHBOURS], cosine[:, :NEIGHBOURS])
+        found[f"{target}/knn"] = (vote == first)[retrieval.scored].astype(float)
+        found[f"{target}/map"] = retrieval.average_precision(near)
+    return found
+
+
+Scores = dict[int, dict[str, dict[str, np.ndarray]]]
+"""Of one row: seed to half (the one learned from) to the scores of the other half's songs."""
+
+
+def by_row(jobs: Sequence[halves.Job], folder: Path) -> dict[str, Scores]:
+    """The scores of each row that has been trained on every half of the jobs; a seed counts when all of it is done."""
+    tables: dict[str, dict[int, dict[str, Path]]] = {}
+    for job in jobs:
+        for row in job.tables:
+            tables.setdefault(row, {}).setdefault(job.seed, {})[job.trained_on] = job.table(folder, row)
+    found: dict[str, Scores] = {}
+    for row, seeds in tables.items():
+        done = {seed: own for seed, own in seeds.items() if all(map(Path.exists, own.values()))}
+        if set().union(*done.values()) == {job.trained_on for job in jobs}:
+            found[row] = {seed: {half: of_each_song(p) for half, p in own.items()} for seed, own in done.items()}
+    return found
+
+
+def of_seed(halves_of_it: Mapping[str, dict[str, np.ndarray]], name: str) -> float:
+    """One seed's score, over the songs of all halves that it was trained against."""
+    return float(np.concatenate([half[name] for half in halves_of_it.values()]).mean())
+
+
+def over_seeds(row: Scores, name: str) -> np.ndarray:
+    """Each song's score, as a mean over the seeds: first the songs of one half, then of the other."""
+    parts = [[seed[half][name] for seed in row.values() if half in seed] for half in halves.HALVES]
+    return np.concatenate([np.mean(part, axis=0) for part in parts if part])
+
+
+def document(found: Mapping[str, Scores], against: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """What --json writes: of each row its scores, and their paired differences from the rows `against`.
+
+    The intervals are over songs, of which there are enough to draw; the seeds are given one by one.
+    """
+    metric = scores.METRICS["map_at_10"]  # a mean
+    names = [f"{target}/{kind}" for target in TARGETS for kind in ("knn", "map")]
+    songs = {row: {name: over_seeds(seeds, name) for name in names} for row, seeds in found.items()}
+    drawn = {
+        row: {name: scores.score(metric, (each,), RESAMPLES, seed=0) for name, each in own.items()}
+        for row, own in songs.items()
+    }
+    rows: dict[str, Any] = {}
+    for row, seeds in found.items():
+        rows[row] = {}
+        for name, own in drawn[row].items():
+            compared = {}
+            for other in against:
+                if other != row and other in drawn:
+                    low, high = scores.interval(own.resampled - drawn[other][name].resampled)
+                    gap = own.value - drawn[other][name].value
+                    compared[other] = {"difference": gap, "low": low, "high": high}
+            each_seed = {str(seed): of_seed(parts, name) for seed, parts in seeds.items()}
+            rows[row][name] = {
+                "value": own.value, "low": own.low, "high": own.high, "seeds": each_seed, "against": compared
+            }  # fmt: skip
+    first = next(iter(songs.values()))
+    return {
+        "environment": machine.environment(device),
+        "songs": {target: len(first[f"{target}/map"]) for target in TARGETS},
+        "rows": rows,
+    }
+
+
+def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
+    """The Markdown table."""
+    yield "| | soundtrack 5-NN | soundtrack mAP@10 | artist 5-NN | artist mAP@10 |"
+    yield "|---|---|---|---|---|"
+    names = [f"{target}/{kind}" for target in TARGETS for kind in ("knn", "map")]
+    for row in sorted(doc["rows"], key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
+        cells = []
+        for name in names:
+            score = doc["rows"][row][name]
+            each = [f"{value:.3f}" for value in score["seeds"].values()]
+            spread = f" ({', '.join(each)})" if len(each) > 1 else ""
+            cells.append(f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]{spread}")
+        yield f"| {row} | {' | '.join(cells)} |"
+
+
+def verdict_lines(doc: Mapping[str, Any]) -> Iterator[str]:
+    """How SimSiam stands to each floor and to the peer."""
+    rows = doc["rows"]
+    for name, said in (("soundtrack/knn", "soundtrack 5-NN"), ("soundtrack/map", "soundtrack mAP@10")):
+        best = max((row for row in FLOORS.values() if row in rows), key=lambda row: rows[row][name]["value"])
+        for other, what in ((best, "the best floor, "), (PEER, "")):
+            if gap := rows[OURS][name]["against"].get(other):
+                yield f"{said}: {gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] to {what}{other}"
+
+
+def environment_line(doc: Mapping[str, Any]) -> str:
+    """What it was measured on."""
+    env = doc["environment"]
+    songs = ", ".join(f"{n} songs by {target}" for target, n in doc["songs"].items())
+    where = env["gpu"] or f"{env['cpu']}, {env['cores']} cores"
+    return f"{songs}; {where}; {env['date']}, commit {env['commit']}."
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The options that run.py and experiments.py share."""
+    add = parser.add_argument
+    add(
+        "--work",
+        type=Path,
+        default=Path("real_music"),
+        metavar="DIR",
+        help="everything is kept here (default: %(default)s)",
+    )
+    add("--music", type=Path, metavar="DIR", help="where fetch.sh puts the music (default: WORK/music)")
+    add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes the GPU when there is one")
+    add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/real_music_gpu.yaml or _cpu.yaml)")
+    add("--jobs", type=int, metavar="N", help="trainings side by side (default: one for each core; 1 on a GPU)")
+    add("--json", type=Path, metavar="FILE", help="write the result here")
+
+
+def common(args: argparse.Namespace) -> tuple[torch.device, Path, int]:
+    """(device, config file, trainings side by side) that the options mean."""
+    device = choose_device(args.device)
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    config = args.config or halves.ROOT / "configs" / f"real_music_{kind}.yaml"
+    settings.load(config)  # refused before anything is fetched
+    return device, config.resolve(), args.jobs or (1 if kind == "gpu" else len(os.sched_getaffinity(0)))
+
+
+@one_line_errors
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each row and half (default: 3)")
+    parser.add_argument(
+        "--encoders", nargs="+", choices=["simsiam", "lightly", "simple"], default=["simsiam", "lightly", "simple"],
+        metavar="TYPE",
+        help="which to train, of simsiam, lightly and simple (default: all); the table has what is there",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if "lightly" in args.encoders and find_spec("lightly") is None:
+        raise UserError("the peer needs lightly: pip install lightly, or leave it out with --encoders simsiam simple")
+    device, config, side_by_side = common(args)
+    work = args.work.resolve()
+    halves.prepare(work, (args.music or work / "music").resolve())
+    jobs = list(plan(args.seeds))
+    halves.run_all([job for job in jobs if job.kind in args.encoders], work, work, config, device, side_by_side)
+    doc = document(by_row(jobs, work), [*FLOORS.values(), PEER], device)
+    if args.json:
+        args.json.write_text(json.dumps(doc, indent=1) + "\n")
+    for line in (*table_lines(doc), "", *verdict_lines(doc), "", environment_line(doc)):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

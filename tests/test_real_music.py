@@ -1,0 +1,202 @@
+"""The experiment on real music: halves without overlap, scores that can be checked by hand, a peer that is one."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from running import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
+import experiments
+import halves
+import peer
+import run
+
+from simsiam_dali import config as settings
+from simsiam_dali import embeddings, factory
+from simsiam_dali.config import Config
+from simsiam_dali.distributed import World
+from simsiam_dali.models.losses import SimSiamLoss
+
+TINY = {
+    "data.view_seconds": 1.0,
+    "data.threads": 1,
+    "data.stats_segments": 8,
+    "encoder.batch_size": 8,
+    "encoder.epochs": 2,
+    "encoder.simsiam.backbone_width": 8,
+    "encoder.simsiam.projection_dim": 16,
+    "encoder.simsiam.predictor_hidden_dim": 8,
+    "encoder.simsiam.augmentation.frequency_mask_param": 4,
+    "encoder.simsiam.augmentation.time_mask_param": 4,
+}
+CPU_FILE = ROOT / "configs" / "real_music_cpu.yaml"
+
+
+def write_table(path: Path, songs: list[tuple[str, list[str]]], vectors: np.ndarray) -> Path:
+    """Songs as (path, artists) with their vectors, as `simsiam_dali.embed` writes them."""
+    n = len(songs)
+    frame = pd.DataFrame(
+        {
+            "path": [name for name, _ in songs],
+            "title": [""] * n,
+            "artists": [artists for _, artists in songs],
+            "albums": [[]] * n,
+            "album_artist": [""] * n,
+            "year": pd.array([None] * n, dtype="Int64"),
+            "genres": [[]] * n,
+            "rating": [float("nan")] * n,
+            "duration": [60.0] * n,
+            "split": ["train"] * n,
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    embeddings.write(
+        path, embeddings.of_songs(frame, np.arange(n), vectors, {"rows": "songs", "features": "checkpoint"})
+    )
+    return path
+
+
+def test_halves_share_no_song_and_cut_every_soundtrack_in_two():
+    paths = [f"{package}/{i}.ogg" for package, n in (("one", 40), ("two", 7), ("three", 2)) for i in range(n)]
+    halved = halves.split(paths)
+    assert sorted(halved) == sorted(paths)
+    count = Counter((halves.soundtrack(path), half) for path, half in halved.items())
+    assert (count["one", "a"], count["one", "b"]) == (20, 20)
+    assert abs(count["two", "a"] - count["two", "b"]) == 1
+    assert (count["three", "a"], count["three", "b"]) == (1, 1)
+    assert halves.split(reversed(paths)) == halved
+
+
+def test_scores_by_hand(tmp_path):
+    # Two soundtracks of three songs on two sides, one song of `red` among the `blue`, a soundtrack with one song only.
+    songs = [(f"red/{i}", ["A"]) for i in range(3)] + [(f"blue/{i}", []) for i in range(3)]
+    songs += [("red/stray", ["B"]), ("lonely/0", ["A"])]
+    angle = np.array([0.0, 0.1, 0.2, 3.0, 3.1, 3.2, 3.3, 1.5])
+    found = run.of_each_song(write_table(tmp_path / "t.parquet", songs, np.stack([np.cos(angle), np.sin(angle)], 1)))
+    # `lonely` has nobody to be found with. The five nearest of a blue song are blue, blue, stray, and two others.
+    assert found["soundtrack/knn"].tolist() == [1, 1, 1, 1, 1, 1, 0]
+    # From the first red song on come two red ones, `lonely`, and the stray one, which is nearest round the other way.
+    assert found["soundtrack/map"][0] == pytest.approx((1 + 1 + 3 / 4) / 3)
+    # Artists: A's four songs; B has one only, and songs without an artist are not there at all.
+    assert len(found["artist/knn"]) == 4
+
+
+def test_a_random_embedding_scores_no_better_than_chance(tmp_path):
+    rng = np.random.default_rng(0)
+    songs = [(f"{package}/{i}", [f"artist {i}"]) for package in range(10) for i in range(20)]
+    found = run.of_each_song(write_table(tmp_path / "t.parquet", songs, rng.standard_normal((200, 16))))
+    assert found["soundtrack/knn"].mean() < 0.2
+    assert found["soundtrack/map"].mean() < 0.1
+
+
+def test_the_mean_is_over_seeds_within_a_half_and_a_row_needs_both(tmp_path):
+    def table(row: str, half: str, seed: int, good: bool) -> None:
+        job = halves.Job(row, "simsiam", half, seed, {}, {row: ()})
+        songs = [(f"{package}/{i}", ["A"]) for package in ("p", "q") for i in range(4)]
+        angle = np.repeat([0.0, 1.5], 4) if good else np.tile([0.0, 1.5], 4)
+        write_table(job.table(tmp_path, row), songs, np.stack([np.cos(angle), np.sin(angle)], 1))
+
+    for seed, half, good in ((0, "a", True), (0, "b", True), (1, "a", False), (1, "b", True)):
+        table(run.OURS, half, seed, good)
+    table(run.PEER, "a", 0, False)
+    found = run.by_row(list(run.plan(3)), tmp_path)
+    assert list(found) == [run.OURS]
+    assert list(found[run.OURS]) == [0, 1]  # the third seed was not trained
+    bad = found[run.OURS][1]["a"]["soundtrack/map"].mean()
+    doc = run.document(found, [run.PEER], torch.device("cpu"))
+    score = doc["rows"][run.OURS]["soundtrack/map"]
+    assert score["seeds"] == pytest.approx({"0": 1.0, "1": (1 + bad) / 2})
+    assert score["value"] == pytest.approx((3 + bad) / 4)
+    assert score["low"] < score["value"] < score["high"]
+    assert "1.000" in next(line for line in run.table_lines(doc) if line.startswith(f"| {run.OURS}"))
+
+
+def test_a_difference_is_paired():
+    songs = {"a": np.array([1.0, 0.0, 1.0, 0.0] * 20), "b": np.array([0.5] * 40)}
+
+    def row(more: float) -> run.Scores:
+        return {0: {half: dict.fromkeys(NAMES, x + more) for half, x in songs.items()}}
+
+    doc = run.document({"one": row(0.25), "two": row(0.0)}, ["two"], torch.device("cpu"))
+    gap = doc["rows"]["one"]["artist/knn"]["against"]["two"]
+    assert gap == pytest.approx({"difference": 0.25, "low": 0.25, "high": 0.25})  # songs vary, their differences do not
+
+
+NAMES = [f"{target}/{kind}" for target in run.TARGETS for kind in ("knn", "map")]
+
+
+@pytest.mark.parametrize("row", experiments.ROWS)
+def test_each_row_changes_the_recipe(row):
+    base = {"encoder.simsiam.learning_rate": 1.0, "encoder.simsiam.backbone_width": 16}
+
+    def config(name: str) -> Config:
+        (job, *_) = experiments.plan(2, 5, {name: experiments.ROWS[name]}, base)
+        return settings.load(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
+
+    changed = config(row)
+    assert changed.encoder.epochs == 5
+    assert (changed == config(experiments.BASE)) == (row == experiments.BASE)
+
+
+def test_the_experiments_page_holds_the_newest_results():
+    assert experiments.page_with_tables() == experiments.PAGE.read_text()
+    newest = json.loads(max(experiments.RESULTS.glob("experiments-*.json")).read_text())
+    assert newest["rows"].keys() <= {*experiments.ROWS, experiments.PROJECTION, experiments.UNTRAINED}
+
+
+def test_the_peer_begins_as_simsiam_does_and_has_its_loss():
+    config = settings.load(CPU_FILE, command_line={**TINY, "encoder.simsiam.projection_layers": 3})
+    torch.manual_seed(0)
+    ours = factory.create_encoder(config)
+    torch.manual_seed(0)
+    theirs = peer.Peer(config)
+    own = ours.state_dict()
+    for name, value in theirs.backbone.state_dict().items():
+        assert torch.equal(value, own[f"backbone.{name}"]), name
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    # With its heads' weights in ours, both say the same of a batch.
+    pairs = [(theirs.projector, ours.projector), (theirs.predictor, ours.predictor)]
+    for source, target in pairs:
+        for a, b in zip(source.parameters(), target.parameters(), strict=True):
+            b.data.copy_(a)
+    view1, view2 = torch.randn(2, 8, config.encoder.simsiam.n_mels, 32)
+    p1, p2, z1, z2 = ours(view1, view2)
+    (z0_, p0_), (z1_, p1_) = theirs(view1), theirs(view2)
+    criterion = peer.NegativeCosineSimilarity()
+    assert float(SimSiamLoss()(p1, p2, z1, z2)) == pytest.approx(
+        float(0.5 * (criterion(z0_, p1_) + criterion(z1_, p0_))), abs=1e-5
+    )
+
+
+def test_the_peer_trains_on_one_half_and_embeds_the_other(small_shards, tmp_path):
+    sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
+    out = tmp_path / "peer.parquet"
+    words = ["--config", CPU_FILE, "--shards", small_shards, "--embed", small_shards, "--out", out, *sets]
+    subprocess.run([sys.executable, ROOT / "benchmarks/real_music/peer.py", *words], check=True, cwd=tmp_path)
+    table = embeddings.read_songs(out)
+    assert table.about["encoder_type"] == "lightly"
+    assert table.vectors.shape == (
+        16,
+        2 * 8 * 8,
+    )  # mean and maximum of the last of the stages, 8 times as wide as the first
+    config = settings.load(CPU_FILE, command_line=TINY)
+    torch.manual_seed(0)
+    assert len(np.unique(table.vectors.round(6), axis=0)) == 16
+    assert peer.Peer(config).embedding_dim == table.vectors.shape[1]
+
+
+def test_the_peer_takes_as_many_steps_as_training(small_shards):
+    config = settings.load(CPU_FILE, command_line={**TINY, "encoder.epochs": 1})
+    shards = peer.open_shards(small_shards)
+    world = World(0, 1, torch.device("cpu"))
+    before = peer.Peer(config).backbone.bn1.num_batches_tracked
+    trained = peer.train(config, shards, factory.log_mel_settings(config), world)
+    steps = shards.count("train") // config.encoder.batch_size
+    assert trained.backbone.bn1.num_batches_tracked - before == 2 * steps  # two views a step
