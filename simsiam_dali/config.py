@@ -6,6 +6,7 @@ unit; `docs/config.md` is generated from the descriptions.
 """
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,7 +32,7 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
 class Section(BaseModel):
     """A part of the tree; unknown keys are errors, values are final."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> typing.Self:
@@ -346,7 +347,9 @@ def _explain(error: ValidationError, source: str) -> UserError:
     if key not in annotations:
         return UserError(f"{source}: {key}: {message}" if key else f"{source}: {message}")
     value = first["input"]
-    return UserError(f"{source}: {key} = {value!r} is refused ({message}); allowed: {allowed(annotations[key])}")
+    return UserError(
+        f"{source}: {key} = {reprlib.repr(value)} is refused ({message}); allowed: {allowed(annotations[key])}"
+    )
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -365,9 +368,18 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _yaml(text: str) -> Any:
+    """Plain values only; whatever is wrong with it is a YAMLError."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
+        # PyYAML lets these escape: a thirteenth month, a number of 5,000 digits, !!bool maybe, [[[[[...
+        raise yaml.YAMLError(str(e)) from e
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
@@ -404,7 +416,7 @@ def _sources(
         if not sign:
             raise UserError(f"--set {assignment}: expected key=value, such as --set encoder.epochs=5")
         try:
-            value = yaml.safe_load(text)
+            value = _yaml(text)
         except yaml.YAMLError:
             raise UserError(f"--set {assignment}: the value is not readable YAML") from None
         yield f"--set {assignment}", _nested(key.strip(), value)

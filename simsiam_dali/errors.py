@@ -13,6 +13,11 @@ class UserError(Exception):
     """Says in one line what is wrong, where, and what to do about it."""
 
 
+def printable(text: str) -> str:
+    """`text` for a terminal: whatever is not shown as itself (control, direction, unassigned) becomes a U+FFFD."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command's `main`: a `UserError` becomes one line on stderr and exit status 1."""
 
@@ -21,7 +26,7 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {printable(str(e))}", file=sys.stderr)
             sys.exit(1)
 
     return wrapped

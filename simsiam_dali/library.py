@@ -11,18 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.errors import UserError, printable
 from simsiam_dali.labels import album_keys, artist_keys, name_key
 from simsiam_dali.packing.find import relative_name
 from simsiam_dali.splits import groups
 
 _LISTED = 10
 _ESCAPED_BYTE = re.compile(rb"\\x([89a-f][0-9a-f])")
-
-
-def printable(text: str) -> str:
-    """`text` for a terminal: whatever is not shown as itself (control, direction, unassigned) becomes a U+FFFD."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 class Library:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from simsiam_dali import embeddings, playlists
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.library import Library, Variety, printable
+from simsiam_dali.errors import UserError, one_line_errors, printable
+from simsiam_dali.library import Library, Variety
 from simsiam_dali.neighbours import Neighbours, unit
 from simsiam_dali.playlists import FORMATS, Entry
 from simsiam_dali.taste import MIN_RATED, Taste

@@ -6,14 +6,19 @@ import urllib.parse
 from pathlib import Path
 
 import mutagen
+import numpy as np
 import pytest
 from mutagen.id3 import POPM, TALB, TCON, TDRC, TIT2, TPE1, TXXX
 from mutagen.mp4 import MP4FreeForm
-from small_music import sound, write_audio
+from small_music import make_shards, sound, write_audio, write_song
 
+from simsiam_dali import recommend
+from simsiam_dali.data.shards import open_shards
 from simsiam_dali.errors import UserError
+from simsiam_dali.library import Library
 from simsiam_dali.packing.ratings import RatingsFile
-from simsiam_dali.packing.tags import LONGEST, Tags, merged, popm_rating, read_tags, vorbis_rating
+from simsiam_dali.packing.tags import LONGEST, MOST, Tags, merged, popm_rating, read_tags, vorbis_rating
+from simsiam_dali.playlists import FORMATS
 
 
 def tagged(path: Path, *frames: object, **comments: object) -> Path:
@@ -222,3 +227,49 @@ def test_a_file_that_is_no_ratings_file(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says) as caught:
             RatingsFile.read(path, tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_hostile_tags_and_names_break_neither_a_table_nor_a_terminal(tmp_path: Path) -> None:
+    """From the file to songs.parquet, to a recommendation on the terminal, and into each playlist's format."""
+    hostile = "\x1b]0;owned\x07\x1b[2Jred\0\r\nline\u202egnp\u2066\x9b31m\u2028"
+    music = tmp_path / "music"
+    music.mkdir()
+    artists = ["\x1b" * 1_000_000 + "hidden", *map(str, range(5000))]
+    write_song(music / "huge.flac", 1, 0.5, title="x" * 10_000_000, artist=artists)
+    odd = write_song(music / "odd.flac", 2, 0.5, title=hostile, artist=hostile, album=hostile, genre=[hostile, "Dub"])
+    odd = odd.rename(music / "odd\x1b[31m\n.flac")
+    broken = music / "broken\x1b[2J.flac"
+    broken.write_bytes(b"fLaC")
+    done = make_shards(music, "--out", tmp_path / "shards", "--segment-seconds", "0.5", "--min-seconds", "0.1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "broken" in done.stdout
+    assert all(c.isprintable() or c == "\n" for c in done.stdout)
+
+    songs = open_shards(tmp_path / "shards").songs
+    assert sorted(songs["path"]) == ["huge.flac", odd.name]  # a name stays what it is, or the song would not open
+    table = songs.set_index("path")
+    assert table.loc[odd.name, "title"] == "]0;owned [2Jred / line gnp 31m"  # a zero divides values
+    assert table.loc["huge.flac", "title"] == "x" * (LONGEST - 1) + "…"
+    assert len(table.loc["huge.flac", "artists"]) == MOST
+    assert (tmp_path / "shards/songs.parquet").stat().st_size < 100_000
+
+    library = Library(songs, music)
+    choice = recommend.Choice([0, 1], {"similarity": np.array([0.5, 0.25])}, f"like {hostile}")
+    shown = recommend.lines(library, choice)
+    assert len(shown) == 3
+    assert all(line.isprintable() for line in shown)
+    made = recommend.entries(library, choice, None)
+    assert sorted(entry.path for entry in made) == sorted(map(str, (music / "huge.flac", odd)))
+    for name, write in FORMATS.items():
+        text, _ = write(made, choice.title)
+        assert "\x1b" not in text or name == "csv"  # a CSV quotes the path as it is
+        text.encode()
+
+
+def test_tags_that_take_too_long_are_none_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of short texts, which mutagen takes apart in quadratic time."""
+    path = tagged(tmp_path / "a.mp3", TPE1(encoding=0, text=["a"] * 200_000))
+    monkeypatch.setattr("simsiam_dali.packing.tags.PARSE_SECONDS", 0.05)
+    tags = read_tags(path)
+    assert tags.note == "tags cannot be read (TookTooLong)"
+    assert tags.artists == ()

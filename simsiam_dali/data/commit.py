@@ -73,7 +73,7 @@ def named_files(folder: Path) -> list[str]:
     """The files that the manifest in `folder` names, whatever its version; none without a readable one."""
     try:
         names = json.loads((folder / MANIFEST).read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     # A damaged manifest must not lead out of its folder.
     return [name for name in names if isinstance(name, str) and Path(name).name == name]

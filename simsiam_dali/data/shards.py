@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, TypeAdapter
 
 from simsiam_dali.data.commit import MANIFEST, finish_commit
 from simsiam_dali.errors import UserError
@@ -98,6 +99,15 @@ class Manifest:
     settings: dict[str, Any]
     counts: dict[str, int]
     files: dict[str, FileSum]
+
+
+@dataclass(frozen=True)
+class _Needed:
+    """What `ShardSet` reads of the settings, for their check."""
+
+    codec: Literal["flac", "wav", "ogg"]
+    sample_rate: int | None
+    segment_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -200,18 +210,19 @@ def read_manifest(root: Path) -> Manifest:
         raise UserError(f"no shards at {root}: no such folder; make them with tools/make_shards.py MUSIC_DIR")
     finish_commit(root)
     try:
-        content = json.loads((root / MANIFEST).read_bytes())
-        version = content["format_version"]
+        content = (root / MANIFEST).read_bytes()
+        version = json.loads(content)["format_version"]
         if version == FORMAT_VERSION:
-            files = {name: FileSum(**file) for name, file in content.pop("files").items()}
-            if not {SONGS, SEGMENTS, FILES} <= files.keys():
+            manifest = TypeAdapter(Manifest).validate_json(content, strict=True)
+            TypeAdapter(_Needed).validate_python(manifest.settings)
+            if not {SONGS, SEGMENTS, FILES} <= manifest.files.keys():
                 raise KeyError(SONGS)
-            if strangers := [name for name in files if Path(name).name != name]:
+            if strangers := [name for name in manifest.files if Path(name).name != name]:
                 raise ValueError(f"{strangers[0]!r} is no plain file name")  # it must not lead out of the folder
-            return Manifest(**content, files=files)
+            return manifest
     except FileNotFoundError:
         raise UserError(f"no shards in {root}: make them with tools/make_shards.py MUSIC_DIR") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{root / MANIFEST} is damaged: pack again with tools/make_shards.py --replace") from e
     raise UserError(
         f"{root} holds shards of format version {version}, this program reads {FORMAT_VERSION}: "
@@ -283,11 +294,17 @@ def index_text(samples: Iterable[Members]) -> str:
 
 
 def read_index(path: Path) -> list[Members]:
-    """The samples of a tar, from the index beside it."""
+    """The samples of a tar, from the index beside it. Raises UserError for what is no index."""
     samples: list[Members] = []
-    for line in path.read_text().splitlines()[1:]:
-        words = line.split(" ")
-        samples.append({e: (int(o), int(s), n) for e, o, s, n in zip(*[iter(words)] * 4, strict=True)})
+    try:
+        head, *lines = path.read_text().splitlines()
+        for line in lines:
+            words = line.split(" ")
+            samples.append({e: (int(o), int(s), n) for e, o, s, n in zip(*[iter(words)] * 4, strict=True)})
+        if head != f"v1.2 {len(samples)}" or any(min(o, s) < 0 for of in samples for o, s, _ in of.values()):
+            raise ValueError(head)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is damaged: pack again with tools/make_shards.py --replace") from e
     return samples
 
 
