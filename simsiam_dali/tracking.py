@@ -1,14 +1,17 @@
 """MLflow: parameters, tags, metrics and artifacts of a run. With `mlflow.enabled: false`, mlflow is never imported."""
 
+import math
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tqdm import tqdm
 
 from simsiam_dali.config import Config, fields
 from simsiam_dali.data.shards import ShardSet
@@ -16,7 +19,10 @@ from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError
 
 SERVER_TIMEOUT = 5.0
-"""Seconds a tracking server has to answer before the first batch."""
+"""Seconds a tracking server has to answer before the first batch, and after each epoch."""
+
+MOST_METRICS = 1000
+"""MLflow takes no more at once."""
 
 
 def tags(config: Config) -> dict[str, str]:
@@ -43,12 +49,21 @@ REASON_LENGTH = 500
 
 
 class Tracker:
-    """Does nothing: what a run without MLflow, or a rank other than 0, talks to."""
+    """Does nothing: what a run without MLflow, or a rank other than 0, talks to. It passes on an earlier run's id.
 
-    run_id: str | None = None
+    complete: whether MLflow has all that it was given.
+    """
 
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        """Log finite values at `step`."""
+    complete = True
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id
+
+    def catch_up(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Log what the run's journal holds of its epochs and MLflow does not, since its server was gone."""
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Log an epoch's record."""
 
     def artifact(self, path: Path) -> None:
         """Keep a copy of a file with the run."""
@@ -58,37 +73,105 @@ class Tracker:
 
 
 class MlflowTracker(Tracker):
-    """One MLflow run; `run_id` continues an earlier one."""
+    """One MLflow run; `run_id` continues an earlier one.
+
+    Once it is open, nothing that becomes of the server or the database ends the training. What MLflow does not take is
+    kept here and sent after the next epoch; what a killed process kept, or one that ended, is in the run's journal, and
+    `catch_up` sends it. (MLflow's own asynchronous logging drops what its retries cannot send.)
+    """
 
     def __init__(
         self, config: Config, shards: ShardSet, run_name: str, run_id: str | None, more_tags: Mapping[str, str]
     ) -> None:
-        with opening(config.mlflow.tracking_uri):
-            import mlflow
-
-            self.mlflow = mlflow
-            mlflow.set_tracking_uri(config.mlflow.tracking_uri)
-            mlflow.set_experiment(config.mlflow.experiment_name)
-            run = mlflow.start_run(run_id=run_id, run_name=None if run_id else run_name)
-        self.run_id = run.info.run_id
-        if run_id is None:
-            mlflow.log_params({key: value for key, value in flat(config).items() if not key.startswith("hpo.")})
+        self.uri = config.mlflow.tracking_uri
         # runs on other songs are not to be compared
-        mlflow.set_tags({**tags(config), "shards": shards.fingerprint, **more_tags})
+        run_tags = {**tags(config), "shards": shards.fingerprint, **more_tags}
+        with opening(self.uri):
+            import mlflow
+            from mlflow.tracking.context.registry import resolve_tags
 
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        """Log the values that are numbers; MLflow's databases refuse NaN."""
-        self.mlflow.log_metrics({k: v for k, v in values.items() if v == v}, step=step)
+            # A client, not mlflow.start_run, which would wait for a lost server once more when the process ends.
+            mlflow.set_tracking_uri(self.uri)
+            experiment = mlflow.set_experiment(config.mlflow.experiment_name)
+            self.client = mlflow.MlflowClient(self.uri)
+            if run_id:
+                self.client.update_run(run_id, "RUNNING")
+                for key, value in run_tags.items():
+                    self.client.set_tag(run_id, key, value)
+            else:
+                everything = resolve_tags(run_tags)
+                run_id = self.client.create_run(
+                    experiment.experiment_id, tags=everything, run_name=run_name
+                ).info.run_id
+                mlflow.log_params({k: v for k, v in flat(config).items() if not k.startswith("hpo.")}, run_id=run_id)
+        super().__init__(run_id)
+        self._metrics: list[Any] = []  # mlflow.entities.Metric, not sent yet
+        self._files: list[Path] = []
+
+    def catch_up(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Log what the run's journal holds of its epochs and MLflow does not."""
+        known: dict[str, set[int]] = {}
+        with opening(self.uri):
+            for record in records:
+                for name in logged(record):
+                    if name not in known:
+                        known[name] = {metric.step for metric in self.client.get_metric_history(self.run_id, name)}
+        for record in records:
+            self._keep({k: v for k, v in logged(record).items() if record["step"] not in known[k]}, record["step"])
+        self._send()
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Log the values that are numbers."""
+        self._keep(logged(record), record["step"])
+        self._send()
 
     def artifact(self, path: Path) -> None:
         """Upload a file."""
-        self.mlflow.log_artifact(str(path))
+        self._files.append(path)
+        self._send()
 
     def end(self, status: str, reason: str = "") -> None:
         """Close the run."""
-        if reason:
-            self.mlflow.set_tag("end_reason", reason[:REASON_LENGTH])
-        self.mlflow.end_run(status)
+        self._send(status, reason)
+
+    def _keep(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        self._metrics += [Metric(name, value, now, step) for name, value in values.items()]
+
+    def _send(self, status: str = "", reason: str = "") -> None:
+        """Send what is kept, oldest first, and how the run ended; what MLflow does not take now stays kept."""
+        try:
+            check_server(self.uri)
+            while self._metrics:
+                self.client.log_batch(self.run_id, metrics=self._metrics[:MOST_METRICS])
+                del self._metrics[:MOST_METRICS]
+            while self._files:
+                self.client.log_artifact(self.run_id, str(self._files[0]))
+                del self._files[0]
+            if reason:
+                self.client.set_tag(self.run_id, "end_reason", reason[:REASON_LENGTH])
+            if status:
+                self.client.set_terminated(self.run_id, status)
+        except Exception as e:  # MLflow raises SQLAlchemy's, requests' and its own errors here
+            if self.complete:
+                why = " ".join(str(e.__cause__ or e).split())[:200]
+                tqdm.write(
+                    f"warning: MLflow at {self.uri} takes nothing ({why}); training goes on, and what it lacks is kept"
+                    " and sent when it answers"
+                )
+            self.complete = False
+            return
+        if not self.complete:
+            tqdm.write(f"MLflow at {self.uri} answers again and has everything")
+        self.complete = True
+
+
+def logged(record: Mapping[str, Any]) -> dict[str, float]:
+    """What MLflow gets of an epoch's record: the numbers that are finite, since MLflow's databases refuse NaN."""
+    named = {k: v for k, v in record.items() if "/" in k or k == "training_time_hours"}
+    return {k: v for k, v in named.items() if v is not None and math.isfinite(v)}
 
 
 def create_tracker(
@@ -96,7 +179,7 @@ def create_tracker(
 ) -> Tracker:
     """The tracker of this process. Raises UserError when the server does not answer."""
     if not (config.mlflow.enabled and main):
-        return Tracker()
+        return Tracker(run_id)
     return MlflowTracker(config, shards, run_name, run_id, more_tags)
 
 
@@ -105,6 +188,9 @@ def opening(uri: str) -> Iterator[None]:
     """Around MLflow's import and first calls: telemetry off, and a store that cannot be opened is a UserError."""
     # A music library is nobody else's business: MLflow's usage telemetry stays off unless asked for.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # MLflow's own would try for minutes, while the training waits: 7 times, 120 s each.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     check_server(uri)
     try:
         yield
@@ -171,8 +257,8 @@ class EarlierRun:
 
         now = time.time_ns() // 1_000_000
         metrics = [Metric(name, value, now, 0) for name, value in values.items() if value == value]
-        for start in range(0, len(metrics), 1000):  # MLflow takes no more at once
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        for start in range(0, len(metrics), MOST_METRICS):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + MOST_METRICS])
 
     def artifact(self, path: Path, folder: str) -> None:
         """Upload a file into a folder of the run's artifacts."""

@@ -166,7 +166,7 @@ def train(
             quarantine.check()
             record["data/quarantined"] = len(quarantine.rows)
         log.write([record])
-        tracker.metrics({k: v for k, v in record.items() if "/" in k or k == "training_time_hours"}, step)
+        tracker.epoch(record)
         say(journal.epoch_line(record, config.encoder.epochs))
         save()
         on_epoch(record)
@@ -185,7 +185,9 @@ def train(
         if w.main:
             prepare(run_dir, config)
             tracker.artifact(run_dir / "config.yaml")
-        if not resumed:
+        if resumed:
+            tracker.catch_up(log.epochs)
+        else:
             finish_epoch({"step": 0, "epoch": 0})  # the untrained encoder: what training has to beat
         while epoch < config.encoder.epochs:
             learner.encoder.train()
@@ -287,6 +289,8 @@ def train(
             *tracking.how_to_look(config),
         ):
             say(line)
+        if not tracker.complete:
+            say(f"MLflow lacks a part of this run: when it answers again, send it with --resume {run_dir}")
     return 0
 
 

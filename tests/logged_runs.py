@@ -44,12 +44,17 @@ def log_run(
     return run.info.run_id
 
 
-@contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """The URI of a server on loopback whose database and artifacts are in `folder`."""
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]  # free once the socket is closed
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
+    """The URI of a server on loopback whose database and artifacts are in `folder`."""
+    port = port or free_port()
     uri = f"http://127.0.0.1:{port}"
     options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     options += [

@@ -1,15 +1,22 @@
 """What a training run survives, done to real runs: kills while it writes, a full disk, a damaged checkpoint."""
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from full_disk import fill, small_disk
+from logged_runs import free_port, mlflow_server
+from mlflow import MlflowClient
 from test_train import command, losses, run, start, train, wait_for_step
 
-from simsiam_dali import checkpoint
+from simsiam_dali import checkpoint, tracking
+from simsiam_dali import config as settings
+from simsiam_dali.data.shards import open_shards
 
 SIMPLE = {
     "encoder__encoder_type": "simple",
@@ -139,3 +146,110 @@ def test_a_full_disk_does_not_end_a_run(simple, tmp_path, small_shards):
         err = process.communicate(timeout=300)[1]
         assert process.returncode == 0, err[-2000:]
         is_as_if_nothing_had_happened(disk / "full", simple)
+
+
+def wait_for_epoch(process: subprocess.Popen[str], run_dir: Path, epoch: int) -> None:
+    """Until the journal holds the epoch's record."""
+    deadline = time.monotonic() + 300
+    path = run_dir / "metrics.jsonl"
+    while not (path.exists() and f'"epoch": {epoch},' in path.read_text()):
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_all_there(uri: str, run_dir: Path) -> None:
+    """Each number of the journal's epochs once, under its step; the files; and that the run has finished."""
+    client = MlflowClient(uri)
+    run_id = checkpoint.load(run_dir / checkpoint.FILE_NAME)["mlflow_run"]
+    assert run_id is not None
+    found = client.get_run(run_id)
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    epochs = [record for record in lines if "epoch" in record]
+    assert len(epochs) == SIMPLE["encoder__epochs"] + 1
+    expected: dict[str, dict[int, float]] = {}
+    for record in epochs:
+        for name, value in tracking.logged(record).items():
+            expected.setdefault(name, {})[record["step"]] = value
+    assert expected["encoder/train_loss"]
+    assert found.data.metrics.keys() == expected.keys()
+    for name, values in expected.items():
+        logged = [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
+        assert len(logged) == len(values), name
+        assert dict(logged) == pytest.approx(values), name
+    assert found.info.status == "FINISHED"
+    files = {f.path for f in client.list_artifacts(run_id)}
+    assert files == {"config.yaml", "checkpoint.pt", "curves.png"}
+
+
+@pytest.mark.faults
+def test_the_mlflow_server_is_gone_for_a_while(tmp_path, small_shards):
+    """Killed after the first epoch, back before the last: every metric arrives, under its step, once."""
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    over = SIMPLE | {"mlflow__enabled": "true", "mlflow__tracking_uri": uri}
+    run_dir = tmp_path / "runs/tracked"
+    with mlflow_server(tmp_path, port):
+        process = start(command(tmp_path, small_shards, "--run-name", "tracked", **over), tmp_path)
+        wait_for_epoch(process, run_dir, 1)
+        process.send_signal(signal.SIGSTOP)  # the server's start takes longer than these epochs
+    process.send_signal(signal.SIGCONT)
+    wait_for_epoch(process, run_dir, 3)
+    process.send_signal(signal.SIGSTOP)
+    with mlflow_server(tmp_path, port):
+        process.send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
+        assert out.count(f"warning: MLflow at {uri} takes nothing") == 1
+        assert out.count("answers again and has everything") == 1
+        assert "--resume" not in out
+        is_all_there(uri, run_dir)
+
+
+@pytest.mark.faults
+def test_the_mlflow_server_does_not_come_back(tmp_path, small_shards):
+    """The run ends well and says how to send the rest; that sends it, from the journal, and only once."""
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    over = SIMPLE | {"mlflow__enabled": "true", "mlflow__tracking_uri": uri}
+    run_dir = tmp_path / "runs/tracked"
+    with mlflow_server(tmp_path, port):
+        process = start(command(tmp_path, small_shards, "--run-name", "tracked", **over), tmp_path)
+        wait_for_epoch(process, run_dir, 1)
+        process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    assert "Traceback" not in err
+    last = out.splitlines()[-1]
+    assert last == f"MLflow lacks a part of this run: when it answers again, send it with --resume {run_dir}"
+    assert time.monotonic() - began < 120  # MLflow's own retries would take minutes for each epoch
+    with mlflow_server(tmp_path, port):
+        assert MlflowClient(uri).get_run(checkpoint.load(run_dir / checkpoint.FILE_NAME)["mlflow_run"])
+        for _ in range(2):  # the second has nothing left to send
+            done = run(command(tmp_path, small_shards, "--resume", str(run_dir), **over), tmp_path)
+            assert done.returncode == 0, done.stderr[-2000:]
+            is_all_there(uri, run_dir)
+
+
+@pytest.mark.faults
+def test_a_server_that_accepts_and_never_answers_costs_seconds(tmp_path, small_shards):
+    """What is slower than a refused connection: the wait after an epoch has an end."""
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    config = settings.load(assignments=["encoder.encoder_type=simple", f"mlflow.tracking_uri={uri}"])
+    with mlflow_server(tmp_path, port):
+        tracker = tracking.create_tracker(config, open_shards(small_shards), "held", None, True, {})
+        tracker.epoch({"step": 1, "epoch": 1, "encoder/train_loss": 1.0})
+    with socket.create_server(("127.0.0.1", port)):
+        began = time.monotonic()
+        tracker.epoch({"step": 2, "epoch": 2, "encoder/train_loss": 0.5})
+        tracker.end("FINISHED")
+        assert not tracker.complete
+        assert time.monotonic() - began < 2 * tracking.SERVER_TIMEOUT + 5
+    with mlflow_server(tmp_path, port):
+        tracker.end("FINISHED")
+        assert tracker.complete
+        history = MlflowClient(uri).get_metric_history(tracker.run_id, "encoder/train_loss")
+        assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
