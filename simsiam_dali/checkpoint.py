@@ -123,7 +123,7 @@ def load(path: Path, option: str = "--resume") -> Checkpoint:
         raise UserError(f"no checkpoint {path}")
     if not sound(path):
         changed = f"its content is not what was written, or it is from before format {FORMAT_VERSION}"
-        raise _refusal(f"checkpoint {path} is damaged: {changed}", path, option)
+        raise _refusal(f"checkpoint {path} is damaged or no checkpoint: {changed}", path, option)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
