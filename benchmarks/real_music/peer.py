@@ -73,11 +73,12 @@ def train(config: Config, shards: ShardSet, log_mel: LogMel, world: World) -> Pe
     peer = Peer(config).to(world.device)
     peer = peer.to(memory_format=torch.channels_last)
     criterion = NegativeCosineSimilarity()
-    base = own.learning_rate * config.encoder.batch_size / 256
+    base = (config.encoder.learning_rate or own.learning_rate) * config.encoder.batch_size / 256
     optimizer = torch.optim.SGD(peer.parameters(), lr=base, momentum=own.sgd_momentum, weight_decay=own.weight_decay)
-    schedule = CosineWarmupScheduler(optimizer, warmup_epochs=0, max_epochs=config.encoder.epochs * len(loader))
+    warmup, steps = round(own.warmup_epochs * len(loader)), config.encoder.epochs * len(loader)
+    schedule = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps)  # its epochs are our steps
     batches = loader.endless()
-    for _ in (bar := trange(config.encoder.epochs * len(loader), unit="step", disable=None)):
+    for _ in (bar := trange(steps, unit="step", disable=None)):
         batch = next(batches)
         z0, p0 = peer(batch.view1)
         z1, p1 = peer(batch.view2)
