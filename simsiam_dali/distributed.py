@@ -68,15 +68,20 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def rows_of_all_ranks(x: Tensor) -> Tensor:
-    """`(B, ...)` of each rank to `(ranks x B, ...)` on every rank, in the order of ranks; differentiable.
+    """`(B, ...)` of each rank to `(sum of B, ...)` on every rank, in the order of ranks; differentiable.
 
-    All ranks must call it, with the same B. Without a process group it is `x`.
+    All ranks must call it; B may differ, since a segment that does not decode makes one rank's batch smaller. Waits for
+    the device, to learn how many rows the others bring. Without a process group it is `x`.
     """
     if not dist.is_initialized():
         return x
-    rows = x.new_zeros(dist.get_world_size(), *x.shape)
-    rows[dist.get_rank()] = x
-    return sum_over_ranks(rows).flatten(0, 1)
+    rank = dist.get_rank()
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=x.device)
+    sizes[rank] = len(x)
+    dist.all_reduce(sizes)
+    each = sizes.tolist()
+    before, after = (x.new_zeros(sum(part), *x.shape[1:]) for part in (each[:rank], each[rank + 1 :]))
+    return sum_over_ranks(torch.cat([before, x, after]))
 
 
 def is_main() -> bool:

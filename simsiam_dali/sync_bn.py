@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simsiam_dali.distributed import sum_over_ranks
-from simsiam_dali.models.encoder import Encoder
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """Batch norm of `(B, C, ...)` by mean and variance over all ranks, which bring batches of one size."""
+    """Batch norm of `(B, C, ...)` by mean and variance over all ranks, whose batches may differ in size."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions."""
@@ -22,13 +21,16 @@ class CpuSyncBatchNorm(_BatchNorm):
         """The same shape and dtype, normalised; by the running statistics in evaluation mode."""
         if not self.training:
             return super().forward(x)
-        ranks, axes = dist.get_world_size(), [0, *range(2, x.ndim)]
+        axes = [0, *range(2, x.ndim)]
         each = [1, -1] + [1] * (x.ndim - 2)  # one number a channel, as the input's shape has it
         values = x.float()
-        mean = sum_over_ranks(values.mean(axes)) / ranks
+        count = torch.tensor(x.numel() // x.shape[1])
+        dist.all_reduce(count)
+        number = int(count)
+        mean = sum_over_ranks(values.sum(axes)) / number
         centred = values - mean.view(each)
-        variance = sum_over_ranks(centred.square().mean(axes)) / ranks
-        self._remember(mean.detach(), variance.detach(), ranks * x.numel() // x.shape[1])
+        variance = sum_over_ranks(centred.square().sum(axes)) / number
+        self._remember(mean.detach(), variance.detach(), number)
         y = centred * (variance + self.eps).rsqrt().view(each)
         if self.affine:
             y = y * self.weight.view(each) + self.bias.view(each)
@@ -45,7 +47,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         self.running_var.lerp_(variance * (number / (number - 1)), self.momentum)
 
 
-def convert(encoder: Encoder, device: torch.device) -> None:
+def convert(encoder: nn.Module, device: torch.device) -> None:
     """Let the encoder's batch norms, which keep their weights and buffers, work over all ranks on `device`."""
     if device.type != "cpu":
         nn.SyncBatchNorm.convert_sync_batchnorm(encoder)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from simsiam_dali import config, factory
+from simsiam_dali import config, factory, sync_bn
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import World, world
+from simsiam_dali.distributed import World, rows_of_all_ranks, world
 from simsiam_dali.learner import Learner
 
 SEGMENTS = 8  # of the global batch
@@ -72,10 +72,28 @@ def segments(shards: ShardSet, w: World) -> list[list[int]]:
     return [[row for batch in loader for row in batch.segment.tolist()] for _ in range(EPOCHS)]
 
 
+def uneven(w: World) -> dict[str, Any]:
+    """Ranks whose batches differ in size: what all have together, the gradient of a weighted sum, batch norm of it."""
+    mine = torch.arange(100 * w.rank, 100 * w.rank + w.rank + 2, dtype=torch.float32).unsqueeze(1).requires_grad_()
+    rows = rows_of_all_ranks(mine)
+    weights = torch.arange(len(rows), dtype=torch.float32).unsqueeze(1)
+    (rows * weights).sum().backward()
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False))
+    if w.size > 1:
+        sync_bn.convert(norm, w.device)
+    normalised = norm(mine.detach())
+    return {
+        "rows": rows.detach(),
+        "gradients": w.gather(mine.grad.flatten().tolist()),
+        "normalised": w.gather(normalised.flatten().tolist()),
+        "running_var": norm[0].running_var,
+    }
+
+
 def measure(shards: ShardSet, w: World) -> dict[str, Any]:
     """All of it, on every rank."""
     found = {name: step(*case, shards, w) for name, case in CASES.items()}
-    return {"steps": found, "segments": w.gather(segments(shards, w))}
+    return {"steps": found, "segments": w.gather(segments(shards, w)), "uneven": uneven(w)}
 
 
 if __name__ == "__main__":

@@ -72,6 +72,18 @@ def test_without_sync_bn_they_are_not(ranks, alone):
     assert difference(apart["gradients"], whole["gradients"]) > 1e-2
 
 
+def test_batches_may_differ_in_size(ranks):
+    number, found = ranks[0], ranks[1]["uneven"]
+    each = [[100 * rank + i for i in range(rank + 2)] for rank in range(number)]
+    whole = torch.tensor(list(chain.from_iterable(each)), dtype=torch.float32).unsqueeze(1)
+    assert torch.equal(found["rows"], whole)
+    weights = iter(range(len(whole)))  # every rank's loss is the whole sum, so the gradients of all add up
+    assert found["gradients"] == [[float(number * next(weights)) for _ in rows] for rows in each]
+    norm = torch.nn.BatchNorm1d(1, affine=False)
+    assert list(chain.from_iterable(found["normalised"])) == pytest.approx(norm(whole).flatten().tolist(), abs=1e-5)
+    torch.testing.assert_close(found["running_var"], norm.running_var)
+
+
 def test_each_segment_comes_once_an_epoch_over_all_ranks(ranks, small_shards):
     number, result = ranks
     count = open_shards(small_shards).count("train")
