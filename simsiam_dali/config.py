@@ -20,6 +20,7 @@ from simsiam_dali.errors import UserError
 
 ENVIRONMENT = {"ENCODER_TYPE": "encoder.encoder_type", "MLFLOW_TRACKING_URI": "mlflow.tracking_uri"}
 
+Address = Annotated[str, Field(pattern=r"^s3://[^/]+")]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -83,7 +84,9 @@ class AugmentationConfig(Section):
 class DataConfig(Section):
     """Where the segments come from and how they are read."""
 
-    shards: Path = Field(Path("shards"), description="folder written by tools/make_shards.py")
+    shards: Path | Address = Field(
+        Path("shards"), description="folder written by tools/make_shards.py, or a copy of it on S3: s3://bucket/prefix"
+    )
     sample_rate: int = Field(16000, ge=4000, le=192000, description="rate at the mel front end, Hz")
     view_seconds: float | None = Field(None, gt=0, description="length of a view, s; null = the whole segment")
     view_crops: Literal["same", "independent"] = Field(

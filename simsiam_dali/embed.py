@@ -24,6 +24,7 @@ from simsiam_dali import config as settings
 from simsiam_dali import embeddings, factory, loose, trained
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
+from simsiam_dali.data import s3
 from simsiam_dali.data.loader import Single
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.quarantine import Quarantine
@@ -166,7 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", default="", metavar="RUN",
         help="a run's folder or name, or a checkpoint file (default: the newest run in runs/)")  # fmt: skip
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--shards", type=Path, metavar="DIR", help="songs to embed (default: the training's shards)")
+    source.add_argument(
+        "--shards", type=s3.place, metavar="DIR", help="songs to embed (default: the training's shards)"
+    )
     source.add_argument("--music", type=Path, nargs="+", metavar="PATH",
                         help="folders or files instead, packed for the moment as the training's shards are",
     )  # fmt: skip

@@ -52,7 +52,7 @@ def with_stand_ins(source: Source, left_out: Mapping[str, set[int]], folder: Pat
     """
     tars, indexes, marks = list(source.tars), list(source.indexes), set[int]()
     for n, (tar, index) in enumerate(zip(source.tars, source.indexes, strict=True)):
-        if not (bad := left_out.get(tar.name)):
+        if not (bad := left_out.get(_name(tar))):
             continue
         samples = read_index(index)
         donor = next((members for members in samples if _row(members) not in bad), None)
@@ -64,13 +64,13 @@ def with_stand_ins(source: Source, left_out: Mapping[str, set[int]], folder: Pat
     return dataclasses.replace(source, tars=tuple(tars), indexes=tuple(indexes)), marks
 
 
-def _any_sound(source: Source, left_out: Mapping[str, set[int]]) -> tuple[Path, Members]:
+def _any_sound(source: Source, left_out: Mapping[str, set[int]]) -> tuple[Path | str, Members]:
     """A sample that is not left out, and its tar."""
     for tar, index in zip(source.tars, source.indexes, strict=True):
         for members in read_index(index):
-            if _row(members) not in left_out.get(tar.name, ()):
+            if _row(members) not in left_out.get(_name(tar), ()):
                 return tar, members
-    raise UserError(f"no segment of {source.tars[0].parent} is left that decodes")
+    raise UserError("no segment of the shards is left that decodes")
 
 
 def _stand_in(donor: Members, codec: str) -> Members:
@@ -99,17 +99,17 @@ def damaged(
     with TemporaryDirectory(prefix="simsiam-dali-") as folder:
         source, _ = with_stand_ins(graph.source, left_out, Path(folder))
         called = _roll_call(source, batch_size, seed, state, batches)
-    indexes = dict(zip((path.name for path in graph.source.tars), graph.source.indexes, strict=True))
+    indexes = dict(zip(map(str, graph.source.tars), graph.source.indexes, strict=True))
     lines = {
-        _row(members): (path, members)
-        for path, rows in called.items()
-        for members in read_index(indexes[path.name])
+        _row(members): (tar, members)
+        for tar, rows in called.items()
+        for members in read_index(indexes[tar])
         if _row(members) in rows
     }
     return dict(_unsound(graph, lines, seed))
 
 
-def _roll_call(source: Source, batch_size: int, seed: int, state: str | None, batches: int) -> dict[Path, set[int]]:
+def _roll_call(source: Source, batch_size: int, seed: int, state: str | None, batches: int) -> dict[str, set[int]]:
     """Tar -> rows in the batch that comes `batches` after `state`, by the samples' names."""
 
     @pipeline_def(
@@ -131,14 +131,14 @@ def _roll_call(source: Source, batch_size: int, seed: int, state: str | None, ba
         pipeline.build()
     for _ in range(batches):
         pipeline.run()
-    found: dict[Path, set[int]] = {}
+    found: dict[str, set[int]] = {}
     for sample in pipeline.run()[1]:
         tar, _, name = sample.source_info().rsplit(":", 2)
-        found.setdefault(Path(tar), set()).add(int(name.partition(".")[0]))
+        found.setdefault(tar, set()).add(int(name.partition(".")[0]))
     return found
 
 
-def _unsound(graph: Graph, lines: Mapping[int, tuple[Path, Members]], seed: int) -> Iterator[tuple[int, str]]:
+def _unsound(graph: Graph, lines: Mapping[int, tuple[str, Members]], seed: int) -> Iterator[tuple[int, str]]:
     """Decode each sample by itself, to a clean view or to raw audio, on the CPU."""
     mode: Literal["raw", "clean"] = "raw" if graph.mode == "raw" else "clean"
     spec, left = graph.log_mel, list(lines)
@@ -169,6 +169,10 @@ def _unsound(graph: Graph, lines: Mapping[int, tuple[Path, Members]], seed: int)
                     yield row, "it holds values that are not finite"
                 elif int(its_row) != row:
                     yield row, f"its .row is damaged: it says {int(its_row)}"
+
+
+def _name(tar: Path | str) -> str:
+    return str(tar).rpartition("/")[2]
 
 
 def _row(members: Members) -> int:

@@ -52,7 +52,7 @@ class LogMel:
 class Source:
     """What is read: tars with their DALI indexes, and this process's part of them."""
 
-    tars: tuple[Path, ...]
+    tars: tuple[Path | str, ...]  # a str is an address on S3
     indexes: tuple[Path, ...]
     codec: str
     native_rate: bool  # False: the shards are packed at the front end's rate

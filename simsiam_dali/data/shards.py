@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, TypeAdapter
 
+from simsiam_dali.data import s3
 from simsiam_dali.data.commit import MANIFEST, finish_commit
 from simsiam_dali.errors import UserError
 
@@ -112,12 +113,21 @@ class _Needed:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened set. Row i of `segments` is the sample whose `.row` is i; its `song` is a row of `songs`."""
+    """An opened set. Row i of `segments` is the sample whose `.row` is i; its `song` is a row of `songs`.
+
+    `root` holds everything but the tars of a set at an `address` on S3; their indexes are in `root`.
+    """
 
     root: Path
     manifest: Manifest
     songs: pd.DataFrame
     segments: pd.DataFrame
+    address: str | None = None
+
+    @property
+    def place(self) -> Path | str:
+        """What the user calls it by."""
+        return self.address or self.root
 
     @property
     def codec(self) -> str:
@@ -141,25 +151,31 @@ class ShardSet:
         sums = {name: file.sha256 for name, file in sorted(self.manifest.files.items())}
         return hashlib.sha256(json.dumps([self.manifest.settings, sums], sort_keys=True).encode()).hexdigest()
 
-    def tars(self, split: str) -> list[Path]:
+    def names(self, split: str) -> list[str]:
         """The split's shards in order; empty where the set has no such split."""
-        return [self.root / n for n in sorted(self.manifest.files) if n.startswith(split + "-") and n.endswith(".tar")]
+        return [n for n in sorted(self.manifest.files) if n.startswith(split + "-") and n.endswith(".tar")]
+
+    def tars(self, split: str) -> list[Path | str]:
+        """Where each of `names(split)` is: a path, or an address on S3."""
+        return [self.root / n if self.address is None else f"{self.address}/{n}" for n in self.names(split)]
 
     def indexes(self, split: str) -> list[Path]:
         """DALI's index of each of `tars(split)`."""
-        return [tar.with_suffix(".idx") for tar in self.tars(split)]
+        return [(self.root / n).with_suffix(".idx") for n in self.names(split)]
 
     def count(self, split: str) -> int:
         """Number of segments in the split."""
         return int((self.segments["split"] == split).sum())
 
 
-def open_shards(root: Path) -> ShardSet:
-    """Open the set in `root`; `UserError` where there is none, or where it is not as it was packed.
+def open_shards(root: Path | str) -> ShardSet:
+    """Open the set in `root`, a folder or an address on S3. `UserError` where none is, or not as it was packed.
 
     Sizes are always compared, and each index with its tar's length and the segment table's rows; a file is read to
     compare its sum only if its modification time has changed.
     """
+    if s3.is_address(root):
+        return _open_remote(root)
     root = Path(root)
     manifest = read_manifest(root)
     for name, packed in manifest.files.items():
@@ -168,6 +184,31 @@ def open_shards(root: Path) -> ShardSet:
                 return open_shards(root)
             raise UserError(f"{root / name} {problem}: pack again with tools/make_shards.py")
     shards = ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS))
+    return _fitting(shards)
+
+
+def _open_remote(address: str) -> ShardSet:
+    remote = s3.Remote(address)
+    if MANIFEST not in remote.sizes:
+        raise UserError(f"no shards at {address}: put what tools/make_shards.py writes there")
+    content = remote.read(MANIFEST)
+    root = remote.folder(content)
+    remote.fetch([MANIFEST], root)
+    manifest = read_manifest(root)
+    for name, packed in manifest.files.items():
+        if remote.sizes.get(name) != packed.bytes:
+            there = f"has {remote.sizes[name]} bytes, not {packed.bytes}" if name in remote.sizes else "is missing"
+            raise UserError(f"{remote.address}/{name} {there}: copy the set again, with its manifest.json last")
+    small = [name for name in manifest.files if not name.endswith(".tar")]
+    remote.fetch(small, root)
+    for name in small:
+        if problem := changed(root / name, manifest.files[name]):
+            raise UserError(f"{remote.address}/{name}, or its copy {root / name}, {problem}")
+    tables = read_table(root / SONGS), read_table(root / SEGMENTS)
+    return _fitting(ShardSet(root, manifest, *tables, address=remote.address))
+
+
+def _fitting(shards: ShardSet) -> ShardSet:
     if problem := next(_unfit(shards), None):
         raise UserError(f"{problem}: pack again with tools/make_shards.py --replace")
     return shards
@@ -178,8 +219,8 @@ def _unfit(shards: ShardSet) -> Iterator[str]:
     rows_of = shards.segments["shard"].value_counts().to_dict()
     split_of = shards.segments.groupby("shard")["split"].unique()
     for split in SPLITS:
-        for tar in shards.tars(split):
-            index, rows = tar.with_suffix(".idx"), rows_of.pop(tar.name, 0)
+        for tar, index in zip(shards.names(split), shards.indexes(split), strict=True):
+            rows = rows_of.pop(tar, 0)
             if index.name not in shards.manifest.files:
                 yield f"{index} is missing (the index DALI needs)"
                 continue
@@ -190,10 +231,10 @@ def _unfit(shards: ShardSet) -> Iterator[str]:
                 head, lines, end = "", [], -1
             if head != f"v1.2 {rows}" or len(lines) != rows:
                 yield f"{index} does not have the {rows} segments that {SEGMENTS} gives its tar"
-            elif end != shards.manifest.files[tar.name].bytes:
+            elif end != shards.manifest.files[tar].bytes:
                 yield f"{index} does not fit its tar: it tells of another length"
-            elif list(split_of[tar.name]) != [split]:
-                yield f"{shards.root / SEGMENTS} gives {tar.name} to another split"
+            elif list(split_of[tar]) != [split]:
+                yield f"{shards.root / SEGMENTS} gives {tar} to another split"
     if rows_of:
         yield f"{shards.root / SEGMENTS} names shards that are not in the manifest: {sorted(map(str, rows_of))}"
 
@@ -258,8 +299,8 @@ def verify(root: Path) -> list[str]:
         return problems
     shards = ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS))
     for split in SPLITS:
-        for tar in shards.tars(split):
-            problems += _contradictions(tar, shards.segments.index[shards.segments["shard"] == tar.name])
+        for name in shards.names(split):
+            problems += _contradictions(root / name, shards.segments.index[shards.segments["shard"] == name])
     if strangers := set(shards.segments["shard"]) - manifest.files.keys():
         problems.append(f"{root / SEGMENTS} names shards that are not in the manifest: {sorted(strangers)}")
     return problems

@@ -13,10 +13,10 @@ FileKey = tuple[str, int, int]  # name, bytes, mtime_ns
 def damaged_shards(old: ShardSet) -> set[str]:
     """Names of the tars whose content, or whose index, is not what was packed."""
     return {
-        tar.name
+        tar
         for split in SPLITS
-        for tar in old.tars(split)
-        for path in (tar, tar.with_suffix(".idx"))
+        for tar in old.names(split)
+        for path in (old.root / tar, (old.root / tar).with_suffix(".idx"))
         # Read in full, or copying would bless a rotten shard with a new checksum.
         if changed(path, old.manifest.files[path.name], always_sum=True)
     }
