@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,49 @@ def worker(launcher: int, rank: int) -> int:
         if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
             return int(child)
     raise AssertionError(f"rank {rank} is not running")
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces joined by a cable, 10.77.0.1 and 10.77.0.2: to torchrun two hosts with one disk."""
+    names = [f"simsiam{os.getpid()}{end}" for end in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError) as e:
+        pytest.skip(f"no network namespaces here ({getattr(e, 'stderr', e)})")
+    try:
+        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            for link in ("lo", "eth0"):
+                ip("-n", name, "link", "set", link, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@pytest.mark.faults
+def test_two_hosts_train_one_model(hosts, tmp_path, small_shards):
+    args = command(tmp_path, small_shards, encoder__batch_size=4, **SHARED)
+    nodes = []
+    for number, name in enumerate(hosts, start=1):
+        torchrun = [
+            *("ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"),
+            *(*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-conf", f"is_host={number == 1}"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29500", "--rdzv-id", "test"),
+            *("--local-addr", f"10.77.0.{number}", *args[1:]),
+        ]
+        nodes.append(start(torchrun, tmp_path))
+    said = [node.communicate(timeout=900) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], [err[-2000:] for _, err in said]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    check_whole(run_dir, 2)
 
 
 @pytest.mark.faults

@@ -1,0 +1,228 @@
+"""What a library costs as it grows: `python benchmarks/large_library.py --songs 1000 10000 100000`.
+
+Each size is packed and then opened, both in a process of its own, so that its peak memory is its own:
+
+    pack     the packer from its list of files to the finished set. Decoding is left out: in its place every song is
+             said to have `--segments` encoded segments, which lie in one small file, and drawn tags. Everything else
+             is the real thing: duplicates, split, shuffle, tables, tars with indexes, checksums, manifest.
+    load     from `open_shards` to the first training batch, then `BATCHES` more. Songs and segments are of the
+             number that is written; a segment is only `SECONDS` long, so that 400,000 fit on a disk.
+
+With --files N ..., as many real FLAC files are written, and `tools/make_shards.py` packs them, decoding included.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from simsiam_dali.data.shards import SEGMENTS, SONGS, open_shards
+from simsiam_dali.errors import one_line_errors
+from simsiam_dali.packing.find import SongFile
+from simsiam_dali.packing.pack import pack
+from simsiam_dali.packing.pack_song import Cut, Job, Packed, PackSettings, Result
+from simsiam_dali.packing.segments import encode
+from simsiam_dali.packing.tags import Tags
+
+RATE = 16000  # Hz
+SECONDS = 0.25  # of a generated segment
+DIFFERENT = 64  # generated segments; all others are copies of them
+BATCHES = 50
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
+    """Highest resident memory of this process, or of the largest of those it started, so far."""
+    return resource.getrusage(who).ru_maxrss * 1024
+
+
+def wave(seed: int, seconds: float) -> np.ndarray:
+    """A tone in noise, float32, peak below 0.5."""
+    rng, time_s = np.random.default_rng(seed), np.arange(round(seconds * RATE)) / RATE
+    return (0.3 * np.sin(2 * np.pi * rng.uniform(100, 3000) * time_s) + 0.01 * rng.standard_normal(len(time_s))).astype(
+        np.float32
+    )
+
+
+def song_names(number: int) -> list[str]:
+    """Paths as a library has them: an artist's folder, an album's, the title."""
+    return [
+        f"Artist number {i // 12 % 20000:05d}/An album of theirs {i // 12:06d}/{i % 12:02d} Title.flac"
+        for i in range(number)
+    ]
+
+
+def said_to_be_decoded(material: Path, segments: int) -> Callable[..., Generator[tuple[Job, Result], None, None]]:
+    """An executor that has, for every song, `segments` cuts out of the file `material`, and tags."""
+    contents = [encode(wave(seed, SECONDS), RATE, "flac") for seed in range(DIFFERENT)]
+    material.write_bytes(b"".join(contents))
+    offsets = list(itertools.accumulate(map(len, contents), initial=0))
+
+    def run(_function: Any, jobs: Iterable[Job], _workers: int) -> Generator[tuple[Job, Result], None, None]:
+        for number, job in enumerate(jobs):
+            artist, album, title = job.file.name.removesuffix(".flac").split("/")
+            rng = np.random.default_rng(number)
+            drawn = rng.integers(DIFFERENT, size=segments)
+            cuts = tuple(
+                Cut(60.0 * i, 60.0, material, offsets[d], len(contents[d])) for i, d in enumerate(drawn.tolist())
+            )
+            packed = Packed(RATE, 44100, 2, 60.0 * segments, rng.bytes(32).hex(), "", cuts)
+            rating = float(rng.integers(1, 6)) / 5 if number % 3 == 0 else math.nan
+            tags = Tags(f"{title} {number}", (artist,), (album,), artist, 1960 + number % 65, ("Rock",), rating)
+            yield job, Result(packed, tags, packed.duration)
+
+    return run
+
+
+def measure_packing(folder: Path, songs: int, segments: int) -> dict[str, Any]:
+    """Pack `songs` into `folder`; seconds and this process's peak memory."""
+    (folder / "music").mkdir()
+    before, began = peak_bytes(), time.monotonic()
+    files = [SongFile(folder / "music" / name, name, 5_000_000 + i, i) for i, name in enumerate(song_names(songs))]
+    executor = said_to_be_decoded(folder / "material", segments)
+    pack(folder / "music", folder / "shards", PackSettings(segment_seconds=SECONDS), 1, files=files, executor=executor)
+    return {"pack_seconds": time.monotonic() - began, "pack_peak_bytes": peak_bytes(), "pack_start_bytes": before}
+
+
+def measure_loading(folder: Path) -> dict[str, Any]:
+    """Open what was packed there and read batches; seconds, table sizes and this process's peak memory."""
+    import torch  # not above: the packer's memory is measured without it
+
+    from simsiam_dali import config as settings
+    from simsiam_dali import factory
+    from simsiam_dali.distributed import World
+
+    before, began = peak_bytes(), time.monotonic()
+    shards = open_shards(folder / "shards")
+    opened = time.monotonic() - began
+    config = settings.load(
+        assignments=["data.threads=2", "encoder.batch_size=64", "encoder.simsiam.augmentation.spec_augment=false"]
+    )
+    log_mel = factory.log_mel_settings(config)
+    loader = factory.create_loader(
+        config, shards, log_mel, World(0, 1, torch.device("cpu")), "train", "views", shuffled=True
+    )
+    batches = loader.endless()
+    next(batches)
+    first = time.monotonic() - began
+    for _ in itertools.islice(batches, BATCHES):
+        pass
+    return {
+        "segments": len(shards.segments),
+        "open_seconds": opened,
+        "first_batch_seconds": first,
+        "load_peak_bytes": peak_bytes(),
+        "load_start_bytes": before,
+        "songs_bytes": (folder / "shards" / SONGS).stat().st_size,
+        "segments_bytes": (folder / "shards" / SEGMENTS).stat().st_size,
+        "tar_bytes": sum(tar.stat().st_size for tar in shards.tars("train") + shards.tars("val")),
+    }
+
+
+def measure_files(folder: Path, files: int) -> dict[str, Any]:
+    """Write and pack as many real FLAC files of 6 s; the peak of this process, and of its largest worker."""
+    for i in range(files):
+        path = folder / "music" / f"{i // 100:04d}" / f"{i:06d}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, wave(i, 6.0), RATE)
+    began = time.monotonic()
+    report = pack(folder / "music", folder / "shards", PackSettings(segment_seconds=3.0), os.cpu_count() or 1)
+    return {
+        "files": files,
+        "songs": report.counts["songs"],
+        "segments": report.counts["train_segments"] + report.counts["val_segments"],
+        "pack_seconds": time.monotonic() - began,
+        "pack_peak_bytes": peak_bytes(),
+        "worker_peak_bytes": peak_bytes(resource.RUSAGE_CHILDREN),
+    }
+
+
+def apart(*words: object) -> dict[str, Any]:
+    """A step of this program in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="large_library.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    sizes = [1000, 10_000, 100_000]
+    add("--songs", type=int, nargs="*", default=sizes, metavar="N", help="libraries to generate (default: %(default)s)")
+    add("--segments", type=int, default=4, metavar="N", help="segments of a song (default: %(default)s)")
+    add("--files", type=int, nargs="*", default=[], metavar="N", help="numbers of real files to pack (default: none)")
+    add("--scratch", type=Path, metavar="DIR", help="where to work; 3.5 GB for 100,000 songs (default: /tmp or TMPDIR)")
+    add("--json", type=Path, metavar="F", help="write the results here")
+    add("--step", choices=["pack", "load", "files"], help=argparse.SUPPRESS)
+    return parser
+
+
+@one_line_errors
+def main() -> None:
+    """The command."""
+    args = build_parser().parse_args()
+    if args.step == "pack":
+        print(json.dumps(measure_packing(args.scratch, args.songs[0], args.segments)))
+    elif args.step == "load":
+        print(json.dumps(measure_loading(args.scratch)))
+    elif args.step == "files":
+        print(json.dumps(measure_files(args.scratch, args.files[0])))
+    else:
+        measure_all(args)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Every size, one after the other; each one's files are gone before the next."""
+    import machine  # not above: it imports torch
+    import torch
+
+    doc: dict[str, Any] = {"environment": machine.environment(torch.device("cpu")), "songs": [], "files": []}
+    for songs in args.songs:
+        with scratch(args.scratch) as folder:
+            where = ("--scratch", folder, "--segments", args.segments, "--songs", songs)
+            row = {"songs": songs} | apart("--step", "pack", *where) | apart("--step", "load", *where)
+        doc["songs"].append(row)
+        print(
+            f"{songs} songs, {row['segments']} segments: packed in {row['pack_seconds']:.0f} s with"
+            f" {row['pack_peak_bytes'] / 1e6:.0f} MB, first batch after {row['first_batch_seconds']:.1f} s (opened"
+            f" after {row['open_seconds']:.1f}), loader {row['load_peak_bytes'] / 1e6:.0f} MB, song table"
+            f" {row['songs_bytes'] / 1e6:.1f} MB",
+            flush=True,
+        )
+    for files in args.files:
+        with scratch(args.scratch) as folder:
+            row = apart("--step", "files", "--scratch", folder, "--files", files)
+        doc["files"].append(row)
+        print(
+            f"{files} real files: packed in {row['pack_seconds']:.0f} s with {row['pack_peak_bytes'] / 1e6:.0f} MB, a"
+            f" worker {row['worker_peak_bytes'] / 1e6:.0f} MB",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps(doc, indent=1) + "\n")
+
+
+def scratch(parent: Path | None) -> tempfile.TemporaryDirectory[str]:
+    """A folder that is gone afterwards."""
+    return tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=False)
+
+
+if __name__ == "__main__":
+    main()
