@@ -32,7 +32,7 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 SONGS, SEGMENTS, FILES, REFUSED = "songs.parquet", "segments.parquet", "files.parquet", "refused.csv"
 
-ROWS_AT_ONCE = 1 << 16
+ROWS_AT_ONCE = 1 << 14
 _TEXT, _TEXTS, _INT, _FLOAT = pa.string(), pa.list_(pa.string()), pa.int64(), pa.float64()
 
 

@@ -1,72 +1,138 @@
 """From packed songs to the rows and samples of a shard set: duplicates merged, segments shuffled."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from simsiam_dali.data.shards import SPLITS
 from simsiam_dali.packing.find import SongFile
-from simsiam_dali.packing.pack_song import Cut, Packed, PackSettings, Refused, Result
+from simsiam_dali.packing.pack_song import Packed, Refused, Result
+from simsiam_dali.packing.spool import Spool
 from simsiam_dali.packing.tags import Tags, merged
 
 Row = dict[str, Any]
-Results = list[tuple[SongFile, Result]]
+Results = Spool[tuple[SongFile, Result]]
+"""What became of each file, in the order of the files."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Song:
     """A song of the set; `file` is the first by name of those that hold its audio, `others` are the rest."""
 
     file: SongFile
     packed: Packed
     tags: Tags
-    others: list[SongFile] = field(default_factory=list)
-    split: str = ""
+    others: tuple[SongFile, ...]
+    split: str
 
 
-def distinct_songs(results: Results) -> list[Song]:
-    """One song for each audio, its files' tags merged, in the order of the files."""
-    songs: dict[str, Song] = {}
-    for file, result in results:
-        if isinstance(result.outcome, Packed):
-            song = songs.setdefault(result.outcome.audio_hash, Song(file, result.outcome, result.tags))
-            if song.file is not file:
-                song.others.append(file)
-                song.tags = merged(song.tags, result.tags)
-    return list(songs.values())
+class Songs:
+    """One song for each audio, its files' tags merged, in the order of the files.
+
+    A song is put together from `results` when it is asked for; kept of it are numbers, its split (set `splits`) and the
+    rating that a ratings file has for it (`ratings`, by the song's number). `of_file`: each file's song, -1 for none.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self._first, self._more = array("q"), dict[int, list[int]]()
+        self.of_file = array("q")
+        self.cuts, self.seconds = array("q"), 0.0  # segments of each song; duration of all
+        self.splits: list[str] = []
+        self.ratings: dict[int, float] = {}
+        numbers: dict[bytes, int] = {}
+        for place, (_, result) in enumerate(results):
+            if not isinstance(result.outcome, Packed):
+                self.of_file.append(-1)
+                continue
+            number = numbers.setdefault(bytes.fromhex(result.outcome.audio_hash), len(numbers))
+            self.of_file.append(number)
+            if number < len(self._first):
+                self._more.setdefault(number, []).append(place)
+            else:
+                self._first.append(place)
+                self.cuts.append(len(result.outcome.cuts))
+                self.seconds += result.outcome.duration
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, number: int) -> Song:
+        file, result = self._results[self._first[number]]
+        assert isinstance(result.outcome, Packed)
+        tags, others = result.tags, []
+        for place in self._more.get(number, ()):
+            other, same = self._results[place]
+            others.append(other)
+            tags = merged(tags, same.tags)
+        if number in self.ratings:
+            tags = dataclasses.replace(tags, rating=self.ratings[number])
+        return Song(file, result.outcome, tags, tuple(others), self.splits[number] if self.splits else "")
+
+    def __iter__(self) -> Iterator[Song]:
+        return (self[number] for number in range(len(self)))
+
+    def is_first(self, place: int) -> bool:
+        """Whether this file is the one its song is packed from."""
+        return self._first[self.of_file[place]] == place
+
+    @property
+    def duplicates(self) -> int:
+        """Files whose audio another has too."""
+        return sum(map(len, self._more.values()))
 
 
-def shuffled_cuts(songs: list[Song], seed: int) -> list[tuple[int, Cut]]:
-    """(song row, segment) in the order of the rows: train first, each split in a random order of its own."""
-    order: list[tuple[int, Cut]] = []
+def shuffled_cuts(songs: Songs, seed: int) -> np.ndarray:
+    """Each row's song and segment of it, int32 [segments, 2]: train first, each split in a random order of its own."""
+    splits, cuts = np.array(songs.splits), np.array(songs.cuts)
+    order = []
     for number, split in enumerate(SPLITS):
-        cuts = [(i, cut) for i, song in enumerate(songs) if song.split == split for cut in song.packed.cuts]
-        order += [cuts[i] for i in np.random.default_rng([seed, number]).permutation(len(cuts))]
-    return order
+        own = np.flatnonzero(splits == split)
+        song = np.repeat(own, cuts[own])
+        start_of_song = np.repeat(np.cumsum(cuts[own]) - cuts[own], cuts[own])
+        pairs = np.stack([song, np.arange(len(song)) - start_of_song], axis=1).astype(np.int32)
+        order.append(pairs[np.random.default_rng([seed, number]).permutation(len(pairs))])
+    return np.concatenate(order)
 
 
-def segment_rows(songs: list[Song], order: list[tuple[int, Cut]], settings: PackSettings) -> Iterator[Row]:
-    """The segment table, which also says which shard each goes to."""
+def shards_of(songs: Songs, order: np.ndarray, segments_per_shard: int) -> Iterator[str]:
+    """The shard of each row of `order`."""
     in_split: Counter[str] = Counter()
-    for row, (song, cut) in enumerate(order):
-        split = songs[song].split
+    for song in order[:, 0].tolist():
+        split = songs.splits[song]
+        yield f"{split}-{in_split[split] // segments_per_shard:06d}.tar"
+        in_split[split] += 1
+
+
+def segment_rows(songs: Songs, order: np.ndarray, segments_per_shard: int) -> Iterator[Row]:
+    """The segment table, which also says which shard each goes to."""
+    shards = shards_of(songs, order, segments_per_shard)
+    for row, ((number, segment), shard) in enumerate(zip(order.tolist(), shards, strict=True)):
+        song = songs[number]
+        cut = song.packed.cuts[segment]
         yield {
-            "song": song,
-            "key": f"{row:09d}",
-            "split": split,
-            "shard": f"{split}-{in_split[split] // settings.segments_per_shard:06d}.tar",
+            "song": number,
+            "key": key(row),
+            "split": song.split,
+            "shard": shard,
             "start": cut.start,
             "seconds": cut.seconds,
-            "sample_rate": songs[song].packed.sample_rate,
+            "sample_rate": song.packed.sample_rate,
         }
-        in_split[split] += 1
+
+
+def key(row: int) -> str:
+    """A sample's name in its tar."""
+    return f"{row:09d}"
 
 
 def song_row(song: Song) -> Row:
@@ -86,15 +152,13 @@ def song_row(song: Song) -> Row:
     }
 
 
-def file_rows(songs: list[Song], results: Results) -> Iterator[Row]:
+def file_rows(songs: Songs, results: Results) -> Iterator[Row]:
     """The table of files seen, by which the next run knows what it need not decode."""
-    row_of = {song.packed.audio_hash: row for row, song in enumerate(songs)}
-    for file, result in results:
+    for place, (file, result) in enumerate(results):
         seen = {"path": file.name, "bytes": file.bytes, "mtime_ns": file.mtime_ns, "retry": False}
         if isinstance(result.outcome, Packed):
-            row = row_of[result.outcome.audio_hash]
-            status = "ok" if songs[row].file is file else "duplicate"
-            yield seen | {"status": status, "reason": result.outcome.note, "song": row}
+            status = "ok" if songs.is_first(place) else "duplicate"
+            yield seen | {"status": status, "reason": result.outcome.note, "song": songs.of_file[place]}
         elif result.outcome.audio:
             refused = {"status": "refused", "reason": result.outcome.reason, "retry": result.outcome.retry}
             yield seen | refused
@@ -111,34 +175,37 @@ def refused_csv(results: Results) -> bytes:
     return out.getvalue().encode()
 
 
-def counts(songs: list[Song], segments: Iterable[Row]) -> dict[str, int]:
+def counts(songs: Songs) -> dict[str, int]:
     """Numbers for people: songs, duplicate files, seconds of music, songs and segments of each split."""
-    split_of = Counter(song.split for song in songs)
-    segments_of = Counter(segment["split"] for segment in segments)
+    split_of = Counter(songs.splits)
+    segments_of: Counter[str] = Counter()
+    for split, cuts in zip(songs.splits, songs.cuts, strict=True):
+        segments_of[split] += cuts
     return {
         "songs": len(songs),
-        "duplicates": sum(len(song.others) for song in songs),
-        "seconds": round(sum(song.packed.duration for song in songs)),
+        "duplicates": songs.duplicates,
+        "seconds": round(songs.seconds),
         **{f"{split}_songs": split_of[split] for split in SPLITS},
         **{f"{split}_segments": segments_of[split] for split in SPLITS},
     }
 
 
-def sample(row: int, cut: Cut, song: Row, codec: str) -> dict[str, bytes]:
-    """The parts of one sample; `song` is its row in the song table."""
+def sample(row: int, song: Song, segment: int, codec: str) -> dict[str, bytes]:
+    """The parts of one sample: `segment` of the song."""
+    cut, tags = song.packed.cuts[segment], song.tags
     with cut.file.open("rb") as file:
         file.seek(cut.offset)
         audio = file.read(cut.size)
     about = {
-        "title": song["title"],
-        "artist": "; ".join(song["artists"]),
-        "albums": song["albums"],
-        "year": song["year"],
-        "genres": song["genres"],
-        "rating": None if math.isnan(song["rating"]) else song["rating"],  # JSON has no NaN
+        "title": tags.title,
+        "artist": "; ".join(tags.artists),
+        "albums": tags.albums,
+        "year": tags.year,
+        "genres": tags.genres,
+        "rating": None if math.isnan(tags.rating) else tags.rating,  # JSON has no NaN
         "start": cut.start,
         "seconds": cut.seconds,
-        "path": song["path"],
+        "path": song.file.name,
     }
     text = json.dumps(about, ensure_ascii=False).encode()
     return {codec: audio, "row": row.to_bytes(8, "little"), "json": text}

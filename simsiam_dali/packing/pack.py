@@ -1,9 +1,7 @@
 """A music folder becomes a shard set: find, decode what is new, split, shuffle, write, take the old set's place."""
 
 import contextlib
-import dataclasses
 import errno
-import functools
 import itertools
 import shutil
 import signal
@@ -12,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from simsiam_dali.data.commit import MANIFEST, STAGING, commit, locked, named_files, roll_forward
@@ -35,22 +34,23 @@ from simsiam_dali.data.shards import (
 from simsiam_dali.errors import UserError
 from simsiam_dali.packing.assemble import (
     Results,
-    Row,
-    Song,
+    Songs,
     counts,
-    distinct_songs,
     file_rows,
+    key,
     refused_csv,
     sample,
     segment_rows,
+    shards_of,
     shuffled_cuts,
     song_row,
 )
 from simsiam_dali.packing.find import SongFile, find_songs
-from simsiam_dali.packing.pack_song import Cut, Job, Packed, PackSettings, Refused, Result, do_job
+from simsiam_dali.packing.pack_song import Job, Packed, PackSettings, Refused, Result, do_job
 from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.packing.reuse import damaged_shards, known_outcomes
 from simsiam_dali.packing.splits import assign_splits, group_key
+from simsiam_dali.packing.spool import Spool
 from simsiam_dali.packing.workers import Died, Executor, run_all
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -130,9 +130,9 @@ class _Packer:
 
     def run(self, files: list[SongFile], passed_over: int, workers: int) -> Report:
         results = self._look_at(files, workers)
-        songs = distinct_songs(results)
+        songs = Songs(results)
         self._tell(results, passed_over)
-        if not songs:
+        if not len(songs):
             reasons = "; ".join(f"{name} {reason}" for name, reason in self.report.refused[:3])
             raise UserError(f"{self.music}: none of its {len(files)} files can be packed ({reasons})")
         self._split(songs)
@@ -167,8 +167,8 @@ class _Packer:
         known = known_outcomes(self.old, decode, self.damaged) if self.old else {}
         cache = self.out / STAGING / "songs"
         cache.mkdir(parents=True, exist_ok=True)
-        jobs = (Job(f, decode, cache, known.get((f.name, f.bytes, f.mtime_ns))) for f in files)
-        results: dict[SongFile, Result] = {}
+        jobs = (Job(place, f, decode, cache, known.get((f.name, f.bytes, f.mtime_ns))) for place, f in enumerate(files))
+        results: Results = Spool(len(files), self.out / STAGING)
         report, began = self.report, time.monotonic()
         with (
             tqdm(total=len(files), unit="song", smoothing=0.1) as bar,
@@ -178,14 +178,14 @@ class _Packer:
                 if isinstance(result, Died):
                     reason = f"ended the process that decoded it (exit code {result.exit_code})"
                     result = Result(Refused(reason, retry=True))
-                results[job.file] = result
+                results[job.place] = (job.file, result)
                 report.decoded_songs += result.decoded_seconds > 0
                 report.decoded_seconds += result.decoded_seconds
                 report.decoding_took = time.monotonic() - began
                 speed = report.decoded_seconds / report.decoding_took
                 bar.set_postfix_str(f"{speed:.0f}x realtime", refresh=False)
                 bar.update()
-        return [(file, results[file]) for file in files]
+        return results
 
     def _tell(self, results: Results, passed_over: int) -> None:
         for file, result in results:
@@ -199,7 +199,7 @@ class _Packer:
                 passed_over += 1
         self.report.counts = {"refused": len(self.report.refused), "passed_over": passed_over}
 
-    def _split(self, songs: list[Song]) -> None:
+    def _split(self, songs: Songs) -> None:
         settings = self.settings
         kept: dict[str, str] = {}
         if self.old is not None:
@@ -208,40 +208,35 @@ class _Packer:
                 kept = dict(zip(self.old.songs["audio_hash"], self.old.songs["split"], strict=True))
             else:
                 self.report.remarks.append("--val-fraction, --split-by or --seed changed: the split was drawn anew")
-        splits = assign_splits(
+        songs.splits = assign_splits(
             [group_key(settings.split_by, s.tags, s.file.name, s.packed.audio_hash) for s in songs],
-            [kept.get(s.packed.audio_hash) for s in songs],
+            [kept.get(s.packed.audio_hash) for s in songs] if kept else [None] * len(songs),
             settings.val_fraction,
             settings.seed,
         )
-        for song, split in zip(songs, splits, strict=True):
-            song.split = split
 
-    def _rate(self, songs: list[Song], ratings: RatingsFile) -> None:
-        matched = 0
-        for song in songs:
+    def _rate(self, songs: Songs, ratings: RatingsFile) -> None:
+        for number, song in enumerate(songs):
             paths = (file.path for file in (song.file, *song.others))
             found = (ratings.lookup(path, song.tags.title, song.tags.artists) for path in paths)
             rating = next((r for r in found if r is not None), None)
             if rating is not None:
-                song.tags = dataclasses.replace(song.tags, rating=rating)
-                matched += 1
+                songs.ratings[number] = rating
         self.report.remarks.append(
-            f"{matched} of {len(songs)} songs matched in {ratings.source} ({len(ratings)} ratings)"
+            f"{len(songs.ratings)} of {len(songs)} songs matched in {ratings.source} ({len(ratings)} ratings)"
         )
 
-    def _write(self, songs: list[Song], results: Results) -> None:
+    def _write(self, songs: Songs, results: Results) -> None:
         """Stage the whole set, then let it take the old one's place; a set that would be the same is left alone."""
         staged = self.out / STAGING / "new"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
         order = shuffled_cuts(songs, self.settings.seed)
-        # Rows are made where they are needed and not kept: they would be most of the memory of a large library.
-        segments = functools.partial(segment_rows, songs, order, self.settings)
-        self.report.counts |= counts(songs, segments())
+        per_shard = self.settings.segments_per_shard
+        self.report.counts |= counts(songs)
         files = {
             SONGS: write_table(staged / SONGS, map(song_row, songs)),
-            SEGMENTS: write_table(staged / SEGMENTS, segments()),
+            SEGMENTS: write_table(staged / SEGMENTS, segment_rows(songs, order, per_shard)),
             FILES: write_table(staged / FILES, file_rows(songs, results)),
             REFUSED: write_file(staged / REFUSED, refused_csv(results)),
         }
@@ -249,8 +244,8 @@ class _Packer:
             self.report.unchanged = True
             shutil.rmtree(self.out / STAGING, ignore_errors=True)
             return
-        self._check_names(files.keys() | {row["shard"] for row in segments()})
-        files |= self._write_shards(staged, songs, segments(), order)
+        self._check_names(files.keys() | set(shards_of(songs, order, per_shard)))
+        files |= self._write_shards(staged, songs, order)
         manifest = Manifest(FORMAT_VERSION, str(self.music), asdict(self.settings), self.report.counts, files)
         write_manifest(staged, manifest)
         # From here on a signal waits: the set is complete, and moving it takes no time.
@@ -278,18 +273,17 @@ class _Packer:
         if foreign and not self.replace:
             raise UserError(f"{self.out / foreign[0]} was not written by make_shards: move it, or give --replace")
 
-    def _write_shards(
-        self, staged: Path, songs: list[Song], segments: Iterable[Row], order: list[tuple[int, Cut]]
-    ) -> dict[str, FileSum]:
+    def _write_shards(self, staged: Path, songs: Songs, order: np.ndarray) -> dict[str, FileSum]:
         files: dict[str, FileSum] = {}
         with tqdm(total=len(order), unit="segment", desc="writing") as bar:
 
-            def samples(of_shard: Iterable[tuple[int, Row]]) -> Iterator[tuple[str, dict[str, bytes]]]:
-                for row, segment in of_shard:
-                    song, cut = order[row]
-                    yield segment["key"], sample(row, cut, song_row(songs[song]), self.settings.codec)
+            def samples(rows: Iterable[tuple[int, str]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+                for row, _ in rows:
+                    number, segment = order[row].tolist()
+                    yield key(row), sample(row, songs[number], segment, self.settings.codec)
                     bar.update()
 
-            for shard, of_shard in itertools.groupby(enumerate(segments), key=lambda numbered: numbered[1]["shard"]):
-                files |= write_shard(staged / shard, samples(of_shard))
+            shards = enumerate(shards_of(songs, order, self.settings.segments_per_shard))
+            for shard, rows in itertools.groupby(shards, key=lambda numbered: numbered[1]):
+                files |= write_shard(staged / shard, samples(rows))
         return files

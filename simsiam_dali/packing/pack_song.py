@@ -74,8 +74,9 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A file to look at; `known` is what an earlier run made of it, so that only its tags are read."""
+    """The file at this `place` of all; `known` is what an earlier run made of it, so that only its tags are read."""
 
+    place: int
     file: SongFile
     settings: DecodeSettings
     cache: Path
