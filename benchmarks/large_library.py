@@ -7,16 +7,12 @@ Each size is packed and then opened, both in a process of its own, so that its p
              is the real thing: duplicates, split, shuffle, tables, tars with indexes, checksums, manifest.
     load     from `open_shards` to the first training batch, then `BATCHES` more. Songs and segments are of the
              number that is written; a segment is only `SECONDS` long, so that 400,000 fit on a disk.
-
-With --files N ..., as many real FLAC files are written, and `tools/make_shards.py` packs them, decoding included.
 """
 
 import argparse
 import itertools
 import json
 import math
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from simsiam_dali.data.shards import SEGMENTS, SONGS, open_shards
 from simsiam_dali.errors import one_line_errors
@@ -43,9 +38,10 @@ BATCHES = 50
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
-    """Highest resident memory of this process, or of the largest of those it started, so far."""
-    return resource.getrusage(who).ru_maxrss * 1024
+def memory(field: str) -> int:
+    """This process's `VmRSS` (now) or `VmHWM` (highest so far), bytes; getrusage would count its parent's, too."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def wave(seed: int, seconds: float) -> np.ndarray:
@@ -89,11 +85,11 @@ def said_to_be_decoded(material: Path, segments: int) -> Callable[..., Generator
 def measure_packing(folder: Path, songs: int, segments: int) -> dict[str, Any]:
     """Pack `songs` into `folder`; seconds and this process's peak memory."""
     (folder / "music").mkdir()
-    before, began = peak_bytes(), time.monotonic()
+    before, began = memory("VmRSS"), time.monotonic()
     files = [SongFile(folder / "music" / name, name, 5_000_000 + i, i) for i, name in enumerate(song_names(songs))]
     executor = said_to_be_decoded(folder / "material", segments)
     pack(folder / "music", folder / "shards", PackSettings(segment_seconds=SECONDS), 1, files=files, executor=executor)
-    return {"pack_seconds": time.monotonic() - began, "pack_peak_bytes": peak_bytes(), "pack_start_bytes": before}
+    return {"pack_seconds": time.monotonic() - began, "pack_peak_bytes": memory("VmHWM"), "pack_start_bytes": before}
 
 
 def measure_loading(folder: Path) -> dict[str, Any]:
@@ -104,7 +100,7 @@ def measure_loading(folder: Path) -> dict[str, Any]:
     from simsiam_dali import factory
     from simsiam_dali.distributed import World
 
-    before, began = peak_bytes(), time.monotonic()
+    before, began = memory("VmRSS"), time.monotonic()
     shards = open_shards(folder / "shards")
     opened = time.monotonic() - began
     config = settings.load(
@@ -123,29 +119,11 @@ def measure_loading(folder: Path) -> dict[str, Any]:
         "segments": len(shards.segments),
         "open_seconds": opened,
         "first_batch_seconds": first,
-        "load_peak_bytes": peak_bytes(),
+        "load_peak_bytes": memory("VmHWM"),
         "load_start_bytes": before,
         "songs_bytes": (folder / "shards" / SONGS).stat().st_size,
         "segments_bytes": (folder / "shards" / SEGMENTS).stat().st_size,
         "tar_bytes": sum(tar.stat().st_size for tar in shards.tars("train") + shards.tars("val")),
-    }
-
-
-def measure_files(folder: Path, files: int) -> dict[str, Any]:
-    """Write and pack as many real FLAC files of 6 s; the peak of this process, and of its largest worker."""
-    for i in range(files):
-        path = folder / "music" / f"{i // 100:04d}" / f"{i:06d}.flac"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, wave(i, 6.0), RATE)
-    began = time.monotonic()
-    report = pack(folder / "music", folder / "shards", PackSettings(segment_seconds=3.0), os.cpu_count() or 1)
-    return {
-        "files": files,
-        "songs": report.counts["songs"],
-        "segments": report.counts["train_segments"] + report.counts["val_segments"],
-        "pack_seconds": time.monotonic() - began,
-        "pack_peak_bytes": peak_bytes(),
-        "worker_peak_bytes": peak_bytes(resource.RUSAGE_CHILDREN),
     }
 
 
@@ -167,10 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
     sizes = [1000, 10_000, 100_000]
     add("--songs", type=int, nargs="*", default=sizes, metavar="N", help="libraries to generate (default: %(default)s)")
     add("--segments", type=int, default=4, metavar="N", help="segments of a song (default: %(default)s)")
-    add("--files", type=int, nargs="*", default=[], metavar="N", help="numbers of real files to pack (default: none)")
     add("--scratch", type=Path, metavar="DIR", help="where to work; 3.5 GB for 100,000 songs (default: /tmp or TMPDIR)")
     add("--json", type=Path, metavar="F", help="write the results here")
-    add("--step", choices=["pack", "load", "files"], help=argparse.SUPPRESS)
+    add("--step", choices=["pack", "load"], help=argparse.SUPPRESS)
     return parser
 
 
@@ -182,18 +159,16 @@ def main() -> None:
         print(json.dumps(measure_packing(args.scratch, args.songs[0], args.segments)))
     elif args.step == "load":
         print(json.dumps(measure_loading(args.scratch)))
-    elif args.step == "files":
-        print(json.dumps(measure_files(args.scratch, args.files[0])))
     else:
         measure_all(args)
 
 
 def measure_all(args: argparse.Namespace) -> None:
     """Every size, one after the other; each one's files are gone before the next."""
-    import machine  # not above: it imports torch
+    import machine  # these two not above: the steps, which are this program too, are measured without them
     import torch
 
-    doc: dict[str, Any] = {"environment": machine.environment(torch.device("cpu")), "songs": [], "files": []}
+    doc: dict[str, Any] = {"environment": machine.environment(torch.device("cpu")), "songs": []}
     for songs in args.songs:
         with scratch(args.scratch) as folder:
             where = ("--scratch", folder, "--segments", args.segments, "--songs", songs)
@@ -204,15 +179,6 @@ def measure_all(args: argparse.Namespace) -> None:
             f" {row['pack_peak_bytes'] / 1e6:.0f} MB, first batch after {row['first_batch_seconds']:.1f} s (opened"
             f" after {row['open_seconds']:.1f}), loader {row['load_peak_bytes'] / 1e6:.0f} MB, song table"
             f" {row['songs_bytes'] / 1e6:.1f} MB",
-            flush=True,
-        )
-    for files in args.files:
-        with scratch(args.scratch) as folder:
-            row = apart("--step", "files", "--scratch", folder, "--files", files)
-        doc["files"].append(row)
-        print(
-            f"{files} real files: packed in {row['pack_seconds']:.0f} s with {row['pack_peak_bytes'] / 1e6:.0f} MB, a"
-            f" worker {row['worker_peak_bytes'] / 1e6:.0f} MB",
             flush=True,
         )
     if args.json:
