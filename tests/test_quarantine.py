@@ -94,6 +94,19 @@ def listed(shards: ShardSet) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_a_tar_cut_short_while_it_is_read_is_named(tmp_path):
+    """Mapped into memory, it would end the process with a bus error."""
+    shards = small_set(tmp_path)
+    loader = load(shards, shuffle_buffer=2)
+    batches = loader.endless()
+    next(batches)
+    for tar in shards.tars("train"):
+        os.truncate(tar, 512)
+    with pytest.raises(UserError, match=r"the shards cannot be read .*train-00000\d"):
+        for _ in islice(batches, 3 * len(loader)):
+            pass
+
+
 @pytest.mark.parametrize(("mode", "shuffle_buffer"), [("views", 8), ("clean", 0), ("raw", 8)])
 @pytest.mark.parametrize("kept", [0, 3000])  # DALI names the sample only where its header can be read
 def test_all_others_come_as_if_nothing_had_been(tmp_path, capsys, mode, shuffle_buffer, kept):

@@ -224,6 +224,7 @@ def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
         ext=[source.codec, "row"],
         dtypes=[types.UINT8, types.INT64],
         missing_component_behavior="error",
+        dont_use_mmap=True,  # a mapped tar that is cut short, or on a failing disk, ends the process with SIGBUS
         shard_id=source.shard_id,
         num_shards=source.num_shards,
         **(order if shuffled else {"pad_last_batch": True, "stick_to_shard": True}),
