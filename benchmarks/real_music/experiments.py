@@ -134,7 +134,7 @@ def main() -> None:
     run.add_common(parser)
     add = parser.add_argument
     add("--seeds", type=int, default=2, metavar="N", help="trainings of each row, on the halves in turn (default: 2)")
-    add("--epochs", type=int, default=10, metavar="N", help="of each training (default: %(default)s)")
+    add("--epochs", type=int, default=20, metavar="N", help="of each training (default: %(default)s)")
     others = ", ".join(name for name in ROWS if name != BASE)
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
         help=f"which to train, beside {BASE} (default: all): {others}")  # fmt: skip
