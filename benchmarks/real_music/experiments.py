@@ -12,6 +12,7 @@ Everything stays in --work; the same command goes on where it was stopped.
 import argparse
 import functools
 import json
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -141,12 +142,15 @@ def main() -> None:
         return
     device, config, side_by_side = run.common(args)
     work = args.work.resolve()
+    started = time.perf_counter()
     halves.prepare(work, (args.music or work / "music").resolve())
     base = {key: functools.reduce(getattr, key.split("."), settings.load(config)) for key in FACTORS}
     jobs = list(plan(args.seeds, args.epochs, ROWS, base))
     folder = work / f"experiments-{args.epochs}"
-    halves.run_all([job for job in jobs if job.name in {BASE, *args.rows}], work, folder, config, device, side_by_side)
+    wanted = [job for job in jobs if job.name in {BASE, *args.rows}]
+    trained = halves.run_all(wanted, work, folder, config, device, side_by_side)
     doc = run.document(run.by_row(jobs, folder), [BASE], device) | {"epochs": args.epochs}
+    doc["took"] = {"trainings": trained, "of": len(wanted), "minutes": (time.perf_counter() - started) / 60}
     if args.json:
         args.json.write_text(json.dumps(doc, indent=1) + "\n")
     print("\n".join(table_lines(doc)))

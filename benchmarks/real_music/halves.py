@@ -100,6 +100,10 @@ class Job:
         """Where a table lies."""
         return folder / "tables" / f"{slug(row)}-{self.trained_on}-{self.seed}.parquet"
 
+    def missing(self, folder: Path) -> dict[str, tuple[str, ...]]:
+        """Of its tables, those that are not there yet."""
+        return {row: options for row, options in self.tables.items() if not self.table(folder, row).exists()}
+
 
 def slug(name: str) -> str:
     """A row's name as a file's."""
@@ -113,9 +117,7 @@ def other(half: str) -> str:
 
 def run(job: Job, shards: Path, folder: Path, config: Path, device: torch.device, threads: int | None) -> None:
     """Train and embed what is not there yet. shards: where `prepare` put the halves; folder: where the results go."""
-    wanted = {row: options for row, options in job.tables.items() if not job.table(folder, row).exists()}
-    if not wanted:
-        return
+    wanted = job.missing(folder)
     name = f"{slug(job.name)}-{job.trained_on}-{job.seed}"
     log = folder / "logs" / f"{name}.log"
     for directory in ("logs", "tables", "runs"):
@@ -142,8 +144,12 @@ def run(job: Job, shards: Path, folder: Path, config: Path, device: torch.device
 
 def run_all(
     jobs: Sequence[Job], shards: Path, folder: Path, config: Path, device: torch.device, side_by_side: int
-) -> None:
-    """`run` each job, several at once: on a CPU a training on each core does more than one on all of them."""
+) -> int:
+    """`run` each job that lacks a table, several at once: on a CPU a training on each core does more than one on all.
+
+    Returns how many there were.
+    """
+    jobs = [job for job in jobs if job.missing(folder)]
     threads = max(1, len(os.sched_getaffinity(0)) // side_by_side) if device.type == "cpu" else None
     with ThreadPoolExecutor(side_by_side) as pool, tqdm(total=len(jobs), unit="training") as bar:
         futures = [pool.submit(run, job, shards, folder, config, device, threads) for job in jobs]
@@ -154,3 +160,4 @@ def run_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return len(jobs)

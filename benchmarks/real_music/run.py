@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +60,8 @@ def plan(seeds: int) -> Iterator[halves.Job]:
                 tables |= {FLOORS[name]: ("--features", name) for name in ("mfcc", "log-mel")}
             ours.append(halves.Job(OURS, "simsiam", half, seed, {}, tables))
             theirs.append(halves.Job(PEER, "lightly", half, seed, {}, {PEER: ()}))
-            tagged.append(halves.Job(SIMPLE, "simple", half, seed, {}, {SIMPLE: ()}))
+            if seed == 0:  # shown the tags it is asked for, it is no rival: one is enough to see where it stands
+                tagged.append(halves.Job(SIMPLE, "simple", half, seed, {}, {SIMPLE: ()}))
     one = len(halves.HALVES)
     yield from (*ours[:one], *theirs[:one], *ours[one:], *theirs[one:], *tagged)
 
@@ -176,11 +178,12 @@ def verdict_lines(doc: Mapping[str, Any]) -> Iterator[str]:
 
 
 def environment_line(doc: Mapping[str, Any]) -> str:
-    """What it was measured on."""
-    env = doc["environment"]
+    """What it was measured on, and what the command took from fetching to the table."""
+    env, took = doc["environment"], doc["took"]
     songs = ", ".join(f"{n} songs by {target}" for target, n in doc["songs"].items())
     where = env["gpu"] or f"{env['cpu']}, {env['cores']} cores"
-    return f"{songs}; {where}; {env['date']}, commit {env['commit']}."
+    work = f"{took['minutes']:.0f} min for {took['trainings']} of {took['of']} trainings"
+    return f"{songs}; {where}; {work}; {env['date']}, commit {env['commit']}."
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +217,9 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each row and half (default: 3)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="trainings of SimSiam and its peer on each half (default: 3)"
+    )
     parser.add_argument(
         "--encoders", nargs="+", choices=["simsiam", "lightly", "simple"], default=["simsiam", "lightly", "simple"],
         metavar="TYPE",
@@ -225,10 +230,13 @@ def main() -> None:
         raise UserError("the peer needs lightly: pip install lightly, or leave it out with --encoders simsiam simple")
     device, config, side_by_side = common(args)
     work = args.work.resolve()
+    started = time.perf_counter()
     halves.prepare(work, (args.music or work / "music").resolve())
     jobs = list(plan(args.seeds))
-    halves.run_all([job for job in jobs if job.kind in args.encoders], work, work, config, device, side_by_side)
+    wanted = [job for job in jobs if job.kind in args.encoders]
+    trained = halves.run_all(wanted, work, work, config, device, side_by_side)
     doc = document(by_row(jobs, work), [*FLOORS.values(), PEER], device)
+    doc["took"] = {"trainings": trained, "of": len(wanted), "minutes": (time.perf_counter() - started) / 60}
     if args.json:
         args.json.write_text(json.dumps(doc, indent=1) + "\n")
     for line in (*table_lines(doc), "", *verdict_lines(doc), "", environment_line(doc)):
