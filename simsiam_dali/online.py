@@ -4,6 +4,7 @@ kNN searches among training songs (at most `train.knn_segments` segments of them
 the mean of its segments' clean views. The loaders are made anew each time, so that every epoch sees the same draws.
 """
 
+import gc
 import math
 from typing import Literal
 
@@ -75,4 +76,6 @@ def evaluate(
     error, correlation = monitor.knn_rating(bank, bank_ratings, queries, query_ratings, k)
     score["knn/rating_mae"], score["knn/rating_correlation"] = error, correlation
     score["knn/rating_mae_chance"] = monitor.rating_chance(bank_ratings, query_ratings)
+    # DALI's pipelines are reference cycles: left to Python's own rhythm, those of some 25 epochs wait in memory.
+    gc.collect()
     return score
