@@ -4,6 +4,7 @@ kNN searches among training songs (at most `train.knn_segments` segments of them
 the mean of its segments' clean views. The loaders are made anew each time, so that every epoch sees the same draws.
 """
 
+import ctypes
 import gc
 import math
 from typing import Literal
@@ -78,4 +79,6 @@ def evaluate(
     score["knn/rating_mae_chance"] = monitor.rating_chance(bank_ratings, query_ratings)
     # DALI's pipelines are reference cycles: left to Python's own rhythm, those of some 25 epochs wait in memory.
     gc.collect()
+    # glibc keeps the holes they leave, more of them every epoch (docs/reliability.md).
+    ctypes.CDLL(None).malloc_trim(0)
     return score

@@ -259,6 +259,26 @@ finally:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_no_epoch_leaves_a_data_graph_behind(tmp_path, small_shards):
+    script = """
+import gc, sys
+from simsiam_dali import journal, train
+gc.set_threshold(100_000_000)  # only what the run itself collects
+line = journal.epoch_line
+def told(record, epochs):
+    print("objects", sum(str(type(x).__module__).startswith("nvidia.dali") for x in gc.get_objects()))
+    return line(record, epochs)
+journal.epoch_line = told
+sys.exit(train.main())
+"""
+    args = command(tmp_path, small_shards, mlflow__enabled="false")
+    done = run([sys.executable, "-c", script, *args[3:]], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = [x for x in done.stdout.splitlines() if x.startswith("objects ")]
+    assert len(counts) == 4
+    assert len(set(counts)) == 1
+
+
 def refusal(args: list[str], folder: Path, **environment: str) -> str:
     """The one line that ended a command; it must be one, and no traceback."""
     done = run(args, folder, **environment)
