@@ -20,7 +20,7 @@ from simsiam_dali.errors import UserError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FILE_NAME = "checkpoint.pt"
 PREVIOUS_NAME = "checkpoint.previous.pt"
 """The one before, kept for the day when the newest cannot be read."""

@@ -49,11 +49,8 @@ class StepClock:
         done: torch.cuda.Event | None = None
         while True:
             asked = time.perf_counter()
-            try:
-                with mark("data"):
-                    batch = next(batches)
-            except StopIteration:
-                return
+            with mark("data"):
+                batch = next(batches, None)  # what ends an epoch takes its time, too: the loader finishes its turn
             if self.cuda:
                 came = torch.cuda.Event(enable_timing=True)
                 came.record()
@@ -61,6 +58,8 @@ class StepClock:
                     self._gaps.append((done, came))
             else:
                 self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
             self.steps += 1
             yield batch
             if self.cuda:

@@ -171,11 +171,13 @@ def train(
         save()
         on_epoch(record)
 
+    sit_out = shards.count("train") % batch_size
     say(
         f"{config.encoder.encoder_type} {kind.variant(config)} on {w.device.type} x {w.size},"
         f" {str(learner.dtype).removeprefix('torch.')}: {shards.count('train')} training and"
         f" {shards.count('val')} validation segments, {'views' if kind.batches == 'views' else 'excerpts'} of"
         f" {loader.graph.seconds:g} s ({' x '.join(map(str, shapes[0]))}), {steps} steps of {batch_size} an epoch"
+        + (f" ({sit_out} segments sit it out, others each time)" if sit_out else "")
     )
     say(f"run {run_dir}" + (f", going on after step {step}" if resumed else ""))
     clock = StepClock(w.device)

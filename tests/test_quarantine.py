@@ -178,13 +178,13 @@ def test_what_is_listed_is_left_out_from_the_start(tmp_path, monkeypatch):
 def test_packed_again_nothing_is_left_out_and_the_old_list_stays(tmp_path):
     shards = small_set(tmp_path)
     damage(shards, 11)
-    samples(load(shards), 6)
+    samples(load(shards), 18)
     before = listed(shards)
     again = small_set(tmp_path, packed="again")
     assert again.fingerprint != shards.fingerprint
-    assert {sample[0] for batch in samples(load(again), 6) for sample in batch} == set(range(SEGMENTS))
+    assert {sample[0] for batch in samples(load(again), 18) for sample in batch} == set(range(SEGMENTS))
     damage(again, 11)
-    samples(load(again), 6)
+    samples(load(again), 18)
     assert listed(again)[:1] == before
     assert [line["row"] for line in listed(again)] == ["11", "11"]
 

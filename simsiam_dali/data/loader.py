@@ -1,9 +1,9 @@
 """The DALI graph as a torch iterator: one `for` loop is one epoch; its place is saved and restored exactly.
 
-A shuffled loader (training) reads on without end: an epoch is the whole batches in it, and what is left over comes
-first in the next, so that each segment is seen once before any is seen twice. An ordered loader (validation,
-embedding) gives each segment of this rank's part once; only its last batch is smaller. A segment that no longer
-decodes is left out of its batch.
+An epoch is one turn of the data, shared by the ranks. A shuffled loader (training) gives the whole batches in it: no
+segment comes twice in an epoch, and the few that fill no batch, others each time, sit it out. An ordered loader
+(validation, embedding) gives each segment of this rank's part once; only its last batch is smaller. A segment that no
+longer decodes is left out of its batch.
 """
 
 import dataclasses
@@ -63,8 +63,8 @@ class Loader:
         self.shuffled = graph.source.shuffle_buffer > 0
         # DALI gives rank r the samples from count * r // ranks on, and pads every rank to the longest part.
         self.count = count * (rank + 1) // ranks - count * rank // ranks
-        padded = -(-count // ranks)
-        self.steps = count // (batch_size * ranks) if self.shuffled else -(-padded // batch_size)
+        self._turn = -(-(-(-count // ranks)) // batch_size)  # batches that the graph gives before it begins again
+        self.steps = count // (batch_size * ranks) if self.shuffled else self._turn
         if self.steps == 0:
             each = f" on each of {ranks} processes" if ranks > 1 else ""
             raise UserError(
@@ -100,6 +100,8 @@ class Loader:
                     )
                 outputs = [x[keep.to(x.device)] for x in outputs]
             yield Batch(*outputs) if self.graph.mode == "views" else Single(*outputs)
+        for _ in range(self._turn - self.steps):
+            self._run()  # what is left of the turn, and fills no batch of every rank
         self.step = 0
 
     def endless(self) -> Iterator[Any]:

@@ -59,7 +59,7 @@ class Source:
     segment_seconds: float
     shard_id: int = 0
     num_shards: int = 1
-    shuffle_buffer: int = 0  # segments; 0 reads in the stored order, once, the last batch padded
+    shuffle_buffer: int = 0  # segments; 0 reads in the stored order
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,11 @@ def noise_bank(graph: Graph, seed: int) -> np.ndarray | None:
 
 
 def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
-    """Encoded audio (uint8) and the segment's row, int64 (1,)."""
+    """Encoded audio (uint8) and the segment's row, int64 (1,).
+
+    All of the source is read before any of it is read again; each turn is filled up to whole batches, as many for every
+    rank, with its last segment.
+    """
     shuffled = source.shuffle_buffer > 0
     order = {
         "random_shuffle": True,
@@ -227,7 +231,8 @@ def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
         dont_use_mmap=True,  # a mapped tar that is cut short, or on a failing disk, ends the process with SIGBUS
         shard_id=source.shard_id,
         num_shards=source.num_shards,
-        **(order if shuffled else {"pad_last_batch": True, "stick_to_shard": True}),
+        pad_last_batch=True,
+        **(order if shuffled else {"stick_to_shard": True}),
     )
     return segments
 
