@@ -1,6 +1,7 @@
 """Several processes as one: gradients, segments, one error, and going on with another number of them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import rank_worker
 import torch
+from test_quarantine import mark_damaged
 from test_train import command, epochs, losses, run, start, wait_for_step
 
 from simsiam_dali import checkpoint, config
@@ -231,3 +233,35 @@ def test_a_killed_rank_ends_all_with_one_error_and_any_number_goes_on(tmp_path, 
     assert "by 1 processes, now 2 with 4 segments a step each: epoch 3 from its start, in a new order" in done.stdout
     (run_dir,) = (tmp_path / "runs").iterdir()
     check_whole(run_dir, 2)
+
+
+@pytest.mark.faults
+def test_damaged_segments_under_torchrun_and_a_resume(tmp_path, small_shards):
+    """Two ranks, two segments that do not decode, the second rank killed in the second epoch: as if never stopped."""
+    shards = open_shards(Path(shutil.copytree(small_shards, tmp_path / "shards")))
+    bad = [1, shards.count("train") - 2]
+    for row in bad:
+        mark_damaged(shards, row)
+    over = SHARED | {"encoder__batch_size": 4, "data__max_bad_fraction": 0.2, "train__checkpoint_every": 1}
+    args = command(tmp_path, shards.root, "--run-name", "whole", **over)
+    done = run(launched(2, args), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [done.stderr.count(f" {row:09d} (") for row in bad] == [1, 1]  # by the rank that met it, once
+    lines = (shards.root / "quarantine.csv").read_text().splitlines()[1:]
+    assert sorted(int(line.split(",")[3]) for line in lines) == bad
+    whole = tmp_path / "runs/whole"
+    check_whole(whole, 2)
+    assert epochs(whole)[-1]["data/quarantined"] == 2
+
+    (shards.root / "quarantine.csv").unlink()
+    folder = tmp_path / "other"
+    folder.mkdir()
+    launcher = start(launched(2, command(folder, shards.root, "--run-name", "killed", **over)), folder)
+    wait_for_step(launcher, folder / "runs", len(losses(whole)) // 3 + 1)
+    killed = folder / "runs/killed"
+    os.kill(worker(launcher.pid, 1), signal.SIGKILL)
+    launcher.communicate(timeout=120)
+    done = run(launched(2, [*args[:3], "--resume", str(killed)]), folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_whole(killed, 2)
+    assert losses(killed) == losses(whole)

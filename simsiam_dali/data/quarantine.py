@@ -50,27 +50,30 @@ class Quarantine:
             raise UserError(f"{self.path} cannot be read ({e.strerror})") from e
 
     def add(self, found: Mapping[int, str]) -> None:
-        """Put rows, each with the reason, into the file and say so. Raises UserError when they become too many."""
+        """Put rows, each with the reason, into the file and say so. Raises UserError when they become too many.
+
+        What another process has put there meanwhile is neither written nor said again.
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             with self.path.open("a+", newline="") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # other ranks and runs write it too
                 file.seek(0)
                 self._take(file)
+                new = [(row, reason) for row, reason in sorted(found.items()) if row not in self.rows]
                 lines = io.StringIO()
                 writer = csv.writer(lines, lineterminator="\n")
                 if os.fstat(file.fileno()).st_size == 0:
                     writer.writerow(COLUMNS)
-                for row, reason in sorted(found.items()):
-                    if row not in self.rows:
-                        shard, key, song = self.describe(row)
-                        writer.writerow([now, shard, key, row, song, reason, self._shards.fingerprint])
+                for row, reason in new:
+                    shard, key, song = self.describe(row)
+                    writer.writerow([now, shard, key, row, song, reason, self._shards.fingerprint])
                 file.write(lines.getvalue())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e:
             raise UserError(f"{self.path} cannot be written ({e.strerror}); it should get {self.names(found)}") from e
-        for row, reason in sorted(found.items()):
+        for row, reason in new:
             line = f"left out from here on: {self.names([row])}: {reason}"
             tqdm.write(line if line.isprintable() else ascii(line), file=sys.stderr)
         self.rows |= found.keys()
