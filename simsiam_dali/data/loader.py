@@ -63,7 +63,8 @@ class Loader:
         self.shuffled = graph.source.shuffle_buffer > 0
         # DALI gives rank r the samples from count * r // ranks on, and pads every rank to the longest part.
         self.count = count * (rank + 1) // ranks - count * rank // ranks
-        self._turn = -(-(-(-count // ranks)) // batch_size)  # batches that the graph gives before it begins again
+        longest = -(-count // ranks)
+        self._turn = -(-longest // batch_size)  # batches that the graph gives before it begins again
         self.steps = count // (batch_size * ranks) if self.shuffled else self._turn
         if self.steps == 0:
             each = f" on each of {ranks} processes" if ranks > 1 else ""
