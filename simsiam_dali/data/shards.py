@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 SONGS, SEGMENTS, FILES, REFUSED = "songs.parquet", "segments.parquet", "files.parquet", "refused.csv"
 
-ROWS_AT_ONCE = 1 << 14
+ROWS_AT_ONCE = 1 << 12
 _TEXT, _TEXTS, _INT, _FLOAT = pa.string(), pa.list_(pa.string()), pa.int64(), pa.float64()
 
 
@@ -391,16 +391,22 @@ def write_shard(tar: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> FileSum:
     """Write a table of the set, `ROWS_AT_ONCE` in memory at a time; its file name chooses the schema."""
-    out, schema, waiting = io.BytesIO(), SCHEMAS[path.name], iter(rows)
-    with pq.ParquetWriter(out, schema) as writer:
-        while part := list(itertools.islice(waiting, ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(part, schema))
-    return write_file(path, out.getvalue())
+    schema, waiting = SCHEMAS[path.name], iter(rows)
+    with path.open("wb") as file:
+        with pq.ParquetWriter(file, schema) as writer:
+            while part := list(itertools.islice(waiting, ROWS_AT_ONCE)):
+                writer.write_table(pa.Table.from_pylist(part, schema))
+        _sync(file)
+    info = path.stat()
+    return FileSum(info.st_size, sha256_of(path), info.st_mtime_ns)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a table of the set; lists come as lists, `year` and a file's `song` as Int64, since they may be <NA>."""
-    table = pq.read_table(path)
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a table of the set, or some columns of it.
+
+    Lists come as lists, `year` and a file's `song` as Int64, since they may be <NA>.
+    """
+    table = pq.read_table(path, columns=None if columns is None else list(columns))
     frame = table.to_pandas()
     for column in table.schema:
         if column.type == _TEXTS:

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ from simsiam_dali.packing.assemble import (
 from simsiam_dali.packing.find import SongFile, find_songs
 from simsiam_dali.packing.pack_song import Job, Packed, PackSettings, Refused, Result, do_job
 from simsiam_dali.packing.ratings import RatingsFile
-from simsiam_dali.packing.reuse import damaged_shards, known_outcomes
+from simsiam_dali.packing.reuse import SEGMENT_COLUMNS, SONG_COLUMNS, Known, damaged_shards
 from simsiam_dali.packing.splits import assign_splits, group_key
 from simsiam_dali.packing.spool import Spool
 from simsiam_dali.packing.workers import Died, Executor, run_all
@@ -78,7 +79,7 @@ def pack(
     workers: int,
     ratings: Path | None = None,
     replace: bool = False,
-    files: list[SongFile] | None = None,
+    files: Iterable[SongFile] | None = None,
     executor: Executor = run_all,
 ) -> Report:
     """Pack the folder `music` into the set at `out`; whatever happens, `out` holds the old set or the new one.
@@ -95,14 +96,16 @@ def pack(
     passed_over = 0
     if files is None:
         files, passed_over = find_songs(music.absolute(), leave_out=out)
-    if not files:
+    waiting = deque(files)
+    del files  # so that each leaves memory as it is handed out
+    if not waiting:
         raise UserError(f"{music}: no audio file in this folder ({passed_over} other files passed over)")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, wait=False):
             roll_forward(out)
             packer = _Packer(music.resolve(), out, settings, rated, replace, executor)
-            return packer.run(files, passed_over, workers)
+            return packer.run(waiting, passed_over, workers)
     except OSError as e:
         if e.errno in _DISK_FULL:
             shutil.rmtree(out / STAGING, ignore_errors=True)
@@ -128,13 +131,13 @@ class _Packer:
         self.old = self._old_set()
         self.damaged = damaged_shards(self.old) if self.old else set()
 
-    def run(self, files: list[SongFile], passed_over: int, workers: int) -> Report:
+    def run(self, files: deque[SongFile], passed_over: int, workers: int) -> Report:
         results = self._look_at(files, workers)
         songs = Songs(results)
         self._tell(results, passed_over)
         if not len(songs):
             reasons = "; ".join(f"{name} {reason}" for name, reason in self.report.refused[:3])
-            raise UserError(f"{self.music}: none of its {len(files)} files can be packed ({reasons})")
+            raise UserError(f"{self.music}: none of its {len(results)} files can be packed ({reasons})")
         self._split(songs)
         if self.ratings:
             self._rate(songs, self.ratings)
@@ -157,22 +160,28 @@ class _Packer:
             if problem := changed(self.out / name, manifest.files[name], always_sum=True):
                 self.report.remarks.append(f"{self.out / name} {problem}: everything was decoded again")
                 return None
-        return ShardSet(self.out, manifest, read_table(self.out / SONGS), read_table(self.out / SEGMENTS))
+        songs, segments = read_table(self.out / SONGS, SONG_COLUMNS), read_table(self.out / SEGMENTS, SEGMENT_COLUMNS)
+        return ShardSet(self.out, manifest, songs, segments)
 
-    def _look_at(self, files: list[SongFile], workers: int) -> Results:
-        """Decode what is new, read all tags; in the order of `files`."""
+    def _look_at(self, files: deque[SongFile], workers: int) -> Results:
+        """Decode what is new, read all tags; in the order of `files`, which is empty afterwards."""
         if self.damaged:
             self.report.remarks.append(f"{len(self.damaged)} damaged shards: their songs were decoded again")
         decode = self.settings.decode
-        known = known_outcomes(self.old, decode, self.damaged) if self.old else {}
+        known = Known(self.old, decode, self.damaged) if self.old else None
         cache = self.out / STAGING / "songs"
         cache.mkdir(parents=True, exist_ok=True)
-        jobs = (Job(place, f, decode, cache, known.get((f.name, f.bytes, f.mtime_ns))) for place, f in enumerate(files))
+
+        def jobs() -> Iterator[Job]:
+            for place in range(len(results)):
+                file = files.popleft()
+                yield Job(place, file, decode, cache, known.of(file) if known else None)
+
         results: Results = Spool(len(files), self.out / STAGING)
         report, began = self.report, time.monotonic()
         with (
-            tqdm(total=len(files), unit="song", smoothing=0.1) as bar,
-            contextlib.closing(self.executor(do_job, jobs, workers)) as done,
+            tqdm(total=len(results), unit="song", smoothing=0.1) as bar,
+            contextlib.closing(self.executor(do_job, jobs(), workers)) as done,
         ):
             for job, result in done:
                 if isinstance(result, Died):

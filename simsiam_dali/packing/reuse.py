@@ -1,13 +1,20 @@
 """What the shards in place already know of a song, so that packing again decodes only what is new."""
 
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from simsiam_dali.data.shards import FILES, SPLITS, ShardSet, changed, read_index, read_table
+import numpy as np
+import pyarrow.parquet as pq
+
+from simsiam_dali.data.shards import FILES, ROWS_AT_ONCE, SPLITS, ShardSet, changed, read_index
+from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack_song import Cut, DecodeSettings, Packed, Refused
 
-FileKey = tuple[str, int, int]  # name, bytes, mtime_ns
+SONG_COLUMNS = ("sample_rate", "channels", "duration", "audio_hash", "split")
+SEGMENT_COLUMNS = ("song", "shard", "start", "seconds", "sample_rate")
+"""What of the old set's tables packing again needs: the rest would only take memory."""
 
 
 def damaged_shards(old: ShardSet) -> set[str]:
@@ -22,47 +29,67 @@ def damaged_shards(old: ShardSet) -> set[str]:
     }
 
 
-def known_outcomes(old: ShardSet, settings: DecodeSettings, damaged: set[str]) -> dict[FileKey, Packed | Refused]:
-    """What became of each file that need not be decoded again."""
-    if any(old.manifest.settings[name] != value for name, value in asdict(settings).items()):
-        return {}
-    cuts = _cuts(old, damaged)
-    rates = dict(zip(old.segments["song"], old.segments["sample_rate"], strict=True))
-    known: dict[FileKey, Packed | Refused] = {}
-    for file in _rows(read_table(old.root / FILES)):
-        key = (file["path"], file["bytes"], file["mtime_ns"])
-        if file["status"] == "refused":
-            if not file["retry"]:
-                known[key] = Refused(file["reason"])
-        elif file["song"] in cuts:
-            song = old.songs.loc[file["song"]]
-            known[key] = Packed(
-                sample_rate=int(rates[file["song"]]),
-                source_rate=int(song["sample_rate"]),
-                channels=int(song["channels"]),
-                duration=float(song["duration"]),
-                audio_hash=song["audio_hash"],
-                note=file["reason"],
-                cuts=cuts[file["song"]],
-            )
-    return known
+class Known:
+    """What became of each file that need not be decoded again, put together when it is asked for.
+
+    Nothing is known to other `settings` than the set `old` was decoded with, nor of songs with a segment in a shard
+    that is `damaged`. Of `old`, SONG_COLUMNS and SEGMENT_COLUMNS are read.
+    """
+
+    def __init__(self, old: ShardSet, settings: DecodeSettings, damaged: set[str]) -> None:
+        self._root = old.root
+        self._songs, self._segments = ({name: t[name].to_numpy() for name in t} for t in (old.songs, old.segments))
+        self._of_file: dict[tuple[str, int, int], Refused | tuple[int, str]] = {}  # a song's number and its note
+        if any(old.manifest.settings[name] != value for name, value in asdict(settings).items()):
+            return
+        self._places = np.zeros((len(old.segments), 2), np.int64)  # of each segment: offset and bytes in its tar
+        song, lost = self._segments["song"], set[int]()
+        for shard, rows in old.segments.groupby("shard").indices.items():
+            if shard in damaged or shard not in old.manifest.files:
+                lost |= set(song[rows].tolist())
+                continue
+            members = read_index((old.root / str(shard)).with_suffix(".idx"))
+            self._places[rows] = [sample[old.codec][:2] for sample in members]
+        self._rows = np.lexsort((self._segments["start"], song))  # the segments, song by song
+        self._first = np.searchsorted(song[self._rows], np.arange(len(old.songs) + 1))
+        for file in _rows(old.root / FILES):
+            if file["status"] == "refused":
+                if not file["retry"]:
+                    self._of_file[file["path"], file["bytes"], file["mtime_ns"]] = Refused(file["reason"])
+            elif file["song"] not in lost and len(self._rows_of(file["song"])):
+                self._of_file[file["path"], file["bytes"], file["mtime_ns"]] = file["song"], file["reason"]
+
+    def of(self, file: SongFile) -> Packed | Refused | None:
+        """What became of this very file, None where it is new or has to be decoded again."""
+        found = self._of_file.get((file.name, file.bytes, file.mtime_ns))
+        if found is None or isinstance(found, Refused):
+            return found
+        number, note = found
+        songs, segments, rows = self._songs, self._segments, self._rows_of(number)
+        return Packed(
+            sample_rate=int(segments["sample_rate"][rows[0]]),
+            source_rate=int(songs["sample_rate"][number]),
+            channels=int(songs["channels"][number]),
+            duration=float(songs["duration"][number]),
+            audio_hash=songs["audio_hash"][number],
+            note=note,
+            cuts=tuple(
+                Cut(
+                    float(segments["start"][row]),
+                    float(segments["seconds"][row]),
+                    self._root / segments["shard"][row],
+                    *self._places[row].tolist(),
+                )
+                for row in rows
+            ),
+        )
+
+    def _rows_of(self, song: int) -> np.ndarray:
+        """The rows of the segment table that are the song's, in the song's order."""
+        return self._rows[self._first[song] : self._first[song + 1]]
 
 
-def _cuts(old: ShardSet, damaged: set[str]) -> dict[int, tuple[Cut, ...]]:
-    """Where each song's segments lie, for songs with every segment in a sound shard."""
-    found: dict[int, list[Cut]] = defaultdict(list)
-    lost = set()
-    for shard, rows in old.segments.groupby("shard"):
-        if shard in damaged or shard not in old.manifest.files:
-            lost |= set(rows["song"])
-            continue
-        tar = old.root / str(shard)
-        for row, members in zip(_rows(rows), read_index(tar.with_suffix(".idx")), strict=True):
-            offset, size, _ = members[old.codec]
-            found[row["song"]].append(Cut(row["start"], row["seconds"], tar, offset, size))
-    return {song: tuple(sorted(cuts, key=lambda cut: cut.start)) for song, cuts in found.items() if song not in lost}
-
-
-def _rows(table: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.to_dict("records")
-    return rows
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(path) as table:
+        for part in table.iter_batches(ROWS_AT_ONCE):
+            yield from part.to_pylist()
