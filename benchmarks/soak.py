@@ -127,6 +127,7 @@ def main() -> None:
     if args.only_load:
         load_for_ever(args.shards, args.config)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the two processes end with this one
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         shards = (args.shards or demo_shards(folder)).resolve()
