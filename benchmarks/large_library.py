@@ -6,7 +6,7 @@ Each size is packed and then opened, both in a process of its own, so that its p
              said to have `--segments` encoded segments, which lie in one small file, and drawn tags. Everything else
              is the real thing: duplicates, split, shuffle, tables, tars with indexes, checksums, manifest.
     again    the same with one song more in a hundred: what is there already is taken out of the old set's tables and
-             tars. Its seconds are mostly the checksums of the old tars.
+             tars.
     load     from `open_shards` to the first training batch, then `BATCHES` more. Songs and segments are of the
              number that is written; a segment is only `SECONDS` long, so that 400,000 fit on a disk.
 """

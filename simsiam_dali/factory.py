@@ -79,7 +79,7 @@ def create_loader(
 ) -> Loader:
     """The data graph over one split, this rank's part of it.
 
-    shuffled: training order, reading on without end; otherwise the stored order, once. Raises UserError when the split
+    shuffled: training order, whole batches only; otherwise the stored order, once. Raises UserError when the split
     is empty, a batch is larger than it, or too much of the set is in its quarantine.
     """
     if not shards.count(split):

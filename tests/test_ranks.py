@@ -237,12 +237,13 @@ def test_a_killed_rank_ends_all_with_one_error_and_any_number_goes_on(tmp_path, 
 
 @pytest.mark.faults
 def test_damaged_segments_under_torchrun_and_a_resume(tmp_path, small_shards):
-    """Two ranks, two segments that do not decode, the second rank killed in the second epoch: as if never stopped."""
+    """Two ranks, a segment that fails when the log-mel is measured and one in training; a rank killed in epoch 2."""
     shards = open_shards(Path(shutil.copytree(small_shards, tmp_path / "shards")))
     bad = [1, shards.count("train") - 2]
     for row in bad:
         mark_damaged(shards, row)
     over = SHARED | {"encoder__batch_size": 4, "data__max_bad_fraction": 0.2, "train__checkpoint_every": 1}
+    over |= {"data__stats_segments": 8}  # the first 8: not the second of the bad ones
     args = command(tmp_path, shards.root, "--run-name", "whole", **over)
     done = run(launched(2, args), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

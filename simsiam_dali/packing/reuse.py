@@ -53,11 +53,12 @@ class Known:
         self._rows = np.lexsort((self._segments["start"], song))  # the segments, song by song
         self._first = np.searchsorted(song[self._rows], np.arange(len(old.songs) + 1))
         for file in _rows(old.root / FILES):
+            key = file["path"], file["bytes"], file["mtime_ns"]
             if file["status"] == "refused":
                 if not file["retry"]:
-                    self._of_file[file["path"], file["bytes"], file["mtime_ns"]] = Refused(file["reason"])
+                    self._of_file[key] = Refused(file["reason"])
             elif file["song"] not in lost and len(self._rows_of(file["song"])):
-                self._of_file[file["path"], file["bytes"], file["mtime_ns"]] = file["song"], file["reason"]
+                self._of_file[key] = file["song"], file["reason"]
 
     def of(self, file: SongFile) -> Packed | Refused | None:
         """What became of this very file, None where it is new or has to be decoded again."""
