@@ -8,7 +8,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-600}
-export XDG_CACHE_HOME=${XDG_CACHE_HOME:-${TMPDIR:-/tmp}/simsiam_dali_cache} PYTHONPATH=$PWD
+export XDG_CACHE_HOME=${XDG_CACHE_HOME:-${TMPDIR:-/tmp}/simsiam_dali_cache} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT/logs" "$OUT/embed"
 CORES=$(nproc)
 LEAST=30 # seconds in which no part can do anything
