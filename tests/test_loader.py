@@ -291,7 +291,9 @@ def test_measured_mean_and_std_are_those_of_the_log_mel(tmp_path: Path) -> None:
 def test_batches_lie_on_the_device(source: Source) -> None:
     on_cpu, on_gpu = (load(source, "views", 8, gpu=gpu) for gpu in (None, 0))
     for a, b in zip(on_cpu, on_gpu, strict=True):
-        assert all(x.device == torch.device("cuda", 0) for x in b)
+        assert {b.view1.device, b.view2.device} == {torch.device("cuda", 0)}
+        assert b.segment.device == torch.device("cpu")  # the reader's output, not pinned
+        assert not b.segment.is_pinned()
         assert a.segment.tolist() == b.segment.tolist()
     held = [(batch.view1, batch.view1.clone()) for batch in on_gpu]
     assert all(torch.equal(x, copy) for x, copy in held)

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import rank_worker
 import torch
-from test_quarantine import mark_damaged
-from test_train import command, epochs, losses, run, start, wait_for_step
+from running import command, epochs, losses, mark_damaged, run, start, wait_for_step
 
 from simsiam_dali import checkpoint, config
 from simsiam_dali.data.shards import open_shards
