@@ -2,9 +2,13 @@
 
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
+from simsiam_dali import config as settings
+from simsiam_dali.encoders import ENCODERS
+from simsiam_dali.labels import SongLabels
 from simsiam_dali.learner import autocast_dtype
 
 GPU = torch.device("cuda", 0)
@@ -25,3 +29,32 @@ def test_bf16_is_taken_where_the_gpu_has_it(monkeypatch, capability, expected):
     assert autocast_dtype("auto", GPU) is expected
     assert autocast_dtype("bf16", GPU) is torch.bfloat16  # asked for, emulated or not
     assert autocast_dtype("auto", torch.device("cpu")) is torch.float32
+
+
+class Rows(torch.Tensor):
+    """Rows of segments that keep how they were moved, onto a GPU that is not there."""
+
+    def pin_memory(self, *_):
+        moves.append("pinned")
+        return self
+
+    def to(self, device, non_blocking=False):
+        moves.append((str(device), non_blocking))
+        return self.as_subclass(torch.Tensor)
+
+
+moves: list[object] = []
+
+
+@pytest.mark.parametrize(("device", "expected"), [(GPU, ["pinned", ("cuda:0", True)]), ("cpu", [("cpu", True)])])
+def test_the_host_does_not_wait_for_the_segments_of_a_batch(monkeypatch, device, expected):
+    """A copy out of memory that is not pinned would stop the host until the GPU is done."""
+    songs = pd.DataFrame({"artists": [["A"], ["B"]], "albums": [[], []], "album_artist": "", "year": [1990, 2020]})
+    shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0, 0, 1, 1]}))
+    monkeypatch.setattr(SongLabels, "to", lambda self, _: self)
+    config = settings.load(assignments=["encoder.encoder_type=simple"])
+    score = ENCODERS["simple"].create_loss_fn(config, shards, torch.device(device))
+    moves.clear()
+    scored = score(torch.randn(4, 8), torch.arange(4).as_subclass(Rows))
+    assert scored.counts
+    assert moves == expected
