@@ -105,7 +105,9 @@ def train(
     shapes = kind.input_shapes(log_mel, loader.graph.seconds)
     with torch.device("meta"):  # an encoder of its own, since batch norm over all ranks cannot be counted
         shape = factory.create_encoder(config, pretrained=False)
-    memory.check_fits(shape, config.encoder.batch_size, shapes, learner.half, w.device)
+    half, length = learner.half, loader.graph.seconds
+    if warning := memory.check_fits(shape, config.encoder.batch_size, shapes, half, w.device, length):
+        say(warning)
 
     # Where we stand
     epoch, step, seconds = 0, 0, 0.0  # whole epochs, optimizer steps, time spent
