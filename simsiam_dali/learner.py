@@ -95,7 +95,8 @@ class Learner:
         """Put back what `state_dict` gave."""
         self.encoder.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where it was not needed: bf16 before, on a GPU that has fp16 only now
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:

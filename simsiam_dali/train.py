@@ -148,6 +148,7 @@ def train(
                 packing=shards.manifest.settings,
                 mlflow_run=tracker.run_id,
                 seconds=time.perf_counter() - started,
+                device=w.device.type,
             )
             try:
                 log.sync()  # a resumed run reads it up to this step
@@ -413,6 +414,8 @@ def main() -> None:
     args = build_parser().parse_args()
     config, resumed, run_dir = configure(args)
     with world(config.train.device) as w:
+        if resumed:
+            checkpoint.check_device(resumed, w.device, run_dir)
         if resumed and len(resumed["loaders"]) != w.size:
             config = shared_anew(config, len(resumed["loaders"]), w.size)
         try:
