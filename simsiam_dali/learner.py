@@ -95,7 +95,8 @@ class Learner:
         """Put back what `state_dict` gave."""
         self.encoder.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where it was not needed: bf16 before, on a GPU that has fp16 only now
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -103,5 +104,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         if device.type == "cpu":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # Emulation (T4, RTX 20) does not count: fp16 is what these compute in.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

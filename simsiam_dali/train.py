@@ -106,7 +106,9 @@ def train(
     shapes = kind.input_shapes(log_mel, loader.graph.seconds)
     with torch.device("meta"):  # an encoder of its own, since batch norm over all ranks cannot be counted
         shape = factory.create_encoder(config, pretrained=False)
-    memory.check_fits(shape, config.encoder.batch_size, shapes, learner.half, w.device)
+    half, length = learner.half, loader.graph.seconds
+    if warning := memory.check_fits(shape, config.encoder.batch_size, shapes, half, w.device, length):
+        say(warning)
     validation = Validation(config, shards, log_mel, w, learner)
 
     # Where we stand
@@ -148,6 +150,7 @@ def train(
                 packing=shards.manifest.settings,
                 mlflow_run=tracker.run_id,
                 seconds=time.perf_counter() - started,
+                device=w.device.type,
             )
             try:
                 log.sync()  # a resumed run reads it up to this step
@@ -418,6 +421,8 @@ def main() -> None:
     args = build_parser().parse_args()
     config, resumed, run_dir = configure(args)
     with world(config.train.device) as w:
+        if resumed:
+            checkpoint.check_device(resumed, w.device, run_dir)
         if resumed and len(resumed["loaders"]) != w.size:
             config = shared_anew(config, len(resumed["loaders"]), w.size)
         try:

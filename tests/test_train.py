@@ -17,8 +17,7 @@ import pytest
 import torch
 from running import TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
 
-from simsiam_dali import checkpoint, config, factory, memory
-from simsiam_dali.errors import UserError
+from simsiam_dali import checkpoint, config, factory
 from simsiam_dali.schedule import learning_rates
 
 
@@ -246,19 +245,6 @@ def test_refused_a_batch_larger_than_the_data_set(tmp_path, small_shards):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_refused_a_gpu_that_is_not_there(tmp_path, small_shards):
     assert "no CUDA device" in refusal(command(tmp_path, small_shards, train__device="gpu"), tmp_path)
-
-
-def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
-    encoder = factory.create_encoder(config.load(assignments=["encoder.simsiam.backbone=resnet18"]))
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 4 << 30)
-    shapes = [(128, 1876)] * 2
-    with pytest.raises(UserError, match=r"a batch of 512 needs about .* use --batch-size \d+ or less") as e:
-        memory.check_fits(encoder, 512, shapes, False, torch.device("cpu"))
-    largest = int(str(e.value).split("--batch-size ")[1].split()[0])
-    memory.check_fits(encoder, largest, shapes, False, torch.device("cpu"))
-    with pytest.raises(UserError):
-        memory.check_fits(encoder, largest + 1, shapes, False, torch.device("cpu"))
-    memory.check_fits(encoder, 2 * largest, shapes, True, torch.device("cpu"))  # half precision, half the memory
 
 
 def test_refused_a_server_that_does_not_answer(tmp_path, small_shards):
