@@ -33,7 +33,7 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
 from simsiam_dali import config as settings
-from simsiam_dali import factory
+from simsiam_dali import factory, micro_batch
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import Batch, Single
@@ -42,7 +42,7 @@ from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.distributed import World, choose_device
 from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError
-from simsiam_dali.learner import Learner
+from simsiam_dali.learner import Learner, groups
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
 from simsiam_dali.schedule import learning_rates
@@ -86,6 +86,8 @@ def open_stage(spec: Spec) -> Stage:
 def _open(spec: Spec, world: World) -> Stage:
     config, shards = spec.config, open_shards(spec.config.data.shards)
     log_mel = factory.with_statistics(factory.log_mel_settings(config), MEAN_DB, STD_DB)
+    if spec.kind in TRAINING:
+        config = micro_batch.estimated(config, shards, world.device, say=lambda _: None)
     if spec.kind.startswith("baseline/"):
         baseline = BASELINES[BASELINE_OF_TRAIN.get(spec.kind, spec.kind)]
         batches = baseline.batches(config, shards, log_mel, world.device, spec.workers)
@@ -115,7 +117,9 @@ def _open(spec: Spec, world: World) -> Stage:
     mode = encoder_type(config).batches if spec.kind in TRAINING else MODES.get(spec.kind, "views")
     loader = factory.create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
     if spec.kind == "train":
-        stage = trained(config, shards, world, loader.endless(), len(loader))
+        stage = trained(
+            config, shards, world, loader.endless(), max(1, shards.count("train") // config.encoder.batch_size)
+        )
     else:
         stage = Stage((batch.segment for batch in loader.endless()), world.device)
     stage.decoded = lambda: loader.decoded
@@ -184,7 +188,7 @@ class Front:
 
 def random_batch(config: Config, shards: ShardSet, device: torch.device) -> Batch | Single:
     """A batch that has always been on the device; its segments are the first of the shards, going round."""
-    log_mel, size = factory.log_mel_settings(config), config.encoder.batch_size
+    log_mel, size = factory.log_mel_settings(config), config.train.micro_batch_of(config.encoder.batch_size)
     shapes = encoder_type(config).input_shapes(log_mel, factory.view_seconds(config, shards))
     data = [torch.randn(size, *shape, device=device) for shape in shapes]
     segment = torch.arange(size) % len(shards.segments)
@@ -198,12 +202,20 @@ def trained(config: Config, shards: ShardSet, world: World, batches: Iterable[Ba
     clock = StepClock(world.device)
 
     def run() -> Iterator[Tensor]:
-        for number, batch in enumerate(clock.batches(batches)):
+        for number, own in enumerate(groups(clock.batches(batches), learner.micro_batches)):
+            rows: list[Tensor] = []
             rates = learning_rates(config, number % steps, steps, config.encoder.batch_size)
-            learner.step(batch, *rates)
-            yield batch.segment
+            learner.step(_noting(own, rows), *rates)
+            yield torch.cat(rows)
 
     return Stage(run(), world.device, clock=clock)
+
+
+def _noting(batches: Iterable[Batch | Single], rows: list[Tensor]) -> Iterator[Batch | Single]:
+    """The batches as they come; the segments of each are added to `rows`."""
+    for batch in batches:
+        rows.append(batch.segment)
+        yield batch
 
 
 KINDS = (*LOADER, *TRAINING, "pack", *BASELINES, *BASELINE_OF_TRAIN)

@@ -185,6 +185,14 @@ class TrainConfig(Section):
         "auto",
         description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU",
     )
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
+        "auto",
+        description="segments that pass the encoder at once, a divisor of encoder.batch_size: a step adds up their"
+        " gradients, with batch norm over each micro-batch; auto = the most that fit into memory",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute the ResNet's activations in the backward pass: less memory, more time"
+    )
     channels_last: bool = Field(True, description="NHWC memory format")
     compile: bool = Field(False, description="torch.compile the encoder")
     sync_bn: bool = Field(False, description="batch-norm statistics over all GPUs (torchrun)")
@@ -198,6 +206,10 @@ class TrainConfig(Section):
     profile: int = Field(0, ge=0, description="steps to trace into runs/<name>/trace.json.gz, after some warm-up")
     knn_k: int = Field(10, ge=1, description="neighbours of the online kNN score")
     knn_segments: int = Field(2000, ge=1, description="training segments it searches among, at most")
+
+    def micro_batch_of(self, batch_size: int) -> int:
+        """The micro-batch of steps of `batch_size` segments; all of them while it is auto."""
+        return batch_size if self.micro_batch == "auto" else self.micro_batch
 
 
 class MlflowConfig(Section):

@@ -212,6 +212,7 @@ def embedding_config(
         data__view_seconds=view,
         data__threads=own if threads is None else threads,
         encoder__batch_size=fits if batch is None else batch,
+        train__micro_batch="auto",  # the training's: no activation is kept for a backward pass here
         encoder__simsiam__augmentation__spec_augment=False,  # a mask longer than a short view would be refused
         **over,
     )

@@ -77,9 +77,9 @@ def create_loader(
     mode: Literal["views", "clean", "raw"],
     shuffled: bool = False,
 ) -> Loader:
-    """The data graph over one split, this rank's part of it.
+    """The data graph over one split, this rank's part of it, in micro-batches.
 
-    shuffled: training order, whole batches only; otherwise the stored order, once. Raises UserError when the split
+    shuffled: training order, whole steps only; otherwise the stored order, once. Raises UserError when the split
     is empty, a batch is larger than it, or too much of the set is in its quarantine.
     """
     if not shards.count(split):
@@ -105,15 +105,17 @@ def create_loader(
     )
     if config.data.threads == "auto":
         raise ValueError("data.threads is still auto: `tuning.with_threads` chooses a number first")
+    micro_batch = config.train.micro_batch_of(config.encoder.batch_size)
     return Loader(
         graph,
         count=shards.count(split),
-        batch_size=config.encoder.batch_size,
+        batch_size=micro_batch,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
         seed=config.train.seed,
         gpu=world.gpu,
         quarantine=Quarantine(shards, config.data.max_bad_fraction),
+        group=config.encoder.batch_size // micro_batch,
     )
 
 

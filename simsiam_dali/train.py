@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsiam_dali import checkpoint, factory, journal, memory, monitor, plots, profiling, tracking, tuning
+from simsiam_dali import checkpoint, factory, journal, micro_batch, monitor, plots, profiling, tracking, tuning
 from simsiam_dali import config as settings
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
-from simsiam_dali.data.loader import measure_log_mel
+from simsiam_dali.data.loader import measure_log_mel, release_memory
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World, choose_device, is_main, one_voice, world
 from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.learner import Learner
+from simsiam_dali.learner import Learner, groups
 from simsiam_dali.options import add_setting
 from simsiam_dali.ranks import order_seed, shared_anew
 from simsiam_dali.schedule import learning_rates
@@ -81,14 +81,22 @@ def train(
     log_every = config.train.log_every
     kind = encoder_type(config)
 
-    # Data: the log-mel's mean and std come first, since they are part of the graph.
+    # Model, loss, optimizer; and how much of a batch fits into memory beside them.
     shards = open_shards(config.data.shards)
+    if resumed:
+        check_same_shards(resumed, shards.fingerprint, run_dir)
+    config = micro_batch.estimated(config, shards, w.device, say)
+    learner = Learner(config, shards, w, pretrained=resumed is None)
+    if w.device.type == "cuda":  # where memory ends in an error, and not in the kernel's killing the process
+        config = micro_batch.rehearsed(config, learner, shards, w)
+        learner.micro_batches = config.encoder.batch_size // config.train.micro_batch_of(config.encoder.batch_size)
+
+    # Data: the log-mel's mean and std come first, since they are part of the graph.
     log_mel = factory.log_mel_settings(config)
     if config.data.threads == "auto":
         config = tuning.with_threads(config, shards, log_mel, w)
         say(f"measured: {config.data.threads} DALI threads, {config.data.prefetch} batches ahead")
     if resumed:
-        check_same_shards(resumed, shards.fingerprint, run_dir)
         log_mel = factory.with_statistics(log_mel, **resumed["log_mel"])
     elif kind.batches == "views":
         everything = World(0, 1, w.device)  # all ranks measure the same segments
@@ -96,19 +104,16 @@ def train(
         log_mel = measure_log_mel(clean, config.data.stats_segments)
         del clean
     loader = factory.create_loader(config, shards, log_mel, w, "train", kind.batches, shuffled=True)
+    release_memory()  # of the graphs that measured
     quarantine = loader.quarantine
     if quarantine and quarantine.rows:
         say(f"{len(quarantine.rows)} segments that did not decode are left out from the start: see {quarantine.path}")
-    steps, batch_size = len(loader), config.encoder.batch_size * w.size  # steps an epoch, segments a step
-
-    # What learns
-    learner = Learner(config, shards, w, pretrained=resumed is None)
+    micro_batches = learner.micro_batches
+    steps, batch_size = (
+        len(loader) // micro_batches,
+        config.encoder.batch_size * w.size,
+    )  # an epoch's, a step's segments
     shapes = kind.input_shapes(log_mel, loader.graph.seconds)
-    with torch.device("meta"):  # an encoder of its own, since batch norm over all ranks cannot be counted
-        shape = factory.create_encoder(config, pretrained=False)
-    half, length = learner.half, loader.graph.seconds
-    if warning := memory.check_fits(shape, config.encoder.batch_size, shapes, half, w.device, length):
-        say(warning)
     validation = Validation(config, shards, log_mel, w, learner)
 
     # Where we stand
@@ -187,6 +192,11 @@ def train(
         f" {loader.graph.seconds:g} s ({' x '.join(map(str, shapes[0]))}), {steps} steps of {batch_size} an epoch"
         + (f"; each epoch leaves out {left_over} segments, different ones each time" if left_over else "")
     )
+    if micro_batches > 1:
+        say(
+            f"each step adds up the gradients of {micro_batches} micro-batches of {loader.batch_size} segments"
+            f"{' on each process' if w.size > 1 else ''}, with batch norm over each (train.micro_batch)"
+        )
     if validation.every > 1 and shards.count("val"):
         say(f"validation every {validation.every} epochs (train.validate_every)")
     say(f"run {run_dir}" + (f", going on after step {step}" if resumed else ""))
@@ -204,19 +214,19 @@ def train(
         while epoch < config.encoder.epochs:
             learner.encoder.train()
             losses: list[Tensor] = []  # (loss, whether it counts), on the device until they are read together
-            bar = tqdm(desc=f"epoch {epoch + 1}/{config.encoder.epochs}", total=steps, initial=loader.step,
-                       unit="step", leave=False, disable=None if w.main else True)  # fmt: skip
+            bar = tqdm(desc=f"epoch {epoch + 1}/{config.encoder.epochs}", total=steps, unit="step", leave=False,
+                       initial=loader.step // micro_batches, disable=None if w.main else True)  # fmt: skip
             clock.reset()
-            for batch in clock.batches(loader):
+            for batches in groups(clock.batches(loader), micro_batches):
                 lr, fixed_lr = learning_rates(config, step, steps, batch_size)
-                scored = learner.step(batch, lr, fixed_lr)
+                scored = learner.step(batches, lr, fixed_lr)
 
                 step += 1
                 losses.append(torch.stack([scored.loss, scored.counts]))
                 recent.append(scored.z)
                 profiler.step()
                 bar.update()
-                last = loader.step == steps
+                last = loader.step == len(loader)
                 if len(losses) < log_every and not last and not (interrupt.signal and w.size == 1):
                     continue
 
@@ -231,7 +241,7 @@ def train(
                     )
                 log.write_losses(step, values)
                 elapsed, waited = clock.read()
-                speed = clock.steps * batch_size / elapsed
+                speed = clock.steps * batch_size / micro_batches / elapsed
                 loss = f"loss {values[-1]:.4f}" if values[-1] is not None else "no positive pair"
                 bar.set_postfix_str(f"{loss}, {speed:.1f} samples/s, waiting for data {waited:.0%}")
                 if last:  # finish the epoch before stopping or saving
@@ -260,7 +270,7 @@ def train(
                 "encoder/lr": lr,
                 "encoder/z_std": float(monitor.z_std(z)),
                 "encoder/effective_rank": float(monitor.effective_rank(z)),
-                "throughput/samples_per_s": clock.steps * batch_size / elapsed,
+                "throughput/samples_per_s": clock.steps * batch_size / micro_batches / elapsed,
                 "throughput/data_wait_share": waited,
                 "training_time_hours": (time.perf_counter() - started) / 3600,
             }
@@ -428,10 +438,9 @@ def main() -> None:
         try:
             ended_by = train(config, w, resumed, run_dir)
         except torch.OutOfMemoryError as e:
-            smaller = config.encoder.batch_size // 2
             raise UserError(
-                f"out of memory on {w.device} with batches of {config.encoder.batch_size}: use --batch-size {smaller},"
-                " or shorter views (--set data.view_seconds=...)"
+                f"out of memory on {w.device}: use a smaller train.micro_batch (the first lines name the one in use),"
+                " shorter views (--set data.view_seconds=...) or --set train.activation_checkpointing=true"
             ) from e
     sys.exit(128 + ended_by if ended_by else 0)
 

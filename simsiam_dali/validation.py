@@ -4,8 +4,6 @@ kNN searches among training songs (at most `train.knn_segments` segments of them
 the mean of its segments' clean views. Every validation sees the same views with the same draws.
 """
 
-import ctypes
-import gc
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from simsiam_dali import factory, monitor
 from simsiam_dali.config import Config
-from simsiam_dali.data.loader import Batch, Single
+from simsiam_dali.data.loader import Batch, Single, release_memory
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.distributed import World
@@ -120,7 +118,7 @@ class Validation:
             yield batch
         if keep is not None:
             self._kept[split, mode] = keep
-        _give_back()
+        release_memory()
 
     def _computed(self, split: Split, mode: Literal["views", "clean", "raw"], segments: int) -> Iterable[Any]:
         loader = factory.create_loader(self.config, self.shards, self.log_mel, self.world, split, mode)
@@ -148,13 +146,3 @@ def epochs_between(config: Config, shards: ShardSet) -> int:
 def _moved(batch: Batch | Single, device: torch.device) -> Batch | Single:
     """The data on `device`; rows stay on the CPU, as a loader gives them."""
     return batch._replace(**{name: x.to(device) for name, x in batch._asdict().items() if name != "segment"})
-
-
-def _give_back() -> None:
-    """Return what a data graph held.
-
-    DALI's pipelines are reference cycles: left to Python's own rhythm, those of some 25 epochs wait in memory. glibc
-    keeps the holes they leave, more of them every epoch (docs/reliability.md).
-    """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)

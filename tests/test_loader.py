@@ -98,6 +98,24 @@ def test_no_segment_comes_twice_in_an_epoch(source: Source, shuffle_buffer: int,
         assert [loader.decoded for loader in loaders] == [number * steps * batch_size] * ranks
 
 
+@pytest.mark.parametrize(("ranks", "batch_size", "group"), [(1, 4, 2), (1, 2, 5), (2, 2, 3), (4, 1, 2)])
+def test_an_epoch_holds_whole_groups(source: Source, ranks: int, batch_size: int, group: int) -> None:
+    """In the order of an epoch without groups; what fills no group is not decoded."""
+    settings = {"shuffle_buffer": 8, "ranks": ranks, "batch_size": batch_size}
+    loaders = [load(source, rank=rank, group=group, **settings) for rank in range(ranks)]
+    alone = [rows(load(source, rank=rank, **settings)) for rank in range(ranks)]
+    steps = SEGMENTS // (ranks * batch_size * group) * group
+    for number in range(1, 4):
+        parts = [rows(loader) for loader in loaders]
+        assert [len(part) for part in parts] == [steps * batch_size] * ranks
+        assert len(set(chain.from_iterable(parts))) == steps * batch_size * ranks
+        assert [loader.decoded for loader in loaders] == [number * steps * batch_size] * ranks
+        if number == 1:
+            assert parts == [part[: steps * batch_size] for part in alone]
+    with pytest.raises(UserError, match=r"^a batch of 24 is larger than the data set"):
+        load(source, shuffle_buffer=8, batch_size=4, group=6)
+
+
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 4), (2, 2), (4, 5), (4, 1)])
 def test_what_divides_comes_whole_each_epoch(waves: list[Array], tmp_path: Path, ranks: int, batch_size: int) -> None:
     tars, indexes = write_shards(tmp_path, waves[:20], per_tar=9)

@@ -24,7 +24,7 @@ from simsiam_dali.data.shards import Members, index_text, read_index
 from simsiam_dali.errors import UserError
 
 
-def reason_of(error: RuntimeError) -> str:
+def reason_of(error: Exception) -> str:
     """What DALI's error says, in one line: where in the graph, then "encountered:", then what."""
     return str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
 

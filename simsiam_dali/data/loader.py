@@ -6,13 +6,16 @@ ordered loader (validation, embedding) gives each segment of this rank's part on
 segment that no longer decodes is left out of its batch.
 """
 
+import ctypes
 import dataclasses
+import gc
 import re
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from nvidia.dali import backend
 from torch import Tensor
 
 from simsiam_dali.data.leave_out import build_without, damaged, reason_of
@@ -58,10 +61,11 @@ class Single(NamedTuple):
 class Loader:
     """Iterates over `count` segments of a `Graph` in batches.
 
-    count: segments in the split, over all ranks. gpu: CUDA device number, None for the CPU. quarantine: where a segment
-    that no longer decodes goes; the batches that it was to be in are smaller by it, everything else stays as it was.
-    Raises UserError when a shuffled loader could not fill one batch, when too many segments are bad, and, without a
-    quarantine, at the first.
+    count: segments in the split, over all ranks. group: a shuffled epoch holds a whole number of groups of so many
+    batches, such as those whose gradients make one step. gpu: CUDA device number, None for the CPU. quarantine: where a
+    segment that no longer decodes goes; the batches that it was to be in are smaller by it, everything else stays as it
+    was. Raises UserError when a shuffled loader could not fill one group, when too many segments are bad, and, without
+    a quarantine, at the first.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Loader:
         seed: int,
         gpu: int | None = None,
         quarantine: Quarantine | None = None,
+        group: int = 1,
     ) -> None:
         ranks, rank = graph.source.num_shards, graph.source.shard_id
         self.batch_size, self.gpu, self.quarantine = batch_size, gpu, quarantine
@@ -82,12 +87,12 @@ class Loader:
         self.count = count * (rank + 1) // ranks - count * rank // ranks
         longest = -(-count // ranks)
         self._turn = -(-longest // batch_size)  # batches that the graph gives before it begins again
-        self.steps = count // (batch_size * ranks) if self.shuffled else self._turn
+        self.steps = count // (batch_size * group * ranks) * group if self.shuffled else self._turn
         if self.steps == 0:
             each = f" on each of {ranks} processes" if ranks > 1 else ""
             raise UserError(
-                f"a batch of {batch_size}{each} is larger than the data set ({count} segments): use --batch-size"
-                f" {max(1, count // ranks)} or less, or pack more songs"
+                f"a batch of {batch_size * group}{each} is larger than the data set ({count} segments): use"
+                f" --batch-size {max(1, count // ranks)} or less, or pack more songs"
             )
         epoch = Epoch(self.steps, self._turn) if self.steps < self._turn else None
         self.graph = dataclasses.replace(graph, epoch=epoch)
@@ -209,6 +214,17 @@ class Loader:
         self.step, self.seed = state["step"], state["seed"]
         self.left_out |= set(state["left_out"])
         self._build(state["pipeline"])
+
+
+def release_memory() -> None:
+    """Give back what loaders that are no longer used held: graphs, DALI's pools on the GPU and in pinned memory, holes.
+
+    DALI's pipelines are reference cycles: left to Python's own rhythm, those of some 25 epochs wait in memory. glibc
+    keeps the holes they leave, more of them every epoch (docs/reliability.md).
+    """
+    gc.collect()
+    backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure_log_mel(loader: Loader, segments: int) -> LogMel:
