@@ -88,7 +88,7 @@ def test_batches_may_differ_in_size(ranks):
 
 
 def test_each_segment_comes_once_an_epoch_over_all_ranks(ranks, small_shards):
-    """In every epoch; fewer than a step has sit it out, and other ones each time."""
+    """In every epoch; the fewer than a step has that it leaves out are other ones each time."""
     number, result = ranks
     count = open_shards(small_shards).count("train")
     steps = count // rank_worker.SEGMENTS
