@@ -165,8 +165,8 @@ def check_device(checkpoint: Checkpoint, device: torch.device, run_dir: Path) ->
     if saved != device.type:
         wanted = {"cpu": "cpu", "cuda": "gpu"}[saved]
         raise UserError(
-            f"{run_dir} was trained on {saved}, and here it would go on on {device.type}, which it cannot: use"
-            f" --device {wanted}, on a host that has it, or start a new run"
+            f"{run_dir} was saved on {saved} and cannot go on on {device.type}, where the data graph has other"
+            f" operators: resume with --device {wanted}, or start a new run"
         )
 
 

@@ -41,9 +41,9 @@ GAUGE_ROWS = 1024
 
 CHANGEABLE = (
     "train.log_every", "train.checkpoint_every", "train.validate_every", "train.profile", "data.threads",
-    "data.prefetch", "data.max_bad_fraction", "mlflow.",
+    "data.prefetch", "data.max_bad_fraction", "train.device", "mlflow.",
 )  # fmt: skip
-"""Settings a resumed run may change: none of them changes the next loss."""
+"""Settings a resumed run may change: none of them changes the next loss (`check_device` sees to the device)."""
 
 
 class Interrupt:
@@ -109,10 +109,8 @@ def train(
     if quarantine and quarantine.rows:
         say(f"{len(quarantine.rows)} segments that did not decode are left out from the start: see {quarantine.path}")
     micro_batches = learner.micro_batches
-    steps, batch_size = (
-        len(loader) // micro_batches,
-        config.encoder.batch_size * w.size,
-    )  # an epoch's, a step's segments
+    steps = len(loader) // micro_batches  # an epoch
+    batch_size = config.encoder.batch_size * w.size  # segments a step
     shapes = kind.input_shapes(log_mel, loader.graph.seconds)
     validation = Validation(config, shards, log_mel, w, learner)
 

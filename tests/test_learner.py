@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from simsiam_dali import config as settings
+from simsiam_dali.distributed import World
 from simsiam_dali.encoders import ENCODERS
 from simsiam_dali.labels import SongLabels
-from simsiam_dali.learner import autocast_dtype
+from simsiam_dali.learner import Learner, autocast_dtype
 
 GPU = torch.device("cuda", 0)
 
@@ -58,3 +59,16 @@ def test_the_host_does_not_wait_for_the_segments_of_a_batch(monkeypatch, device,
     scored = score(torch.randn(4, 8), torch.arange(4).as_subclass(Rows))
     assert scored.counts
     assert moves == expected
+
+
+def test_a_run_in_bf16_goes_on_where_there_is_only_fp16():
+    """Its checkpoint has no state for a gradient scaler, which begins anew."""
+    config = settings.load(assignments=["encoder.encoder_type=simple", "encoder.simple.base_channels=4"])
+    songs = pd.DataFrame({"artists": [["A"]], "albums": [["B"]], "album_artist": "", "year": [1990]})
+    shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0]}))
+    saved = Learner(config, shards, World(0, 1, torch.device("cpu"))).state_dict()
+    assert saved["scaler"] == {}
+    learner = Learner(config, shards, World(0, 1, torch.device("cpu")))
+    learner.scaler = torch.amp.GradScaler("cpu")
+    learner.load_state_dict(saved)
+    assert learner.scaler.get_scale() == 65536
