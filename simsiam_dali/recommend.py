@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from simsiam_dali import embeddings, playlists
+from simsiam_dali.cli import program
 from simsiam_dali.errors import UserError, one_line_errors, printable
 from simsiam_dali.library import Library, Variety
 from simsiam_dali.neighbours import Neighbours, unit
@@ -219,7 +220,7 @@ def at_least(least: int) -> Callable[[str], int]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m simsiam_dali.recommend",
+        prog=program("recommend"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
