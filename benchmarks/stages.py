@@ -103,7 +103,8 @@ def _open(spec: Spec, world: World) -> Stage:
         )
         return stage
     if spec.kind in ("loader/read", "loader/decode"):
-        return Stage(front(config, shards, decode=spec.kind == "loader/decode"))
+        front = Front(config, shards, decode=spec.kind == "loader/decode")
+        return Stage(iter(front), decoded=lambda: front.decoded)
     if spec.kind == "pack":
         return Stage(packings(shards, spec.workers))
     if spec.kind == "model":
@@ -113,11 +114,11 @@ def _open(spec: Spec, world: World) -> Stage:
         config = settings.load(base=config.model_dump(mode="json"), command_line=CARD)
     mode = encoder_type(config).batches if spec.kind in TRAINING else MODES.get(spec.kind, "views")
     loader = factory.create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
-    stage = (
-        trained(config, shards, world, loader.endless(), len(loader))
-        if spec.kind == "train"
-        else Stage((batch.segment for batch in loader.endless()), world.device)
-    )
+    if spec.kind == "train":
+        stage = trained(config, shards, world, loader.endless(), len(loader))
+    else:
+        stage = Stage((batch.segment for batch in loader.endless()), world.device)
+    stage.decoded = lambda: loader.decoded
     if world.gpu is not None:
         stage.bytes_to_device = decoded_bytes(shards)
     return stage
@@ -139,36 +140,46 @@ def decoded_bytes(shards: ShardSet) -> int:
     return round(4 * shards.segment_seconds * float(shards.segments["sample_rate"].mean()))
 
 
-def front(config: Config, shards: ShardSet, decode: bool) -> Iterator[Tensor]:
-    """The graph's own reader, and its decoder when `decode`; nothing leaves the CPU."""
-    source = Source(
-        tars=tuple(shards.tars("train")),
-        indexes=tuple(shards.indexes("train")),
-        codec=shards.codec,
-        native_rate=False,  # not read this far
-        segment_seconds=shards.segment_seconds,
-        shuffle_buffer=config.data.shuffle_buffer,
-    )
+class Front:
+    """The graph's own reader, and its decoder when `decode`; nothing leaves the CPU.
 
-    @pipeline_def(
-        batch_size=config.encoder.batch_size,
-        num_threads=config.data.threads,
-        device_id=None,
-        prefetch_queue_depth=config.data.prefetch,
-        exec_dynamic=True,
-    )
-    def define() -> tuple[DataNode, ...]:
-        encoded, row = read(source, config.train.seed)
-        if not decode:
-            return encoded, row
-        wave, _ = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
-        return wave, row
+    Iterates over the rows `(B,)` of batch after batch. decoded: segments that have passed the decoder, or the reader
+    where there is no decoder.
+    """
 
-    pipeline = define()
-    pipeline.build()
-    while True:
-        _, row = pipeline.run()
-        yield torch.from_dlpack(row.as_tensor()).reshape(-1)
+    def __init__(self, config: Config, shards: ShardSet, decode: bool) -> None:
+        self.decoded = 0
+        source = Source(
+            tars=tuple(shards.tars("train")),
+            indexes=tuple(shards.indexes("train")),
+            codec=shards.codec,
+            native_rate=False,  # not read this far
+            segment_seconds=shards.segment_seconds,
+            shuffle_buffer=config.data.shuffle_buffer,
+        )
+
+        @pipeline_def(
+            batch_size=config.encoder.batch_size,
+            num_threads=config.data.threads,
+            device_id=None,
+            prefetch_queue_depth=config.data.prefetch,
+            exec_dynamic=True,
+        )
+        def define() -> tuple[DataNode, ...]:
+            encoded, row = read(source, config.train.seed)
+            if not decode:
+                return encoded, row
+            wave, _ = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
+            return wave, row
+
+        self.pipeline = define()
+        self.pipeline.build()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            data, row = self.pipeline.run()
+            self.decoded += len(data)
+            yield torch.from_dlpack(row.as_tensor()).reshape(-1)
 
 
 def random_batch(config: Config, shards: ShardSet, device: torch.device) -> Batch | Single:

@@ -41,6 +41,7 @@ TRIAL = {
     "mlflow__log_checkpoint": False,
     "train__run_name": None,
     "train__checkpoint_every": 0,
+    "train__validate_every": 1,  # the pruner and the value go by each epoch's score
     "train__profile": 0,
 }
 """Settings of every trial."""

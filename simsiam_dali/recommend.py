@@ -77,7 +77,8 @@ def learn(library: Library, x: np.ndarray) -> tuple[Taste, int]:
     if len(rated) < MIN_RATED:
         raise UserError(
             f"{len(rated)} of {len(library)} songs have a rating, to learn from them takes {MIN_RATED}: rate more, "
-            "pack again with tools/make_shards.py (--ratings FILE for a player's library or a CSV), and embed again"
+            "pack again with python -m simsiam_dali.pack (--ratings FILE for a player's library or a CSV), and embed "
+            "again"
         )
     if np.ptp(rating[rated]) == 0:
         raise UserError(f"all {len(rated)} rated songs have the same rating, so there is nothing to learn: rate others")

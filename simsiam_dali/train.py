@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, plots, profiling, tracking, tuning
+from simsiam_dali import checkpoint, factory, journal, memory, monitor, plots, profiling, tracking, tuning
 from simsiam_dali import config as settings
 from simsiam_dali.cli import program
 from simsiam_dali.clock import StepClock
@@ -36,13 +36,14 @@ from simsiam_dali.options import add_setting
 from simsiam_dali.ranks import order_seed, shared_anew
 from simsiam_dali.schedule import learning_rates
 from simsiam_dali.shipped import config_file
+from simsiam_dali.validation import Validation
 
 GAUGE_ROWS = 1024
 """Outputs, of the latest batches, on which the collapse gauges are read."""
 
 CHANGEABLE = (
-    "train.log_every", "train.checkpoint_every", "train.profile", "data.threads", "data.prefetch",
-    "data.max_bad_fraction", "mlflow.",
+    "train.log_every", "train.checkpoint_every", "train.validate_every", "train.profile", "data.threads",
+    "data.prefetch", "data.max_bad_fraction", "mlflow.",
 )  # fmt: skip
 """Settings a resumed run may change: none of them changes the next loss."""
 
@@ -108,6 +109,7 @@ def train(
     with torch.device("meta"):  # an encoder of its own, since batch norm over all ranks cannot be counted
         shape = factory.create_encoder(config, pretrained=False)
     memory.check_fits(shape, config.encoder.batch_size, shapes, learner.half, w.device)
+    validation = Validation(config, shards, log_mel, w, learner)
 
     # Where we stand
     epoch, step, seconds = 0, 0, 0.0  # whole epochs, optimizer steps, time spent
@@ -161,7 +163,10 @@ def train(
                 say(f"warning: step {step}: {unsaved}; training goes on, and the next one is tried")
 
     def finish_epoch(record: dict[str, Any]) -> None:
-        record |= online.evaluate(config, shards, log_mel, w, learner)
+        if validation.due(epoch):
+            began = time.perf_counter()
+            record |= validation.scores()
+            record["throughput/validation_seconds"] = time.perf_counter() - began
         if quarantine:
             quarantine.read()  # the loaders of the validation have met others
             quarantine.rows.update(*w.gather(quarantine.rows))
@@ -173,14 +178,16 @@ def train(
         save()
         on_epoch(record)
 
-    sit_out = shards.count("train") % batch_size
+    left_over = shards.count("train") % batch_size
     say(
         f"{config.encoder.encoder_type} {kind.variant(config)} on {w.device.type} x {w.size},"
         f" {str(learner.dtype).removeprefix('torch.')}: {shards.count('train')} training and"
         f" {shards.count('val')} validation segments, {'views' if kind.batches == 'views' else 'excerpts'} of"
         f" {loader.graph.seconds:g} s ({' x '.join(map(str, shapes[0]))}), {steps} steps of {batch_size} an epoch"
-        + (f" ({sit_out} segments sit it out, others each time)" if sit_out else "")
+        + (f"; each epoch leaves out {left_over} segments, different ones each time" if left_over else "")
     )
+    if validation.every > 1 and shards.count("val"):
+        say(f"validation every {validation.every} epochs (train.validate_every)")
     say(f"run {run_dir}" + (f", going on after step {step}" if resumed else ""))
     clock = StepClock(w.device)
     profiler = profiling.create_profiler(config.train.profile if w.main else 0, run_dir, w.device)

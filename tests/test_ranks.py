@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import rank_worker
 import torch
-from test_quarantine import mark_damaged
-from test_train import command, epochs, losses, run, start, wait_for_step
+from running import command, epochs, losses, mark_damaged, run, start, wait_for_step
 
 from simsiam_dali import checkpoint, config
 from simsiam_dali.data.shards import open_shards
@@ -88,7 +87,7 @@ def test_batches_may_differ_in_size(ranks):
 
 
 def test_each_segment_comes_once_an_epoch_over_all_ranks(ranks, small_shards):
-    """In every epoch; fewer than a step has sit it out, and other ones each time."""
+    """In every epoch; the fewer than a step has that it leaves out are other ones each time."""
     number, result = ranks
     count = open_shards(small_shards).count("train")
     steps = count // rank_worker.SEGMENTS

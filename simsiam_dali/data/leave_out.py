@@ -153,12 +153,12 @@ def _unsound(graph: Graph, lines: Mapping[int, tuple[str, Members]], seed: int) 
                 num_shards=1,
                 shuffle_buffer=0,
             )
-            alone = dataclasses.replace(graph, source=source, mode=mode)
+            alone = dataclasses.replace(graph, source=source, mode=mode, epoch=None)
             pipeline = build(alone, 1, 1, 1, seed, None, state=None)
             for row in left.copy():
                 left.remove(row)
                 try:
-                    data, its_row, total = (torch.from_dlpack(x.as_tensor()) for x in pipeline.run())
+                    data, its_row, total, _ = (torch.from_dlpack(x.as_tensor()) for x in pipeline.run())
                 except RuntimeError as e:
                     yield row, reason_of(e)
                     break  # DALI's graph does not go on after an error
