@@ -85,7 +85,7 @@ class DataConfig(Section):
     """Where the segments come from and how they are read."""
 
     shards: Path | Address = Field(
-        Path("shards"), description="folder written by tools/make_shards.py, or a copy of it on S3: s3://bucket/prefix"
+        Path("shards"), description="folder written by simsiam_dali.pack, or a copy of it on S3: s3://bucket/prefix"
     )
     sample_rate: int = Field(16000, ge=4000, le=192000, description="rate at the mel front end, Hz")
     view_seconds: float | None = Field(None, gt=0, description="length of a view, s; null = the whole segment")

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from simsiam_dali import shipped
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.pipeline import Graph, LogMel, Source
@@ -126,5 +127,4 @@ def with_statistics(log_mel: LogMel, mean: float, std: float) -> LogMel:
 
 def default_config_file(device: torch.device) -> Path:
     """`configs/gpu.yaml` holds the plan's values; `configs/cpu.yaml` is sized for two cores and 8 GB."""
-    name = "gpu.yaml" if device.type == "cuda" else "cpu.yaml"
-    return Path(__file__).resolve().parent.parent / "configs" / name
+    return shipped.folder("configs") / ("gpu.yaml" if device.type == "cuda" else "cpu.yaml")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from simsiam_dali import checkpoint, factory, journal, micro_batch, monitor, plots, profiling, tracking, tuning
 from simsiam_dali import config as settings
+from simsiam_dali.cli import program
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import measure_log_mel, release_memory
@@ -34,6 +35,7 @@ from simsiam_dali.learner import Learner, groups
 from simsiam_dali.options import add_setting
 from simsiam_dali.ranks import order_seed, shared_anew
 from simsiam_dali.schedule import learning_rates
+from simsiam_dali.shipped import config_file
 from simsiam_dali.validation import Validation
 
 GAUGE_ROWS = 1024
@@ -348,13 +350,16 @@ def check_same_shards(resumed: checkpoint.Checkpoint, fingerprint: str, run_dir:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m simsiam_dali.train",
+        prog=program("train"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     setting = functools.partial(add_setting, parser)
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML settings (default: configs/gpu.yaml or cpu.yaml)"
+        "--config",
+        type=config_file,
+        metavar="FILE",
+        help="YAML settings, or a name of configs/ such as demo (default: gpu or cpu)",
     )
     setting("--encoder-type", "encoder.encoder_type", "TYPE")
     setting("--shards", "data.shards", "DIR")

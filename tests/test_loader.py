@@ -247,13 +247,13 @@ def test_a_damaged_segment_is_one_clear_line(waves: list[Array], tmp_path: Path,
     if kept:  # with a header to read, DALI names the tar and the segment
         assert "train-000000.tar" in message
         assert "000000002.flac" in message
-    assert "tools/make_shards.py --verify" in message
+    assert "python -m simsiam_dali.pack --verify" in message
 
 
 def test_a_segment_too_short_for_a_view_is_one_clear_line(waves: list[Array], tmp_path: Path) -> None:
     tars, indexes = write_shards(tmp_path, [waves[0], waves[1][:2000]])
     source = Source(tars, indexes, "flac", native_rate=False, segment_seconds=SECONDS)
-    with pytest.raises(UserError, match=r"^the data graph stopped .*tools/make_shards.py --verify$"):
+    with pytest.raises(UserError, match=r"^the data graph stopped .*python -m simsiam_dali.pack --verify$"):
         list(load(source, "views", 2, count=2, batch_size=2))
 
 

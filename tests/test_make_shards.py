@@ -22,13 +22,11 @@ from small_music import command, environment, make_shards, repeat_headers, said,
 
 from simsiam_dali.data.shards import open_shards, read_index, read_table, verify
 from simsiam_dali.errors import UserError
+from simsiam_dali.pack import build_parser, main
 from simsiam_dali.packing.find import find_songs
 from simsiam_dali.packing.pack_song import DecodeSettings, Packed, Refused
 from simsiam_dali.packing.reuse import Known
 from simsiam_dali.packing.segments import without_ogg_serial
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from make_shards import build_parser, main
 
 SHORT = ("--segment-seconds", "4", "--workers", "2")
 

@@ -208,7 +208,7 @@ def changed_shards(folder: Path, shards: Path) -> Path:
 
 
 def test_refused_no_shards(tmp_path):
-    assert "no such folder; make them with tools/make_shards.py" in refusal(
+    assert "no such folder; make them with python -m simsiam_dali.pack" in refusal(
         command(tmp_path, tmp_path / "nowhere"), tmp_path
     )
     (tmp_path / "empty").mkdir()

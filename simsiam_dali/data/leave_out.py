@@ -16,9 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-from nvidia.dali import pipeline_def
-from nvidia.dali.data_node import DataNode
 
+from simsiam_dali.data.dali import DataNode, pipeline_def
 from simsiam_dali.data.pipeline import Graph, Pipeline, Source, build, read
 from simsiam_dali.data.shards import Members, index_text, read_index
 from simsiam_dali.errors import UserError

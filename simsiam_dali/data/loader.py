@@ -158,7 +158,7 @@ class Loader:
             if not self.quarantine or (not found and searched):
                 raise UserError(
                     f"the data graph stopped ({reason}): a segment of the shards may be damaged; check with"
-                    " tools/make_shards.py --verify"
+                    " python -m simsiam_dali.pack --verify"
                 )
             searched = True
             self.quarantine.add(found)

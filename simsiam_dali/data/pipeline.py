@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, math, pipeline_def, types
-from nvidia.dali.data_node import DataNode
 
 from simsiam_dali.config import AugmentationConfig
 from simsiam_dali.data import augment
+from simsiam_dali.data.dali import DataNode, Pipeline, fn, math, pipeline_def, types
 
 FLOOR_DB = -100.0
 """Log-mel floor: `AmplitudeToDB(amin=1e-10)`."""
