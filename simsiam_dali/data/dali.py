@@ -4,10 +4,10 @@ import sys
 
 from simsiam_dali.errors import UserError
 
-__all__ = ["DataNode", "Pipeline", "fn", "math", "pipeline_def", "types"]
+__all__ = ["DataNode", "Pipeline", "backend", "fn", "math", "pipeline_def", "types"]
 
 try:
-    from nvidia.dali import Pipeline, fn, math, pipeline_def, types
+    from nvidia.dali import Pipeline, backend, fn, math, pipeline_def, types
     from nvidia.dali.data_node import DataNode
 except ModuleNotFoundError as e:
     if e.name not in ("nvidia", "nvidia.dali"):

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from nvidia.dali import backend
 from torch import Tensor
 
+from simsiam_dali.data.dali import backend
 from simsiam_dali.data.leave_out import build_without, damaged, reason_of
 from simsiam_dali.data.pipeline import Epoch, Graph, LogMel
 from simsiam_dali.data.quarantine import Quarantine
