@@ -37,16 +37,18 @@ started=$SECONDS failed=() skipped=() late=()
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then CUDA=1; else CUDA= QUICK=1; fi
 QUICK=${QUICK:-}
 if [ "$QUICK" ]; then
+  SEGMENTS=64 FEW=4 SOAK=20
   SMALL=(--set encoder.simsiam.backbone=resnet18 --set encoder.simsiam.projection_dim=32
     --set encoder.simsiam.predictor_hidden_dim=8 --set encoder.batch_size=4 --set data.threads=1)
   BENCH=(--seconds 0.1 --windows 2 --threads 1 --workers 1 --batch-size 4 --view-seconds 10)
   SHORT=(--steps 2 --batch-sizes 2 4 --set data.view_seconds=10)
   RUN=(--config configs/demo.yaml --songs 16 --segment-seconds 5 --steps 16 --set encoder.batch_size=4)
-  MATERIAL=(--batch-size 4)
+  EMBED=(--batch-size 4 --windows 2)
 else
-  SMALL=() BENCH=(--seconds 1 --threads "$CORES" --workers "$CORES") RUN=()
+  SEGMENTS=2048 FEW=32 SOAK=1000 # 16 batches of configs/gpu.yaml; a batch for the sweeps that pack anew
+  BENCH=(--seconds 1 --threads "$CORES" --workers "$CORES")
   SHORT=(--steps 10 --batch-sizes 16 32 64 96 128 160 192)
-  MATERIAL=()
+  SMALL=() RUN=() EMBED=()
 fi
 
 left() { echo $((BUDGET - SECONDS + started)); }
@@ -105,29 +107,39 @@ step a tests 500 "$PYTHON" -m pytest -q -rs -p no:cacheprovider -m gpu "${GPU_TE
 
 step b run 530 "$PYTHON" benchmarks/killed_run.py --out FOLDER ${SHARDS:+--shards "$SHARDS"} "${RUN[@]}"
 
-# What the other steps measure: made once, and kept in the cache.
-step c material 300 "$PYTHON" benchmarks/throughput.py --only-material "${MATERIAL[@]}" "${SMALL[@]}"
-bench step c train 200 --stages loader/train model train
-step c step 150 "$PYTHON" benchmarks/gpu_step.py --json FOLDER/step.json "${SMALL[@]}" "${SHORT[@]}"
-bench step c loader 200 --stages loader/read loader/decode loader/resample loader/mel loader/card loader/all
-bench step c sweep-batch 120 --sweep batch --stages loader/all
+# What the other steps measure: made once, and kept in the cache for the next command.
+ON=()
+for word in $ONLY; do
+  case $word in a | b | tests | run) continue ;; c | d) part=$word ;; *) part=single ;; esac
+  ONLY="$ONLY material" step "$part" material 300 "$PYTHON" benchmarks/material.py --segments "$SEGMENTS"
+  made=$(tail -n 1 "$WORK/$part/material.log" 2>/dev/null)
+  if [ -d "$made" ]; then ON=(--shards "$made"); fi
+  break
+done
+
+bench step c train 200 --stages loader/train model train "${ON[@]}"
+step c step 150 "$PYTHON" benchmarks/gpu_step.py --json FOLDER/step.json "${SMALL[@]}" "${SHORT[@]}" "${ON[@]}"
+bench step c loader 200 "${ON[@]}" \
+  --stages loader/read loader/decode loader/resample loader/mel loader/card loader/all
+bench step c sweep-batch 120 --sweep batch --stages loader/all "${ON[@]}"
 
 # The workers of a baseline give a batch each in turn: 16 of 128 would make a window of minutes.
-bench cuda d baseline-gpu 200 --windows 3 --stages loader/all baseline/gpu_light baseline/gpu_full
-bench step d baseline 200 --windows 3 --baseline-batch 4 --stages loader/card loader/all baseline/light baseline/full
-bench step d baseline-train 200 --windows 3 --baseline-batch 4 --stages baseline/train
+bench cuda d baseline-gpu 200 --windows 3 --stages loader/all baseline/gpu_light baseline/gpu_full "${ON[@]}"
+bench step d baseline 200 --windows 3 --baseline-batch 4 "${ON[@]}" \
+  --stages loader/card loader/all baseline/light baseline/full
+bench step d baseline-train 200 --windows 3 --baseline-batch 4 --stages baseline/train "${ON[@]}"
 # The training's options one by one, each against part c's `train`: what does each of them give?
-bench cuda d compile 240 --stages model train --set train.compile=true
-bench cuda d fp32 90 --stages model train --set train.precision=fp32
-bench cuda d contiguous 90 --stages model train --set train.channels_last=false
-bench cuda d recompute 90 --stages model train --set train.activation_checkpointing=true
-bench cuda d cpu-graph 120 --device cpu --stages loader/card loader/all
-step d embed 90 "$PYTHON" benchmarks/embed.py --seconds 1 --json FOLDER/embed.json "${SMALL[@]}" ${QUICK:+--batch-size 4}
-bench step d soak 90 --soak "$([ "$QUICK" ] && echo 20 || echo 1000)"
-bench step d seconds 120 --sweep seconds --stages loader/card
-bench step d threads 120 --sweep threads --stages loader/all
-bench step d rate 200 --sweep rate --stages loader/card --batch-size "$([ "$QUICK" ] && echo 4 || echo 32)"
-bench step d codec 200 --sweep codec --stages loader/card --batch-size "$([ "$QUICK" ] && echo 4 || echo 32)"
+bench cuda d compile 240 --stages model train --set train.compile=true "${ON[@]}"
+bench cuda d fp32 90 --stages model train --set train.precision=fp32 "${ON[@]}"
+bench cuda d contiguous 90 --stages model train --set train.channels_last=false "${ON[@]}"
+bench cuda d recompute 90 --stages model train --set train.activation_checkpointing=true "${ON[@]}"
+bench cuda d cpu-graph 120 --device cpu --stages loader/card loader/all "${ON[@]}"
+step d embed 90 "$PYTHON" benchmarks/embed.py --seconds 1 --json FOLDER/embed.json "${SMALL[@]}" "${EMBED[@]}" "${ON[@]}"
+bench step d soak 90 --soak "$SOAK" "${ON[@]}"
+bench step d seconds 120 --sweep seconds --stages loader/card "${ON[@]}"
+bench step d threads 120 --sweep threads --stages loader/all "${ON[@]}"
+bench step d rate 200 --sweep rate --stages loader/card --batch-size "$FEW"
+bench step d codec 200 --sweep codec --stages loader/card --batch-size "$FEW"
 
 echo "== all in $((SECONDS - started)) s of $BUDGET, results in $OUT"
 if [ ${#skipped[@]} -gt 0 ]; then echo "skipped, no CUDA device: ${skipped[*]}"; fi
