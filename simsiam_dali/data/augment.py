@@ -160,15 +160,15 @@ def add_noise(x: DataNode, snr_db: DataNode, bank: DataNode, at: DataNode) -> Da
 
 
 def mel_filters(power: DataNode, sample_rate: int, n_mels: int, semitones: float) -> DataNode:
-    """Mel power `(F, n_mels)` of the power spectrogram `power (F, bins)` as if every bin stood `semitones` higher.
+    """Mel power `(F, M)` of the power spectrogram `power (F, bins)` as if every bin stood `semitones` higher.
 
-    HTK triangles, not normalised: a tone keeps its power. Lowered, the spectrum leaves nothing for the highest
-    filters; they get what the highest has that is still whole.
+    HTK triangles, not normalised: a tone keeps its power. M is `n_mels`, or less where the spectrum is lowered, which
+    leaves nothing for the highest filters: those that are not whole are left out.
     """
     scale, nyquist = 2.0 ** (semitones / 12), sample_rate / 2
     edges = 700 * (np.power(1 + nyquist / 700, np.arange(n_mels + 2) / (n_mels + 1)) - 1)  # Hz, equidistant in mel
     whole = n_mels if semitones >= 0 else int(np.sum(edges[2:] <= scale * nyquist))
-    mel = fn.mel_filter_bank(
+    return fn.mel_filter_bank(
         power,
         nfilter=whole,
         sample_rate=scale * sample_rate,
@@ -176,9 +176,21 @@ def mel_filters(power: DataNode, sample_rate: int, n_mels: int, semitones: float
         mel_formula="htk",
         normalize=False,
     )
-    mel = fn.reshape(mel, layout="")  # conditionals merge only equal layouts, and warps name theirs otherwise
-    if whole < n_mels:
-        mel = fn.cat(mel, *[mel[:, whole - 1 :]] * (n_mels - whole), axis=1)
+
+
+def plain_mel(power: DataNode, sample_rate: int, n_mels: int) -> DataNode:
+    """Mel power `(F, n_mels)` of the power spectrogram `power (F, bins)`."""
+    # Conditionals merge only equal layouts, and warps name theirs otherwise.
+    return fn.reshape(mel_filters(power, sample_rate, n_mels, 0.0), layout="")
+
+
+def filled(mel: DataNode, n_mels: int) -> DataNode:
+    """`mel (F, M)` as `(F, n_mels)`: what lies above its M filters gets what the highest has."""
+    size = mel.shape(dtype=types.INT32)[1]
+    if size < n_mels:
+        highest = fn.slice(mel, start=size - 1, end=size, axes=[1])
+        ones = types.Constant(np.ones((1, n_mels), np.float32), device="cpu")
+        mel = fn.cat(mel, highest * fn.slice(ones, start=size, end=n_mels, axes=[1]), axis=1)
     return mel
 
 
@@ -197,16 +209,21 @@ def pitched_mel(power: DataNode, semitones: DataNode, steps: list[float], sample
     """Mel power `(F, n_mels)` of the power spectrogram `power (F, bins)`, `semitones` higher; the tempo stays.
 
     A pitch shift scales the frequency axis, and mel filters can be built for a scaled axis as well as for the plain
-    one, so it costs no more than they do. There is a bank for each of the rising `steps`, of which bisection finds the
-    nearest: 0 semitones change nothing.
+    one, so it costs no more than they do. There is a bank for each of the rising `steps`: 0 semitones change nothing.
     """
+    mel = fn.reshape(nearest_bank(power, semitones, steps, sample_rate, n_mels), layout="")
+    return filled(mel, n_mels) if steps[0] < 0 else mel
+
+
+def nearest_bank(power: DataNode, semitones: DataNode, steps: list[float], sample_rate: int, n_mels: int) -> DataNode:
+    """`mel_filters` for the one of the rising `steps` that is nearest to `semitones`, by bisection."""
     if len(steps) == 1:
         return mel_filters(power, sample_rate, n_mels, steps[0])
     half = len(steps) // 2
     if semitones < (steps[half - 1] + steps[half]) / 2:
-        mel = pitched_mel(power, semitones, steps[:half], sample_rate, n_mels)
+        mel = nearest_bank(power, semitones, steps[:half], sample_rate, n_mels)
     else:
-        mel = pitched_mel(power, semitones, steps[half:], sample_rate, n_mels)
+        mel = nearest_bank(power, semitones, steps[half:], sample_rate, n_mels)
     return mel
 
 

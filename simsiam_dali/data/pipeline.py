@@ -105,7 +105,7 @@ def power_spectrogram(wave: DataNode, spec: LogMel) -> DataNode:
 
 def mel_power(power: DataNode, spec: LogMel) -> DataNode:
     """Mel power `(F, n_mels)` of a power spectrogram `(F, 1 + n_fft // 2)`."""
-    return augment.mel_filters(power, spec.sample_rate, spec.n_mels, semitones=0.0)
+    return augment.plain_mel(power, spec.sample_rate, spec.n_mels)
 
 
 def normalised(mel: DataNode, spec: LogMel) -> DataNode:
