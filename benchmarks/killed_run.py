@@ -12,7 +12,9 @@ song has no embedding. Without --shards it composes and packs songs of its own. 
 import argparse
 import json
 import math
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,7 +107,7 @@ def own_shards(commands: Commands, folder: Path, songs: int, seconds: float) -> 
 
 def checked(run_dir: Path, total: int, before: int, resumed: str) -> None:
     """Raises UserError where the run did not go on from the step of its checkpoint, or its journal is not whole."""
-    if f"going on after step {before}" not in resumed:
+    if not re.search(rf"going on after step {before}\b", resumed):
         raise UserError(f"the run did not go on after step {before}, that of its checkpoint")
     if (steps := steps_of(run_dir / "metrics.jsonl")) != list(range(1, total + 1)):
         raise UserError(f"the journal does not hold the steps 1 to {total}, each once: {steps}")
@@ -188,6 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that its commands end with it
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="killed-run-") as name:
         result = measured(args, Commands(args.out.resolve()), Path(name))
