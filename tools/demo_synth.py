@@ -18,6 +18,7 @@ Everything is a function of the generator that is passed in: a song depends on n
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from math import ceil
 
 import numpy as np
@@ -31,7 +32,6 @@ RENDER_RATE = 32_000  # Hz
 STEPS = 16  # sixteenth notes in a bar
 LEVEL_RMS = 0.08  # of full scale (-22 dBFS), the same for all songs
 TILT_PIVOT_HZ = 700.0
-MIX_DB = 2.0  # standard deviation of each part's level from song to song
 
 SCALES = {
     "major": (0, 2, 4, 5, 7, 9, 11),
@@ -113,7 +113,7 @@ def draw_styles(count: int, rng: np.random.Generator) -> list[Style]:
             Style(
                 genre=genre,
                 lead=lead,
-                chords=ACCOMPANIED_BY[lead],
+                chords=str(rng.choice([voice for voice in VOICES if voice != lead])),
                 scale=SCALES[str(rng.choice(list(SCALES)))],
                 root=int(rng.integers(43, 55)),
                 lead_octave=int(rng.integers(1, 3)),
@@ -190,7 +190,7 @@ def _pluck(frequency: float, samples: int, rng: np.random.Generator) -> Audio:
     period = ceil(RENDER_RATE / frequency)
     string = np.empty((turns, period), np.float32)
     string[0] = rng.uniform(-1, 1, period)
-    for before, after in zip(string, string[1:], strict=False):
+    for before, after in pairwise(string):
         after[1:] = 0.498 * (before[1:] + before[:-1])
         after[0] = 0.498 * (before[0] + before[-1])
     # The loop has a whole number of samples; reading it at a slightly different speed puts it in tune.
@@ -207,17 +207,6 @@ VOICES: dict[str, Voice] = {
     "electric piano": _electric_piano,
     "pluck": _pluck,
 }
-
-
-ACCOMPANIED_BY = {
-    "organ": "pluck",
-    "reed": "organ",
-    "strings": "electric piano",
-    "bell": "strings",
-    "electric piano": "reed",
-    "pluck": "bell",
-}
-"""What plays the chords. Artists with one lead voice sound alike, and differ in what they play and how."""
 
 
 def _bass(frequency: float, samples: int, _: np.random.Generator) -> Audio:
@@ -272,9 +261,6 @@ def compose(style: Style, seconds: float, rng: np.random.Generator) -> tuple[Aud
     swing = SWING.get(style.genre, 0.0)
     phrases = [_melody(style, rng), _melody(style, rng)]
     kit = {name: _drum(name, rng) for name in style.drums}
-    lead_gain, chord_gain, bass_gain, drum_gain = 10 ** (rng.normal(0, MIX_DB, 4) / 20) * (
-        (style.lead_gain, 0.25, style.bass_gain, style.drum_gain)
-    )
     mix = np.zeros((2, round(seconds * RENDER_RATE)), np.float32)
 
     @cache
@@ -293,9 +279,9 @@ def compose(style: Style, seconds: float, rng: np.random.Generator) -> tuple[Aud
         return (bar * STEPS + step + swing * (step % 2)) * step_seconds
 
     def play_lead(bar: int, step: int, sound: Audio) -> None:
-        _add(mix, at(bar, step), sound, lead_gain, 0.3)
+        _add(mix, at(bar, step), sound, style.lead_gain, 0.3)
         for turn in range(1, 3 if style.echo_steps else 1):
-            _add(mix, at(bar, step + turn * style.echo_steps), sound, lead_gain * 0.5**turn, (-0.3) ** turn)
+            _add(mix, at(bar, step + turn * style.echo_steps), sound, style.lead_gain * 0.5**turn, (-0.3) ** turn)
 
     for bar in range(ceil(seconds / (STEPS * step_seconds))):
         chord = style.progression[bar % len(style.progression)]
@@ -306,19 +292,19 @@ def compose(style: Style, seconds: float, rng: np.random.Generator) -> tuple[Aud
         for step in _marks(style.chord_rhythm):
             steps = min(STEPS - step, 8 if style.chord_rhythm.count("x") > 1 else STEPS)
             for degree in (chord, chord + 2, chord + 4):
-                _add(mix, at(bar, step), note(style.chords, pitch_of(degree, 1), steps), chord_gain, -0.4)
+                _add(mix, at(bar, step), note(style.chords, pitch_of(degree, 1), steps), 0.25, -0.4)
         for step in _marks(style.bass_rhythm) if style.bass_gain else ():
-            _add(mix, at(bar, step), note("bass", pitch_of(chord, -1), 3), bass_gain, 0.0)
+            _add(mix, at(bar, step), note("bass", pitch_of(chord, -1), 3), style.bass_gain, 0.0)
         for name, pattern in style.drums.items():
             for step in _marks(pattern):
-                _add(mix, at(bar, step), kit[name], drum_gain, 0.0)
+                _add(mix, at(bar, step), kit[name], style.drum_gain, 0.0)
     return mix, tempo
 
 
 def record(mix: Audio, rng: np.random.Generator) -> Audio:
     """Put a song (2, n) into a room and on a tape of its own, as recordings of one artist differ.
 
-    RT60 0.15 to 1.2 s at a direct-to-reverberant ratio of 0 to 14 dB; white hiss 5 to 40 dB below the music.
+    RT60 0.15 to 1.2 s at a direct-to-reverberant ratio of 0 to 14 dB; white hiss 10 to 40 dB below the music.
     """
     rt60, ratio = rng.uniform(0.15, 1.2), 10 ** (-rng.uniform(0, 14) / 20)
     time = _seconds(int(rt60 * RENDER_RATE))
@@ -327,7 +313,7 @@ def record(mix: Audio, rng: np.random.Generator) -> Audio:
     length = mix.shape[1]
     size = fft.next_fast_len(length + len(time), real=True)
     wet = fft.irfft(fft.rfft(mix, size) * fft.rfft(tail, size), size)[:, :length]
-    hiss = rng.standard_normal(mix.shape, np.float32) * (mix.std() * 10 ** (-rng.uniform(5, 40) / 20))
+    hiss = rng.standard_normal(mix.shape, np.float32) * (mix.std() * 10 ** (-rng.uniform(10, 40) / 20))
     return mix + wet + hiss
 
 
