@@ -46,22 +46,20 @@ RHYTHMS = ("x...x...x...x...", "x..x..x.x..x..x.", "x.x.x.x.x.x.x.x.", "x.......
 CHORD_RHYTHMS = ("x...............", "..x...x...x...x.", "x.......x.......", "x..x..x.........")
 BASS_RHYTHMS = ("x.....x.x.....x.", "x.......x.......", "x.x.x.x.x.x.x.x.", "x..x..x..x..x.x.")
 
-# A genre is what one hears first: which drums there are, and how fast they go. Each has more than one way to play them.
-DRUMS: dict[str, tuple[dict[str, str], ...]] = {
-    "Ambient": ({}, {"hat": "x.......x......."}),
-    "Electronic": (
-        {"kick": "x...x...x...x...", "hat": "..x...x...x...x.", "snare": "............x..x"},
-        {"kick": "x..x..x...x.x...", "hat": "xxxxxxxxxxxxxxxx", "snare": "....x.......x..."},
-    ),
-    "Folk": ({"brush": "x...x...x...x..."}, {"brush": "x.xxx.xxx.xxx.xx"}),
-    "Jazz": (
-        {"kick": "x.........x.....", "brush": "x...x..xx...x..x"},
-        {"kick": "x.......x.......", "brush": "..x...x...x...x."},
-    ),
-    "Rock": (
-        {"kick": "x.....x.x.......", "snare": "....x.......x...", "hat": "x.x.x.x.x.x.x.x."},
-        {"kick": "x.x.......x.....", "snare": "....x..x.x..x...", "hat": "x...x...x...x..."},
-    ),
+DRUM_RHYTHMS = {
+    "kick": ("x...x...x...x...", "x.....x.x.......", "x..x..x...x.x...", "x.........x.....", "x.x.......x....."),
+    "snare": ("....x.......x...", "............x..x", "....x..x.x..x...", "........x......."),
+    "hat": ("..x...x...x...x.", "x.x.x.x.x.x.x.x.", "xxxxxxxxxxxxxxxx", "x...x...x...x..."),
+    "brush": ("x...x...x...x...", "x.xxx.xxx.xxx.xx", "x...x..xx...x..x", "..x...x...x...x."),
+}
+
+# A genre is what one hears first: which drums there are, and how fast they go.
+DRUMS = {
+    "Ambient": (),
+    "Electronic": ("kick", "snare", "hat"),
+    "Folk": ("brush",),
+    "Jazz": ("kick", "brush"),
+    "Rock": ("kick", "snare", "hat"),
 }
 TEMPI = {
     "Ambient": (64, 96),
@@ -123,7 +121,7 @@ def draw_styles(count: int, rng: np.random.Generator) -> list[Style]:
                 rhythm=str(rng.choice(RHYTHMS)),
                 chord_rhythm=str(rng.choice(CHORD_RHYTHMS)),
                 bass_rhythm=str(rng.choice(BASS_RHYTHMS)),
-                drums=DRUMS[genre][rng.integers(len(DRUMS[genre]))],
+                drums={drum: str(rng.choice(DRUM_RHYTHMS[drum])) for drum in DRUMS[genre]},
                 legato=float(rng.choice([0.35, 0.65, 1.0])),
                 echo_steps=int(rng.choice([0, 3, 4])),
                 lead_gain=float(rng.uniform(0.6, 1.0)),
