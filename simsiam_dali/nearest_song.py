@@ -18,6 +18,8 @@ from simsiam_dali.splits import groups
 BASELINES = {"untrained": "the untrained encoder", "mfcc": "MFCCs"}
 """What the trained encoder is compared with, as the sentence calls it."""
 RESAMPLES = 2000
+EQUAL = 1e-6
+"""Cosines that differ by less are taken for equal: so much is float32's rounding."""
 BLOCK = 256
 """Songs compared with all others at a time."""
 
@@ -56,7 +58,7 @@ def nearest_shares(vectors: np.ndarray, labels: Sequence[Sequence[int]], group: 
         nearest_partner = np.where(other & shares, cosine, -np.inf).max(axis=1)
         nearest_stranger = np.where(other & ~shares, cosine, -np.inf).max(axis=1)
         scored = np.isfinite(nearest_partner)
-        hit[block][scored] = nearest_partner[scored] > nearest_stranger[scored]
+        hit[block][scored] = nearest_partner[scored] > nearest_stranger[scored] + EQUAL
     return hit
 
 
