@@ -116,7 +116,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stages' processes are ended
     device = choose_device(args.device)
     trained = settings.load(args.config or factory.default_config_file(device), {}, {}, args.assignments)
-    folder = args.shards or material.packed_generated(128 if device.type == "cuda" else 24, machine.cores())
+    folder = args.shards or material.packed_generated(
+        material.enough_segments({args.batch_size or trained.encoder.batch_size}), machine.cores()
+    )
     seconds = open_shards(folder).segment_seconds
     config = embed.embedding_config(trained, seconds, batch=args.batch_size, data__shards=folder)
     with tempfile.TemporaryDirectory() as scratch:

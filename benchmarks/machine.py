@@ -65,6 +65,8 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The short commit, with + when files differ from it; None outside a checkout."""
+    if not (_ROOT / ".git").exists():  # installed, maybe inside somebody else's checkout
+        return None
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -41,7 +41,8 @@ class Stage:
     batches: without end, the segment ids `(B,)` of each batch once its work is done, or queued on the device.
     unit: batches after which the work repeats. The workers of a DataLoader give a batch each in turn, so a window
     holds whole turns. bytes_to_device: copied to the GPU for each sample. gpu_bytes: GPU memory that this stage took so
-    far, for torch's and DALI's pools, which do not shrink. clock: of a stage that trains, the trainer's.
+    far, for torch's and DALI's pools, which do not shrink. clock: of a stage that trains, the trainer's. decoded: of a
+    loader, how many segments it has decoded so far.
     """
 
     batches: Iterator[Tensor]
@@ -50,6 +51,7 @@ class Stage:
     bytes_to_device: int = 0
     gpu_bytes: int = 0
     clock: StepClock | None = None
+    decoded: Callable[[], int] | None = None
 
     def synchronize(self) -> None:
         """Wait for what is queued on the device."""
@@ -68,6 +70,7 @@ class Window:
     host_peak_bytes: int  # since the stage's process began
     gpu_bytes: int
     bytes_to_device: int  # for each sample
+    decoded: int | None = None  # segments; of a loader
 
     @property
     def samples_per_s(self) -> float:
@@ -85,6 +88,7 @@ def timed_window(stage: Stage, seconds: float, batches: int = 1) -> Window:
     stage.synchronize()
     if stage.clock:
         stage.clock.reset()
+    decoded = stage.decoded() if stage.decoded else 0
     began = time.perf_counter()
     came: list[Tensor] = []
     while len(came) < batches or time.perf_counter() - began < seconds:
@@ -94,14 +98,16 @@ def timed_window(stage: Stage, seconds: float, batches: int = 1) -> Window:
     took = time.perf_counter() - began
     # All others are frozen, so what the device has lent out since is this stage's.
     stage.gpu_bytes += gpu_bytes_in_use(stage.device) - gpu_before
+    host = host_bytes()
     return Window(
         segments=torch.cat(came).tolist(),
         seconds=took,
         data_wait_share=waited,
-        host_bytes=host_bytes(),
-        host_peak_bytes=host_peak_bytes(),
+        host_bytes=host,
+        host_peak_bytes=max(host, host_peak_bytes()),  # the kernel brings its peak up to date now and then only
         gpu_bytes=stage.gpu_bytes,
         bytes_to_device=stage.bytes_to_device,
+        decoded=stage.decoded() - decoded if stage.decoded else None,
     )
 
 
@@ -221,6 +227,7 @@ def summary(windows: Sequence[Window], view_seconds: float) -> dict[str, Any]:
     """
     rates = [w.samples_per_s for w in windows]
     waits = [w.data_wait_share for w in windows if w.data_wait_share is not None]
+    samples, decoded = sum(len(w.segments) for w in windows), [w.decoded for w in windows if w.decoded is not None]
     return {
         "samples_per_s": median(rates),
         "low": min(rates),
@@ -228,11 +235,12 @@ def summary(windows: Sequence[Window], view_seconds: float) -> dict[str, Any]:
         "audio_hours_per_s": median(rates) * view_seconds / 3600,
         "x_realtime": median(rates) * view_seconds,
         "windows": len(windows),
-        "samples": sum(len(w.segments) for w in windows),
+        "samples": samples,
         "seconds": sum(w.seconds for w in windows),
         "host_peak_bytes": windows[-1].host_peak_bytes,
         "host_bytes": [w.host_bytes for w in windows],
         "gpu_bytes": windows[-1].gpu_bytes,
         "bytes_to_device": windows[-1].bytes_to_device,
         **({"data_wait_share": median(waits)} if waits else {}),
+        **({"decoded_over_given": sum(decoded) / samples} if decoded else {}),
     }

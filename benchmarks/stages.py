@@ -33,7 +33,7 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
 from simsiam_dali import config as settings
-from simsiam_dali import factory
+from simsiam_dali import factory, micro_batch
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import Batch, Single
@@ -42,7 +42,7 @@ from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.distributed import World, choose_device
 from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError
-from simsiam_dali.learner import Learner
+from simsiam_dali.learner import Learner, groups
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
 from simsiam_dali.schedule import learning_rates
@@ -86,6 +86,8 @@ def open_stage(spec: Spec) -> Stage:
 def _open(spec: Spec, world: World) -> Stage:
     config, shards = spec.config, open_shards(spec.config.data.shards)
     log_mel = factory.with_statistics(factory.log_mel_settings(config), MEAN_DB, STD_DB)
+    if spec.kind in TRAINING:
+        config = micro_batch.estimated(config, shards, world.device, say=lambda _: None)
     if spec.kind.startswith("baseline/"):
         baseline = BASELINES[BASELINE_OF_TRAIN.get(spec.kind, spec.kind)]
         batches = baseline.batches(config, shards, log_mel, world.device, spec.workers)
@@ -103,7 +105,8 @@ def _open(spec: Spec, world: World) -> Stage:
         )
         return stage
     if spec.kind in ("loader/read", "loader/decode"):
-        return Stage(front(config, shards, decode=spec.kind == "loader/decode"))
+        front = Front(config, shards, decode=spec.kind == "loader/decode")
+        return Stage(iter(front), decoded=lambda: front.decoded)
     if spec.kind == "pack":
         return Stage(packings(shards, spec.workers))
     if spec.kind == "model":
@@ -113,11 +116,13 @@ def _open(spec: Spec, world: World) -> Stage:
         config = settings.load(base=config.model_dump(mode="json"), command_line=CARD)
     mode = encoder_type(config).batches if spec.kind in TRAINING else MODES.get(spec.kind, "views")
     loader = factory.create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
-    stage = (
-        trained(config, shards, world, loader.endless(), len(loader))
-        if spec.kind == "train"
-        else Stage((batch.segment for batch in loader.endless()), world.device)
-    )
+    if spec.kind == "train":
+        stage = trained(
+            config, shards, world, loader.endless(), max(1, shards.count("train") // config.encoder.batch_size)
+        )
+    else:
+        stage = Stage((batch.segment for batch in loader.endless()), world.device)
+    stage.decoded = lambda: loader.decoded
     if world.gpu is not None:
         stage.bytes_to_device = decoded_bytes(shards)
     return stage
@@ -139,41 +144,51 @@ def decoded_bytes(shards: ShardSet) -> int:
     return round(4 * shards.segment_seconds * float(shards.segments["sample_rate"].mean()))
 
 
-def front(config: Config, shards: ShardSet, decode: bool) -> Iterator[Tensor]:
-    """The graph's own reader, and its decoder when `decode`; nothing leaves the CPU."""
-    source = Source(
-        tars=tuple(shards.tars("train")),
-        indexes=tuple(shards.indexes("train")),
-        codec=shards.codec,
-        native_rate=False,  # not read this far
-        segment_seconds=shards.segment_seconds,
-        shuffle_buffer=config.data.shuffle_buffer,
-    )
+class Front:
+    """The graph's own reader, and its decoder when `decode`; nothing leaves the CPU.
 
-    @pipeline_def(
-        batch_size=config.encoder.batch_size,
-        num_threads=config.data.threads,
-        device_id=None,
-        prefetch_queue_depth=config.data.prefetch,
-        exec_dynamic=True,
-    )
-    def define() -> tuple[DataNode, ...]:
-        encoded, row = read(source, config.train.seed)
-        if not decode:
-            return encoded, row
-        wave, _ = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
-        return wave, row
+    Iterates over the rows `(B,)` of batch after batch. decoded: segments that have passed the decoder, or the reader
+    where there is no decoder.
+    """
 
-    pipeline = define()
-    pipeline.build()
-    while True:
-        _, row = pipeline.run()
-        yield torch.from_dlpack(row.as_tensor()).reshape(-1)
+    def __init__(self, config: Config, shards: ShardSet, decode: bool) -> None:
+        self.decoded = 0
+        source = Source(
+            tars=tuple(shards.tars("train")),
+            indexes=tuple(shards.indexes("train")),
+            codec=shards.codec,
+            native_rate=False,  # not read this far
+            segment_seconds=shards.segment_seconds,
+            shuffle_buffer=config.data.shuffle_buffer,
+        )
+
+        @pipeline_def(
+            batch_size=config.encoder.batch_size,
+            num_threads=config.data.threads,
+            device_id=None,
+            prefetch_queue_depth=config.data.prefetch,
+            exec_dynamic=True,
+        )
+        def define() -> tuple[DataNode, ...]:
+            encoded, row = read(source, config.train.seed)
+            if not decode:
+                return encoded, row
+            wave, _ = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
+            return wave, row
+
+        self.pipeline = define()
+        self.pipeline.build()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            data, row = self.pipeline.run()
+            self.decoded += len(data)
+            yield torch.from_dlpack(row.as_tensor()).reshape(-1)
 
 
 def random_batch(config: Config, shards: ShardSet, device: torch.device) -> Batch | Single:
     """A batch that has always been on the device; its segments are the first of the shards, going round."""
-    log_mel, size = factory.log_mel_settings(config), config.encoder.batch_size
+    log_mel, size = factory.log_mel_settings(config), config.train.micro_batch_of(config.encoder.batch_size)
     shapes = encoder_type(config).input_shapes(log_mel, factory.view_seconds(config, shards))
     data = [torch.randn(size, *shape, device=device) for shape in shapes]
     segment = torch.arange(size) % len(shards.segments)
@@ -187,12 +202,20 @@ def trained(config: Config, shards: ShardSet, world: World, batches: Iterable[Ba
     clock = StepClock(world.device)
 
     def run() -> Iterator[Tensor]:
-        for number, batch in enumerate(clock.batches(batches)):
+        for number, own in enumerate(groups(clock.batches(batches), learner.micro_batches)):
+            rows: list[Tensor] = []
             rates = learning_rates(config, number % steps, steps, config.encoder.batch_size)
-            learner.step(batch, *rates)
-            yield batch.segment
+            learner.step(_noting(own, rows), *rates)
+            yield torch.cat(rows)
 
     return Stage(run(), world.device, clock=clock)
+
+
+def _noting(batches: Iterable[Batch | Single], rows: list[Tensor]) -> Iterator[Batch | Single]:
+    """The batches as they come; the segments of each are added to `rows`."""
+    for batch in batches:
+        rows.append(batch.segment)
+        yield batch
 
 
 KINDS = (*LOADER, *TRAINING, "pack", *BASELINES, *BASELINE_OF_TRAIN)

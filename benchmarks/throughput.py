@@ -14,7 +14,8 @@ The JSON (--json) holds
                   audio_hours_per_s, x_realtime; windows, samples, seconds (all windows together); batch_size,
                   view_seconds, n_mels, threads, prefetch, workers as far as the stage has them; host_peak_bytes (the
                   process and its workers, shared pages counted in each), host_bytes (at the end of each window),
-                  gpu_bytes, bytes_to_device (for each sample), data_wait_share (training stages)
+                  gpu_bytes, bytes_to_device (for each sample), data_wait_share (training stages), decoded_over_given
+                  (loader stages and train: segments decoded over segments that arrived; loader/read: read)
     ratios        card_over_light, all_over_full, train_over_slower, data_wait_share (of train); null = not measured
 
 train_over_slower is train / min(loader/train, model). On a CPU the two share the cores: if each alone kept all of them
@@ -66,11 +67,19 @@ SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
 """What a sweep changes: its values, and the stages it measures unless --stages says others."""
 
 LOADER_BATCH, LOADER_SECONDS, LOADER_THREADS = 16, 60.0, 2
+"""Of the loader's stages and the baselines on a CPU; on a GPU their batch is the training's."""
 SOAK_WINDOWS = 20
-CACHE_SEGMENTS = 24
-"""Least number of generated segments."""
+LEAST_BATCHES = 16
+"""Of the largest batch: in fewer, what happens once an epoch weighs more than on a library of songs."""
+MOST_DECODED = 1.02
+"""Segments decoded over segments given, above which a loader's rate is not that of its batches."""
 
 Plan = list[dict[str, Spec]]  # groups of stages that take turns, by name
+
+
+def trains(kind: str) -> bool:
+    """Whether a stage goes by the training's config, not by the loader's."""
+    return kind in TRAINING or kind in BASELINE_OF_TRAIN
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,7 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes the GPU when there is one")
     add("--stages", nargs="+", metavar="STAGE", help=f"which to measure: {', '.join(KINDS)}")
-    add("--batch-size", type=int, metavar="N", help=f"(default: {LOADER_BATCH}, and the config's for training)")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"(default: the config's for training and on a GPU, else {LOADER_BATCH})",
+    )
     add("--threads", type=int, metavar="N", help=f"DALI's (default: {LOADER_THREADS}, and the config's for training)")
     add("--workers", type=int, metavar="N", help="the baselines' worker processes (default: as many as threads)")
     add("--view-seconds", type=float, metavar="S",
@@ -109,27 +123,52 @@ class Bench:
         self.args = args
         self.device = choose_device(args.device)
         self.cores = machine.cores()
-        self.said: list[str] = []
-        self.shards = self.choose_shards()
         self.threads = args.threads or LOADER_THREADS
         self.workers = args.workers or self.threads
         train = settings.load(args.config or factory.default_config_file(self.device), {}, {}, args.assignments)
+        self.train_batch = args.batch_size or train.encoder.batch_size
+        self.loader_batch = args.batch_size or (LOADER_BATCH if self.device.type == "cpu" else self.train_batch)
+        self.least = material.enough_segments(self.batch_sizes(), LEAST_BATCHES)
+        self.shards = self.choose_shards()
         segment, count = self.shards.segment_seconds, self.shards.count("train")
+        largest = max(self.batch_sizes())
+        if count < LEAST_BATCHES * largest:
+            say(
+                f"warning: {count} training segments are fewer than {LEAST_BATCHES} batches of {largest}, so the start"
+                " of each epoch weighs more than on a large library"
+            )
         view, plan = args.view_seconds or min(LOADER_SECONDS, segment), Config()
         frames, mask = factory.log_mel_settings(plan).frames(view), plan.encoder.simsiam.augmentation.time_mask_param
         self.loader_config = settings.load(command_line={
             "data.shards": self.shards.root,
             "data.threads": self.threads,
             "data.view_seconds": view,
-            "encoder.batch_size": args.batch_size or min(LOADER_BATCH, count),
+            "encoder.batch_size": min(self.loader_batch, count),
             "encoder.simsiam.augmentation.time_mask_param": min(mask, frames // 2),  # for very short segments
         })  # fmt: skip
         self.train_config = settings.load(base=train.model_dump(mode="json"), command_line={
             "data.shards": self.shards.root,
             "data.threads": args.threads,
             "data.view_seconds": args.view_seconds or min(train.data.view_seconds or segment, segment),
-            "encoder.batch_size": args.batch_size or min(train.encoder.batch_size, count),
+            "encoder.batch_size": min(self.train_batch, count),
         })  # fmt: skip
+
+    def kinds(self) -> list[str]:
+        """The stages asked for. Raises UserError for one that does not exist."""
+        args = self.args
+        default = SWEEPS[args.sweep][1] if args.sweep else [
+            kind for kind in KINDS if kind not in OPTIONAL and (kind not in GPU_ONLY or self.device.type == "cuda")
+        ]  # fmt: skip
+        wanted = ["loader/all"] if args.soak else args.stages or list(default)
+        if unknown := [kind for kind in wanted if kind not in KINDS]:
+            raise UserError(f"--stages: there is no stage {', '.join(unknown)}; there are {', '.join(KINDS)}")
+        return wanted
+
+    def batch_sizes(self) -> set[int]:
+        """Those of the stages asked for."""
+        if self.args.sweep == "batch":
+            return set(SWEEPS["batch"][0])
+        return {self.train_batch if trains(kind) else self.loader_batch for kind in self.kinds()}
 
     def choose_shards(self) -> ShardSet:
         """--shards, --music, ./shards, or generated ones."""
@@ -146,13 +185,11 @@ class Bench:
         """Shards of --music, or of generated songs."""
         if self.args.music:
             return material.packed(self.args.music, self.cores, codec, sample_rate)
-        least = max(CACHE_SEGMENTS, self.args.batch_size or 0, 0 if self.device.type == "cpu" else 128)
-        return material.packed_generated(least, self.cores, codec, sample_rate)
+        return material.packed_generated(self.least, self.cores, codec, sample_rate)
 
     def spec(self, kind: str, **changes: Any) -> Spec:
         """A stage with some settings of its config changed, by dotted key with __ for the dot."""
-        trains = kind in TRAINING or kind in BASELINE_OF_TRAIN
-        config = self.train_config if trains else self.loader_config
+        config = self.train_config if trains(kind) else self.loader_config
         if changes:
             over = {key.replace("__", "."): value for key, value in changes.items()}
             config = settings.load(base=config.model_dump(mode="json"), command_line=over)
@@ -160,21 +197,17 @@ class Bench:
 
     def plan(self) -> Plan:
         """The stages asked for, in groups."""
-        wanted = self.args.stages or [
-            kind for kind in KINDS if kind not in OPTIONAL and (kind not in GPU_ONLY or self.device.type == "cuda")
-        ]
-        if unknown := [kind for kind in wanted if kind not in KINDS]:
-            raise UserError(f"--stages: there is no stage {', '.join(unknown)}; there are {', '.join(KINDS)}")
+        wanted = self.kinds()
         groups = ({kind: self.spec(kind) for kind in group if kind in wanted} for group in GROUPS)
         return [group for group in groups if group]
 
     def sweep(self, name: str) -> Plan:
         """The stages of a sweep; one group is one kind at all values."""
-        values, kinds = SWEEPS[name]
+        values, _ = SWEEPS[name]
         return [
             {f"{kind} {name}={value:g}" if isinstance(value, float) else f"{kind} {name}={value}": spec
              for value in values if (spec := self.at(kind, name, value))}
-            for kind in self.args.stages or kinds
+            for kind in self.kinds()
         ]  # fmt: skip
 
     def at(self, kind: str, sweep: str, value: Any) -> Spec | None:
@@ -280,6 +313,9 @@ def main() -> None:
         raise errors[0]
     doc = document(bench, entries)
     print(terminal_table(doc))
+    for name, entry in entries.items():
+        if (share := entry.get("decoded_over_given", 1.0)) > MOST_DECODED:
+            say(f"warning: {name} decoded {share:.2f} segments for each that it gave, so its rate is too low")
     if args.json:
         args.json.write_text(json.dumps(doc, indent=1) + "\n")
     if args.plot:

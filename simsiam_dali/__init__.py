@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from simsiam_dali.inference import load_encoder
 
-__all__ = ["load_encoder"]
+__all__ = ["__version__", "load_encoder"]
+
+__version__ = "0.1.0"
 
 # On a CPU, DALI's threads and torch's share the cores. torch's OpenMP threads spin while they wait for each other, and
 # a spinning thread keeps the one it waits for off its core: a ResNet-18 step on two busy cores took 5 times as much

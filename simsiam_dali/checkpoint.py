@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
@@ -45,6 +45,7 @@ class Checkpoint(TypedDict):
     packing: dict[str, Any]  # how it was packed, so that other songs can be cut the same way
     mlflow_run: str | None
     seconds: float  # of training so far
+    device: NotRequired[str]  # cpu or cuda, where it was saved; not known of runs from before this was written down
 
 
 class _Summed(io.BufferedWriter):
@@ -156,6 +157,17 @@ def find(run: str, runs_dir: Path, option: str = "--resume") -> Path:
         if path.is_file():
             return path
     raise UserError(f"{option} {run}: neither a checkpoint, nor a run's folder, nor a run in {runs_dir}/")
+
+
+def check_device(checkpoint: Checkpoint, device: torch.device, run_dir: Path) -> None:
+    """Raise UserError for a run of the other kind of device: its place in the data is of another graph of operators."""
+    saved = checkpoint.get("device", device.type)
+    if saved != device.type:
+        wanted = {"cpu": "cpu", "cuda": "gpu"}[saved]
+        raise UserError(
+            f"{run_dir} was saved on {saved} and cannot go on on {device.type}, where the data graph has other"
+            f" operators: resume with --device {wanted}, or start a new run"
+        )
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -52,8 +52,7 @@ class StepClock:
             with mark("data"):
                 batch = next(batches, None)  # what ends an epoch takes its time, too: the loader finishes its turn
             if self.cuda:
-                came = torch.cuda.Event(enable_timing=True)
-                came.record()
+                came = _recorded_event()
                 if done is not None:
                     self._gaps.append((done, came))
             else:
@@ -63,16 +62,22 @@ class StepClock:
             self.steps += 1
             yield batch
             if self.cuda:
-                previous, done = done, torch.cuda.Event(enable_timing=True)
-                done.record()
+                previous, done = done, _recorded_event()
                 if previous is not None:
                     previous.synchronize()
 
     def read(self) -> tuple[float, float]:
         """(seconds of the window, share of it spent waiting for data); on a GPU this waits for its work to finish."""
         if self.cuda:
-            torch.cuda.synchronize()
+            _recorded_event().synchronize()
             self.waited += sum(done.elapsed_time(came) for done, came in self._gaps) / 1000
             self._gaps.clear()
         seconds = time.perf_counter() - self.started
         return seconds, self.waited / seconds if seconds > 0 else 0.0
+
+
+def _recorded_event() -> torch.cuda.Event:
+    """An event at the end of what the GPU has been given; waiting for it leaves the core to DALI's threads."""
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
+    event.record()
+    return event

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from simsiam_dali import comparison, comparison_report, mlflow_runs
 from simsiam_dali import config as settings
+from simsiam_dali.cli import program
 from simsiam_dali.comparison import SIDES
 from simsiam_dali.errors import UserError, one_line_errors
 from simsiam_dali.options import add_setting
+from simsiam_dali.shipped import config_file
 
 
 def count(text: str) -> int:
@@ -25,7 +27,7 @@ def count(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m simsiam_dali.compare",
+        prog=program("compare"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="table to write (default: runs/compare.csv)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="picture to write (default: runs/compare.png)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings, as for training")
+    parser.add_argument("--config", type=config_file, metavar="FILE", help="YAML settings, as for training")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", dest="assignments",
         help="any setting by its dotted key; train.runs_dir is where the two files go",

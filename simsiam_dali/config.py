@@ -85,7 +85,7 @@ class DataConfig(Section):
     """Where the segments come from and how they are read."""
 
     shards: Path | Address = Field(
-        Path("shards"), description="folder written by tools/make_shards.py, or a copy of it on S3: s3://bucket/prefix"
+        Path("shards"), description="folder written by simsiam_dali.pack, or a copy of it on S3: s3://bucket/prefix"
     )
     sample_rate: int = Field(16000, ge=4000, le=192000, description="rate at the mel front end, Hz")
     view_seconds: float | None = Field(None, gt=0, description="length of a view, s; null = the whole segment")
@@ -185,6 +185,14 @@ class TrainConfig(Section):
         "auto",
         description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU",
     )
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
+        "auto",
+        description="segments that pass the encoder at once, a divisor of encoder.batch_size: a step adds up their"
+        " gradients, with batch norm over each micro-batch; auto = the most that fit into memory",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute the ResNet's activations in the backward pass: less memory, more time"
+    )
     channels_last: bool = Field(True, description="NHWC memory format")
     compile: bool = Field(False, description="torch.compile the encoder")
     sync_bn: bool = Field(False, description="batch-norm statistics over all GPUs (torchrun)")
@@ -192,9 +200,16 @@ class TrainConfig(Section):
     run_name: str | None = Field(None, description="null = encoder, backbone and time")
     log_every: int = Field(10, ge=1, description="steps between reads of metrics from the device")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints inside an epoch; 0 = each epoch only")
+    validate_every: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="epochs between validations; auto = as often as costs at most a tenth of the training"
+    )
     profile: int = Field(0, ge=0, description="steps to trace into runs/<name>/trace.json.gz, after some warm-up")
     knn_k: int = Field(10, ge=1, description="neighbours of the online kNN score")
     knn_segments: int = Field(2000, ge=1, description="training segments it searches among, at most")
+
+    def micro_batch_of(self, batch_size: int) -> int:
+        """The micro-batch of steps of `batch_size` segments; all of them while it is auto."""
+        return batch_size if self.micro_batch == "auto" else self.micro_batch
 
 
 class MlflowConfig(Section):

@@ -113,7 +113,8 @@ def world(wanted_device: str) -> Iterator[World]:
     if size == 1:
         yield World(rank, size, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Batches have tensors on both: the data on the GPU, which segments they are on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(rank, size, device)
     except Exception:

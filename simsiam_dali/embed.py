@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from simsiam_dali import config as settings
 from simsiam_dali import embeddings, factory, loose, trained
+from simsiam_dali.cli import program
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
 from simsiam_dali.data import s3
@@ -161,7 +162,7 @@ def batch_size(config: Config, view: float, training_view: float) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m simsiam_dali.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("embed"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--checkpoint", default="", metavar="RUN",
@@ -212,6 +213,7 @@ def embedding_config(
         data__view_seconds=view,
         data__threads=own if threads is None else threads,
         encoder__batch_size=fits if batch is None else batch,
+        train__micro_batch="auto",  # the training's: no activation is kept for a backward pass here
         encoder__simsiam__augmentation__spec_augment=False,  # a mask longer than a short view would be refused
         **over,
     )

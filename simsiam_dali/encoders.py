@@ -109,7 +109,9 @@ def _metadata_loss(config: Config, shards: ShardSet, device: torch.device) -> Lo
     labels = SongLabels.from_songs(shards.songs, shards.segments["song"].to_numpy()).to(device)
 
     def score(outputs: Any, segment: Tensor) -> Scored:
-        loss, anchors = loss_fn(outputs, *labels.of(segment.to(device)))
+        if device.type == "cuda" and segment.device.type == "cpu":
+            segment = segment.pin_memory()  # from there the host need not wait for the copy
+        loss, anchors = loss_fn(outputs, *labels.of(segment.to(device, non_blocking=True)))
         return Scored(loss, anchors > 0, outputs)
 
     return score

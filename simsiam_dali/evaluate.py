@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from simsiam_dali import config as settings
 from simsiam_dali import embeddings, encoders, evaluation, maps, nearest_song, report, tracking
+from simsiam_dali.cli import program
 from simsiam_dali.embeddings import Embeddings
 from simsiam_dali.errors import UserError, one_line_errors
 from simsiam_dali.evaluation import Options
+from simsiam_dali.shipped import config_file
 
 FLOORS = "floors"
 ARTIFACTS = "evaluation"
@@ -91,7 +93,7 @@ def find_run(args: argparse.Namespace, about: Mapping[str, str]) -> tuple[tracki
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m simsiam_dali.evaluate",
+        prog=program("evaluate"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -126,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--run-id", metavar="ID", help="MLflow run to log to (default: the one that made the checkpoint)")
     add("--tracking-uri", metavar="URI", help="of MLflow (mlflow.tracking_uri; default: the training's)")
     add("--no-mlflow", action="store_true", help="log nothing to MLflow")
-    add("--config", type=Path, metavar="FILE", help="YAML settings, of which only mlflow's are used")
+    add("--config", type=config_file, metavar="FILE", help="YAML settings, of which only mlflow's are used")
     add("--set", action="append", default=[], metavar="a.b=c", dest="assignments", help="any setting by its dotted key")
     return parser
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam_dali import recipe, trained
+from simsiam_dali.cli import program
 from simsiam_dali.errors import UserError, one_line_errors
 from simsiam_dali.inference import WEIGHTS, front_end
 from simsiam_dali.models.encoder import Encoder
@@ -117,7 +118,7 @@ def example(of: Recipe, batch: int, samples: int) -> Tensor:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m simsiam_dali.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("export"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--checkpoint", default="", metavar="RUN",

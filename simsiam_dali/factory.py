@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from simsiam_dali import shipped
 from simsiam_dali.config import Config
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.pipeline import Graph, LogMel, Source
@@ -77,9 +78,9 @@ def create_loader(
     mode: Literal["views", "clean", "raw"],
     shuffled: bool = False,
 ) -> Loader:
-    """The data graph over one split, this rank's part of it.
+    """The data graph over one split, this rank's part of it, in micro-batches.
 
-    shuffled: training order, whole batches only; otherwise the stored order, once. Raises UserError when the split
+    shuffled: training order, whole steps only; otherwise the stored order, once. Raises UserError when the split
     is empty, a batch is larger than it, or too much of the set is in its quarantine.
     """
     if not shards.count(split):
@@ -105,15 +106,17 @@ def create_loader(
     )
     if config.data.threads == "auto":
         raise ValueError("data.threads is still auto: `tuning.with_threads` chooses a number first")
+    micro_batch = config.train.micro_batch_of(config.encoder.batch_size)
     return Loader(
         graph,
         count=shards.count(split),
-        batch_size=config.encoder.batch_size,
+        batch_size=micro_batch,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
         seed=config.train.seed,
         gpu=world.gpu,
         quarantine=Quarantine(shards, config.data.max_bad_fraction),
+        group=config.encoder.batch_size // micro_batch,
     )
 
 
@@ -124,5 +127,4 @@ def with_statistics(log_mel: LogMel, mean: float, std: float) -> LogMel:
 
 def default_config_file(device: torch.device) -> Path:
     """`configs/gpu.yaml` holds the plan's values; `configs/cpu.yaml` is sized for two cores and 8 GB."""
-    name = "gpu.yaml" if device.type == "cuda" else "cpu.yaml"
-    return Path(__file__).resolve().parent.parent / "configs" / name
+    return shipped.folder("configs") / ("gpu.yaml" if device.type == "cuda" else "cpu.yaml")

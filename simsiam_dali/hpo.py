@@ -13,7 +13,6 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from simsiam_dali import checkpoint, factory, tracking
 from simsiam_dali import config as settings
+from simsiam_dali.cli import program
 from simsiam_dali.config import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import choose_device
@@ -31,6 +31,7 @@ from simsiam_dali.search import report, trial
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Claim, Study, try_lock
 from simsiam_dali.search.study_run import StudyRun
+from simsiam_dali.shipped import config_file
 from simsiam_dali.train import Interrupt, who_chose
 
 FAILURES = 3
@@ -40,6 +41,7 @@ TRIAL = {
     "mlflow__log_checkpoint": False,
     "train__run_name": None,
     "train__checkpoint_every": 0,
+    "train__validate_every": 1,  # the pruner and the value go by each epoch's score
     "train__profile": 0,
 }
 """Settings of every trial."""
@@ -158,13 +160,16 @@ def train_best(config: Config, study: Study, best: FrozenTrial, interrupt: Inter
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m simsiam_dali.hpo",
+        prog=program("hpo"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     setting = functools.partial(add_setting, parser)
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML settings (default: configs/gpu.yaml or cpu.yaml)"
+        "--config",
+        type=config_file,
+        metavar="FILE",
+        help="YAML settings, or a name of configs/ such as demo (default: gpu or cpu)",
     )
     setting("--encoder-type", "encoder.encoder_type", "TYPE")
     setting("--shards", "data.shards", "DIR")

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from simsiam_dali import monitor, recipe, trained
 from simsiam_dali.errors import UserError
 from simsiam_dali.models.encoder import Encoder
+from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.segments import SILENCE, Pcm, cut_segments, to_int16
-from simsiam_dali.packing.songs import BLOCK, BadSong, Resampler, SongAudio
+from simsiam_dali.packing.songs import BLOCK, BadSong, Resampler
 from simsiam_dali.recipe import Recipe
 
 WEIGHTS = "encoder.safetensors"
@@ -64,14 +65,15 @@ class SongEncoder:
         return self.encoder.embedding_dim
 
     def embed_file(self, path: str | Path) -> NDArray[np.float32]:
-        """A song, in any format that FFmpeg decodes, to its embedding `(embedding_dim,)`, not normalised.
+        """A song, in any format that can be packed, to its embedding `(embedding_dim,)`, not normalised.
 
         Raises UserError for a file that cannot be decoded or is silent.
         """
         try:
-            return self._embed(SongAudio(Path(path), self.recipe.packed_rate).blocks(), str(path))
+            _, vectors = decode(Path(path), self.recipe.packed_rate, lambda song: self._embed(song.blocks()))
         except BadSong as e:
             raise UserError(f"{path}: {e.reason}") from e
+        return self._mean(vectors, str(path))
 
     def embed_wave(self, wave: NDArray[Any] | Tensor, rate: int) -> NDArray[np.float32]:
         """Audio `(samples,)` or `(channels, samples)`, float, full scale = 1, at `rate` Hz, to its embedding.
@@ -83,10 +85,11 @@ class SongEncoder:
         if pcm.ndim != 1 or not np.isfinite(pcm).all():
             raise UserError(f"a wave is (samples,) or (channels, samples) of finite numbers, not {pcm.shape}")
         blocks = (pcm[at : at + BLOCK] for at in range(0, len(pcm), BLOCK))
-        return self._embed(resampled(blocks, rate, self.recipe.packed_rate), "the wave")
+        return self._mean(self._embed(resampled(blocks, rate, self.recipe.packed_rate)), "the wave")
 
     @torch.inference_mode()
-    def _embed(self, blocks: Iterable[Pcm], name: str) -> NDArray[np.float32]:
+    def _embed(self, blocks: Iterable[Pcm]) -> list[Tensor]:
+        """The vectors of the segments that are not silent, `(segments, embedding_dim)` in parts."""
         vectors, waiting = [], []
         for segment in self._segments(blocks):
             waiting.append(segment)
@@ -95,6 +98,10 @@ class SongEncoder:
                 waiting = []
         if waiting:
             vectors.append(self._vectors(waiting))
+        return vectors
+
+    @torch.inference_mode()
+    def _mean(self, vectors: list[Tensor], name: str) -> NDArray[np.float32]:
         if not vectors:
             raise UserError(f"{name}: is silent, or holds no audio")
         every = torch.cat(vectors)

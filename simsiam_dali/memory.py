@@ -22,6 +22,12 @@ BYTES_PER_PARAMETER = 12
 WORKING_SHARE = 1.4
 """Peak over kept activations, for gradients in flight and workspaces (1.33 to 1.43 measured, ResNet-18 on a CPU)."""
 
+LEAST_SHARE = 1.1
+"""The same at the least on a GPU, where the peak has not been measured: between the two there is a warning only."""
+
+DALI_BYTES = 65e6 / 60
+"""DALI's own buffers on a GPU, for each second of a segment in a batch."""
+
 RUNTIME_BYTES = 1 << 30
 """The process itself: torch's and DALI's libraries, CUDA context or thread stacks."""
 
@@ -60,19 +66,36 @@ def free_bytes(device: torch.device) -> int:
     return min(free, int(limit) - int(used)) if limit.strip().isdigit() else free
 
 
-def check_fits(encoder: nn.Module, batch: int, shapes: list[tuple[int, ...]], half: bool, device: torch.device) -> None:
-    """Raise UserError with the largest batch that fits by the estimate, when `batch` segments do not.
+def check_fits(
+    encoder: nn.Module,
+    batch: int,
+    shapes: list[tuple[int, ...]],
+    half: bool,
+    device: torch.device,
+    seconds: float,
+) -> str | None:
+    """A warning where `batch` segments may not fit by the estimate, None where they do.
 
-    shapes: the forward's inputs, of one segment. half: activations are kept in 16 bits (autocast).
+    Raises UserError with the largest batch that fits when they do not. shapes: the forward's inputs, of one segment.
+    half: activations are kept in 16 bits (autocast). seconds: length of a segment.
     """
-    per_segment = activation_bytes(encoder, shapes) * WORKING_SHARE * (0.5 if half else 1.0)
+    gpu = device.type == "cuda"
+    kept = activation_bytes(encoder, shapes) * (0.5 if half else 1.0)
+    dali = DALI_BYTES * seconds if gpu else 0.0
+    least, most = ((LEAST_SHARE if gpu else WORKING_SHARE) * kept + dali, WORKING_SHARE * kept + dali)  # per segment
     static = RUNTIME_BYTES + BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
     free = free_bytes(device) * (1 - HEADROOM)
-    if static + batch * per_segment <= free:
-        return
-    largest = int((free - static) // per_segment)
+    if static + batch * most <= free:
+        return None
+    largest = int((free - static) // most)
+    low, high = ((static + batch * each) / 1e9 for each in (least, most))
+    counted = f"GB on {device.type} (estimate), and {free / 1e9:.1f} GB can be counted on"
+    if static + batch * least <= free:
+        return (
+            f"warning: a batch of {batch} needs {low:.1f} to {high:.1f} {counted}: if memory runs out,"
+            f" use --batch-size {max(2, largest)}"
+        )
     advice = f"use --batch-size {largest} or less" if largest >= 2 else "not even 2 fit: use a smaller backbone"
     raise UserError(
-        f"a batch of {batch} needs about {(static + batch * per_segment) / 1e9:.1f} GB on {device.type} (estimate), and"
-        f" {free / 1e9:.1f} GB can be counted on: {advice}, or shorter views (data.view_seconds)"
+        f"a batch of {batch} needs about {low:.1f} {counted}: {advice}, or shorter views (data.view_seconds)"
     )

@@ -22,7 +22,15 @@ def shared_anew(config: Config, before: int, now: int) -> Config:
             f"a step of this run has {segments} segments, which {now} processes cannot share evenly, 2 or more each: go"
             f" on with {', '.join(possible)}"
         )
-    return changed(config, encoder__batch_size=segments // now)
+    size = segments // now
+    return changed(config, encoder__batch_size=size, train__micro_batch=_shared(config.train.micro_batch, size))
+
+
+def _shared(micro_batch: int | str, size: int) -> int | str:
+    """The micro-batch of a step that has `size` segments a process now: no larger than it was, and a divisor."""
+    if micro_batch == "auto":
+        return micro_batch
+    return max(n for n in range(1, size + 1) if size % n == 0 and n <= int(micro_batch))
 
 
 def order_seed(config: Config, step: int, now: int) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from simsiam_dali import embeddings, playlists
+from simsiam_dali.cli import program
 from simsiam_dali.errors import UserError, one_line_errors, printable
 from simsiam_dali.library import Library, Variety
 from simsiam_dali.neighbours import Neighbours, unit
@@ -76,7 +77,8 @@ def learn(library: Library, x: np.ndarray) -> tuple[Taste, int]:
     if len(rated) < MIN_RATED:
         raise UserError(
             f"{len(rated)} of {len(library)} songs have a rating, to learn from them takes {MIN_RATED}: rate more, "
-            "pack again with tools/make_shards.py (--ratings FILE for a player's library or a CSV), and embed again"
+            "pack again with python -m simsiam_dali.pack (--ratings FILE for a player's library or a CSV), and embed "
+            "again"
         )
     if np.ptp(rating[rated]) == 0:
         raise UserError(f"all {len(rated)} rated songs have the same rating, so there is nothing to learn: rate others")
@@ -219,7 +221,7 @@ def at_least(least: int) -> Callable[[str], int]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m simsiam_dali.recommend",
+        prog=program("recommend"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

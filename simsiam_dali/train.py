@@ -21,28 +21,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsiam_dali import checkpoint, factory, journal, memory, monitor, online, plots, profiling, tracking, tuning
+from simsiam_dali import checkpoint, factory, journal, micro_batch, monitor, plots, profiling, tracking, tuning
 from simsiam_dali import config as settings
+from simsiam_dali.cli import program
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
-from simsiam_dali.data.loader import measure_log_mel
+from simsiam_dali.data.loader import measure_log_mel, release_memory
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World, choose_device, is_main, one_voice, world
 from simsiam_dali.encoders import encoder_type
 from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.learner import Learner
+from simsiam_dali.learner import Learner, groups
 from simsiam_dali.options import add_setting
 from simsiam_dali.ranks import order_seed, shared_anew
 from simsiam_dali.schedule import learning_rates
+from simsiam_dali.shipped import config_file
+from simsiam_dali.validation import Validation
 
 GAUGE_ROWS = 1024
 """Outputs, of the latest batches, on which the collapse gauges are read."""
 
 CHANGEABLE = (
-    "train.log_every", "train.checkpoint_every", "train.profile", "data.threads", "data.prefetch",
-    "data.max_bad_fraction", "mlflow.",
+    "train.log_every", "train.checkpoint_every", "train.validate_every", "train.profile", "data.threads",
+    "data.prefetch", "data.max_bad_fraction", "train.device", "mlflow.",
 )  # fmt: skip
-"""Settings a resumed run may change: none of them changes the next loss."""
+"""Settings a resumed run may change: none of them changes the next loss (`check_device` sees to the device)."""
 
 
 class Interrupt:
@@ -80,14 +83,22 @@ def train(
     log_every = config.train.log_every
     kind = encoder_type(config)
 
-    # Data: the log-mel's mean and std come first, since they are part of the graph.
+    # Model, loss, optimizer; and how much of a batch fits into memory beside them.
     shards = open_shards(config.data.shards)
+    if resumed:
+        check_same_shards(resumed, shards.fingerprint, run_dir)
+    config = micro_batch.estimated(config, shards, w.device, say)
+    learner = Learner(config, shards, w, pretrained=resumed is None)
+    if w.device.type == "cuda":  # where memory ends in an error, and not in the kernel's killing the process
+        config = micro_batch.rehearsed(config, learner, shards, w)
+        learner.micro_batches = config.encoder.batch_size // config.train.micro_batch_of(config.encoder.batch_size)
+
+    # Data: the log-mel's mean and std come first, since they are part of the graph.
     log_mel = factory.log_mel_settings(config)
     if config.data.threads == "auto":
         config = tuning.with_threads(config, shards, log_mel, w)
         say(f"measured: {config.data.threads} DALI threads, {config.data.prefetch} batches ahead")
     if resumed:
-        check_same_shards(resumed, shards.fingerprint, run_dir)
         log_mel = factory.with_statistics(log_mel, **resumed["log_mel"])
     elif kind.batches == "views":
         everything = World(0, 1, w.device)  # all ranks measure the same segments
@@ -95,17 +106,15 @@ def train(
         log_mel = measure_log_mel(clean, config.data.stats_segments)
         del clean
     loader = factory.create_loader(config, shards, log_mel, w, "train", kind.batches, shuffled=True)
+    release_memory()  # of the graphs that measured
     quarantine = loader.quarantine
     if quarantine and quarantine.rows:
         say(f"{len(quarantine.rows)} segments that did not decode are left out from the start: see {quarantine.path}")
-    steps, batch_size = len(loader), config.encoder.batch_size * w.size  # steps an epoch, segments a step
-
-    # What learns
-    learner = Learner(config, shards, w, pretrained=resumed is None)
+    micro_batches = learner.micro_batches
+    steps = len(loader) // micro_batches  # an epoch
+    batch_size = config.encoder.batch_size * w.size  # segments a step
     shapes = kind.input_shapes(log_mel, loader.graph.seconds)
-    with torch.device("meta"):  # an encoder of its own, since batch norm over all ranks cannot be counted
-        shape = factory.create_encoder(config, pretrained=False)
-    memory.check_fits(shape, config.encoder.batch_size, shapes, learner.half, w.device)
+    validation = Validation(config, shards, log_mel, w, learner)
 
     # Where we stand
     epoch, step, seconds = 0, 0, 0.0  # whole epochs, optimizer steps, time spent
@@ -146,6 +155,7 @@ def train(
                 packing=shards.manifest.settings,
                 mlflow_run=tracker.run_id,
                 seconds=time.perf_counter() - started,
+                device=w.device.type,
             )
             try:
                 log.sync()  # a resumed run reads it up to this step
@@ -159,7 +169,10 @@ def train(
                 say(f"warning: step {step}: {unsaved}; training goes on, and the next one is tried")
 
     def finish_epoch(record: dict[str, Any]) -> None:
-        record |= online.evaluate(config, shards, log_mel, w, learner)
+        if validation.due(epoch):
+            began = time.perf_counter()
+            record |= validation.scores()
+            record["throughput/validation_seconds"] = time.perf_counter() - began
         if quarantine:
             quarantine.read()  # the loaders of the validation have met others
             quarantine.rows.update(*w.gather(quarantine.rows))
@@ -171,14 +184,21 @@ def train(
         save()
         on_epoch(record)
 
-    sit_out = shards.count("train") % batch_size
+    left_over = shards.count("train") % batch_size
     say(
         f"{config.encoder.encoder_type} {kind.variant(config)} on {w.device.type} x {w.size},"
         f" {str(learner.dtype).removeprefix('torch.')}: {shards.count('train')} training and"
         f" {shards.count('val')} validation segments, {'views' if kind.batches == 'views' else 'excerpts'} of"
         f" {loader.graph.seconds:g} s ({' x '.join(map(str, shapes[0]))}), {steps} steps of {batch_size} an epoch"
-        + (f" ({sit_out} segments sit it out, others each time)" if sit_out else "")
+        + (f"; each epoch leaves out {left_over} segments, different ones each time" if left_over else "")
     )
+    if micro_batches > 1:
+        say(
+            f"each step adds up the gradients of {micro_batches} micro-batches of {loader.batch_size} segments"
+            f"{' on each process' if w.size > 1 else ''}, with batch norm over each (train.micro_batch)"
+        )
+    if validation.every > 1 and shards.count("val"):
+        say(f"validation every {validation.every} epochs (train.validate_every)")
     say(f"run {run_dir}" + (f", going on after step {step}" if resumed else ""))
     clock = StepClock(w.device)
     profiler = profiling.create_profiler(config.train.profile if w.main else 0, run_dir, w.device)
@@ -194,19 +214,19 @@ def train(
         while epoch < config.encoder.epochs:
             learner.encoder.train()
             losses: list[Tensor] = []  # (loss, whether it counts), on the device until they are read together
-            bar = tqdm(desc=f"epoch {epoch + 1}/{config.encoder.epochs}", total=steps, initial=loader.step,
-                       unit="step", leave=False, disable=None if w.main else True)  # fmt: skip
+            bar = tqdm(desc=f"epoch {epoch + 1}/{config.encoder.epochs}", total=steps, unit="step", leave=False,
+                       initial=loader.step // micro_batches, disable=None if w.main else True)  # fmt: skip
             clock.reset()
-            for batch in clock.batches(loader):
+            for batches in groups(clock.batches(loader), micro_batches):
                 lr, fixed_lr = learning_rates(config, step, steps, batch_size)
-                scored = learner.step(batch, lr, fixed_lr)
+                scored = learner.step(batches, lr, fixed_lr)
 
                 step += 1
                 losses.append(torch.stack([scored.loss, scored.counts]))
                 recent.append(scored.z)
                 profiler.step()
                 bar.update()
-                last = loader.step == steps
+                last = loader.step == len(loader)
                 if len(losses) < log_every and not last and not (interrupt.signal and w.size == 1):
                     continue
 
@@ -221,7 +241,7 @@ def train(
                     )
                 log.write_losses(step, values)
                 elapsed, waited = clock.read()
-                speed = clock.steps * batch_size / elapsed
+                speed = clock.steps * batch_size / micro_batches / elapsed
                 loss = f"loss {values[-1]:.4f}" if values[-1] is not None else "no positive pair"
                 bar.set_postfix_str(f"{loss}, {speed:.1f} samples/s, waiting for data {waited:.0%}")
                 if last:  # finish the epoch before stopping or saving
@@ -250,7 +270,7 @@ def train(
                 "encoder/lr": lr,
                 "encoder/z_std": float(monitor.z_std(z)),
                 "encoder/effective_rank": float(monitor.effective_rank(z)),
-                "throughput/samples_per_s": clock.steps * batch_size / elapsed,
+                "throughput/samples_per_s": clock.steps * batch_size / micro_batches / elapsed,
                 "throughput/data_wait_share": waited,
                 "training_time_hours": (time.perf_counter() - started) / 3600,
             }
@@ -330,13 +350,16 @@ def check_same_shards(resumed: checkpoint.Checkpoint, fingerprint: str, run_dir:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = argparse.ArgumentParser(
-        prog="python -m simsiam_dali.train",
+        prog=program("train"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     setting = functools.partial(add_setting, parser)
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML settings (default: configs/gpu.yaml or cpu.yaml)"
+        "--config",
+        type=config_file,
+        metavar="FILE",
+        help="YAML settings, or a name of configs/ such as demo (default: gpu or cpu)",
     )
     setting("--encoder-type", "encoder.encoder_type", "TYPE")
     setting("--shards", "data.shards", "DIR")
@@ -411,6 +434,8 @@ def main() -> None:
     args = build_parser().parse_args()
     config, resumed, run_dir = configure(args)
     with world(config.train.device) as w:
+        if resumed:
+            checkpoint.check_device(resumed, w.device, run_dir)
         if resumed and len(resumed["loaders"]) != w.size:
             config = shared_anew(config, len(resumed["loaders"]), w.size)
         try:
@@ -421,10 +446,9 @@ def main() -> None:
                 if (line := outcome.of_run(run_dir, w)) and w.main:
                     print(line)
         except torch.OutOfMemoryError as e:
-            smaller = config.encoder.batch_size // 2
             raise UserError(
-                f"out of memory on {w.device} with batches of {config.encoder.batch_size}: use --batch-size {smaller},"
-                " or shorter views (--set data.view_seconds=...)"
+                f"out of memory on {w.device}: use a smaller train.micro_batch (the first lines name the one in use),"
+                " shorter views (--set data.view_seconds=...) or --set train.activation_checkpointing=true"
             ) from e
     sys.exit(128 + ended_by if ended_by else 0)
 

@@ -7,6 +7,7 @@ import time
 
 from simsiam_dali import factory
 from simsiam_dali.config import Config
+from simsiam_dali.data.loader import release_memory
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.distributed import World
@@ -33,6 +34,8 @@ def with_threads(config: Config, shards: ShardSet, log_mel: LogMel, world: World
         loader = factory.create_loader(trial, shards, log_mel, world, "train", mode, shuffled=True)
         stamps = [time.perf_counter() for _ in itertools.islice(loader.endless(), BATCHES + 1)]
         tried[threads] = [b - a for a, b in itertools.pairwise(stamps)]
+        del loader
+        release_memory()  # or each number of threads is tried beside the graphs of those before
     fastest = min(map(sum, tried.values()))
     threads = min(n for n, seconds in tried.items() if sum(seconds) <= 1.05 * fastest)
     ahead = round(max(tried[threads]) / statistics.median(tried[threads]))

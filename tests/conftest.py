@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from logged_runs import mlflow_server
-from running import run_tool
+from running import run_tool, train
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -26,6 +25,8 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server on loopback; it knows only what tests log to it."""
+    from logged_runs import mlflow_server  # here, for hosts without MLflow
+
     with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
         yield uri
 
@@ -33,8 +34,6 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def small_runs(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> dict[str, Path]:
     """A run's folder for each encoder type: tiny ones, trained for one epoch on `small_shards`."""
-    from test_train import train
-
     tiny = {"encoder__embedding_dim": 24, "encoder__simple__base_channels": 4, "encoder__epochs": 1}
     return {
         kind: train(tmp_path_factory.mktemp(kind), small_shards, encoder__encoder_type=kind, **tiny)

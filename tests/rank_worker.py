@@ -57,7 +57,7 @@ def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, A
             torch.nn.init.constant_(parameter, 0.5)
     batch, each = global_batch(encoder), SEGMENTS // w.size
     mine = type(batch)(*(x[w.rank * each : (w.rank + 1) * each] for x in batch))
-    losses = w.gather(float(learner.step(mine, 0.1, 0.1).loss))
+    losses = w.gather(float(learner.step([mine], 0.1, 0.1).loss))
     return {
         "loss": sum(losses) / len(losses),
         "gradients": {name: p.grad.clone() for name, p in learner.encoder.named_parameters()},

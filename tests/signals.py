@@ -160,7 +160,7 @@ def augmented(
         spectrum = noisy_spectrum(wave.gpu() if on_gpu else wave, drawn, noise, graph)
         return view(spectrum, drawn, graph, on_gpu)
 
-    return run_graph(define, {"wave": list(waves), **inputs}, gpu)[0]
+    return [log_mel.T for log_mel in run_graph(define, {"wave": list(waves), **inputs}, gpu)[0]]
 
 
 # --- shards

@@ -11,6 +11,8 @@ import mutagen
 import numpy as np
 import soundfile as sf
 
+from simsiam_dali.packing.segments import without_ogg_serial
+
 ROOT = Path(__file__).parents[1]
 SUBTYPES = {".flac": "PCM_16", ".wav": "PCM_16", ".ogg": "VORBIS", ".mp3": "MPEG_LAYER_III"}
 
@@ -40,6 +42,26 @@ def write_audio(path: Path, pcm: np.ndarray, rate: int = 22050, subtype: str | N
     kind = subtype or SUBTYPES[suffix]
     with path.open("wb") as out, sf.SoundFile(out, "w", rate, pcm.shape[1], kind, format=formats[suffix]) as file:
         file.write(pcm)
+    return path
+
+
+def repeat_headers(path: Path) -> Path:
+    """Write the headers of an Ogg Vorbis file twice: FFmpeg refuses it, libsndfile passes the second ones over.
+
+    Three songs of Debian's hyperrogue-music are so, by whatever cut them.
+    """
+    content, pages, at = path.read_bytes(), list[bytearray](), 0
+    while at < len(content):  # page layout: RFC 3533, section 6
+        size = 27 + content[at + 26] + sum(content[at + 27 : at + 27 + content[at + 26]])
+        pages.append(bytearray(content[at : at + size]))
+        at += size
+    headers = [bytearray(page) for page in pages if page[6:14] == bytes(8)]  # they are at time 0
+    for page in headers:
+        page[5] = 0  # not the first page of a stream
+    pages[len(headers) : len(headers)] = headers
+    for number, page in enumerate(pages):
+        page[18:22] = number.to_bytes(4, "little")
+    path.write_bytes(without_ogg_serial(b"".join(pages)))  # with checksums to match
     return path
 
 

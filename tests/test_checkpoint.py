@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -218,3 +219,28 @@ def test_killed_while_writing(tmp_path):
     assert checkpoint.sound(path.with_name(checkpoint.PREVIOUS_NAME))
     checkpoint.save(state(step), path)
     assert files(tmp_path) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME}
+
+
+def test_a_run_goes_on_on_its_kind_of_device_only(tmp_path, small_runs):
+    """A GPU's checkpoint on a host without one, by what it says of itself; and one from before it said it."""
+    run_dir = Path(shutil.copytree(small_runs["simsiam"], tmp_path / "run"))
+    path = run_dir / checkpoint.FILE_NAME
+    saved = checkpoint.load(path)
+    assert saved["device"] == "cpu"
+    words = [sys.executable, "-m", "simsiam_dali.train", "--resume", str(run_dir), "--device"]
+
+    checkpoint.save({**saved, "device": "cuda"}, path)
+    done = subprocess.run([*words, "cpu"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {run_dir} was saved on cuda and cannot go on on cpu")
+    assert line.endswith("resume with --device gpu, or start a new run")
+    checkpoint.check_device({**saved, "device": "cuda"}, torch.device("cuda", 1), run_dir)
+
+    del saved["device"]
+    checkpoint.save(saved, path)
+    assert "device" not in checkpoint.load(path)
+    for device in ("cpu", "cuda"):
+        checkpoint.check_device(saved, torch.device(device), run_dir)
+    done = subprocess.run([*words, "auto"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

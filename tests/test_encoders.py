@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from test_train import command, epochs, losses, records, refusal, run, start, wait_for_step
+from running import command, epochs, losses, records, refusal, run, start, wait_for_step
 
 from simsiam_dali import checkpoint, config, factory
 from simsiam_dali.data.shards import open_shards

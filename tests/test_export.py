@@ -13,12 +13,14 @@ import safetensors
 import torch
 from running import run_tool
 from signals import noise, reference_log_mel, song
-from small_music import write_audio
+from small_music import repeat_headers, write_audio, write_song
 
 import simsiam_dali
 from simsiam_dali import embed, embeddings, export, inference, recipe, trained
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.errors import UserError
+from simsiam_dali.packing.ffmpeg import FFmpegAudio
+from simsiam_dali.packing.songs import NotDecodable
 
 KINDS = ("simsiam", "simple")
 SOURCES = {
@@ -135,6 +137,15 @@ def test_a_wave_embeds_as_its_file(songs, small_runs, tmp_path, kind):
         encoder.embed_file(broken)
     with pytest.raises(UserError, match="cannot be read"):
         encoder.embed_file(tmp_path / "none.mp3")
+
+
+def test_a_file_that_ffmpeg_refuses_embeds_too(small_runs, tmp_path):
+    encoder = simsiam_dali.load_encoder(small_runs["simsiam"])
+    path = write_song(tmp_path / "a.ogg", 1, 8.0)
+    expected = encoder.embed_file(path)
+    with pytest.raises(NotDecodable):
+        list(FFmpegAudio(repeat_headers(path)).blocks())
+    assert distance(encoder.embed_file(path), expected) <= 1e-6
 
 
 def test_a_long_song_in_several_batches_and_a_short_one_repeated(small_runs):

@@ -12,7 +12,7 @@ import pytest
 from full_disk import fill, small_disk
 from logged_runs import free_port, mlflow_server
 from mlflow import MlflowClient
-from test_train import command, losses, run, start, train, wait_for_step
+from running import command, losses, run, start, train, wait_for_step
 
 from simsiam_dali import checkpoint, tracking
 from simsiam_dali import config as settings

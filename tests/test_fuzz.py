@@ -14,12 +14,14 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_music import sound, write_audio
+from small_music import repeat_headers, sound, write_audio
 
 from simsiam_dali import config, journal
 from simsiam_dali.data.commit import MANIFEST
 from simsiam_dali.data.shards import index_text, read_index, read_manifest
 from simsiam_dali.errors import UserError, printable
+from simsiam_dali.packing.decode import decode
+from simsiam_dali.packing.songs import BadSong
 from simsiam_dali.packing.tags import LONGEST, MOST, Tags, clean, read_tags
 
 RUNS = [100, pytest.param(10_000, marks=pytest.mark.faults)]
@@ -166,6 +168,28 @@ def test_tags_of_damaged_files(tmp_path: Path, runs: int) -> None:
     def test(content: bytes) -> None:
         path.write_bytes(content)
         is_fit_for_a_table(read_tags(path))
+
+    fuzzed(runs, test, content=changed(contents))
+
+
+@pytest.mark.parametrize("runs", RUNS)
+def test_songs_that_are_damaged(tmp_path: Path, runs: int) -> None:
+    contents = []
+    for suffix in (".mp3", ".flac", ".ogg", ".m4a", ".wav"):
+        contents.append(write_audio(tmp_path / f"a{suffix}", sound(1, 0.5)).read_bytes())
+    contents.append(repeat_headers(tmp_path / "a.ogg").read_bytes())
+    path = tmp_path / "fuzzed.ogg"
+
+    def test(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            audio, samples = decode(path, 16000, lambda song: sum(map(len, song.blocks())))
+        except BadSong as e:
+            said = e.reason
+        else:
+            said = audio.note
+            assert samples == pytest.approx(audio.seconds * 16000, abs=20)
+        assert "\n" not in said
 
     fuzzed(runs, test, content=changed(contents))
 

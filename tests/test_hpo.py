@@ -15,7 +15,7 @@ import mlflow
 import optuna
 import pytest
 from optuna.trial import TrialState
-from test_train import TINY, command, run, start
+from running import TINY, command, run, start
 
 from simsiam_dali import config as settings
 from simsiam_dali import hpo

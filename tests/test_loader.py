@@ -91,9 +91,29 @@ def test_no_segment_comes_twice_in_an_epoch(source: Source, shuffle_buffer: int,
     ]
     steps = SEGMENTS // (ranks * batch_size)
     assert [len(loader) for loader in loaders] == [steps] * ranks  # DDP: every rank makes the same steps
-    for _ in range(4):
+    for number in range(1, 5):
         epoch = list(chain.from_iterable(rows(loader) for loader in loaders))
         assert len(set(epoch)) == len(epoch) == steps * ranks * batch_size
+        # What an epoch leaves over is read, and not decoded.
+        assert [loader.decoded for loader in loaders] == [number * steps * batch_size] * ranks
+
+
+@pytest.mark.parametrize(("ranks", "batch_size", "group"), [(1, 4, 2), (1, 2, 5), (2, 2, 3), (4, 1, 2)])
+def test_an_epoch_holds_whole_groups(source: Source, ranks: int, batch_size: int, group: int) -> None:
+    """In the order of an epoch without groups; what fills no group is not decoded."""
+    settings = {"shuffle_buffer": 8, "ranks": ranks, "batch_size": batch_size}
+    loaders = [load(source, rank=rank, group=group, **settings) for rank in range(ranks)]
+    alone = [rows(load(source, rank=rank, **settings)) for rank in range(ranks)]
+    steps = SEGMENTS // (ranks * batch_size * group) * group
+    for number in range(1, 4):
+        parts = [rows(loader) for loader in loaders]
+        assert [len(part) for part in parts] == [steps * batch_size] * ranks
+        assert len(set(chain.from_iterable(parts))) == steps * batch_size * ranks
+        assert [loader.decoded for loader in loaders] == [number * steps * batch_size] * ranks
+        if number == 1:
+            assert parts == [part[: steps * batch_size] for part in alone]
+    with pytest.raises(UserError, match=r"^a batch of 24 is larger than the data set"):
+        load(source, shuffle_buffer=8, batch_size=4, group=6)
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 4), (2, 2), (4, 5), (4, 1)])
@@ -187,6 +207,8 @@ def test_a_restored_loader_goes_on_bit_for_bit(source: Source, shuffle_buffer: i
     again = list(islice((batch for _ in iter(int, 1) for batch in restored), 9))
     for a, b in zip(expected, again, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    if shuffle_buffer:
+        assert restored.decoded == 9 * 4  # the left-over batch of each epoch is not decoded after a restart either
 
 
 def test_an_epoch_left_and_restored_has_its_remaining_batches(source: Source) -> None:
@@ -225,14 +247,41 @@ def test_a_damaged_segment_is_one_clear_line(waves: list[Array], tmp_path: Path,
     if kept:  # with a header to read, DALI names the tar and the segment
         assert "train-000000.tar" in message
         assert "000000002.flac" in message
-    assert "tools/make_shards.py --verify" in message
+    assert "python -m simsiam_dali.pack --verify" in message
 
 
 def test_a_segment_too_short_for_a_view_is_one_clear_line(waves: list[Array], tmp_path: Path) -> None:
     tars, indexes = write_shards(tmp_path, [waves[0], waves[1][:2000]])
     source = Source(tars, indexes, "flac", native_rate=False, segment_seconds=SECONDS)
-    with pytest.raises(UserError, match=r"^the data graph stopped .*tools/make_shards.py --verify$"):
+    with pytest.raises(UserError, match=r"^the data graph stopped .*python -m simsiam_dali.pack --verify$"):
         list(load(source, "views", 2, count=2, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("Error in GPU operator `fn.spectrogram`,\nencountered:\n\nCUDA allocation failed"),
+         "ran out of GPU memory with batches of 4: use --batch-size 2"),
+        (RuntimeError("CUDA driver API error CUDA_ERROR_OUT_OF_MEMORY (2):\nout of memory"), "ran out of GPU memory"),
+        (MemoryError("std::bad_alloc"), "ran out of host memory with batches of 4"),
+        (RuntimeError("encountered:\n\nCUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal access"),
+         "the GPU or its driver is to blame: CUDA runtime API error cudaErrorIllegalAddress"),
+    ],
+)  # fmt: skip
+def test_memory_and_the_gpu_are_not_taken_for_a_damaged_segment(
+    source: Source, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = load(source, shuffle_buffer=8)
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loader, "_outputs", fails)
+    with pytest.raises(UserError) as refusal:
+        next(iter(loader))
+    assert told in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert "damaged" not in str(refusal.value)
 
 
 # --- statistics
@@ -260,7 +309,9 @@ def test_measured_mean_and_std_are_those_of_the_log_mel(tmp_path: Path) -> None:
 def test_batches_lie_on_the_device(source: Source) -> None:
     on_cpu, on_gpu = (load(source, "views", 8, gpu=gpu) for gpu in (None, 0))
     for a, b in zip(on_cpu, on_gpu, strict=True):
-        assert all(x.device == torch.device("cuda", 0) for x in b)
+        assert {b.view1.device, b.view2.device} == {torch.device("cuda", 0)}
+        assert b.segment.device == torch.device("cpu")  # the reader's output, not pinned
+        assert not b.segment.is_pinned()
         assert a.segment.tolist() == b.segment.tolist()
     held = [(batch.view1, batch.view1.clone()) for batch in on_gpu]
     assert all(torch.equal(x, copy) for x, copy in held)

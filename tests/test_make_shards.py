@@ -18,14 +18,15 @@ import mutagen
 import numpy as np
 import pandas as pd
 import pytest
-from small_music import command, environment, make_shards, said, sound, write_audio, write_song
+from small_music import command, environment, make_shards, repeat_headers, said, sound, write_audio, write_song
 
 from simsiam_dali.data.shards import open_shards, read_index, read_table, verify
 from simsiam_dali.errors import UserError
+from simsiam_dali.pack import build_parser, main
+from simsiam_dali.packing.find import find_songs
+from simsiam_dali.packing.pack_song import DecodeSettings, Packed, Refused
+from simsiam_dali.packing.reuse import Known
 from simsiam_dali.packing.segments import without_ogg_serial
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from make_shards import build_parser, main
 
 SHORT = ("--segment-seconds", "4", "--workers", "2")
 
@@ -83,6 +84,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut(write_song(music / "truncated.flac", 5, 12.0), 0.7)
     zero_4_kb_in_the_middle(write_song(music / "zeroed.ogg", 6, 12.0))
     declare_more(write_song(music / "fewer frames.ogg", 7, 9.0), 30 * 22050)
+    repeat_headers(write_song(music / "headers twice.ogg", 21, 9.0, title="Twice"))
     # to be kept whole
     write_audio(music / "8 kHz.wav", sound(8, 6.0, 8000), 8000)
     write_audio(music / "96 kHz.flac", sound(9, 6.0, 96000, 2), 96000)
@@ -125,6 +127,7 @@ DAMAGED = {  # name: what the note says, seconds decoded (from, to)
     "truncated.flac": ("truncated: 8.", 8, 9),
     "zeroed.ogg": (" of 12.0 s", 9, 11.7),
     "fewer frames.ogg": ("truncated: 9.0 of 39.0 s", 8.99, 9.01),
+    "headers twice.ogg": ("decoded by libsndfile: with FFmpeg it does not open as audio", 8.99, 9.01),
 }
 WHOLE = {
     "8 kHz.wav": 8000,
@@ -463,6 +466,19 @@ def test_a_full_disk_leaves_the_old_set(
     assert said(result.stderr)[0].startswith(f"error: no space left for {shards}")
     assert state(shards) == before
     assert not (shards / ".packing").exists()
+
+
+def test_a_file_that_did_not_open_is_tried_again(music: Path, pack: Pack) -> None:
+    """The set may be from before libsndfile was tried. What was refused for what it holds is not decoded again."""
+    (music / "text.mp3").write_text("no music at all\n" * 300)
+    write_song(music / "one second.ogg", 1, 1.0)
+    pack(music)
+    shards = open_shards(music.parent / "shards")
+    known = Known(shards, DecodeSettings(segment_seconds=shards.manifest.settings["segment_seconds"]), set())
+    outcomes = {file.name: type(known.of(file)) for file in find_songs(music)[0]}
+    assert outcomes.pop("text.mp3") is type(None)
+    assert outcomes.pop("one second.ogg") is Refused
+    assert set(outcomes.values()) == {Packed}
 
 
 def test_a_second_packer_is_refused(music: Path, run_here: RunHere) -> None:

@@ -45,7 +45,7 @@ def graph(
 def outputs(graph: Graph, batch_size: int, seed: int = 0, gpu: int | None = None, batches: int = 1) -> list[Array]:
     """The outputs of some batches, one after the other: each output `(batches * batch_size, ...)`."""
     pipeline = build(graph, batch_size, threads=2, prefetch=1, seed=seed, gpu=gpu, state=None)
-    runs = [[np.array(x.as_cpu().as_array()) for x in pipeline.run()[:-1]] for _ in range(batches)]
+    runs = [[np.array(x.as_cpu().as_array()) for x in pipeline.run()[:-2]] for _ in range(batches)]
     return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import test_train
+import running
 import torch
 from mlflow import MlflowClient
 from signals import Array, noise, write_shards
@@ -274,24 +274,13 @@ def test_a_list_that_cannot_be_read_is_one_clear_line(tmp_path, line):
         Quarantine(shards, 0.0)
 
 
-def mark_damaged(shards: ShardSet, row: int) -> None:
-    """Damage that `open_shards` does not see: size and time stay."""
-    tar = shards.root / shards.segments["shard"][row]
-    info, lines = tar.stat(), tar.with_suffix(".idx").read_text().splitlines()
-    words = next(line for line in lines if f" {row:09d}.flac" in line).split()
-    with tar.open("r+b") as file:
-        file.seek(int(words[1]) + 200)
-        file.write(b"no music" * 1000)
-    os.utime(tar, ns=(info.st_atime_ns, info.st_mtime_ns))
-
-
 @pytest.mark.faults
 def test_a_run_and_its_embedding_go_on_without_them(tmp_path, small_shards, capsys, monkeypatch):
     shards = open_shards(Path(shutil.copytree(small_shards, tmp_path / "shards")))
     bad = [0, shards.count("train") + 2]  # one to train on, one to validate
     for row in bad:
-        mark_damaged(shards, row)
-    stopped = test_train.run(test_train.command(tmp_path, shards.root, mlflow__enabled="false"), tmp_path)
+        running.mark_damaged(shards, row)
+    stopped = running.run(running.command(tmp_path, shards.root, mlflow__enabled="false"), tmp_path)
     assert stopped.returncode == 1
     assert re.search(
         r"^error: 1 of \d+ segments do not decode, more than data.max_bad_fraction = 0.01", stopped.stderr, re.M
@@ -299,21 +288,21 @@ def test_a_run_and_its_embedding_go_on_without_them(tmp_path, small_shards, caps
     (tmp_path / "shards/quarantine.csv").unlink()
 
     over = {"data__max_bad_fraction": 0.2, "encoder__epochs": 1}
-    done = test_train.run(test_train.command(tmp_path, shards.root, "--run-name", "on", **over), tmp_path)
+    done = running.run(running.command(tmp_path, shards.root, "--run-name", "on", **over), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [done.stderr.count(f" {row:09d} (") for row in bad] == [1, 1]
     assert sorted(int(line["row"]) for line in listed(shards)) == bad
     run_dir = tmp_path / "runs/on"
-    assert [r["data/quarantined"] for r in test_train.records(run_dir) if "epoch" in r] == [2, 2]
+    assert [r["data/quarantined"] for r in running.records(run_dir) if "epoch" in r] == [2, 2]
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("music_recommendation").experiment_id])
     assert run.data.metrics["data/quarantined"] == 2
 
-    again = test_train.run(test_train.command(tmp_path, shards.root, "--run-name", "again", **over), tmp_path)
+    again = running.run(running.command(tmp_path, shards.root, "--run-name", "again", **over), tmp_path)
     assert (
         f"2 segments that did not decode are left out from the start: see {shards.root}/quarantine.csv" in again.stdout
     )
-    assert test_train.losses(tmp_path / "runs/again") == test_train.losses(run_dir)
+    assert running.losses(tmp_path / "runs/again") == running.losses(run_dir)
 
     table = tmp_path / "e.parquet"
     words = ["embed", "--checkpoint", str(run_dir), "--out", str(table), "--per-segment", "--threads", "1"]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import rank_worker
 import torch
-from test_quarantine import mark_damaged
-from test_train import command, epochs, losses, run, start, wait_for_step
+import torch.distributed as dist
+from running import command, epochs, losses, mark_damaged, run, start, wait_for_step
 
-from simsiam_dali import checkpoint, config
+from simsiam_dali import checkpoint, config, distributed
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World
 from simsiam_dali.errors import UserError
@@ -88,7 +88,7 @@ def test_batches_may_differ_in_size(ranks):
 
 
 def test_each_segment_comes_once_an_epoch_over_all_ranks(ranks, small_shards):
-    """In every epoch; fewer than a step has sit it out, and other ones each time."""
+    """In every epoch; the fewer than a step has that it leaves out are other ones each time."""
     number, result = ranks
     count = open_shards(small_shards).count("train")
     steps = count // rank_worker.SEGMENTS
@@ -115,6 +115,22 @@ def check_whole(run_dir: Path, processes: int) -> None:
     assert settings.encoder.batch_size * processes == 8
     decayed, fixed = (group["lr"] for group in saved["learner"]["optimizer"]["param_groups"])
     assert (decayed, fixed) == pytest.approx(learning_rates(settings, total - 1, total // 3, 8))
+
+
+def test_on_gpus_tensors_of_the_cpu_are_exchanged_too(monkeypatch):
+    """A batch's segments are on the CPU, which NCCL does not take: look at what torch is asked for."""
+    joined = []
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", joined.append)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with distributed.world("gpu") as world:
+        assert (world.rank, world.size, world.gpu) == (1, 2, 1)
+    (backend,) = joined
+    assert dict(part.split(":") for part in backend.split(",")) == {"cpu": "gloo", "cuda": "nccl"}
 
 
 def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_shards):

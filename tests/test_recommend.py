@@ -233,7 +233,7 @@ def test_too_few_ratings(tmp_path, option):
     table, vectors, _ = taste_table(60)
     table.loc[12:, "rating"] = np.nan
     library_file(tmp_path, table, vectors)
-    with pytest.raises(UserError, match=r"4 of 60 songs have a rating.*10.*make_shards.py"):
+    with pytest.raises(UserError, match=r"4 of 60 songs have a rating.*10.*simsiam_dali.pack"):
         chosen(tmp_path, option)
     table["rating"] = np.where(np.arange(60) < 20, 0.5, np.nan)
     library_file(tmp_path, table, vectors)

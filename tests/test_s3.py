@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import test_train
+import running
 import torch
 from pyarrow import fs
 
@@ -21,7 +21,7 @@ from simsiam_dali.distributed import World
 from simsiam_dali.errors import UserError
 
 ADDRESS = "s3://music/sets/one"
-SETTINGS = {**test_train.TINY, "data.max_bad_fraction": 0.2}
+SETTINGS = {**running.TINY, "data.max_bad_fraction": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_run_on_them_is_the_run_on_the_disk(small_shards, tmp_path):
     over = {"mlflow__enabled": "false", "encoder__epochs": 1}
     runs = []
     for name, place in (("disk", small_shards), ("s3", ADDRESS)):
-        done = test_train.run(test_train.command(tmp_path, place, "--run-name", name, **over), tmp_path)
+        done = running.run(running.command(tmp_path, place, "--run-name", name, **over), tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
-        runs.append(test_train.losses(tmp_path / "runs" / name))
+        runs.append(running.losses(tmp_path / "runs" / name))
     assert runs[0] == runs[1]

@@ -1,5 +1,7 @@
 """Finding, decoding, cutting and encoding songs."""
 
+import errno
+import io
 import itertools
 from pathlib import Path
 
@@ -7,16 +9,19 @@ import mutagen
 import numpy as np
 import pytest
 import soundfile as sf
-from small_music import sound, write_audio, write_song
+from small_music import repeat_headers, sound, write_audio, write_song
 
+from simsiam_dali.packing import libsndfile
+from simsiam_dali.packing.decode import decode as decode_song
+from simsiam_dali.packing.ffmpeg import FFmpegAudio
 from simsiam_dali.packing.find import find_songs
 from simsiam_dali.packing.segments import cut_segments, encode, to_int16
-from simsiam_dali.packing.songs import BadSong, NoAudio, Resampler, SongAudio
+from simsiam_dali.packing.songs import BLOCK, BadSong, NoAudio, NotDecodable, Resampler, SongAudio
 
 
 def decode(path: Path, rate: int | None = None) -> tuple[np.ndarray, SongAudio]:
-    audio = SongAudio(path, rate)
-    return np.concatenate(list(audio.blocks())), audio
+    audio, pcm = decode_song(path, rate, lambda song: np.concatenate(list(song.blocks())))
+    return pcm, audio
 
 
 def rms_db(pcm: np.ndarray) -> float:
@@ -104,6 +109,69 @@ def test_what_ffmpeg_cannot_go_on_with_is_kept_so_far_and_told(tmp_path: Path) -
     decoded, audio = decode(chained(tmp_path, ".ogg"), 16000)
     assert len(decoded) == 32000
     assert "cannot be read beyond 2.0 s" in audio.note
+
+
+def test_libsndfile_decodes_what_ffmpeg_refuses(tmp_path: Path) -> None:
+    intact = write_audio(tmp_path / "intact.ogg", sound(1, 8.0, 44100, 2), 44100)
+    twice = repeat_headers(write_audio(tmp_path / "twice.ogg", sound(1, 8.0, 44100, 2), 44100))
+    with pytest.raises(NotDecodable, match="Invalid data"):
+        list(FFmpegAudio(twice).blocks())
+    expected, by_ffmpeg = decode(intact, 16000)
+    found, by_libsndfile = decode(twice, 16000)
+    assert np.abs(found - expected).max() < 1e-6
+    assert by_ffmpeg.note == ""
+    assert by_libsndfile.note.startswith("decoded by libsndfile: with FFmpeg it does not open as audio (Invalid data")
+    for name in ("sample_rate", "source_rate", "channels", "declared", "seconds"):
+        assert getattr(by_libsndfile, name) == getattr(by_ffmpeg, name)
+
+
+def test_libsndfile_gets_no_say_where_it_decodes_no_more(tmp_path: Path) -> None:
+    """A lost page: soundfile on its own repeats audio there, so that the length comes out right."""
+    path = write_audio(tmp_path / "a.ogg", sound(1, 8.0, 44100, 2), 44100)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(8192) + content[len(content) // 2 + 8192 :])
+    by_ffmpeg, by_libsndfile = FFmpegAudio(path), libsndfile.LibsndfileAudio(path)
+    for audio in (by_ffmpeg, by_libsndfile):
+        assert max(map(len, audio.blocks())) < 2 * BLOCK
+    assert by_ffmpeg.seconds == pytest.approx(by_libsndfile.seconds, abs=0.05)
+    assert by_ffmpeg.seconds < 7.7
+    _, audio = decode(path)
+    assert isinstance(audio, FFmpegAudio)
+    assert audio.note == by_ffmpeg.note == f"truncated: {audio.seconds:.1f} of 8.0 s"
+
+
+def test_the_longer_of_two_decodings_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_audio(tmp_path / "a.flac", sound(1, 8.0))
+    expected, _ = decode(path)
+    whole = FFmpegAudio._decoded
+    monkeypatch.setattr(FFmpegAudio, "_decoded", lambda self: itertools.islice(whole(self), 1))
+    found, audio = decode(path)
+    assert np.abs(found - expected).max() < 1e-6
+    assert audio.note == f"decoded by libsndfile: FFmpeg gives only {BLOCK / 22050:.1f} s of it"
+
+
+def test_mpeg_audio_is_left_to_ffmpeg(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_audio(tmp_path / "a.mp3", sound(1, 8.0))
+    path.write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(NotDecodable, match="MPEG"):
+        list(libsndfile.LibsndfileAudio(path).blocks())
+    _, audio = decode(path)
+    assert audio.note.startswith("truncated")
+    assert capfd.readouterr().err == ""  # mpg123 would warn there
+
+
+def test_a_disk_that_fails_is_not_the_end_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FailingDisk(io.FileIO):
+        def readinto(self, buffer) -> int | None:
+            if self.tell() > 20_000:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().readinto(buffer)
+
+    path = repeat_headers(write_audio(tmp_path / "a.ogg", sound(1, 8.0, 44100, 2), 44100))
+    monkeypatch.setattr(libsndfile, "_File", type("File", (libsndfile._File, FailingDisk), {}))
+    with pytest.raises(BadSong, match="cannot be read: Input/output error") as caught:
+        decode(path)
+    assert caught.value.transient
 
 
 def test_samples_beyond_full_scale_are_told(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from signals import frequency, noise, tone
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import material
 import report
 import throughput
 from baselines import Segments
@@ -121,6 +122,78 @@ def test_baselines_give_the_segments_of_the_training_split(tiny: Config, kind: s
     assert set(ids) <= train
     if kind != "baseline/gpu_full":  # webdataset's resampled shards draw with replacement
         assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("kind", ["loader/read", "loader/decode", "loader/all", "train"])
+def test_what_a_stage_decodes_is_counted_where_it_is_decoded(tiny: Config, kind: str) -> None:
+    """Two epochs whose segments are no whole number of batches: each segment given was decoded, and no other."""
+    total = open_shards(tiny.data.shards).count("train")
+    assert total % 5
+    stage = open_stage(Spec(kind, settings.changed(tiny, encoder__batch_size=5), "cpu", 1))
+    window = timed_window(stage, 0.0, batches=2 * (total // 5))
+    assert window.decoded == len(window.segments)
+    assert summary([window], 1.0)["decoded_over_given"] == 1
+
+
+def test_a_stage_that_decodes_more_than_it_gives_says_so() -> None:
+    windows = [Window([0] * 100, 1.0, None, 1, 1, 0, 0, decoded) for decoded in (100, 110)]
+    assert summary(windows, 1.0)["decoded_over_given"] == 1.05
+    assert "decoded_over_given" not in summary([Window([0], 1.0, None, 1, 1, 0, 0)], 1.0)
+
+
+# --- the material
+
+
+@pytest.mark.parametrize(
+    ("sizes", "segments"), [({16}, 256), ({16, 128}, 2048), ({4, 16, 64}, 1024), ({24, 16}, 384), ({100, 99}, 9900)]
+)
+def test_the_material_is_whole_batches_and_enough_of_them(sizes: set[int], segments: int) -> None:
+    assert material.enough_segments(sizes) == segments
+
+
+def test_batch_sizes_without_a_near_common_multiple_leave_one_batch_over() -> None:
+    assert material.enough_segments({127, 128, 125}) == 16 * 128
+
+
+@pytest.mark.parametrize(
+    ("options", "segments"),
+    [
+        ([], 256),
+        (["--batch-size", "40"], 640),
+        (["--sweep", "batch"], 1024),
+        (["--stages", "loader/card", "baseline/light"], 256),
+        (["--stages", "train", "--set", "encoder.batch_size=48"], 768),
+    ],
+)
+def test_the_command_asks_for_material_for_what_it_measures(
+    options: list[str], segments: int, small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[int] = []
+    monkeypatch.setattr(material, "packed_generated", lambda least, *_: (asked.append(least), small_shards)[1])
+    throughput.Bench(throughput.build_parser().parse_args(["--device", "cpu", *options]))
+    assert asked == [segments]
+
+
+def test_generated_songs_are_songs_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two have the same audio, or the packer would take them for one; all formats of the composed ones come."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(material, "COMPOSED", 4)
+    monkeypatch.setattr(material, "SONG_SECONDS", (6.0, 6.0))
+    monkeypatch.setattr(material, "_SEGMENT_SECONDS", 3.0)
+    shards = open_shards(material.packed_generated(20, 2))
+    assert shards.count("train") == 20
+    assert shards.songs["audio_hash"].nunique() == 10
+    assert {Path(path).suffix for path in shards.songs["path"]} == {".flac", ".ogg", ".mp3", ".wav"}
+    again = material.packed_generated(20, 2)
+    assert open_shards(again).fingerprint == shards.fingerprint
+
+
+def test_too_few_segments_are_said_in_one_line(small_shards: Path, capsys: Any) -> None:
+    throughput.Bench(throughput.build_parser().parse_args(["--device", "cpu", "--shards", str(small_shards)]))
+    (line,) = capsys.readouterr().err.splitlines()
+    count = open_shards(small_shards).count("train")
+    assert line.startswith(f"warning: {count} training segments are fewer than 16 batches of 16")
 
 
 def test_the_sums_are_the_windows() -> None:
@@ -278,6 +351,7 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
         assert 0 < entry["low"] <= entry["samples_per_s"] <= entry["high"]
         assert entry["windows"] == 5
         assert entry["samples"] % 4 == 0
+        assert entry["decoded_over_given"] == 1
         assert entry["host_peak_bytes"] >= max(entry["host_bytes"]) > 0
     names = {"card_over_light", "all_over_full", "train_over_slower", "data_wait_share"}
     assert doc["ratios"].keys() == names

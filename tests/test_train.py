@@ -15,77 +15,10 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from running import TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
 
-from simsiam_dali import checkpoint, config, factory, memory
-from simsiam_dali.errors import UserError
+from simsiam_dali import checkpoint, config, factory
 from simsiam_dali.schedule import learning_rates
-
-TINY = {
-    "data.view_seconds": 1.5,
-    "data.view_crops": "independent",
-    "data.threads": 1,
-    "data.stats_segments": 8,
-    "encoder.epochs": 3,
-    "encoder.batch_size": 4,
-    "encoder.simsiam.backbone": "resnet18",
-    "encoder.simsiam.projection_dim": 32,
-    "encoder.simsiam.predictor_hidden_dim": 8,
-    "encoder.simsiam.n_mels": 16,
-    "encoder.simsiam.augmentation.frequency_mask_param": 4,
-    "encoder.simsiam.augmentation.time_mask_param": 10,
-    "train.device": "cpu",
-    "train.log_every": 1,
-}
-
-
-def command(folder: Path, shards: Path, *options: str, **over: object) -> list[str]:
-    """`python -m simsiam_dali.train` with tiny settings, everything it writes below `folder`."""
-    values = {
-        **TINY,
-        "data.shards": shards,
-        "train.runs_dir": folder / "runs",
-        "mlflow.tracking_uri": f"sqlite:///{folder}/mlflow.db",
-        **{k.replace("__", "."): v for k, v in over.items()},
-    }
-    sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
-    return [sys.executable, "-m", "simsiam_dali.train", *sets, *options]
-
-
-def run(args: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run to the end, in `folder`, with one torch thread so that tests do not disturb each other."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
-
-
-def start(args: list[str], folder: Path) -> subprocess.Popen[str]:
-    """The same, left running."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(args, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def train(folder: Path, shards: Path, *options: str, **over: object) -> Path:
-    """Train to the end without MLflow; the run's folder."""
-    done = run(command(folder, shards, *options, mlflow__enabled="false", **over), folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (run_dir,) = (folder / "runs").iterdir()
-    return run_dir
-
-
-def records(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    """Step -> training loss; a step written twice would show as a shorter dictionary than list."""
-    pairs = [(r["step"], r["loss"]) for r in records(run_dir) if "loss" in r]
-    assert len(dict(pairs)) == len(pairs)
-    return dict(pairs)
-
-
-def epochs(run_dir: Path) -> list[dict]:
-    """The epoch records without what depends on the clock."""
-    timed = ("throughput/samples_per_s", "throughput/data_wait_share", "training_time_hours")
-    return [{k: v for k, v in r.items() if k not in timed} for r in records(run_dir) if "epoch" in r]
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +35,6 @@ def test_one_seed_gives_the_same_losses_and_another_does_not(whole, tmp_path, sm
     (tmp_path / "other").mkdir()
     other = train(tmp_path / "other", small_shards, "--seed", "1", encoder__epochs=1)
     assert losses(other)[1] != losses(whole)[1]
-
-
-def wait_for_step(process: subprocess.Popen[str], run_parent: Path, step: int) -> None:
-    """Until the journal holds the loss of `step`."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        for path in run_parent.glob("*/metrics.jsonl"):
-            if any(f'"step": {step}, "loss"' in line for line in path.read_text().splitlines()):
-                return
-        time.sleep(0.01)
-    raise AssertionError(f"never came to step {step}: {process.communicate()[1][-2000:]}")
 
 
 @pytest.mark.parametrize("checkpoint_every", [0, 2])
@@ -262,7 +184,8 @@ finally:
 def test_no_epoch_leaves_a_data_graph_behind(tmp_path, small_shards):
     script = """
 import gc, sys
-from simsiam_dali import journal, train
+from simsiam_dali import journal, train, validation
+validation.KEPT_BYTES = 0  # as with a large library, the graphs are made anew each time
 gc.set_threshold(100_000_000)  # only what the run itself collects
 line = journal.epoch_line
 def told(record, epochs):
@@ -279,24 +202,13 @@ sys.exit(train.main())
     assert len(set(counts)) == 1
 
 
-def refusal(args: list[str], folder: Path, **environment: str) -> str:
-    """The one line that ended a command; it must be one, and no traceback."""
-    done = run(args, folder, **environment)
-    assert done.returncode == 1, done.stderr[-2000:] + done.stdout[-500:]
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert "Traceback" not in done.stderr
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], done.stderr
-    assert not (folder / "runs").exists()
-    return lines[-1]
-
-
 def changed_shards(folder: Path, shards: Path) -> Path:
     shutil.copytree(shards, folder / "shards")
     return folder / "shards"
 
 
 def test_refused_no_shards(tmp_path):
-    assert "no such folder; make them with tools/make_shards.py" in refusal(
+    assert "no such folder; make them with python -m simsiam_dali.pack" in refusal(
         command(tmp_path, tmp_path / "nowhere"), tmp_path
     )
     (tmp_path / "empty").mkdir()
@@ -333,19 +245,6 @@ def test_refused_a_batch_larger_than_the_data_set(tmp_path, small_shards):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_refused_a_gpu_that_is_not_there(tmp_path, small_shards):
     assert "no CUDA device" in refusal(command(tmp_path, small_shards, train__device="gpu"), tmp_path)
-
-
-def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
-    encoder = factory.create_encoder(config.load(assignments=["encoder.simsiam.backbone=resnet18"]))
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 4 << 30)
-    shapes = [(128, 1876)] * 2
-    with pytest.raises(UserError, match=r"a batch of 512 needs about .* use --batch-size \d+ or less") as e:
-        memory.check_fits(encoder, 512, shapes, False, torch.device("cpu"))
-    largest = int(str(e.value).split("--batch-size ")[1].split()[0])
-    memory.check_fits(encoder, largest, shapes, False, torch.device("cpu"))
-    with pytest.raises(UserError):
-        memory.check_fits(encoder, largest + 1, shapes, False, torch.device("cpu"))
-    memory.check_fits(encoder, 2 * largest, shapes, True, torch.device("cpu"))  # half precision, half the memory
 
 
 def test_refused_a_server_that_does_not_answer(tmp_path, small_shards):

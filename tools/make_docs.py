@@ -11,14 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import make_shards
-
-from simsiam_dali import compare, config, embed, evaluate, export, hpo, recommend, train
+from simsiam_dali import compare, config, embed, evaluate, export, hpo, pack, recommend, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
 COMMANDS: dict[str, ModuleType] = {
-    "make_shards": make_shards,
+    "pack": pack,
     "train": train,
     "hpo": hpo,
     "compare": compare,

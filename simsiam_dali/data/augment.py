@@ -13,10 +13,9 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from nvidia.dali import fn, math, types
-from nvidia.dali.data_node import DataNode
 
 from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.data.dali import DataNode, fn, math, types
 
 DECAY_60_DB = np.log(1e6)
 """Energy falls by 60 dB when its exponent falls by ln(10^6)."""

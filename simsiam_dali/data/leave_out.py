@@ -16,15 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-from nvidia.dali import pipeline_def
-from nvidia.dali.data_node import DataNode
 
+from simsiam_dali.data.dali import DataNode, pipeline_def
 from simsiam_dali.data.pipeline import Graph, Pipeline, Source, build, read
 from simsiam_dali.data.shards import Members, index_text, read_index
 from simsiam_dali.errors import UserError
 
 
-def reason_of(error: RuntimeError) -> str:
+def reason_of(error: Exception) -> str:
     """What DALI's error says, in one line: where in the graph, then "encountered:", then what."""
     return str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
 
@@ -154,12 +153,12 @@ def _unsound(graph: Graph, lines: Mapping[int, tuple[str, Members]], seed: int) 
                 num_shards=1,
                 shuffle_buffer=0,
             )
-            alone = dataclasses.replace(graph, source=source, mode=mode)
+            alone = dataclasses.replace(graph, source=source, mode=mode, epoch=None)
             pipeline = build(alone, 1, 1, 1, seed, None, state=None)
             for row in left.copy():
                 left.remove(row)
                 try:
-                    data, its_row, total = (torch.from_dlpack(x.as_tensor()) for x in pipeline.run())
+                    data, its_row, total, _ = (torch.from_dlpack(x.as_tensor()) for x in pipeline.run())
                 except RuntimeError as e:
                     yield row, reason_of(e)
                     break  # DALI's graph does not go on after an error

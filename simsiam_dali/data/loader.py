@@ -1,12 +1,15 @@
 """The DALI graph as a torch iterator: one `for` loop is one epoch; its place is saved and restored exactly.
 
 An epoch is one turn of the data, shared by the ranks. A shuffled loader (training) gives the whole batches in it: no
-segment comes twice in an epoch, and the few that fill no batch, others each time, sit it out. An ordered loader
-(validation, embedding) gives each segment of this rank's part once; only its last batch is smaller. A segment that no
-longer decodes is left out of its batch.
+segment comes twice in an epoch, and the few that fill no batch, different ones each time, are read but not decoded. An
+ordered loader (validation, embedding) gives each segment of this rank's part once; only its last batch is smaller. A
+segment that no longer decodes is left out of its batch.
 """
 
+import ctypes
 import dataclasses
+import gc
+import re
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,13 +17,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simsiam_dali.data.dali import backend
 from simsiam_dali.data.leave_out import build_without, damaged, reason_of
-from simsiam_dali.data.pipeline import Graph, LogMel
+from simsiam_dali.data.pipeline import Epoch, Graph, LogMel
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.errors import UserError
 
+OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|cudaErrorMemoryAllocation|allocation failed|cannot allocate", re.I)
+CUDA_FAULT = re.compile(r"(CUDA|cuFFT|NPP|NVML)[^\n]*error[^\n]*", re.I)
+
 PLACE_SECONDS = 1.0
 """How often the graph's state is kept while it runs, s: after an error, so much is decoded again at most."""
+
+
+def device_fault(error: Exception, batch_size: int) -> str | None:
+    """What to tell where memory or the GPU is to blame for the graph's error, and no segment; None otherwise."""
+    text = str(error)
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        memory = "GPU" if "cuda" in text.lower() else "host"
+        return (
+            f"the data graph ran out of {memory} memory with batches of {batch_size}: use --batch-size"
+            f" {max(1, batch_size // 2)}, or shorter views (--set data.view_seconds=...)"
+        )
+    found = CUDA_FAULT.search(text)
+    return f"the data graph stopped, and the GPU or its driver is to blame: {found[0].strip()}" if found else None
 
 
 class Batch(NamedTuple):
@@ -41,10 +61,11 @@ class Single(NamedTuple):
 class Loader:
     """Iterates over `count` segments of a `Graph` in batches.
 
-    count: segments in the split, over all ranks. gpu: CUDA device number, None for the CPU. quarantine: where a segment
-    that no longer decodes goes; the batches that it was to be in are smaller by it, everything else stays as it was.
-    Raises UserError when a shuffled loader could not fill one batch, when too many segments are bad, and, without a
-    quarantine, at the first.
+    count: segments in the split, over all ranks. group: a shuffled epoch holds a whole number of groups of so many
+    batches, such as those whose gradients make one step. gpu: CUDA device number, None for the CPU. quarantine: where a
+    segment that no longer decodes goes; the batches that it was to be in are smaller by it, everything else stays as it
+    was. Raises UserError when a shuffled loader could not fill one group, when too many segments are bad, and, without
+    a quarantine, at the first.
     """
 
     def __init__(
@@ -57,22 +78,26 @@ class Loader:
         seed: int,
         gpu: int | None = None,
         quarantine: Quarantine | None = None,
+        group: int = 1,
     ) -> None:
         ranks, rank = graph.source.num_shards, graph.source.shard_id
-        self.graph, self.batch_size, self.gpu, self.quarantine = graph, batch_size, gpu, quarantine
+        self.batch_size, self.gpu, self.quarantine = batch_size, gpu, quarantine
         self.shuffled = graph.source.shuffle_buffer > 0
         # DALI gives rank r the samples from count * r // ranks on, and pads every rank to the longest part.
         self.count = count * (rank + 1) // ranks - count * rank // ranks
         longest = -(-count // ranks)
         self._turn = -(-longest // batch_size)  # batches that the graph gives before it begins again
-        self.steps = count // (batch_size * ranks) if self.shuffled else self._turn
+        self.steps = count // (batch_size * group * ranks) * group if self.shuffled else self._turn
         if self.steps == 0:
             each = f" on each of {ranks} processes" if ranks > 1 else ""
             raise UserError(
-                f"a batch of {batch_size}{each} is larger than the data set ({count} segments): use --batch-size"
-                f" {max(1, count // ranks)} or less, or pack more songs"
+                f"a batch of {batch_size * group}{each} is larger than the data set ({count} segments): use"
+                f" --batch-size {max(1, count // ranks)} or less, or pack more songs"
             )
+        epoch = Epoch(self.steps, self._turn) if self.steps < self._turn else None
+        self.graph = dataclasses.replace(graph, epoch=epoch)
         self.settings = (batch_size, threads, prefetch)
+        self.decoded = 0  # segments that the graph decoded for all batches so far, of any epoch
         self.step = 0  # batches of this epoch already given
         self.left_out = set(quarantine.rows) if quarantine else set[int]()
         # Where to come back to: DALI's graph is lost with an error, and then cannot say where it was.
@@ -102,7 +127,7 @@ class Loader:
                 outputs = [x[keep.to(x.device)] for x in outputs]
             yield Batch(*outputs) if self.graph.mode == "views" else Single(*outputs)
         for _ in range(self._turn - self.steps):
-            self._run()  # what is left of the turn, and fills no batch of every rank
+            self._run()  # what is left of the turn, and fills no batch of every rank: read, not decoded
         self.step = 0
 
     def endless(self) -> Iterator[Any]:
@@ -117,20 +142,23 @@ class Loader:
         searched = False
         while True:
             try:
-                outputs, total = self._outputs()
+                outputs, total, samples = self._outputs()
                 outputs[-1] = outputs[-1].reshape(-1)
                 if bool(total.isfinite().all()) and self._known(outputs[-1]):
                     self._since += 1
+                    self.decoded += int((samples > 0).sum())
                     return outputs
                 reason = "a segment holds values that are not finite, or a row that is not in the table"
-            except RuntimeError as e:
+            except (RuntimeError, MemoryError) as e:
+                if fault := device_fault(e, self.batch_size):
+                    raise UserError(fault) from e
                 reason = reason_of(e)
             found = self._damaged() if self.quarantine else {}
             # What nobody can find may have passed, such as a network's fault: one more try.
             if not self.quarantine or (not found and searched):
                 raise UserError(
                     f"the data graph stopped ({reason}): a segment of the shards may be damaged; check with"
-                    " tools/make_shards.py --verify"
+                    " python -m simsiam_dali.pack --verify"
                 )
             searched = True
             self.quarantine.add(found)
@@ -145,12 +173,12 @@ class Loader:
         """Whether `rows (B,)` are of segments, or mark a stand-in: others are read from damaged bytes."""
         return self.quarantine is None or bool((torch.isin(rows, self._marks) | self.quarantine.holds(rows)).all())
 
-    def _outputs(self) -> tuple[list[Tensor], Tensor]:
-        """What the graph gives next, and the sums that tell whether it is finite."""
+    def _outputs(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """What the graph gives next, the sums that tell whether it is finite, and how much was decoded."""
         stream = torch.cuda.current_stream(self.gpu) if self.gpu is not None else None
         # No copy: the dynamic executor hands its buffers over, and gets them back when torch drops the tensors.
-        *outputs, total = [torch.from_dlpack(x.as_tensor()) for x in self.pipeline.run(stream)]
-        return outputs, total
+        *outputs, total, samples = [torch.from_dlpack(x.as_tensor()) for x in self.pipeline.run(stream)]
+        return outputs, total, samples
 
     def _damaged(self) -> dict[int, str]:
         """The rows of the batch that failed which do not decode, with reasons."""
@@ -186,6 +214,17 @@ class Loader:
         self.step, self.seed = state["step"], state["seed"]
         self.left_out |= set(state["left_out"])
         self._build(state["pipeline"])
+
+
+def release_memory() -> None:
+    """Give back what loaders that are no longer used held: graphs, DALI's pools on the GPU and in pinned memory, holes.
+
+    DALI's pipelines are reference cycles: left to Python's own rhythm, those of some 25 epochs wait in memory. glibc
+    keeps the holes they leave, more of them every epoch (docs/reliability.md).
+    """
+    gc.collect()
+    backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure_log_mel(loader: Loader, segments: int) -> LogMel:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, math, pipeline_def, types
-from nvidia.dali.data_node import DataNode
 
 from simsiam_dali.config import AugmentationConfig
 from simsiam_dali.data import augment
+from simsiam_dali.data.dali import DataNode, Pipeline, fn, math, pipeline_def, types
 
 FLOOR_DB = -100.0
 """Log-mel floor: `AmplitudeToDB(amin=1e-10)`."""
@@ -63,8 +62,23 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Epoch:
+    """The reader gives its segments in `turn` batches; the first `used` are an epoch, the others are only read."""
+
+    used: int
+    turn: int
+
+    def uses(self, batch: int) -> bool:
+        """Whether the `batch`-th of all batches, from 0, belongs to an epoch."""
+        return batch % self.turn < self.used
+
+
+@dataclass(frozen=True)
 class Graph:
-    """Everything that shapes the graph. seconds: length of a view. augmentation, crops: read by mode "views" only."""
+    """Everything that shapes the graph. seconds: length of a view. augmentation, crops: read by mode "views" only.
+
+    epoch: which batches are decoded; None decodes all.
+    """
 
     source: Source
     log_mel: LogMel
@@ -72,6 +86,7 @@ class Graph:
     seconds: float
     augmentation: AugmentationConfig
     crops: Literal["same", "independent"] = "same"
+    epoch: Epoch | None = None
 
 
 def power_spectrogram(wave: DataNode, spec: LogMel) -> DataNode:
@@ -137,10 +152,9 @@ def at_front_end_rate(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
     return fn.slice(wave, start=start, end=end, axes=[0], out_of_bounds_policy="pad")
 
 
-def clean_view(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
-    """The view `(n_mels, T)` without any augmentation."""
-    mel = mel_power(power_spectrogram(at_front_end_rate(wave, rate, graph), graph.log_mel), graph.log_mel)
-    return fn.transpose(normalised(mel, graph.log_mel), perm=[1, 0])
+def clean_view(wave: DataNode, spec: LogMel) -> DataNode:
+    """The log-mel `(T, n_mels)` of `wave (N,)`, at the front end's rate, without any augmentation."""
+    return normalised(mel_power(power_spectrogram(wave, spec), spec), spec)
 
 
 def spectrum(wave: DataNode, graph: Graph) -> DataNode:
@@ -159,7 +173,7 @@ def noisy_spectrum(wave: DataNode, draws: augment.Draws, bank: DataNode | None, 
 
 
 def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> DataNode:
-    """A view `(n_mels, T)` from the `spectrum` of its place: pitch, shift, tempo, reverb, gain, log, masks."""
+    """A view `(T, n_mels)` from the `spectrum` of its place: pitch, shift, tempo, reverb, gain, log, masks."""
     spec, cfg, mel = graph.log_mel, graph.augmentation, spectrum
     frames, hop_seconds = spec.frames(graph.seconds), spec.hop_length / spec.sample_rate
     if cfg.pitch_shift_prob > 0:
@@ -176,18 +190,17 @@ def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> D
     if cfg.reverb_prob > 0 and draws.reverberant:
         mel = augment.reverb(mel, draws.rt60, draws.drr_db, cfg.reverb_rt60_range[1], hop_seconds, gpu)
     mel = augment.gain(mel, draws.gain_db)
-    log_mel = augment.spec_augment(normalised(mel, spec), draws)
-    return fn.transpose(log_mel, perm=[1, 0])
+    return augment.spec_augment(normalised(mel, spec), draws)
 
 
 def two_views(
     waves: tuple[DataNode, DataNode],
-    draws: tuple[augment.Draws, augment.Draws],
+    draws: tuple[augment.Draws, ...],
     bank: DataNode | None,
     graph: Graph,
     gpu: bool,
 ) -> tuple[DataNode, DataNode]:
-    """Two augmented views `(n_mels, T)` of `waves (N,)`, the places that they show, at the front end's rate.
+    """Two augmented views `(T, n_mels)` of `waves (N,)`, the places that they show, at the front end's rate.
 
     Where both show one place and neither is noisy, they share its STFT, the dearest part of a view.
     """
@@ -237,18 +250,89 @@ def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
     return segments
 
 
+def is_used(epoch: Epoch, batch_size: int) -> DataNode:
+    """BOOL, the same for a whole batch: whether it belongs to an epoch. Follows a checkpoint of the pipeline."""
+
+    def of_batch(batch: int) -> np.ndarray:
+        return np.full(batch_size, epoch.uses(batch))
+
+    return fn.external_source(source=of_batch, dtype=types.BOOL, ndim=0)
+
+
+def nothing(mode: str, device: str) -> tuple[DataNode, ...]:
+    """What stands for the data, total and samples of a batch that is not decoded."""
+    size = (1,) if mode == "raw" else (1, 1)
+    data = types.Constant(np.zeros(size, np.float32), device=device)
+    total = types.Constant(np.float32(0), device="cpu")
+    samples = types.Constant(np.int32(0), device="cpu")
+    return (*[data] * (2 if mode == "views" else 1), total, samples)
+
+
+@dataclass(frozen=True)
+class _Randomness:
+    """What a batch draws before it is known whether it is used, so that every batch draws the same number of times."""
+
+    crops: tuple[DataNode | float, ...]  # where each view starts, 0 to 1 of the way
+    draws: tuple[augment.Draws, ...]  # of each view, in mode "views"
+
+
+def randomness(graph: Graph, seed: int) -> _Randomness:
+    """The crops' places and the augmentations' draws. seed: of this rank."""
+
+    def anywhere(name: str) -> DataNode:
+        return augment.uniform(0.0, 1.0, augment.stream(seed, name))
+
+    def drawn(view: int) -> augment.Draws:
+        frames, view_seed = graph.log_mel.frames(graph.seconds), augment.stream(seed, f"view {view}")
+        return augment.draw(graph.augmentation, frames, graph.log_mel.n_mels, view_seed)
+
+    if graph.mode == "views":
+        crop1 = anywhere("crop 1")
+        crop2 = anywhere("crop 2") if graph.crops == "independent" else crop1
+        return _Randomness((crop1, crop2), (drawn(1), drawn(2)))
+    crop = 0.5 if graph.source.shuffle_buffer == 0 else anywhere("crop")
+    return _Randomness((crop,), ())
+
+
 def build(
     graph: Graph, batch_size: int, threads: int, prefetch: int, seed: int, gpu: int | None, state: str | None
 ) -> Pipeline:
-    """Build the pipeline. Outputs: [view1, view2, row, total] in mode "views", [view or wave, row, total] otherwise.
+    """Build the pipeline. Outputs: [view1, view2, row, total, samples] in mode "views", [view or wave, ...] otherwise.
 
-    total, on the CPU: the sum of each decoded segment, which is finite only where all of the segment is.
+    total, on the CPU: the sum of each decoded segment, which is finite only where all of the segment is. samples, on
+    the CPU, INT32: its length as it was decoded; 0 in a batch outside `graph.epoch`, whose data is of size 1.
 
     gpu: CUDA device number, or None for the CPU alone. state: a `pipeline.checkpoint()` to go on from.
     The draws' seed differs by rank, the reader's must not: all ranks have to agree on the order they share.
     """
     on_gpu = gpu is not None
+    device = "gpu" if on_gpu else "cpu"
     noise = noise_bank(graph, seed) if graph.mode == "views" else None
+
+    def decoded(encoded: DataNode, random: _Randomness) -> tuple[DataNode, ...]:
+        """The data of the mode, time before frequency, then total and samples."""
+        wave, decoded_rate = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
+        total, samples = fn.reductions.sum(wave), wave.shape(dtype=types.INT32)[0]
+        rate = decoded_rate
+        if not graph.source.native_rate:
+            rate = types.Constant(np.float32(graph.log_mel.sample_rate), device="cpu")
+        if on_gpu:
+            wave = wave.gpu()
+
+        def crop(at: DataNode | float) -> DataNode:
+            return band_limited(place(wave, rate, graph, at), rate, graph, on_gpu)
+
+        first = at_front_end_rate(crop(random.crops[0]), rate, graph)
+        if graph.mode == "raw":
+            return first, total, samples
+        if graph.mode == "clean":
+            return clean_view(first, graph.log_mel), total, samples
+        second = first
+        if graph.crops == "independent":
+            second = at_front_end_rate(crop(random.crops[1]), rate, graph)
+        # One bank for both views: DALI keeps a copy of a constant for each sample of the batch.
+        bank = None if noise is None else types.Constant(noise, device=device)
+        return (*two_views((first, second), random.draws, bank, graph, on_gpu), total, samples)
 
     @pipeline_def(
         batch_size=batch_size,
@@ -261,37 +345,17 @@ def build(
     )
     def define() -> tuple[DataNode, ...]:
         encoded, row = read(graph.source, seed)
-        wave, decoded_rate = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
-        total = fn.reductions.sum(wave)
-        rate = decoded_rate
-        if not graph.source.native_rate:
-            rate = types.Constant(np.float32(graph.log_mel.sample_rate), device="cpu")
-        if on_gpu:
-            wave = wave.gpu()
-        draw_seed = augment.stream(seed, f"rank {graph.source.shard_id}")
-
-        def anywhere(name: str) -> DataNode:
-            return augment.uniform(0.0, 1.0, augment.stream(draw_seed, name))
-
-        def crop(at: DataNode | float) -> DataNode:
-            return band_limited(place(wave, rate, graph, at), rate, graph, on_gpu)
-
-        def drawn(view: int) -> augment.Draws:
-            frames, view_seed = graph.log_mel.frames(graph.seconds), augment.stream(draw_seed, f"view {view}")
-            return augment.draw(graph.augmentation, frames, graph.log_mel.n_mels, view_seed)
-
-        if graph.mode == "views":
-            first = at_front_end_rate(crop(anywhere("crop 1")), rate, graph)
-            second = first
-            if graph.crops == "independent":
-                second = at_front_end_rate(crop(anywhere("crop 2")), rate, graph)
-            # One bank for both views: DALI keeps a copy of a constant for each sample of the batch.
-            bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
-            draws = drawn(1), drawn(2)
-            return (*two_views((first, second), draws, bank, graph, on_gpu), row, total)
-        cropped = crop(0.5 if graph.source.shuffle_buffer == 0 else anywhere("crop"))
-        single = clean_view if graph.mode == "clean" else at_front_end_rate
-        return single(cropped, rate, graph), row, total
+        random = randomness(graph, augment.stream(seed, f"rank {graph.source.shard_id}"))
+        if graph.epoch is None:  # noqa: SIM114 - a condition of Python, and then one of the graph
+            outputs = decoded(encoded, random)
+        elif is_used(graph.epoch, batch_size):
+            outputs = decoded(encoded, random)
+        else:
+            outputs = nothing(graph.mode, device)
+        *data, total, samples = outputs
+        if graph.mode != "raw":
+            data = [fn.transpose(x, perm=[1, 0]) for x in data]
+        return (*data, row, total, samples)
 
     pipeline = define(checkpoint=state)
     pipeline.build()

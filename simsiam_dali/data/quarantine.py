@@ -85,7 +85,8 @@ class Quarantine:
         if len(self.rows) > self.limit * total:
             raise UserError(
                 f"{len(self.rows)} of {total} segments do not decode, more than data.max_bad_fraction = {self.limit:g}:"
-                f" {self.names(self.rows)}; all are in {self.path}: see tools/make_shards.py --verify, and pack again"
+                f" {self.names(self.rows)}; all are in {self.path}: see"
+                " python -m simsiam_dali.pack --verify, and pack again"
             )
 
     def describe(self, row: int) -> tuple[str, str, str]:

@@ -182,7 +182,7 @@ def open_shards(root: Path | str) -> ShardSet:
         if problem := changed(root / name, packed):
             if read_manifest(root) != manifest:  # replaced by a packer while we looked
                 return open_shards(root)
-            raise UserError(f"{root / name} {problem}: pack again with tools/make_shards.py")
+            raise UserError(f"{root / name} {problem}: pack again with python -m simsiam_dali.pack")
     shards = ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS))
     return _fitting(shards)
 
@@ -190,7 +190,7 @@ def open_shards(root: Path | str) -> ShardSet:
 def _open_remote(address: str) -> ShardSet:
     remote = s3.Remote(address)
     if MANIFEST not in remote.sizes:
-        raise UserError(f"no shards at {address}: put what tools/make_shards.py writes there")
+        raise UserError(f"no shards at {address}: put what python -m simsiam_dali.pack writes there")
     content = remote.read(MANIFEST)
     root = remote.folder(content)
     remote.fetch([MANIFEST], root)
@@ -210,7 +210,7 @@ def _open_remote(address: str) -> ShardSet:
 
 def _fitting(shards: ShardSet) -> ShardSet:
     if problem := next(_unfit(shards), None):
-        raise UserError(f"{problem}: pack again with tools/make_shards.py --replace")
+        raise UserError(f"{problem}: pack again with python -m simsiam_dali.pack --replace")
     return shards
 
 
@@ -248,7 +248,7 @@ def _end_of(line: str) -> int:
 def read_manifest(root: Path) -> Manifest:
     """The manifest of `root`, after finishing a replacement that was cut short."""
     if not root.is_dir():
-        raise UserError(f"no shards at {root}: no such folder; make them with tools/make_shards.py MUSIC_DIR")
+        raise UserError(f"no shards at {root}: no such folder; make them with python -m simsiam_dali.pack MUSIC_DIR")
     finish_commit(root)
     try:
         content = (root / MANIFEST).read_bytes()
@@ -262,12 +262,12 @@ def read_manifest(root: Path) -> Manifest:
                 raise ValueError(f"{strangers[0]!r} is no plain file name")  # it must not lead out of the folder
             return manifest
     except FileNotFoundError:
-        raise UserError(f"no shards in {root}: make them with tools/make_shards.py MUSIC_DIR") from None
+        raise UserError(f"no shards in {root}: make them with python -m simsiam_dali.pack MUSIC_DIR") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{root / MANIFEST} is damaged: pack again with tools/make_shards.py --replace") from e
+        raise UserError(f"{root / MANIFEST} is damaged: pack again with python -m simsiam_dali.pack --replace") from e
     raise UserError(
         f"{root} holds shards of format version {version}, this program reads {FORMAT_VERSION}: "
-        "pack again with tools/make_shards.py --replace"
+        "pack again with python -m simsiam_dali.pack --replace"
     )
 
 
@@ -345,7 +345,7 @@ def read_index(path: Path) -> list[Members]:
         if head != f"v1.2 {len(samples)}" or any(min(o, s) < 0 for of in samples for o, s, _ in of.values()):
             raise ValueError(head)
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} is damaged: pack again with tools/make_shards.py --replace") from e
+        raise UserError(f"{path} is damaged: pack again with python -m simsiam_dali.pack --replace") from e
     return samples
 
 

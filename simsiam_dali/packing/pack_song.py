@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.find import SongFile
-from simsiam_dali.packing.segments import SILENCE, Segment, cut_segments, encode
-from simsiam_dali.packing.songs import BadSong, NoAudio, Pcm, SongAudio
+from simsiam_dali.packing.segments import SILENCE, Pcm, Segment, cut_segments, encode
+from simsiam_dali.packing.songs import BadSong, NoAudio, SongAudio
 from simsiam_dali.packing.tags import Tags, read_tags
 
 
@@ -116,11 +117,10 @@ def do_job(job: Job) -> Result:
 def _decode(job: Job) -> Packed:
     """Decode into `KEY.audio` (the encoded segments in a row); `KEY.json`, written last, says it is complete."""
     settings, target = job.settings, _cache_file(job, "audio")
-    audio = SongAudio(job.file.path, settings.sample_rate)
-    cuts: list[Cut] = []
-    silent = 0
     scratch = target.with_suffix(f".{os.getpid()}.tmp")
-    try:
+
+    def encode_all(audio: SongAudio) -> tuple[list[Cut], int]:
+        cuts, silent = list[Cut](), 0
         with scratch.open("wb") as out:
             for segment, rate in _segments(audio, settings.segment_seconds):
                 if abs(segment.pcm).max() < SILENCE:
@@ -129,14 +129,19 @@ def _decode(job: Job) -> Packed:
                 content = encode(segment.pcm, rate, settings.codec)
                 cuts.append(Cut(segment.start / rate, segment.samples / rate, target, out.tell(), len(content)))
                 out.write(content)
+        return cuts, silent
+
+    try:
+        audio, (cuts, silent) = decode(job.file.path, settings.sample_rate, encode_all)
         if not audio.seconds:
             raise BadSong("holds no audio that decodes")
         if audio.seconds < settings.min_seconds:
             raise BadSong(f"is too short: {audio.seconds:.1f} s, --min-seconds is {settings.min_seconds:g}")
         if not cuts:
             raise BadSong("is silent")
+        assert audio.sample_rate is not None
         packed = Packed(
-            sample_rate=rate,
+            sample_rate=audio.sample_rate,
             source_rate=audio.source_rate,
             channels=audio.channels,
             duration=audio.seconds,

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from simsiam_dali.data.shards import FILES, ROWS_AT_ONCE, SPLITS, ShardSet, changed, read_index
+from simsiam_dali.packing.ffmpeg import UNOPENED
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack_song import Cut, DecodeSettings, Packed, Refused
 
@@ -55,7 +56,8 @@ class Known:
         for file in _rows(old.root / FILES):
             key = file["path"], file["bytes"], file["mtime_ns"]
             if file["status"] == "refused":
-                if not file["retry"]:
+                # Opening a file takes no time, and the decoders may have learnt to.
+                if not file["retry"] and not file["reason"].startswith(UNOPENED):
                     self._of_file[key] = Refused(file["reason"])
             elif file["song"] not in lost and len(self._rows_of(file["song"])):
                 self._of_file[key] = file["song"], file["reason"]

@@ -1,9 +1,9 @@
-"""One song's audio: whatever FFmpeg (PyAV) decodes, as mono float32 at the wanted rate, block by block."""
+"""One song's audio as mono float32 at the wanted rate, block by block, whoever decodes it."""
 
-import errno
 import hashlib
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,10 +13,11 @@ from pathlib import Path
 import av
 import numpy as np
 
-from simsiam_dali.packing.find import AUDIO
 from simsiam_dali.packing.segments import Pcm, to_int16
 
 BLOCK = 1 << 16  # source samples handled at once
+SHORT = 0.25
+"""Seconds by which a decoded length may differ from another: codecs pad to whole frames."""
 # FFmpeg's default resampler (filter_size=32) lets aliases through at -12 dB and loses 3 dB at 7.5 kHz. With
 # these, from 44.1 and 48 kHz to 16 kHz, the passband is flat to 7.5 kHz and aliases stay below -90 dB.
 RESAMPLER = "filter_size=192:cutoff=0.96"
@@ -28,6 +29,10 @@ class BadSong(Exception):
     def __init__(self, reason: str, transient: bool = False) -> None:
         super().__init__(reason, transient)
         self.reason, self.transient = reason, transient
+
+
+class NotDecodable(BadSong):
+    """A decoder finds nothing in the file that it can decode; another one may."""
 
 
 class NoAudio(BadSong):
@@ -70,12 +75,12 @@ class Resampler:
 
 
 @dataclass
-class SongAudio:
+class SongAudio(ABC):
     """One file's audio: iterate once over `blocks()`; the other fields are complete after the last block.
 
     `sample_rate` (Hz) None keeps the file's own rate. `declared` is the length in seconds that the file states,
     None where it states none; `peak` the largest |sample|, full scale = 1; `damaged` counts packets,
-    `stopped` says that FFmpeg found no way on.
+    `stopped` says that the decoder found no way on.
     """
 
     path: Path
@@ -93,10 +98,11 @@ class SongAudio:
         """Mono float32 blocks at `sample_rate`, down to the last packet that decodes.
 
         Channels are averaged. Damaged packets are skipped and counted. Raises `BadSong` for a file that cannot
-        be read or opened, or that holds NaN or infinite samples; `NoAudio` where no audio was to be expected.
+        be read, or that holds NaN or infinite samples; `NotDecodable` for one that this decoder does not open;
+        `NoAudio` where no audio was to be expected.
         """
         resampler, rate = None, 0
-        for pcm, rate_in in self._gathered():
+        for pcm, rate_in in self._decoded():
             self._measure(pcm, rate_in)
             self.sample_rate = self.sample_rate or rate_in
             if rate_in != rate:  # the first block, or a chained stream with another rate
@@ -122,10 +128,19 @@ class SongAudio:
         return self._hash.hexdigest()
 
     @property
+    def short(self) -> bool:
+        """Whether there should have been more."""
+        return self.stopped or self._less_than_declared
+
+    @property
+    def _less_than_declared(self) -> bool:
+        return self.declared is not None and self.declared - self.seconds > SHORT
+
+    @property
     def note(self) -> str:
         """What is wrong with a file that could be decoded all the same; empty for a sound one."""
         notes = []
-        if self.declared is not None and self.declared - self.seconds > 0.25:
+        if self._less_than_declared:
             notes.append(f"truncated: {self.seconds:.1f} of {self.declared:.1f} s")
         elif _ogg_without_end(self.path):
             notes.append(f"truncated: the Ogg stream has no last page, {self.seconds:.1f} s decoded")
@@ -145,102 +160,9 @@ class SongAudio:
         self._samples[rate] += len(pcm)
         self._hash.update(to_int16(pcm).tobytes())
 
-    def _gathered(self) -> Iterator[tuple[Pcm, int]]:
-        """Mono blocks of about `BLOCK` samples and their rate: codecs' frames are too short to work on singly."""
-        waiting, count, rate = list[Pcm](), 0, 0
-        for frame in self._frames():
-            if waiting and (frame.sample_rate != rate or count >= BLOCK):
-                yield np.concatenate(waiting), rate
-                waiting, count = [], 0
-            rate = frame.sample_rate
-            waiting.append(mono(frame))
-            count += frame.samples
-        if waiting:
-            yield np.concatenate(waiting), rate
-
-    def _frames(self) -> Iterator[av.AudioFrame]:
-        known = self.path.suffix.lower() in AUDIO
-        try:
-            with self.path.open("rb") as file:
-                if not file.read(1):
-                    raise BadSong("is empty (0 bytes)")
-                file.seek(0)
-                # A file object, not a name: errors in reading come as Python's, and a name may hold any byte.
-                # The whitelist keeps a playlist in disguise from the network.
-                options = {"protocol_whitelist": "file"}
-                with av.open(file, "r", metadata_errors="replace", options=options) as container:
-                    if not container.streams.audio:
-                        raise (BadSong if known else NoAudio)("holds no audio stream")
-                    yield from self._decode(container, container.streams.audio[0])
-        except av.error.FFmpegError as e:
-            raise (BadSong if known else NoAudio)(f"does not open as audio ({e.strerror})") from e
-        except OSError as e:
-            raise BadSong(f"cannot be read: {e.strerror}", transient=True) from e
-
-    def _decode(self, container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
-        if stream.codec_context is None:
-            raise BadSong("is in a codec that FFmpeg cannot decode")
-        self.declared = _declared_seconds(container, stream, self.path)
-        packets, progress = container.demux(stream), True
-        while True:
-            try:
-                packet = next(packets, None)
-            except av.error.FFmpegError as e:
-                self._count_damage(e)
-                if not progress:  # the demuxer does not get past this place
-                    self.stopped = True
-                    return
-                packets, progress = container.demux(stream), False
-                continue
-            if packet is None:
-                return
-            progress = True
-            try:
-                frames = packet.decode()
-            except av.error.FFmpegError as e:
-                self._count_damage(e)
-                continue
-            for frame in frames:
-                if frame.samples:
-                    self.source_rate = self.source_rate or frame.sample_rate
-                    self.channels = max(self.channels, len(frame.layout.channels))
-                    yield frame
-
-    def _count_damage(self, error: av.error.FFmpegError) -> None:
-        if error.errno == errno.EIO:  # the disk, not the file
-            raise OSError(error.errno, os.strerror(error.errno)) from error
-        self.damaged += 1
-
-
-def mono(frame: av.AudioFrame) -> Pcm:
-    """The mean of a frame's channels, float32 `(samples,)`, full scale = 1."""
-    pcm = frame.to_ndarray()
-    channels = len(frame.layout.channels)
-    pcm = pcm if frame.format.is_planar else pcm.reshape(-1, channels).T
-    total = np.add.reduce(pcm, axis=0, dtype=np.float32)
-    if pcm.dtype == np.uint8:
-        return (total / channels - 128) / 128
-    full_scale = 2.0 ** (8 * pcm.dtype.itemsize - 1) if pcm.dtype.kind == "i" else 1.0
-    return total * np.float32(1 / (channels * full_scale))
-
-
-def _declared_seconds(container: av.container.InputContainer, stream: av.AudioStream, path: Path) -> float | None:
-    """What the file says its length is; None where FFmpeg only guesses it from the bit rate."""
-    if container.format.name == "aac" or (container.format.name == "mp3" and not _mp3_has_length(path)):
-        return None
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration else None
-
-
-def _mp3_has_length(path: Path) -> bool:
-    """Whether the first MPEG frame carries a Xing, Info or VBRI header, which count the frames."""
-    with path.open("rb") as file:
-        head = file.read(10)
-        if head[:3] == b"ID3" and len(head) == 10:  # the tag before it tells its size, 7 bits a byte
-            file.seek(10 + sum(b << shift for b, shift in zip(head[6:], (21, 14, 7, 0), strict=True)))
-        first = file.read(4096)
-    return any(mark in first for mark in (b"Xing", b"Info", b"VBRI"))
+    @abstractmethod
+    def _decoded(self) -> Iterator[tuple[Pcm, int]]:
+        """Mono blocks of about `BLOCK` samples, and their rate."""
 
 
 def _ogg_without_end(path: Path) -> bool:

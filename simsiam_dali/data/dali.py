@@ -1,0 +1,20 @@
+"""DALI's names, imported here alone: without DALI, whatever needs it says which extra brings it."""
+
+import sys
+
+from simsiam_dali.errors import UserError
+
+__all__ = ["DataNode", "Pipeline", "backend", "fn", "math", "pipeline_def", "types"]
+
+try:
+    from nvidia.dali import Pipeline, backend, fn, math, pipeline_def, types
+    from nvidia.dali.data_node import DataNode
+except ModuleNotFoundError as e:
+    if e.name not in ("nvidia", "nvidia.dali"):
+        raise
+    missing = UserError("DALI is not installed: pip install 'simsiam-dali[cuda13]', or [cuda12]; see docs/install.md")
+    # As python -m simsiam_dali.train, this is imported before the command's main, which tells errors in one line.
+    started = getattr(sys.modules["__main__"], "__spec__", None)
+    if started and started.name.startswith("simsiam_dali."):
+        sys.exit(f"error: {missing}")
+    raise missing from None

@@ -1,0 +1,74 @@
+"""What a learner computes in, and where its labels come from: the GPU's side of it, without a GPU."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from simsiam_dali import config as settings
+from simsiam_dali.distributed import World
+from simsiam_dali.encoders import ENCODERS
+from simsiam_dali.labels import SongLabels
+from simsiam_dali.learner import Learner, autocast_dtype
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [(7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)],  # T4 and RTX 20; A100; H100
+)
+def test_bf16_is_taken_where_the_gpu_has_it(monkeypatch, capability, expected):
+    """torch counts emulation unless told not to: here it works on every GPU."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=capability))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True, raising=False)
+    assert torch.cuda.is_bf16_supported()
+    assert autocast_dtype("auto", GPU) is expected
+    assert autocast_dtype("bf16", GPU) is torch.bfloat16  # asked for, emulated or not
+    assert autocast_dtype("auto", torch.device("cpu")) is torch.float32
+
+
+class Rows(torch.Tensor):
+    """Rows of segments that keep how they were moved, onto a GPU that is not there."""
+
+    def pin_memory(self, *_):
+        moves.append("pinned")
+        return self
+
+    def to(self, device, non_blocking=False):
+        moves.append((str(device), non_blocking))
+        return self.as_subclass(torch.Tensor)
+
+
+moves: list[object] = []
+
+
+@pytest.mark.parametrize(("device", "expected"), [(GPU, ["pinned", ("cuda:0", True)]), ("cpu", [("cpu", True)])])
+def test_the_host_does_not_wait_for_the_segments_of_a_batch(monkeypatch, device, expected):
+    """A copy out of memory that is not pinned would stop the host until the GPU is done."""
+    songs = pd.DataFrame({"artists": [["A"], ["B"]], "albums": [[], []], "album_artist": "", "year": [1990, 2020]})
+    shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0, 0, 1, 1]}))
+    monkeypatch.setattr(SongLabels, "to", lambda self, _: self)
+    config = settings.load(assignments=["encoder.encoder_type=simple"])
+    score = ENCODERS["simple"].create_loss_fn(config, shards, torch.device(device))
+    moves.clear()
+    scored = score(torch.randn(4, 8), torch.arange(4).as_subclass(Rows))
+    assert scored.counts
+    assert moves == expected
+
+
+def test_a_run_in_bf16_goes_on_where_there_is_only_fp16():
+    """Its checkpoint has no state for a gradient scaler, which begins anew."""
+    config = settings.load(assignments=["encoder.encoder_type=simple", "encoder.simple.base_channels=4"])
+    songs = pd.DataFrame({"artists": [["A"]], "albums": [["B"]], "album_artist": "", "year": [1990]})
+    shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0]}))
+    saved = Learner(config, shards, World(0, 1, torch.device("cpu"))).state_dict()
+    assert saved["scaler"] == {}
+    learner = Learner(config, shards, World(0, 1, torch.device("cpu")))
+    learner.scaler = torch.amp.GradScaler("cpu")
+    learner.load_state_dict(saved)
+    assert learner.scaler.get_scale() == 65536

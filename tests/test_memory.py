@@ -1,0 +1,65 @@
+"""The estimate of a training step's memory: refused, warned of, or let through."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from simsiam_dali import config, factory, memory
+from simsiam_dali.encoders import encoder_type
+from simsiam_dali.errors import UserError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
+    encoder = factory.create_encoder(config.load(assignments=["encoder.simsiam.backbone=resnet18"]))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 4 << 30)
+    shapes = [(128, 1876)] * 2
+    with pytest.raises(UserError, match=r"a batch of 512 needs about .* use --batch-size \d+ or less") as e:
+        memory.check_fits(encoder, 512, shapes, False, CPU, 60.0)
+    largest = int(str(e.value).split("--batch-size ")[1].split()[0])
+    assert memory.check_fits(encoder, largest, shapes, False, CPU, 60.0) is None
+    with pytest.raises(UserError):
+        memory.check_fits(encoder, largest + 1, shapes, False, CPU, 60.0)
+    memory.check_fits(encoder, 2 * largest, shapes, True, CPU, 60.0)  # half the memory
+
+
+@pytest.fixture(scope="module")
+def gpu_settings():
+    """The encoder of configs/gpu.yaml, on meta tensors, and its inputs' shapes for a view of 60 s."""
+    settings = config.load(Path(__file__).parents[1] / "configs" / "gpu.yaml")
+    with torch.device("meta"):
+        encoder = factory.create_encoder(settings, pretrained=False)
+    return encoder, encoder_type(settings).input_shapes(factory.log_mel_settings(settings), 60.0)
+
+
+@pytest.mark.parametrize(("gigabytes", "outcome"), [(141, "fits"), (84, "warned"), (60, "refused")])
+def test_a_gpu_on_which_it_may_fit_is_not_refused(gpu_settings, monkeypatch, gigabytes, outcome):
+    """ResNet-50 with two views of 60 s in bf16, 128 a batch, on what an H200, an A100 of 80 GB and less have free."""
+    encoder, shapes = gpu_settings
+    monkeypatch.setattr(memory, "free_bytes", lambda _: gigabytes * 10**9)
+    if outcome == "refused":
+        with pytest.raises(UserError, match=r"needs about 67\.\d GB on cuda .* use --batch-size \d+ or less"):
+            memory.check_fits(encoder, 128, shapes, True, GPU, 60.0)
+        return
+    said = memory.check_fits(encoder, 128, shapes, True, GPU, 60.0)
+    if outcome == "fits":
+        assert said is None
+        return
+    found = re.match(r"warning: a batch of 128 needs 67\.\d to 83\.\d GB .* use --batch-size (\d+)$", said)
+    assert found
+    assert memory.check_fits(encoder, int(found[1]), shapes, True, GPU, 60.0) is None
+    assert memory.check_fits(encoder, int(found[1]) + 1, shapes, True, GPU, 60.0) is not None
+
+
+def test_dali_s_buffers_count_on_a_gpu(gpu_settings, monkeypatch):
+    encoder, shapes = gpu_settings
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 80 * 10**9)
+    needed = []
+    for length in (0.0, 60.0):
+        with pytest.raises(UserError) as e:
+            memory.check_fits(encoder, 1000, shapes, True, GPU, length)
+        needed.append(float(str(e.value).split("about ")[1].split()[0]))
+    assert needed[1] - needed[0] == pytest.approx(65.0, abs=0.2)  # GB, for 1000 segments

@@ -1,0 +1,283 @@
+"""A step's batch in parts: the same gradient, the part that fits, and activations computed twice."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import command, losses, run, start, train, wait_for_step
+from torch import Tensor, nn
+
+from simsiam_dali import checkpoint, factory, memory, micro_batch
+from simsiam_dali import config as settings
+from simsiam_dali.data.loader import Batch
+from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.distributed import World
+from simsiam_dali.errors import UserError
+from simsiam_dali.learner import Learner, groups
+from simsiam_dali.models.simsiam import SimSiam
+
+CPU = torch.device("cpu")
+HERE = World(0, 1, CPU)
+SMALL = {
+    "encoder.batch_size": 16,
+    "encoder.simsiam.backbone": "resnet18",
+    "encoder.simsiam.backbone_width": 8,
+    "encoder.simsiam.projection_dim": 16,
+    "encoder.simsiam.predictor_hidden_dim": 4,
+    "encoder.simsiam.n_mels": 32,
+    "encoder.simsiam.augmentation.frequency_mask_param": 4,
+    "encoder.simsiam.augmentation.time_mask_param": 8,
+    "train.device": "cpu",
+    "data.view_seconds": 1.5,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shards(small_shards: Path) -> ShardSet:
+    return open_shards(small_shards)
+
+
+def config(**over: object) -> settings.Config:
+    return settings.load(command_line={**SMALL, **{k.replace("__", "."): v for k, v in over.items()}})
+
+
+def batch(size: int) -> Batch:
+    g = torch.Generator().manual_seed(3)
+    return Batch(torch.randn(size, 32, 47, generator=g), torch.randn(size, 32, 47, generator=g), torch.arange(size))
+
+
+def parts(whole: Batch, size: int) -> list[Batch]:
+    return [Batch(*own) for own in zip(*(x.split(size) for x in whole), strict=True)]
+
+
+def without_batch_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, nn.Identity())
+        else:
+            without_batch_norm(child)
+
+
+def stepped(shards: ShardSet, batches: list[Batch], norm: bool, **over: object) -> tuple[Learner, Any]:
+    """The learner after one step, and what the step gave."""
+    learner = Learner(config(**over), shards, HERE)
+    if not norm:
+        without_batch_norm(learner.encoder)
+    for parameter in learner.encoder.parameters():  # residual branches begin at zero, and would hide a difference
+        if parameter.ndim == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.0, generator=torch.Generator().manual_seed(len(parameter)))
+    learner.encoder.train()
+    return learner, learner.step(batches, 0.1, 0.1)
+
+
+def gradients(learner: Learner) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in learner.encoder.named_parameters() if p.grad is not None}
+
+
+def farthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm().clamp_min(1e-12)) for name in b)
+
+
+def test_four_times_four_segments_are_sixteen_without_batch_norm(shards):
+    whole, seen = stepped(shards, [batch(16)], norm=False)
+    split, parted = stepped(shards, parts(batch(16), 4), norm=False, train__micro_batch=4)
+    assert split.micro_batches == 4
+    assert farthest(gradients(split), gradients(whole)) < 1e-5
+    for name, weight in whole.encoder.state_dict().items():
+        torch.testing.assert_close(split.encoder.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parted.loss, seen.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parted.z, seen.z, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_goes_over_each_micro_batch(shards):
+    """So with it the two are not the same, which the test above would not see if parts were ignored."""
+    whole, _ = stepped(shards, [batch(16)], norm=True)
+    split, _ = stepped(shards, parts(batch(16), 4), norm=True, train__micro_batch=4)
+    assert farthest(gradients(split), gradients(whole)) > 1e-2
+
+
+def test_groups_are_streamed():
+    """A micro-batch is asked for when the one before has been used, not before."""
+    asked: list[int] = []
+
+    def loader() -> Iterator[int]:
+        for n in range(6):
+            asked.append(n)
+            yield n
+
+    found = []
+    for group in groups(loader(), 3):
+        for n in group:
+            assert asked[-1] == n
+            found.append(n)
+    assert found == list(range(6))
+
+
+# --- activations computed twice
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_recomputed_activations_change_neither_gradients_nor_statistics(shards, backbone):
+    once, _ = stepped(shards, [batch(4)], norm=True, encoder__simsiam__backbone=backbone)
+    twice, _ = stepped(
+        shards, [batch(4)], norm=True, encoder__simsiam__backbone=backbone, train__activation_checkpointing=True
+    )
+    assert farthest(gradients(twice), gradients(once)) < 1e-6
+    ours, theirs = twice.encoder.state_dict(), once.encoder.state_dict()
+    assert ours.keys() == theirs.keys()  # a checkpoint of either fits the other
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_recomputed_activations_take_less_memory_by_the_estimate_and_in_truth(shards):
+    def kept(encoder: nn.Module) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outputs = encoder.train()(*batch(4)[:2])
+        del outputs
+        return sum(sizes.values())
+
+    plain, saving = (
+        Learner(config(train__activation_checkpointing=flag), shards, HERE).encoder for flag in (False, True)
+    )
+    assert kept(saving) < 0.6 * kept(plain)
+    estimate = [memory.activation_bytes(encoder, [(32, 47)] * 2) for encoder in (saving, plain)]
+    assert 0.1 * estimate[1] < estimate[0] < 0.6 * estimate[1]
+
+
+def test_an_encoder_without_residual_blocks_is_refused(shards):
+    with pytest.raises(UserError, match="this one has none"):
+        Learner(config(encoder__encoder_type="simple", train__activation_checkpointing=True), shards, HERE)
+
+
+# --- what fits
+
+
+def test_candidates_divide_the_batch():
+    assert micro_batch.candidates(config(encoder__batch_size=12)) == [12, 6, 4, 3, 2]
+    assert micro_batch.candidates(config(encoder__batch_size=128))[:3] == [128, 64, 32]
+    assert micro_batch.candidates(config(train__micro_batch=8)) == [8]
+    assert micro_batch.candidates(config(encoder__encoder_type="simple")) == [16]  # it compares all of a step
+    with pytest.raises(UserError, match=r"train\.micro_batch is 5, which does not divide encoder\.batch_size, 16"):
+        micro_batch.candidates(config(train__micro_batch=5))
+    with pytest.raises(UserError, match="compares all segments of a step"):
+        micro_batch.candidates(config(encoder__encoder_type="simple", train__micro_batch=4))
+
+
+def test_the_largest_that_fits_by_the_estimate_is_taken(shards, monkeypatch):
+    chosen = config()
+    encoder = factory.create_encoder(chosen, pretrained=False)
+    shapes = [(32, factory.log_mel_settings(chosen).frames(1.5))] * 2
+
+    def free(segments: float) -> int:
+        """Memory for so many segments, by the estimate itself."""
+        each = memory.activation_bytes(encoder, shapes) * memory.WORKING_SHARE
+        weights = memory.BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
+        return int((memory.RUNTIME_BYTES + weights + segments * each) / (1 - memory.HEADROOM))
+
+    said: list[str] = []
+    for segments, expected in ((16.5, 16), (15.5, 8), (8.5, 8), (7.5, 4), (2.5, 2)):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, n=segments: free(n))
+        found = micro_batch.estimated(chosen, shards, CPU, said.append)
+        assert found.train.micro_batch == expected
+        assert found.encoder.batch_size == 16
+    monkeypatch.setattr(memory, "free_bytes", lambda _: free(1.5))
+    with pytest.raises(UserError, match="a batch of 16 needs about"):
+        micro_batch.estimated(chosen, shards, CPU, said.append)
+    assert not said
+
+
+@pytest.fixture
+def runs_out_above(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the encoder run out of memory with more than so many segments."""
+
+    def limit(segments: int) -> None:
+        forward = SimSiam.forward
+
+        def limited(self: SimSiam, view1: Tensor, view2: Tensor) -> Any:
+            if len(view1) > segments:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(self, view1, view2)
+
+        monkeypatch.setattr(SimSiam, "forward", limited)
+
+    return limit
+
+
+def test_a_rehearsal_walks_down_and_leaves_no_trace(shards, runs_out_above):
+    learner = Learner(config(), shards, HERE)
+    before = {name: x.clone() for name, x in learner.encoder.state_dict().items()}
+    runs_out_above(5)
+    assert micro_batch.rehearsed(config(train__micro_batch=16), learner, shards, HERE).train.micro_batch == 4
+    assert all(torch.equal(x, before[name]) for name, x in learner.encoder.state_dict().items())
+    assert all(p.grad is None for p in learner.encoder.parameters())
+    runs_out_above(1)
+    with pytest.raises(UserError, match="out of memory on cpu with 2 segments at once"):
+        micro_batch.rehearsed(config(train__micro_batch=16), learner, shards, HERE)
+
+
+SCRIPT = """
+import sys
+from simsiam_dali import memory, train
+fits = memory.check_fits
+def check_fits(encoder, batch, *rest):
+    if batch > 4:
+        raise memory.UserError("does not fit")
+    return fits(encoder, batch, *rest)
+memory.check_fits = check_fits
+sys.exit(train.main())
+"""
+
+
+def test_a_batch_that_does_not_fit_is_trained_in_parts(tmp_path, small_shards):
+    """Where the estimate refuses 8, steps are of 2 x 4, which the checkpoint keeps; asked for, 2 x 4 gives the same."""
+    over = {"encoder__batch_size": 8, "encoder__epochs": 2}
+    (tmp_path / "whole").mkdir()
+    args = command(tmp_path / "whole", small_shards, "--run-name", "a", mlflow__enabled="false", **over)
+    done = run([args[0], "-c", SCRIPT, *args[3:]], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "each step adds up the gradients of 2 micro-batches of 4 segments" in done.stdout
+    run_dir = tmp_path / "whole" / "runs" / "a"
+    saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
+    assert saved["config"]["train"]["micro_batch"] == 4
+    assert saved["config"]["encoder"]["batch_size"] == 8
+    steps = open_shards(small_shards).count("train") // 8
+    assert list(losses(run_dir)) == list(range(1, 2 * steps + 1))
+
+    (tmp_path / "explicit").mkdir()
+    explicit = train(tmp_path / "explicit", small_shards, train__micro_batch=4, **over)
+    assert losses(explicit) == losses(run_dir)
+
+
+def test_steps_in_parts_are_resumed_bit_for_bit(tmp_path, small_shards):
+    over = {"encoder__batch_size": 8, "encoder__epochs": 3, "train__micro_batch": 4}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = train(tmp_path / "whole", small_shards, **over)
+    args = command(
+        tmp_path / "killed", small_shards, "--run-name", "a", mlflow__enabled="false", train__checkpoint_every=1, **over
+    )
+    process = start(args, tmp_path / "killed")
+    wait_for_step(process, tmp_path / "killed" / "runs", open_shards(small_shards).count("train") // 8 + 2)
+    process.kill()
+    process.wait()
+    run_dir = tmp_path / "killed" / "runs" / "a"
+    done = run([*args[:3], "--resume", str(run_dir)], tmp_path / "killed")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(run_dir) == losses(whole)

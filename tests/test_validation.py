@@ -1,0 +1,117 @@
+"""Which epochs are validated, and that what is kept between validations changes no score."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from simsiam_dali import config as settings
+from simsiam_dali import factory, validation
+from simsiam_dali.data.loader import Loader
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.distributed import World
+from simsiam_dali.learner import Learner
+from simsiam_dali.validation import Validation, epochs_between
+
+SETTINGS = {
+    "data.view_seconds": 1.5,
+    "data.threads": 1,
+    "encoder.batch_size": 4,
+    "encoder.epochs": 7,
+    "encoder.simsiam.backbone": "resnet18",
+    "encoder.simsiam.projection_dim": 16,
+    "encoder.simsiam.predictor_hidden_dim": 4,
+    "encoder.simsiam.n_mels": 16,
+    "encoder.simsiam.augmentation.frequency_mask_param": 4,
+    "encoder.simsiam.augmentation.time_mask_param": 8,
+    "train.device": "cpu",
+    "mlflow.enabled": False,
+}
+
+
+@dataclass
+class Counts:
+    """A shard set of which only the numbers of segments matter."""
+
+    train: int
+    val: int
+
+    def count(self, split: str) -> int:
+        return self.train if split == "train" else self.val
+
+
+def config(**over: object) -> settings.Config:
+    return settings.load(command_line={**SETTINGS, **{k.replace("__", "."): v for k, v in over.items()}})
+
+
+@pytest.mark.parametrize("encoder", ["simsiam", "simple"])
+@pytest.mark.parametrize(("train", "val"), [(100, 30), (20_000, 2_000), (100_000, 1_000), (50, 50)])
+def test_validation_takes_at_most_a_tenth_of_the_passes_and_no_less_often_than_that(encoder, train, val):
+    chosen = config(encoder__encoder_type=encoder)
+    every = epochs_between(chosen, Counts(train, val))
+    views = {"simsiam": 2, "simple": 1}[encoder]
+    scored = val * (views + 1) + min(train, chosen.train.knn_segments)  # loss, and embeddings of queries and bank
+    trained = 3 * views * train  # forward and backward
+    assert scored <= 0.1 * every * trained
+    assert every == 1 or scored > 0.1 * (every - 1) * trained
+
+
+def test_a_number_is_taken_as_it_is():
+    assert epochs_between(config(train__validate_every=3), Counts(10, 1000)) == 3
+
+
+def opened(shards: Path, **over: Any) -> Validation:
+    chosen = config(data__shards=shards, **over)
+    found, world = open_shards(shards), World(0, 1, torch.device("cpu"))
+    log_mel = factory.with_statistics(factory.log_mel_settings(chosen), -30.0, 15.0)
+    return Validation(chosen, found, log_mel, world, Learner(chosen, found, world))
+
+
+def test_the_first_every_nth_and_the_last_epoch_are_due(small_shards: Path):
+    checked = opened(small_shards, train__validate_every=3)
+    assert [epoch for epoch in range(8) if checked.due(epoch)] == [0, 3, 6, 7]
+
+
+@pytest.mark.parametrize("encoder", ["simsiam", "simple"])
+def test_scores_are_the_same_whether_the_views_are_kept_or_computed_again(small_shards, monkeypatch, encoder):
+    built: list[int] = []
+    begin = Loader.begin
+    monkeypatch.setattr(Loader, "begin", lambda self, seed: (built.append(seed), begin(self, seed))[1])
+    found = {}
+    for kept, graphs in ((2**28, 0), (0, 3)):
+        monkeypatch.setattr(validation, "KEPT_BYTES", kept)
+        checked = opened(small_shards, encoder__encoder_type=encoder)
+        first = checked.scores()
+        built.clear()
+        second = checked.scores()
+        assert len(built) == graphs  # the loss's views, the bank and the queries
+        assert math.isfinite(first["encoder/val_loss"])
+        pd.testing.assert_series_equal(pd.Series(first), pd.Series(second), rtol=0, atol=0)
+        found[kept] = first
+    pd.testing.assert_series_equal(*map(pd.Series, found.values()), rtol=0, atol=0)
+
+
+def test_what_does_not_fit_whole_is_not_kept(small_shards, monkeypatch):
+    """Half of the views would save nothing, and would take memory."""
+    whole = opened(small_shards)
+    expected = whole.scores()
+    sizes = {key: sum(x.nbytes for batch in kept for x in batch) for key, kept in whole._kept.items()}
+    monkeypatch.setattr(validation, "KEPT_BYTES", max(sizes.values()) + 1)
+    partly = opened(small_shards)
+    for _ in range(2):
+        assert partly.scores() == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+    assert 0 < len(partly._kept) < len(sizes)
+    assert partly._free == max(sizes.values()) + 1 - sum(sizes[key] for key in partly._kept)
+
+
+def test_the_encoder_trains_on_as_before(small_shards):
+    checked = opened(small_shards)
+    checked.learner.encoder.train()
+    state = {name: x.clone() for name, x in checked.learner.encoder.state_dict().items()}
+    checked.scores()
+    assert checked.learner.encoder.training
+    assert all(torch.equal(x, state[name]) for name, x in checked.learner.encoder.state_dict().items())
