@@ -5,6 +5,7 @@ of one of its genres. Near is as `evaluate` and `recommend` mean it: by the cosi
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -62,16 +63,29 @@ def nearest_shares(vectors: np.ndarray, labels: Sequence[Sequence[int]], group: 
     return hit
 
 
-def sentence(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only: bool, drawn_from: int = 0) -> str:
-    """The sentence; empty where no song has a partner.
+@dataclass(frozen=True)
+class Counts:
+    """Of `asked` songs, how many have a nearest song that shares their label, by each feature's name.
+
+    label: "artist" or "genre". differences: what the first feature has more than another, and its 95% interval (paired,
+    bootstrap over the songs), in songs.
+    """
+
+    label: str
+    asked: int
+    found: dict[str, int]
+    differences: dict[str, tuple[float, float, float]]
+
+
+def count(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only: bool) -> Counts | None:
+    """The counts; None where no song has a partner.
 
     songs: rows with `artists`, `genres`, `title`, `duration` and `split`; vectors: name to `(N, D)`, first those that
-    are judged, then any of `BASELINES`. held_back_only: ask for validation songs alone, since the others' tags were
-    learned from. drawn_from: songs of the library of which these are a part; 0: they are all.
+    are judged. held_back_only: ask for validation songs alone, since the others' tags were learned from.
     """
-    if (found := labels_of(songs)) is None:
-        return ""
-    target, labels = found
+    if (known := labels_of(songs)) is None:
+        return None
+    label, labels = known
     labelled = np.array([bool(own) for own in labels])
     asked = labelled & (songs["split"] == "val").to_numpy() if held_back_only else labelled
     group = groups(songs, "song")[labelled]
@@ -79,25 +93,34 @@ def sentence(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_o
     hits = {name: nearest_shares(x[labelled], own, group)[asked[labelled]] for name, x in vectors.items()}
     first = next(iter(hits))
     scored = ~np.isnan(hits[first])
-    if not scored.any():
-        return ""
+    n = int(scored.sum())
+    if not n:
+        return None
     share = scores.Metric(scores.mean, sign=1)
-    found_by = {name: scores.score(share, (hit[scored],), RESAMPLES, seed=0) for name, hit in hits.items()}
-    n, judged = int(scored.sum()), found_by[first]
-    compared = [
-        f"{round(n * found_by[name].value)} with {words} ({_difference(judged, found_by[name], n)})"
-        for name, words in BASELINES.items()
-        if name in found_by and name != first
-    ]
-    whose = f"{n:,} songs" + (" held back from the training" if held_back_only else "")
-    if drawn_from:
-        whose += f", drawn from {drawn_from:,}"
-    same = "by the same artist" if target == "artist" else "of the same genre"
-    return f"the nearest song is {same} for {round(n * judged.value)} of {whose}" + (
-        f"; {', '.join(compared)}" if compared else ""
-    )
+    of = {name: scores.score(share, (hit[scored],), RESAMPLES, seed=0) for name, hit in hits.items()}
+    differences = {}
+    for name, theirs in of.items():
+        low, high = scores.interval(of[first].resampled - theirs.resampled)
+        differences[name] = n * (of[first].value - theirs.value), n * low, n * high
+    return Counts(label, n, {name: round(n * score.value) for name, score in of.items()}, differences)
 
 
-def _difference(ours: scores.Score, theirs: scores.Score, n: int) -> str:
-    low, high = (round(n * end) for end in scores.interval(ours.resampled - theirs.resampled))
-    return f"{round(n * (ours.value - theirs.value)):+d}, 95% interval {low:+d} to {high:+d}"
+def sentence(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only: bool, drawn_from: int = 0) -> str:
+    """`count` in words, with any of the `BASELINES` that are there; empty where there is nothing to count.
+
+    drawn_from: songs of the library of which these are a part; 0: they are all.
+    """
+    counts = count(songs, vectors, held_back_only)
+    if counts is None:
+        return ""
+    first, *others = counts.found
+    compared = []
+    for name in (name for name in BASELINES if name in others):
+        more, low, high = map(round, counts.differences[name])
+        interval = f"{more:+d}, 95% interval {low:+d} to {high:+d}"
+        compared.append(f"{counts.found[name]} with {BASELINES[name]} ({interval})")
+    same = "by the same artist" if counts.label == "artist" else "of the same genre"
+    whose = f"{counts.asked:,} songs" + (" held back from the training" if held_back_only else "")
+    drawn = f", drawn from {drawn_from:,}" if drawn_from else ""
+    said = f"the nearest song is {same} for {counts.found[first]} of {whose}{drawn}"
+    return f"{said}; {', '.join(compared)}" if compared else said

@@ -1,6 +1,6 @@
 """Write a small music library by synthesis: artists that sound different, albums, tags, an owner's ratings.
 
-    python tools/make_demo_music.py DIR [--songs 48] [--seed 0] [--seconds 20 40] [--workers N]
+    python tools/make_demo_music.py DIR [--songs 128] [--seed 0] [--seconds 18 32] [--workers N]
 
 Each artist has four songs on two albums: a FLAC, an OGG Vorbis, an MP3 and a WAV, at four sample rates, in an
 order of its own, so neither format, rate nor channels tell the artist. The owner likes bright and fast music
@@ -318,13 +318,13 @@ def main() -> None:
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the library goes: a new or an empty folder")
-    parser.add_argument("--songs", type=int, default=48, help="number of songs, four to an artist")
+    parser.add_argument("--songs", type=int, default=128, help="number of songs, four to an artist")
     parser.add_argument("--seed", type=int, default=0, help="0 or more; another seed gives other music")
     parser.add_argument(
         "--seconds",
         type=float,
         nargs=2,
-        default=(20.0, 40.0),
+        default=(18.0, 32.0),
         metavar=("LOW", "HIGH"),
         help="song length in seconds",
     )
