@@ -41,7 +41,6 @@ lint: setup
 	$(PY) -m mypy
 	$(PY) tools/make_docs.py --check
 	$(PY) benchmarks/report.py --check
-	$(PY) benchmarks/questions.py --check
 	$(PY) benchmarks/real_music/experiments.py --check
 
 format: setup
@@ -51,7 +50,6 @@ format: setup
 docs: setup
 	$(PY) tools/make_docs.py
 	$(PY) benchmarks/report.py
-	$(PY) benchmarks/questions.py --write
 	$(PY) benchmarks/real_music/experiments.py --write
 
 clean:

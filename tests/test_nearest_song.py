@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from evaluation_tables import planted, song_table
-from test_train import command, run
+from running import command, run
 
 from simsiam_dali import features, nearest_song, outcome, trained
 from simsiam_dali.data.shards import open_shards
