@@ -1,79 +1,150 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go within 10 minutes, without a network: the GPU tests (CPU/GPU parity among them), every
-# stage, the training's options one by one, the sweeps and a soak. Results go to $OUT (default benchmarks/results).
+# Everything that needs a GPU, in four parts, each within one command of 9 minutes, without a network:
 #
-#   OUT=results benchmarks/gpu_suite.sh          PYTHON=python3 by default; BUDGET=600 seconds in all
+#   a  the GPU tests: CPU/GPU parity, checkpoints, embedding
+#   b  a real run: auto tuning, validation, SIGKILL, resume with a profile, embedding (killed_run.py)
+#   c  every stage at the training's batch, the step under torch's sync debug mode, memory by batch size (gpu_step.py)
+#   d  baselines, the training's options one by one, the CPU graph on the same cores, sweeps, a soak
 #
-# Without CUDA the parts that need it skip themselves, and the rest runs on the CPU with short windows, as a rehearsal.
+#   OUT=results ONLY=a benchmarks/gpu_suite.sh          one part; the next command takes the next
+#   OUT=results ONLY="b compile" benchmarks/gpu_suite.sh    a part, and one step of another by its name
+#
+#   OUT      where results go: PART.tar.gz, logs and JSON, written anew after each step (default benchmarks/results/gpu)
+#   ONLY     parts or steps (default: all)
+#   BUDGET   seconds for all of it (default 540); steps for which nothing is left are listed at the end
+#   SHARDS   packed music for part b (default: composed songs)
+#   PYTHON   interpreter (default python3)
+#   QUICK=1  the smallest settings everywhere, as a rehearsal; always so without CUDA
+#
+# Without CUDA what needs it is listed as skipped, and the rest runs on the CPU. Ends with 0 when everything that could run
+# ran well. MLflow is not needed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-benchmarks/results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-600}
-export XDG_CACHE_HOME=${XDG_CACHE_HOME:-${TMPDIR:-/tmp}/simsiam_dali_cache} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-mkdir -p "$OUT/logs" "$OUT/embed"
-CORES=$(nproc)
+ROOT=$PWD
+OUT=${OUT:-benchmarks/results/gpu} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-540} ONLY=${ONLY:-a b c d} SHARDS=${SHARDS:-}
+export XDG_CACHE_HOME=${XDG_CACHE_HOME:-${TMPDIR:-/tmp}/simsiam_dali_cache} PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 # By name: the other files may import what a GPU host does not have, such as MLflow.
 GPU_TESTS=(tests/test_embed.py tests/test_loader.py tests/test_pipeline.py tests/test_simple.py)
-LEAST=30 # seconds in which no part can do anything
-started=$SECONDS failed=0
+LARGEST=$((15 * 1024 * 1024)) # bytes of a file in a tar: a trace may be larger
+LEAST=30                      # seconds in which no step can do anything
+CORES=$(nproc)
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+started=$SECONDS failed=() skipped=() late=()
+
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then CUDA=1; else CUDA= QUICK=1; fi
+QUICK=${QUICK:-}
+if [ "$QUICK" ]; then
+  SEGMENTS=64 FEW=4 SOAK=20
+  SMALL=(--set encoder.simsiam.backbone=resnet18 --set encoder.simsiam.projection_dim=32
+    --set encoder.simsiam.predictor_hidden_dim=8 --set encoder.batch_size=4 --set data.threads=1)
+  BENCH=(--seconds 0.1 --windows 2 --threads 1 --workers 1 --batch-size 4 --view-seconds 10)
+  SHORT=(--steps 2 --batch-sizes 2 4 --set data.view_seconds=10)
+  RUN=(--config configs/demo.yaml --songs 16 --segment-seconds 5 --steps 16 --set encoder.batch_size=4)
+  EMBED=(--batch-size 4 --windows 2)
+else
+  SEGMENTS=2048 FEW=32 SOAK=1000 # 16 batches of configs/gpu.yaml; a batch for the sweeps that pack anew
+  BENCH=(--seconds 1 --threads "$CORES" --workers "$CORES")
+  SHORT=(--steps 10 --batch-sizes 16 32 64 96 128 160 192)
+  SMALL=() RUN=() EMBED=()
+fi
 
 left() { echo $((BUDGET - SECONDS + started)); }
 
-# part NAME SECONDS COMMAND...: run it for at most that long and within the budget, or skip it when too little is left.
-part() {
-  local name=$1 limit=$2
-  shift 2
+# asked PART NAME: whether ONLY has the part or the step.
+asked() { [[ " $ONLY " == *" $1 "* || " $ONLY " == *" $2 "* ]]; }
+
+# keep PART: its logs and results as one file, whole at any time.
+keep() {
+  find "$WORK/$1" -type f -size -"$LARGEST"c -printf '%P\0' |
+    tar --null -C "$WORK/$1" -czf "$OUT/.$1.part" -T - && mv "$OUT/.$1.part" "$OUT/$1.tar.gz"
+}
+
+# step PART NAME SECONDS COMMAND...: run it for at most that long and within the budget; FOLDER in it is the part's.
+step() {
+  local part=$1 name=$2 limit=$3
+  shift 3
+  asked "$part" "$name" || return 0
   if [ "$(left)" -lt "$LEAST" ]; then
-    echo "== $name: skipped, $(left) s of $BUDGET are left"
+    late+=("$part/$name")
     return
   fi
   if [ "$limit" -gt "$(left)" ]; then limit=$(left); fi
-  echo "== $name"
-  local began=$SECONDS
-  if timeout --kill-after=10 "$limit" "$@" >"$OUT/logs/$name.log" 2>&1; then
-    tail -n 25 "$OUT/logs/$name.log"
-    echo "== $name: done in $((SECONDS - began)) s"
+  mkdir -p "$WORK/$part"
+  echo "== $part/$name"
+  local began=$SECONDS log="$WORK/$part/$name.log" status=0
+  timeout --kill-after=10 "$limit" "${@//FOLDER/$WORK/$part}" >"$log" 2>&1 || status=$?
+  tail -n 25 "$log"
+  if [ "$status" -eq 0 ]; then
+    echo "== $part/$name: done in $((SECONDS - began)) s"
   else
-    echo "== $name: FAILED with status $? after $((SECONDS - began)) s"
-    tail -n 25 "$OUT/logs/$name.log"
-    failed=1
+    echo "== $part/$name: FAILED with status $status after $((SECONDS - began)) s"
+    failed+=("$part/$name")
+  fi
+  keep "$part"
+}
+
+# cuda PART NAME ...: a step that says nothing without CUDA.
+cuda() {
+  if [ "$CUDA" ]; then
+    step "$@"
+  elif asked "$1" "$2"; then
+    skipped+=("$1/$2")
   fi
 }
 
+# bench WORD PART NAME SECONDS OPTIONS...: throughput.py, by `step` or `cuda`.
 bench() {
-  local name=$1 limit=$2
-  shift 2
-  part "$name" "$limit" "$PYTHON" benchmarks/throughput.py --json "$OUT/$name.json" --plot "$OUT/$name.png" "$@"
+  local how=$1 part=$2 name=$3 limit=$4
+  shift 4
+  "$how" "$part" "$name" "$limit" "$PYTHON" benchmarks/throughput.py --json "FOLDER/$name.json" \
+    "${BENCH[@]}" "${SMALL[@]}" "$@"
 }
 
-skip() { echo "== $1: skipped, no CUDA device"; }
+step a tests 500 "$PYTHON" -m pytest -q -rs -p no:cacheprovider -m gpu "${GPU_TESTS[@]}"
 
-if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  part gpu-tests 120 "$PYTHON" -m pytest -q -m gpu "${GPU_TESTS[@]}"
-  bench gpu 300 --threads "$CORES" --workers "$CORES" --seconds 1
-  # The training's options one by one, each against the run above: what does each of them give?
-  for option in train.compile=true train.channels_last=false train.precision=fp32; do
-    bench "gpu-${option//[.=]/-}" 90 --stages model train --set "$option" --threads "$CORES" --seconds 1
-  done
-  bench gpu-baseline-train 60 --stages baseline/train --threads "$CORES" --workers "$CORES" --seconds 1
-  for sweep in threads batch; do
-    bench "gpu-sweep-$sweep" 90 --sweep "$sweep" --stages loader/all --threads "$CORES" --seconds 0.5
-  done
-  for sweep in seconds rate codec; do
-    bench "gpu-sweep-$sweep" 90 --sweep "$sweep" --stages loader/card --threads "$CORES" --seconds 0.5
-  done
-  part gpu-embed 60 "$PYTHON" benchmarks/embed.py --seconds 1 --json "$OUT/embed/gpu.json"
-  bench gpu-soak 60 --soak 1000 --threads "$CORES"
-else
-  skip gpu-tests
-  skip gpu
-  for option in compile channels_last precision; do skip "gpu-train-$option"; done
-  skip gpu-baseline-train
-  skip gpu-embed
-  bench rehearsal 400 --stages loader/card model train --seconds 0.2
-  for sweep in threads batch seconds rate codec; do
-    bench "rehearsal-sweep-$sweep" 400 --sweep "$sweep" --stages loader/card --seconds 0.2 --view-seconds 10
-  done
-  bench rehearsal-soak 400 --soak 20 --view-seconds 10 --batch-size 4
+step b run 530 "$PYTHON" benchmarks/killed_run.py --out FOLDER ${SHARDS:+--shards "$SHARDS"} "${RUN[@]}"
+
+# What the other steps measure: made once, and kept in the cache for the next command.
+ON=()
+for word in $ONLY; do
+  case $word in a | b | tests | run) continue ;; c | d) part=$word ;; *) part=single ;; esac
+  ONLY="$ONLY material" step "$part" material 300 "$PYTHON" benchmarks/material.py --segments "$SEGMENTS"
+  made=$(tail -n 1 "$WORK/$part/material.log" 2>/dev/null)
+  if [ -d "$made" ]; then ON=(--shards "$made"); fi
+  break
+done
+
+bench step c train 200 --stages loader/train model train "${ON[@]}"
+step c step 150 "$PYTHON" benchmarks/gpu_step.py --json FOLDER/step.json "${SMALL[@]}" "${SHORT[@]}" "${ON[@]}"
+bench step c loader 200 "${ON[@]}" \
+  --stages loader/read loader/decode loader/resample loader/mel loader/card loader/all
+bench step c sweep-batch 120 --sweep batch --stages loader/all "${ON[@]}"
+
+# The workers of a baseline give a batch each in turn: 16 of 128 would make a window of minutes.
+bench cuda d baseline-gpu 200 --windows 3 --stages loader/all baseline/gpu_light baseline/gpu_full "${ON[@]}"
+bench step d baseline 200 --windows 3 --baseline-batch 4 "${ON[@]}" \
+  --stages loader/card loader/all baseline/light baseline/full
+bench step d baseline-train 200 --windows 3 --baseline-batch 4 --stages baseline/train "${ON[@]}"
+# The training's options one by one, each against part c's `train`: what does each of them give?
+bench cuda d compile 240 --stages model train --set train.compile=true "${ON[@]}"
+bench cuda d fp32 90 --stages model train --set train.precision=fp32 "${ON[@]}"
+bench cuda d contiguous 90 --stages model train --set train.channels_last=false "${ON[@]}"
+bench cuda d recompute 90 --stages model train --set train.activation_checkpointing=true "${ON[@]}"
+bench cuda d cpu-graph 120 --device cpu --stages loader/card loader/all "${ON[@]}"
+step d embed 90 "$PYTHON" benchmarks/embed.py --seconds 1 --json FOLDER/embed.json "${SMALL[@]}" "${EMBED[@]}" "${ON[@]}"
+bench step d soak 90 --soak "$SOAK" "${ON[@]}"
+bench step d seconds 120 --sweep seconds --stages loader/card "${ON[@]}"
+bench step d threads 120 --sweep threads --stages loader/all "${ON[@]}"
+bench step d rate 200 --sweep rate --stages loader/card --batch-size "$FEW"
+bench step d codec 200 --sweep codec --stages loader/card --batch-size "$FEW"
+
+echo "== all in $((SECONDS - started)) s of $BUDGET, results in $OUT"
+if [ ${#skipped[@]} -gt 0 ]; then echo "skipped, no CUDA device: ${skipped[*]}"; fi
+if [ ${#late[@]} -gt 0 ]; then echo "not begun, no time left (name them in ONLY): ${late[*]}"; fi
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
 fi
-echo "== all in $((SECONDS - started)) s, results in $OUT"
-exit $failed

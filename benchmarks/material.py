@@ -2,8 +2,11 @@
 
 Composing a song takes longer than everything that is measured on it, so only `COMPOSED` songs are composed, and the
 others are these again, each begun at another place. To a decoder, an STFT or a page cache they are songs of their own.
+
+    python benchmarks/material.py --segments 2048      makes them, and prints where the shards are
 """
 
+import argparse
 import multiprocessing
 import os
 import secrets
@@ -122,3 +125,14 @@ def _write_again(again: _Again) -> None:
     with soundfile.SoundFile(again.to, "w", rate, audio.shape[1], subtype, format=container) as out:
         for block in np.array_split(audio, ceil(len(audio) / rate)):  # one long write overflows Vorbis's stack
             out.write(block)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--segments", type=int, required=True, metavar="N", help="of 60 s, as FLAC at 16 kHz")
+    print(packed_generated(parser.parse_args().segments, len(os.sched_getaffinity(0))))
+
+
+if __name__ == "__main__":
+    main()

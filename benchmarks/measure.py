@@ -192,32 +192,47 @@ def interleaved(
     seconds: float,
     batches: int = 1,
     say: Callable[[str], None] = print,
+    together: bool = True,
 ) -> tuple[dict[str, list[Window]], list[UserError]]:
-    """Time stages in turns: one window of each, then the next of each. Returns also why a stage could not be opened."""
+    """Time stages in turns: one window of each, then the next of each. Returns also why a stage could not be opened.
+
+    together: False where they do not fit into memory at once: each is opened, timed and ended before the next is.
+    """
     result: dict[str, list[Window]] = {}
-    errors = []
+    errors: list[UserError] = []
     started: list[FrozenStage] = []
     try:
         for name, how in stages.items():
             started.append(FrozenStage(name, *how, warm_up=seconds))
-        for stage in started:  # one after another: what one opens is its own GPU memory
-            say(f"{stage.name}: warming up")
-            try:
-                stage.open()
-                result[stage.name] = []
-            except UserError as e:
-                errors.append(e)
-        opened = [stage for stage in started if stage.name in result]
-        for turn in range(windows if opened else 0):
-            say(f"window {turn + 1} of {windows}: {', '.join(result)}")
-            for stage in opened:
-                result[stage.name].append(stage.window(seconds, batches))
+        for group in [started] if together else [[stage] for stage in started]:
+            opened = _opened(group, errors, say)
+            result |= {stage.name: [] for stage in opened}
+            for turn in range(windows if opened else 0):
+                say(f"window {turn + 1} of {windows}: {', '.join(stage.name for stage in opened)}")
+                for stage in opened:
+                    result[stage.name].append(stage.window(seconds, batches))
+            if not together:
+                started.remove(group[0])
+                group[0].close()
     finally:
         for stage in started:
             stage.dismiss()
         for stage in started:
             stage.close()
     return result, errors
+
+
+def _opened(stages: Sequence[FrozenStage], errors: list[UserError], say: Callable[[str], None]) -> list[FrozenStage]:
+    """Those that could be opened; why others could not is added to `errors`."""
+    opened = []
+    for stage in stages:  # one after another: what one opens is its own GPU memory
+        say(f"{stage.name}: warming up")
+        try:
+            stage.open()
+            opened.append(stage)
+        except UserError as e:
+            errors.append(e)
+    return opened
 
 
 def summary(windows: Sequence[Window], view_seconds: float) -> dict[str, Any]:

@@ -3,36 +3,20 @@
 One sample is one segment, which gives two views. Without arguments it measures the shards in ./shards, or, where there
 are none, shards of generated songs that it makes and keeps in the cache folder; on the GPU where there is one. Every
 stage is warmed up; a figure is the median of five windows, and the stages of a group take turns (see measure.py).
-stages.py and baselines.py say what each stage does.
-
-The JSON (--json) holds
-
-    environment   cpu, cores, memory_gb, gpu, gpu_memory_gb, cuda, python, kernel, versions, date, commit (+ = changed
-                  files), settings: the shards (segments, segment_seconds, codec, sample_rate in Hz, null = each song's
-                  own), device, the trained model, its precision and compile; sweep and soak, null when not asked for
-    stages        by name, in a sweep "stage name=value": samples_per_s (median), low, high (windows' extremes),
-                  audio_hours_per_s, x_realtime; windows, samples, seconds (all windows together); batch_size,
-                  view_seconds, n_mels, threads, prefetch, workers as far as the stage has them; host_peak_bytes (the
-                  process and its workers, shared pages counted in each), host_bytes (at the end of each window),
-                  gpu_bytes, bytes_to_device (for each sample), data_wait_share (training stages), decoded_over_given
-                  (loader stages and train: segments decoded over segments that arrived; loader/read: read)
-    ratios        card_over_light, all_over_full, train_over_slower, data_wait_share (of train); null = not measured
-
-train_over_slower is train / min(loader/train, model). On a CPU the two share the cores: if each alone kept all of them
-busy, 1 / (1 + slower / faster) would be the limit, and what lies above it is time that one of them had left idle.
+stages.py and baselines.py say what each stage does; document.py says what --json writes, after each group of stages.
 """
 
 import argparse
-import json
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import machine
 import material
 from chart import draw
+from document import described, document, view_seconds, write
 from measure import interleaved, summary
 from report import terminal_table
 from stages import BASELINE_OF_TRAIN, KINDS, TRAINING, Spec, open_stage
@@ -53,6 +37,9 @@ GROUPS = (
     ("loader/train", "model", "train", "baseline/train", "baseline/gpu_train"),
 )
 """Stages that take turns, because they are compared; a group's processes live at the same time."""
+
+LARGE = ("model", "train", "baseline/train", "baseline/gpu_train")
+"""Stages that hold a training step's memory: on a GPU no other stage is open beside them."""
 
 OPTIONAL = ("pack", "baseline/songs", "baseline/plain_pitch", "baseline/train")
 GPU_ONLY = ("baseline/gpu_light", "baseline/gpu_full", "baseline/gpu_train")
@@ -86,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="throughput.py",
-        description=__doc__.partition("\n\nThe JSON")[0],
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -98,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"(default: the config's for training and on a GPU, else {LOADER_BATCH})",
     )
+    add("--baseline-batch", type=int, metavar="N", help="of the baselines whose views the CPU makes: their windows hold"
+        " a batch of each worker (default: as the others')")  # fmt: skip
     add("--threads", type=int, metavar="N", help=f"DALI's (default: {LOADER_THREADS}, and the config's for training)")
     add("--workers", type=int, metavar="N", help="the baselines' worker processes (default: as many as threads)")
     add("--view-seconds", type=float, metavar="S",
@@ -190,8 +179,10 @@ class Bench:
     def spec(self, kind: str, **changes: Any) -> Spec:
         """A stage with some settings of its config changed, by dotted key with __ for the dot."""
         config = self.train_config if trains(kind) else self.loader_config
-        if changes:
-            over = {key.replace("__", "."): value for key, value in changes.items()}
+        over = {key.replace("__", "."): value for key, value in changes.items()}
+        if self.args.baseline_batch and kind.startswith("baseline/") and kind not in GPU_ONLY:
+            over = {"encoder.batch_size": self.args.baseline_batch} | over
+        if over:
             config = settings.load(base=config.model_dump(mode="json"), command_line=over)
         return Spec(kind, config, "gpu" if self.device.type == "cuda" else "cpu", self.workers)
 
@@ -209,6 +200,24 @@ class Bench:
              for value in values if (spec := self.at(kind, name, value))}
             for kind in self.kinds()
         ]  # fmt: skip
+
+    def about(self, plan: Plan) -> dict[str, Any]:
+        """The settings that hold for all stages, as the JSON has them."""
+        shards, train = self.shards, self.train_config
+        return {
+            "device": self.device.type,
+            "segments": shards.count("train"),
+            "segment_seconds": shards.segment_seconds,
+            "codec": shards.codec,
+            "sample_rate": shards.sample_rate,
+            "model": f"{train.encoder.encoder_type} {encoder_type(train).variant(train)}",
+            "precision": train.train.precision,
+            "compile": train.train.compile,
+            "sweep": self.args.sweep,
+            "soak": self.args.soak,
+            "asked": [name for group in plan for name in group],
+            "alone": [name for group in plan if not takes_turns(group) for name in group],
+        }
 
     def at(self, kind: str, sweep: str, value: Any) -> Spec | None:
         """A stage at one value of a sweep; None where this machine or these shards do not have it."""
@@ -230,72 +239,28 @@ def say(line: str) -> None:
 
 
 def measure(
-    plan: Plan, windows: int, seconds: float, batches: int = 1
+    plan: Plan,
+    windows: int,
+    seconds: float,
+    batches: int = 1,
+    each: Callable[[dict[str, dict[str, Any]]], None] = lambda _: None,
 ) -> tuple[dict[str, dict[str, Any]], list[UserError]]:
-    """Each stage's entry in the JSON, and why others have none."""
+    """Each stage's entry in the JSON, and why others have none. each: gets all entries so far after each group."""
     result: dict[str, dict[str, Any]] = {}
     errors = []
     for group in plan:
         how = {name: (open_stage, (spec,)) for name, spec in group.items()}
-        timed, failed = interleaved(how, windows, seconds, batches, say)
+        timed, failed = interleaved(how, windows, seconds, batches, say, together=takes_turns(group))
         errors += failed
         for name, came in timed.items():
             result[name] = described(group[name]) | summary(came, view_seconds(group[name].config))
+        each(result)
     return result, errors
 
 
-def view_seconds(config: Config) -> float:
-    """Length of a view, s."""
-    return config.data.view_seconds or open_shards(config.data.shards).segment_seconds
-
-
-def described(spec: Spec) -> dict[str, Any]:
-    """The settings that a stage's speed depends on most."""
-    c = spec.config
-    shape = {"batch_size": c.encoder.batch_size, "view_seconds": view_seconds(c), "n_mels": c.encoder.simsiam.n_mels}
-    if spec.kind.startswith("baseline/"):
-        return shape | {"workers": spec.workers}
-    return shape | ({} if spec.kind == "model" else {"threads": c.data.threads, "prefetch": c.data.prefetch})
-
-
-def ratios(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """The four ratios; None where a stage they need was not measured."""
-
-    def rate(name: str) -> float | None:
-        return entries[name]["samples_per_s"] if name in entries else None
-
-    def over(a: float | None, b: float | None) -> float | None:
-        return a / b if a and b else None
-
-    loader, model = rate("loader/train"), rate("model")
-    return {
-        "card_over_light": over(rate("loader/card"), rate("baseline/light")),
-        "all_over_full": over(rate("loader/all"), rate("baseline/full")),
-        "train_over_slower": over(rate("train"), min(loader, model) if loader and model else None),
-        "data_wait_share": entries["train"]["data_wait_share"] if "train" in entries else None,
-    }
-
-
-def document(bench: Bench, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What --json writes."""
-    shards, train = bench.shards, bench.train_config
-    about = {
-        "device": bench.device.type,
-        "segments": shards.count("train"),
-        "segment_seconds": shards.segment_seconds,
-        "codec": shards.codec,
-        "sample_rate": shards.sample_rate,  # None: each song's own
-        "model": f"{train.encoder.encoder_type} {encoder_type(train).variant(train)}",
-        "precision": train.train.precision,
-        "compile": train.train.compile,
-        "sweep": bench.args.sweep,
-        "soak": bench.args.soak,
-    }
-    return {
-        "environment": machine.environment(bench.device) | {"settings": about},
-        "stages": entries,
-        "ratios": ratios(entries),
-    }
+def takes_turns(group: dict[str, Spec]) -> bool:
+    """Whether the group's stages are open side by side; not where each of them may fill a GPU."""
+    return all(spec.device == "cpu" or spec.kind not in LARGE for spec in group.values())
 
 
 @one_line_errors
@@ -304,20 +269,24 @@ def main() -> None:
     args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stages' processes are ended
     bench = Bench(args)
+    plan = bench.sweep(args.sweep) if args.sweep and not args.soak else bench.plan()
+    about = bench.about(plan)
+
+    def keep(entries: dict[str, dict[str, Any]]) -> None:
+        if args.json and entries:
+            write(document(bench.device, about, entries), args.json)
+
+    windows, seconds, batches = args.windows, args.seconds, 1
     if args.soak:
-        plan: Plan = [{"loader/all": bench.spec("loader/all")}]
-        entries, errors = measure(plan, SOAK_WINDOWS, 0.0, batches=max(1, args.soak // SOAK_WINDOWS))
-    else:
-        entries, errors = measure(bench.sweep(args.sweep) if args.sweep else bench.plan(), args.windows, args.seconds)
+        windows, seconds, batches = SOAK_WINDOWS, 0.0, max(1, args.soak // SOAK_WINDOWS)
+    entries, errors = measure(plan, windows, seconds, batches, keep)
     if not entries:
         raise errors[0]
-    doc = document(bench, entries)
+    doc = document(bench.device, about, entries)
     print(terminal_table(doc))
     for name, entry in entries.items():
         if (share := entry.get("decoded_over_given", 1.0)) > MOST_DECODED:
             say(f"warning: {name} decoded {share:.2f} segments for each that it gave, so its rate is too low")
-    if args.json:
-        args.json.write_text(json.dumps(doc, indent=1) + "\n")
     if args.plot:
         draw(doc, args.plot)
     if errors:

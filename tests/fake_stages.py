@@ -1,5 +1,6 @@
 """Stages for the benchmark's tests; a module of its own, since each is opened in a new process."""
 
+import fcntl
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from measure import Stage
+from stages import Spec
 
 from simsiam_dali.errors import UserError
 
@@ -45,3 +47,20 @@ def vanishing() -> Stage:
 
 def numbers() -> Stage:
     return Stage(numbered(2))
+
+
+def only_one(file: Path) -> Stage:
+    """A stage that cannot be open beside another of its kind, as where memory is for one."""
+    lock = file.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError("there is room for one only") from None
+    return Stage(batch for batch in numbered(2) if not lock.closed)
+
+
+def numbers_of(spec: Spec) -> Stage:
+    """In the place of `open_stage`; one kind cannot be opened."""
+    if spec.kind == "loader/all":
+        raise UserError("no such thing")
+    return numbers()

@@ -18,7 +18,7 @@ from signals import (
 from torchaudio.functional import resample
 
 from simsiam_dali.config import AugmentationConfig
-from simsiam_dali.data.pipeline import Graph, LogMel, Source, build
+from simsiam_dali.data.pipeline import Epoch, Graph, LogMel, Source, build
 
 NAMES = ("time_shift", "time_stretch", "pitch_shift", "noise", "gain", "reverb", "frequency_mask", "time_mask")
 OFF = AugmentationConfig(**{f"{name}_prob": 0.0 for name in NAMES})
@@ -230,9 +230,34 @@ def test_the_gpu_gives_what_the_cpu_gives(mode: str, native_rate: bool, tmp_path
     rates = RATES if native_rate else (RATE,) * 5
     shards = write_shards(tmp_path, [song(SECONDS, seed, rate) for seed, rate in enumerate(rates)], rates)
     one = graph(shards, mode, AugmentationConfig(), native_rate=native_rate, spec=LogMel(mean=-30.0, std=15.0))
-    on_cpu, on_gpu = (outputs(one, 5, gpu=gpu, batches=4) for gpu in (None, 0))
+    assert_same_on_both_devices(one, 5, batches=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("crops", "seconds"), [("same", 60.0), ("independent", 45.0)])
+def test_the_gpu_gives_what_the_cpu_gives_of_a_minute_at_44_1_khz(crops: str, seconds: float, tmp_path: Path) -> None:
+    """The songs as they are on a disk: all of a segment, and two places of it."""
+    rates = (44100,) * 3
+    shards = write_shards(tmp_path, [song(60.0, seed, rate) for seed, rate in enumerate(rates)], rates)
+    spec = LogMel(mean=-30.0, std=15.0)
+    one = graph(shards, "views", AugmentationConfig(), seconds, 60.0, native_rate=True, spec=spec, crops=crops)
+    assert_same_on_both_devices(one, 3, batches=2)
+
+
+@pytest.mark.gpu
+def test_a_batch_outside_an_epoch_is_not_decoded_on_a_gpu_either(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [song(SECONDS, seed) for seed in range(4)], (RATE,) * 4)
+    one = graph(shards, "views", AugmentationConfig(), epoch=Epoch(used=1, turn=2))
+    pipeline = build(one, 2, threads=2, prefetch=1, seed=0, gpu=0, state=None)
+    shapes = [tuple(np.array(pipeline.run()[0].as_cpu().as_array()).shape) for _ in range(4)]
+    assert shapes == [(2, LogMel().n_mels, FRAMES), (2, 1, 1)] * 2
+
+
+def assert_same_on_both_devices(one: Graph, batch_size: int, batches: int) -> None:
+    """The draws are the same, and so are the views, up to the rounding of an FFT."""
+    on_cpu, on_gpu = (outputs(one, batch_size, gpu=gpu, batches=batches) for gpu in (None, 0))
     for a, b in zip(on_cpu, on_gpu, strict=True):
-        # The draws are the same. Deep in the valleys of a spectrum a log shows the rounding of a float32 FFT, which
-        # differs between the two; so in units of the normalised log-mel, down to 60 dB (4 of these) below the peak.
+        # Deep in the valleys of a spectrum a log shows the rounding of a float32 FFT, which differs between the two; so
+        # in units of the normalised log-mel, down to 60 dB (4 of these) below the peak.
         loud = a > a.max() - 4
         np.testing.assert_allclose(a[loud], b[loud], rtol=0, atol=1e-3)

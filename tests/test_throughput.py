@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from fake_stages import broken, numbered, numbers, ticking, vanishing
+from fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
 from running import ROOT
 from signals import frequency, noise, tone
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import document
 import material
 import report
 import throughput
@@ -244,6 +245,31 @@ def test_a_stage_that_cannot_open_is_one_clear_error_and_does_not_stop_the_other
     assert second.startswith("vanishing died")
 
 
+def test_stages_that_do_not_fit_beside_each_other_are_open_one_at_a_time(tmp_path: Path) -> None:
+    stages = dict.fromkeys(("first", "second"), (only_one, (tmp_path / "lock",)))
+    windows, errors = interleaved(stages, 2, 0.0, say=lambda _: None, together=False)
+    assert not errors
+    assert {name: [w.segments for w in came] for name, came in windows.items()} == {
+        "first": [[8, 9], [12, 13]], "second": [[8, 9], [12, 13]],
+    }  # fmt: skip
+    _, errors = interleaved(stages, 1, 0.0, say=lambda _: None)
+    assert [str(e) for e in errors] == ["second: there is room for one only"]
+
+
+@pytest.mark.parametrize(
+    ("device", "kinds", "turns"),
+    [
+        ("gpu", ("loader/train", "model", "train"), False),
+        ("gpu", ("loader/card", "baseline/gpu_light"), True),
+        ("cpu", ("loader/train", "model", "train"), True),
+    ],
+)
+def test_only_on_a_gpu_the_training_stages_take_no_turns(
+    tiny: Config, device: str, kinds: tuple[str, ...], turns: bool
+) -> None:
+    assert throughput.takes_turns({kind: Spec(kind, tiny, device, 1) for kind in kinds}) is turns
+
+
 # --- 3. waiting for data
 
 
@@ -356,12 +382,40 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
     names = {"card_over_light", "all_over_full", "train_over_slower", "data_wait_share"}
     assert doc["ratios"].keys() == names
     assert {name for name, value in doc["ratios"].items() if value is not None} == {"data_wait_share"}
-    documented = throughput.__doc__.partition("The JSON")[2]
+    documented = document.__doc__ or ""
     for key in {*doc["environment"], *doc["environment"]["settings"], *doc["stages"]["train"], *names}:
         assert re.search(rf"\b{key}\b", documented), key
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     rate = report.figure(doc["stages"]["train"]["samples_per_s"])
     assert re.search(rf"^train +{re.escape(rate)} ", done.stdout, re.MULTILINE)
+
+
+def test_the_json_is_whole_after_each_group(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut loses the group that was being measured; a stage that fails loses itself."""
+    monkeypatch.setattr(throughput, "open_stage", numbers_of)
+    groups = (("loader/read",), ("loader/card", "loader/mel"), ("loader/all", "model"))
+    plan = [{kind: Spec(kind, tiny, "cpu", 1) for kind in group} for group in groups]
+    seen: list[list[str]] = []
+
+    def keep(entries: dict[str, Any]) -> None:
+        document.write(document.document(CPU, {"sweep": None}, entries), tmp_path / "r.json")
+        doc = json.loads((tmp_path / "r.json").read_text())
+        seen.append(list(doc["stages"]))
+        assert set(doc["ratios"]) == {"card_over_light", "all_over_full", "train_over_slower", "data_wait_share"}
+        assert doc["ratios"]["train_over_slower"] is None
+        assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+    _, errors = throughput.measure(plan, 1, 0.0, each=keep)
+    first, second = ["loader/read"], ["loader/read", "loader/card", "loader/mel"]
+    assert seen == [first, second, [*second, "model"]]
+    assert [str(e) for e in errors] == ["loader/all: no such thing"]
+
+
+def test_the_baselines_of_the_cpu_can_have_a_batch_of_their_own(small_shards: Path) -> None:
+    options = ["--device", "cpu", "--shards", str(small_shards), "--batch-size", "8", "--baseline-batch", "2"]
+    bench = throughput.Bench(throughput.build_parser().parse_args(options))
+    kinds = ("loader/all", "baseline/full", "baseline/train", "baseline/gpu_full", "model")
+    assert [bench.spec(kind).config.encoder.batch_size for kind in kinds] == [8, 2, 2, 8, 8]
 
 
 def test_an_unknown_stage_is_refused_in_one_line(
@@ -385,8 +439,8 @@ def test_ratios_are_of_the_stages() -> None:
     entries = {name: {"samples_per_s": value} for name, value in rate.items()}
     entries["train"] = {"samples_per_s": 38, "data_wait_share": 0.01}
     expected = {"card_over_light": 2, "all_over_full": 5, "train_over_slower": 0.95, "data_wait_share": 0.01}
-    assert throughput.ratios(entries) == pytest.approx(expected)
-    assert set(throughput.ratios({}).values()) == {None}
+    assert document.ratios(entries) == pytest.approx(expected)
+    assert set(document.ratios({}).values()) == {None}
 
 
 def test_the_readmes_numbers_are_the_result_files() -> None:
@@ -410,7 +464,7 @@ def test_the_tables_hold_the_numbers_of_the_file() -> None:
             },
         },
         "stages": {"loader/card": entry},
-        "ratios": throughput.ratios({"loader/card": entry}),
+        "ratios": document.ratios({"loader/card": entry}),
     }
     page = "\n".join(report.section("name", doc))
     assert "| `loader/card` | 21.0 | 17.0 to 1,234 |" in page
