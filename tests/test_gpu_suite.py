@@ -1,4 +1,4 @@
-"""The suite for a GPU host, as far as it can be tried without one: what it runs, keeps and says, and that tests load."""
+"""The suite for a GPU host, as far as it can be tried without one: what it runs, keeps and says; and tests load."""
 
 import os
 import re
