@@ -46,7 +46,8 @@ def outputs(graph: Graph, batch_size: int, seed: int = 0, gpu: int | None = None
     """The outputs of some batches, one after the other: each output `(batches * batch_size, ...)`."""
     pipeline = build(graph, batch_size, threads=2, prefetch=1, seed=seed, gpu=gpu, state=None)
     runs = [[np.array(x.as_cpu().as_array()) for x in pipeline.run()[:-2]] for _ in range(batches)]
-    return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+    whole = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+    return whole if graph.mode == "raw" else [*(x.transpose(0, 2, 1) for x in whole[:-1]), whole[-1]]
 
 
 def pcm(wave: Array) -> Array:
