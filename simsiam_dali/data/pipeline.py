@@ -305,7 +305,8 @@ def build(
     """Build the pipeline. Outputs: [view1, view2, row, total, samples] in mode "views", [view or wave, ...] otherwise.
 
     Views are `(T, n_mels)`, time first. total, on the CPU: a number of each decoded segment that is finite only where
-    all of the segment is. samples, on the CPU, INT32: its length as it was decoded; 0 in a batch outside `graph.epoch`, whose data is of size 1.
+    all of the segment is. samples, on the CPU, INT32: its length as it was decoded; 0 in a batch outside `graph.epoch`,
+    whose data is of size 1.
 
     gpu: CUDA device number, or None for the CPU alone. state: a `pipeline.checkpoint()` to go on from.
     The draws' seed differs by rank, the reader's must not: all ranks have to agree on the order they share.
