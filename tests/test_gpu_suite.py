@@ -1,4 +1,4 @@
-"""The suite for a GPU host, as far as it can be tried without one: what it runs, keeps and says; and tests load."""
+"""The suite for a GPU host, as far as it can be tried without one: what it runs, keeps and says; its tests load."""
 
 import os
 import re

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write the generated tables: the options of the commands into docs/commands.md, every setting into docs/config.md.
+"""Write the generated tables: the commands' options into docs/commands.md, every setting into docs/config.md, what a
+GPU holds and runs into docs/gpu.md.
 
 python tools/make_docs.py           rewrites them
 python tools/make_docs.py --check   exits with 1 when one of them is out of date
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+import gpu_tables
 
 from simsiam_dali import compare, config, embed, evaluate, export, hpo, pack, recommend, train
 
@@ -72,7 +75,7 @@ def replace_part(text: str, name: str, lines: Iterator[str]) -> str:
     head, begin, rest = text.partition(f"<!-- {name} -->\n")
     _, end, tail = rest.partition(f"<!-- /{name} -->")
     if not (begin and end):
-        raise SystemExit(f"docs/commands.md has no part {name}")
+        raise SystemExit(f"the page has no part {name}")
     return head + begin + "".join(f"{line}\n" for line in lines) + end + tail
 
 
@@ -84,7 +87,11 @@ def main() -> None:
     page = (ROOT / "docs/commands.md").read_text()
     for name, command in COMMANDS.items():
         page = replace_part(page, f"{name} options", options_table(command.build_parser()))
+    gpu = (ROOT / "docs/gpu.md").read_text()
+    gpu = replace_part(gpu, "cards", gpu_tables.cards_table())
+    gpu = replace_part(gpu, "operators", gpu_tables.operators_table())
     wanted = {
+        "docs/gpu.md": gpu,
         "docs/commands.md": page,
         "docs/config.md": CONFIG_PAGE + "".join(f"{line}\n" for line in config_table()),
     }

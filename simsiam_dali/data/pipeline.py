@@ -311,6 +311,15 @@ def build(
     gpu: CUDA device number, or None for the CPU alone. state: a `pipeline.checkpoint()` to go on from.
     The draws' seed differs by rank, the reader's must not: all ranks have to agree on the order they share.
     """
+    pipeline = defined(graph, batch_size, threads, prefetch, seed, gpu, state)
+    pipeline.build()
+    return pipeline
+
+
+def defined(
+    graph: Graph, batch_size: int, threads: int, prefetch: int, seed: int, gpu: int | None, state: str | None
+) -> Pipeline:
+    """The pipeline of `build` before it is built, for which neither the shards nor a GPU need to be there."""
     on_gpu = gpu is not None
     device = "gpu" if on_gpu else "cpu"
     noise = noise_bank(graph, seed) if graph.mode == "views" else None
@@ -363,6 +372,4 @@ def build(
         *data, total, samples = outputs
         return (*data, row, total, samples)
 
-    pipeline = define(checkpoint=state)
-    pipeline.build()
-    return pipeline
+    return define(checkpoint=state)
