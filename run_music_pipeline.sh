@@ -21,7 +21,7 @@ usage: $self STAGE [options]
   recommend          songs like others, or that you may like        simsiam_dali.recommend
   hpo                search for better settings, train the best     simsiam_dali.hpo
   compare            the best runs of each encoder type             simsiam_dali.compare
-  demo               all of the training on 48 made-up songs        make demo
+  demo               all of it on 128 made-up songs                 make demo
   all MUSIC_DIR      shards, encoder, classifier, recommend --top; the options are the encoder's
 
 A stage passes its options on; STAGE --help shows them. --encoder-type simsiam|simple, or ENCODER_TYPE in the
@@ -191,7 +191,7 @@ compare() {
 }
 
 demo() {
-    (($# == 0)) || fail "demo takes no options; afterwards: $self encoder --config configs/demo.yaml --shards demo/shards"
+    (($# == 0)) || fail "demo takes no options; afterwards: $self encoder --config configs/demo.yaml --shards demo/shards-0"
     make -C "$repo" demo
 }
 

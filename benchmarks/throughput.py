@@ -72,7 +72,6 @@ def trains(kind: str) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="throughput.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -58,6 +58,8 @@ class EncoderType:
     """Whether few directions in the outputs are a fault: SimSiam's loss is lowest there, a contrastive one is not."""
     compares: bool
     """Whether the loss compares a batch's segments with each other: then it is given those of all processes."""
+    learns_from_tags: bool
+    """Whether it is shown its training songs' artists or albums: then only other songs can tell what it has learned."""
 
     def input_shapes(self, log_mel: "LogMel", seconds: float) -> list[tuple[int, ...]]:
         """Shape of each of the forward's inputs, for one segment."""
@@ -131,6 +133,7 @@ ENCODERS: dict[str, EncoderType] = {
         min_samples=1,
         warn_of_collapse=True,
         compares=False,
+        learns_from_tags=False,
     ),
     "simple": EncoderType(
         create=_create_simple,
@@ -143,6 +146,7 @@ ENCODERS: dict[str, EncoderType] = {
         min_samples=MIN_SAMPLES,
         warn_of_collapse=False,
         compares=True,
+        learns_from_tags=True,
     ),
 }
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from simsiam_dali import config as settings
-from simsiam_dali import embeddings, evaluation, maps, report, tracking
+from simsiam_dali import embeddings, encoders, evaluation, maps, nearest_song, report, tracking
 from simsiam_dali.cli import program
 from simsiam_dali.embeddings import Embeddings
 from simsiam_dali.errors import UserError, one_line_errors
@@ -187,6 +187,9 @@ def main() -> None:
         print(line)
     if any(f.songs == "unseen" for f in done.figures):
         print(f"the same for the {provenance['held back']} songs held back from the training: in the report")
+    kind = encoders.ENCODERS.get(songs.about.get("encoder_type", ""))
+    if line := nearest_song.sentence(songs.table, vectors, kind is not None and kind.learns_from_tags):
+        print(line)
     print(f"MLflow  {logged}")
     print(f"report  {args.out / 'report.html'}")
 

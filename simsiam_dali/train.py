@@ -440,6 +440,11 @@ def main() -> None:
             config = shared_anew(config, len(resumed["loaders"]), w.size)
         try:
             ended_by = train(config, w, resumed, run_dir)
+            if not ended_by:
+                from simsiam_dali import outcome  # scikit-learn and FAISS, which the training itself does without
+
+                if (line := outcome.of_run(run_dir, w)) and w.main:
+                    print(line)
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"out of memory on {w.device}: use a smaller train.micro_batch (the first lines name the one in use),"

@@ -1,6 +1,5 @@
 """The user's commands as the user would type them, and the demo: does it learn?"""
 
-import json
 import os
 import re
 import subprocess
@@ -10,7 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
-from running import ROOT, run_tool
+from running import ROOT, records, run_tool
 from torch import Tensor
 
 from simsiam_dali import checkpoint, config, factory, monitor
@@ -19,14 +18,17 @@ from simsiam_dali.distributed import World
 from simsiam_dali.encoders import encoder_type
 from simsiam_dali.labels import label_ids
 
+sys.path.insert(0, str(ROOT / "tools"))
+import demo
+
 SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the demo library as `music/`, where a user would stand."""
+    """A folder with a part of the demo library as `music/`, where a user would stand."""
     folder = tmp_path_factory.mktemp("home")
-    run_tool("make_demo_music.py", folder / "music")
+    run_tool("make_demo_music.py", folder / "music", "--songs", 48)
     return folder
 
 
@@ -54,12 +56,8 @@ def test_the_three_named_commands(home):
 
 @pytest.fixture(scope="module")
 def demo_shards(home: Path) -> Path:
-    """The demo library packed as `make demo` packs it."""
-    recipe = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0]
-    options = re.search(r"make_shards\.py \S+ --out \S+ (.*)", recipe)
-    assert options is not None
-    assert "--config configs/demo.yaml --encoder-type simsiam" in recipe
-    run_tool("make_shards.py", home / "music", "--out", home / "demo_shards", *options[1].split())
+    """The same songs packed as `make demo` packs them."""
+    run_tool("make_shards.py", home / "music", "--out", home / "demo_shards", *demo.PACKING)
     return home / "demo_shards"
 
 
@@ -80,25 +78,35 @@ def train_demo(home: Path, demo_shards: Path, encoder_type: str, *options: objec
     return home / "runs" / encoder_type
 
 
-def test_the_demo_learns_and_does_not_collapse(home, demo_shards):
-    """What `make demo` runs: z-std and rank stay healthy, and neighbours share their artist far more than untrained."""
-    run_dir = train_demo(home, demo_shards, "simsiam")
-    epochs = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "epoch" in r]
+@pytest.mark.faults  # the whole demo: three minutes on two cores that do nothing else
+def test_the_demo_convinces(tmp_path):
+    """Trained is told apart from untrained and from MFCCs, nothing collapses, and what is named exists."""
+    end = run_tool("demo.py", tmp_path)
+    interval = r"\([+-]\d+, 95% interval ([+-]\d+) to [+-]\d+\)"
+    pattern = (
+        rf"^the nearest song is by the same artist for (\d+) of 128 songs; \d+ with the untrained encoder {interval},"
+        rf" \d+ with MFCCs {interval}$"
+    )
+    found = re.search(pattern, end, re.MULTILINE)
+    assert found is not None, end
+    assert int(found[1]) > 64
+    assert int(found[2]) > 0
+    assert int(found[3]) > 0
+    assert len(re.findall(r"^ +\d+ +0\.\d{3}  .* - ", end, re.MULTILINE)) == demo.NEIGHBOURS
+    paths = dict(re.findall(r"^(report|map|playlist|log) +(\S+)$", end, re.MULTILINE))
+    assert len(paths) == 4
+    assert all(Path(path).stat().st_size for path in paths.values())
+
+    epochs = [r for r in records(Path(paths["playlist"]).parent) if "epoch" in r]
     d = config.load(ROOT / "configs/demo.yaml").encoder.simsiam.projection_dim
     assert min(r["encoder/z_std"] for r in epochs[1:]) >= 0.5 / d**0.5
     # Batch norm keeps z-std up even in a collapse to a few directions; the rank sees that (monitor.LOW_RANK).
     assert min(r["encoder/effective_rank"] for r in epochs[1:]) >= 16
-    assert epochs[-1]["knn/artist"] >= epochs[-1]["knn/artist_chance"] + 0.2
-
-    # The online score has some 17 songs to go by. Each of the 48 against all others is the steadier judgement.
-    untrained, trained = (nearest_is_of_the_artist(run_dir, demo_shards, trained) for trained in (False, True))
-    assert trained >= untrained + 0.1
-    assert trained >= 0.5  # twelve artists: a guess is right for one song in twelve
 
 
 def test_simple_beats_its_untrained_self_on_the_demo(home, demo_shards):
     """It has seen the training songs' artists, so only validation songs count: each of their segments asks for one."""
-    run_dir = train_demo(home, demo_shards, "simple", "--epochs", 40)
+    run_dir = train_demo(home, demo_shards, "simple", "--epochs", 40, "--batch-size", 16)
     untrained, trained = (unseen_segments_of_the_artist(run_dir, demo_shards, trained) for trained in (False, True))
     assert trained >= untrained + 0.03
 
@@ -120,18 +128,6 @@ def embedded(run_dir: Path, folder: Path, trained: bool, split: Literal["train",
     batches = list(factory.create_loader(settings, shards, log_mel, here, split, mode))
     song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
     return torch.cat([encoder.embed(b.data) for b in batches]), song_of[torch.cat([b.segment for b in batches])]
-
-
-def nearest_is_of_the_artist(run_dir: Path, folder: Path, trained: bool) -> float:
-    """Share of all songs whose nearest other song is by the same artist."""
-    parts = [embedded(run_dir, folder, trained, split) for split in SPLITS]
-    embeddings, segment_songs = (torch.cat(x) for x in zip(*parts, strict=True))
-    songs, embedding = monitor.song_embeddings(embeddings, segment_songs)
-    assert songs.tolist() == list(range(48))
-    unit = torch.nn.functional.normalize(embedding, dim=1)
-    nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(dim=1)
-    artist = label_ids(open_shards(folder).songs, "artists")[songs]
-    return (artist[nearest] == artist).float().mean().item()
 
 
 def unseen_segments_of_the_artist(run_dir: Path, folder: Path, trained: bool) -> float:

@@ -16,7 +16,7 @@ from simsiam_dali.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_demo_music as demo
-from demo_synth import LEVEL_RMS
+from demo_synth import LEVEL_RMS, RENDER_RATE, compose, draw_styles, record
 
 SONGS, SEED, SECONDS = 32, 5, (5.0, 7.0)
 EXTENSIONS = {".flac", ".ogg", ".mp3", ".wav"}
@@ -99,6 +99,37 @@ def test_format_rate_and_channels_do_not_tell_the_artist(library: Path) -> None:
     assert all(found == EXTENSIONS for found in formats.values())
     assert all(found == set(demo.RATES) for found in rates.values())
     assert all(sorted(found) == [1, 2, 2, 2] for found in channels.values())
+
+
+def test_neither_length_nor_storage_tells_the_artist() -> None:
+    """As the demo has it: of how many songs is the one nearest in length, or stored the same way, by the artist?"""
+    plan = demo.plan_library(128, 0, (18.0, 32.0))
+    assert {len([s for s in plan if s.artist == song.artist]) for song in plan} == {4}
+    seconds = np.array([song.seconds for song in plan])
+    apart = np.abs(seconds[:, None] - seconds) + np.diag(np.full(len(plan), np.inf))
+    nearest = apart == apart.min(axis=1, keepdims=True)
+    same = np.array([[a.artist == b.artist for a in plan] for b in plan])
+    assert (same & nearest).sum() / nearest.sum() < 0.08  # a guess: 3 of 127
+    stored = [(song.extension, song.rate, song.channels) for song in plan]
+    alike = np.array([[a == b for a in stored] for b in stored]) & ~np.eye(len(plan), dtype=bool)
+    assert (same & alike).sum() == 0
+
+
+def test_songs_of_an_artist_are_recorded_differently() -> None:
+    """One song in two rooms, on two tapes: hiss stands 10 to 40 dB below the music, and the room rings on after it."""
+    rng = np.random.default_rng(0)
+    mix, _ = compose(draw_styles(1, rng)[0], 4.0, rng)
+    mix[:, RENDER_RATE:] = 0  # a second of music, then the room and the tape alone
+    hiss, rings = [], []
+    for seed in range(20):
+        recorded = record(mix, np.random.default_rng(seed))
+        assert np.array_equal(recorded, record(mix, np.random.default_rng(seed)))
+        tape = recorded[:, -RENDER_RATE:].std()
+        hiss.append(20 * np.log10(tape / mix.std()))
+        rings.append(recorded[:, RENDER_RATE : RENDER_RATE + RENDER_RATE // 10].std() / tape)
+    assert -40.5 < min(hiss) < -32
+    assert -18 < max(hiss) < -9.5
+    assert max(rings) > 5 * min(rings)
 
 
 def test_tags_follow_the_folders_and_genres_are_shared(library: Path) -> None:

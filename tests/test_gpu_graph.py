@@ -52,7 +52,6 @@ def test_the_decoder_runs_on_the_cpu_and_all_that_makes_views_on_the_gpu() -> No
         "Filter",
         "ToDecibels",
         "Erase",
-        "Transpose",
     )
     device = {each.name: each.device for each in gpu_tables.operators(gpu_tables.gpu_graph(), gpu=0)}
     assert {device[name] for name in heavy} == {"gpu"}

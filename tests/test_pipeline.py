@@ -46,7 +46,8 @@ def outputs(graph: Graph, batch_size: int, seed: int = 0, gpu: int | None = None
     """The outputs of some batches, one after the other: each output `(batches * batch_size, ...)`."""
     pipeline = build(graph, batch_size, threads=2, prefetch=1, seed=seed, gpu=gpu, state=None)
     runs = [[np.array(x.as_cpu().as_array()) for x in pipeline.run()[:-2]] for _ in range(batches)]
-    return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+    whole = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+    return whole if graph.mode == "raw" else [*(x.transpose(0, 2, 1) for x in whole[:-1]), whole[-1]]
 
 
 def pcm(wave: Array) -> Array:
@@ -250,7 +251,7 @@ def test_a_batch_outside_an_epoch_is_not_decoded_on_a_gpu_either(tmp_path: Path)
     one = graph(shards, "views", AugmentationConfig(), epoch=Epoch(used=1, turn=2))
     pipeline = build(one, 2, threads=2, prefetch=1, seed=0, gpu=0, state=None)
     shapes = [tuple(np.array(pipeline.run()[0].as_cpu().as_array()).shape) for _ in range(4)]
-    assert shapes == [(2, LogMel().n_mels, FRAMES), (2, 1, 1)] * 2
+    assert shapes == [(2, FRAMES, LogMel().n_mels), (2, 1, 1)] * 2
 
 
 def assert_same_on_both_devices(one: Graph, batch_size: int, batches: int) -> None:

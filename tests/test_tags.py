@@ -96,8 +96,9 @@ def test_a_zero_popm_does_not_hide_another(tmp_path: Path) -> None:
 
 def test_unknown_values_are_unknown(tmp_path: Path) -> None:
     unknown = {"title": ["(None)"], "artist": ["<Unknown>"], "album": [" "], "date": ["0000"], "genre": [""]}
-    assert read_tags(tagged(tmp_path / "a.ogg", **unknown)) == Tags()
-    assert read_tags(tagged(tmp_path / "b.ogg")) == Tags()
+    # As text: an unknown rating is NaN, which from Python 3.13 on makes a dataclass unlike itself.
+    assert repr(read_tags(tagged(tmp_path / "a.ogg", **unknown))) == repr(Tags())
+    assert repr(read_tags(tagged(tmp_path / "b.ogg"))) == repr(Tags())
     assert read_tags(tagged(tmp_path / "c.ogg", artist=["<Unknown>", "Known"])).artists == ("Known",)
 
 

@@ -266,5 +266,12 @@ def gain(mel: DataNode, gain_db: DataNode) -> DataNode:
 
 def spec_augment(log_mel: DataNode, draws: Draws) -> DataNode:
     """Set one band of mel bins and one stretch of frames of the normalised `(F, n_mels)` to 0, its mean."""
-    log_mel = fn.erase(log_mel, anchor=draws.time_start, shape=draws.time_width, axes=[0], fill_value=0.0)
-    return fn.erase(log_mel, anchor=draws.mel_start, shape=draws.mel_width, axes=[1], fill_value=0.0)
+    frames, n_mels = (log_mel.shape(dtype=types.FLOAT)[axis] for axis in (0, 1))
+    zero = types.Constant(np.float32(0), device="cpu")
+    return fn.erase(  # two regions in one pass: all mel bins of some frames, and all frames of some mel bins
+        log_mel,
+        anchor=fn.stack(draws.time_start, zero, zero, draws.mel_start),
+        shape=fn.stack(draws.time_width, n_mels, frames, draws.mel_width),
+        axes=[0, 1],
+        fill_value=0.0,
+    )

@@ -142,7 +142,7 @@ def _unsound(graph: Graph, lines: Mapping[int, tuple[str, Members]], seed: int) 
     mode: Literal["raw", "clean"] = "raw" if graph.mode == "raw" else "clean"
     spec, left = graph.log_mel, list(lines)
     samples = round(graph.seconds * spec.sample_rate)
-    shape = (1, samples) if mode == "raw" else (1, spec.n_mels, spec.frames(graph.seconds))
+    shape = (1, samples) if mode == "raw" else (1, spec.frames(graph.seconds), spec.n_mels)
     while left:
         with TemporaryDirectory(prefix="simsiam-dali-") as folder:
             source = dataclasses.replace(

@@ -177,8 +177,10 @@ class Loader:
         """What the graph gives next, the sums that tell whether it is finite, and how much was decoded."""
         stream = torch.cuda.current_stream(self.gpu) if self.gpu is not None else None
         # No copy: the dynamic executor hands its buffers over, and gets them back when torch drops the tensors.
-        *outputs, total, samples = [torch.from_dlpack(x.as_tensor()) for x in self.pipeline.run(stream)]
-        return outputs, total, samples
+        *data, rows, total, samples = [torch.from_dlpack(x.as_tensor()) for x in self.pipeline.run(stream)]
+        if self.graph.mode != "raw":
+            data = [frequency_first(x) for x in data]
+        return [*data, rows], total, samples
 
     def _damaged(self) -> dict[int, str]:
         """The rows of the batch that failed which do not decode, with reasons."""
@@ -214,6 +216,20 @@ class Loader:
         self.step, self.seed = state["step"], state["seed"]
         self.left_out |= set(state["left_out"])
         self._build(state["pipeline"])
+
+
+def frequency_first(x: Tensor) -> Tensor:
+    """`(B, T, n_mels)` to `(B, n_mels, T)`, contiguous.
+
+    Sample by sample: torch transposes a matrix in blocks, twice as fast as a stack of them, and in a third of the time
+    that DALI's operator takes on a CPU.
+    """
+    y = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
+    if x.is_cuda:
+        return y.copy_(x.transpose(1, 2))
+    for target, source in zip(y, x, strict=True):
+        target.copy_(source.t())
+    return y
 
 
 def release_memory() -> None:

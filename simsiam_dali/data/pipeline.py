@@ -27,6 +27,9 @@ BAND_EDGE = 0.94
 MISSING = 0.1
 """How much of its end a segment may lack, s: lossy codecs and resamplers leave out some samples."""
 
+LOSSLESS = ("flac", "wav")
+"""Codecs that give back as many samples as were packed."""
+
 NOISE_PLACES = 15.0
 """How much longer than a view the bank of noise is, s: a view's noise may start anywhere in it."""
 
@@ -145,6 +148,8 @@ def at_front_end_rate(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
     spec = graph.log_mel
     if graph.source.native_rate:
         wave = augment.resample(wave, rate, float(spec.sample_rate), CONVERT_QUALITY)
+    elif graph.source.codec in LOSSLESS and graph.seconds >= graph.source.segment_seconds:
+        return wave  # all of a segment that was packed at its exact length
     # One that lacks more stays too short, which ends the run.
     longest = wave.shape(dtype=types.INT32)[0] + round(MISSING * spec.sample_rate)
     end = math.min(longest, round(graph.seconds * spec.sample_rate))
@@ -299,8 +304,9 @@ def build(
 ) -> Pipeline:
     """Build the pipeline. Outputs: [view1, view2, row, total, samples] in mode "views", [view or wave, ...] otherwise.
 
-    total, on the CPU: the sum of each decoded segment, which is finite only where all of the segment is. samples, on
-    the CPU, INT32: its length as it was decoded; 0 in a batch outside `graph.epoch`, whose data is of size 1.
+    Views are `(T, n_mels)`, time first. total, on the CPU: a number of each decoded segment that is finite only where
+    all of the segment is. samples, on the CPU, INT32: its length as it was decoded; 0 in a batch outside `graph.epoch`,
+    whose data is of size 1.
 
     gpu: CUDA device number, or None for the CPU alone. state: a `pipeline.checkpoint()` to go on from.
     The draws' seed differs by rank, the reader's must not: all ranks have to agree on the order they share.
@@ -321,7 +327,9 @@ def defined(
     def decoded(encoded: DataNode, random: _Randomness) -> tuple[DataNode, ...]:
         """The data of the mode, time before frequency, then total and samples."""
         wave, decoded_rate = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
-        total, samples = fn.reductions.sum(wave), wave.shape(dtype=types.INT32)[0]
+        samples = wave.shape(dtype=types.INT32)[0]
+        # FLAC holds whole numbers: what decodes is finite, and need not be read once more to see that.
+        total = fn.cast(samples, dtype=types.FLOAT) if graph.source.codec == "flac" else fn.reductions.sum(wave)
         rate = decoded_rate
         if not graph.source.native_rate:
             rate = types.Constant(np.float32(graph.log_mel.sample_rate), device="cpu")
@@ -362,8 +370,6 @@ def defined(
         else:
             outputs = nothing(graph.mode, device)
         *data, total, samples = outputs
-        if graph.mode != "raw":
-            data = [fn.transpose(x, perm=[1, 0]) for x in data]
         return (*data, row, total, samples)
 
     return define(checkpoint=state)

@@ -1,0 +1,172 @@
+"""The sentence that ends a training: its figures against counts made by hand, and who is asked."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from evaluation_tables import planted, song_table
+from running import command, run
+
+from simsiam_dali import features, nearest_song, outcome, trained
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.distributed import World
+from simsiam_dali.nearest_song import nearest_shares, sentence
+
+HERE = World(0, 1, torch.device("cpu"))
+
+
+def table(artists: list[list[str]], **columns: list) -> pd.DataFrame:
+    """Songs by these artists, all recordings of their own."""
+    n = len(artists)
+    made = {
+        "title": [f"Song {i}" for i in range(n)],
+        "artists": artists,
+        "genres": [[]] * n,
+        "duration": [100.0 + 10 * i for i in range(n)],
+        "split": ["train"] * n,
+    }
+    return pd.DataFrame(made | columns)
+
+
+# Twelve points on a circle, at these degrees: standardising such a circle leaves its angles as they are.
+HOURS = np.arange(12) * 30
+
+
+def at(*degrees: float) -> np.ndarray:
+    angle = np.deg2rad(degrees)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def test_a_hit_is_counted_where_the_nearest_is_by_an_artist_of_the_song():
+    """Four songs at the corners of a square, moved in pairs: who is near whom can be said by hand."""
+    x = at(0, 10, 180, 190)
+    assert nearest_shares(x, [[0], [0], [1], [1]], np.arange(4)).tolist() == [1, 1, 1, 1]
+    assert nearest_shares(x, [[0], [1], [0], [1]], np.arange(4)).tolist() == [0, 0, 0, 0]
+    # Only one of the two artists has to be shared; the third song's only artist has no other song.
+    assert nearest_shares(x, [[0, 2], [0], [1], [2]], np.arange(4))[[0, 1, 3]].tolist() == [1, 1, 0]
+    assert np.isnan(nearest_shares(x, [[0, 2], [0], [1], [2]], np.arange(4))[2])
+
+
+def test_another_file_of_one_recording_is_no_neighbour():
+    x = at(0, 10, 180, 190)
+    hit = nearest_shares(x, [[0], [0], [0], [0]], np.array([0, 0, 1, 2]))
+    assert hit.tolist() == [1, 1, 1, 1]  # the first two have the far ones
+    hit = nearest_shares(x, [[0], [0], [1], [1]], np.array([0, 0, 1, 2]))
+    assert np.isnan(hit[:2]).all()
+    assert hit[2:].tolist() == [1, 1]
+
+
+def test_a_tie_is_no_hit():
+    """On a circle each song lies between its partner and a stranger, equally far from both."""
+    x, pairs = at(*HOURS), [[i // 2] for i in range(12)]
+    assert nearest_shares(x, pairs, np.arange(12)).sum() == 0
+    assert nearest_shares(np.ones((12, 5)), pairs, np.arange(12)).sum() == 0  # a collapsed encoder
+    same = np.repeat(at(0, 90, 180, 270), 3, axis=0)
+    assert nearest_shares(same, [[i // 3] for i in range(12)], np.arange(12)).sum() == 12  # all three are by the artist
+    mixed = [[i // 3] if i % 3 else [4] for i in range(12)]
+    assert nearest_shares(same, mixed, np.arange(12)).sum() == 0  # at every place a stranger is as near
+
+
+def test_the_sentence_says_the_counts():
+    """Twelve songs: two by nobody known, one by somebody with no other; nine are asked."""
+    artists = [["A"], ["a "], ["A", "B"], ["B"], ["C"], ["C"], ["C"], ["D"], ["D"], ["E"], [], ["Various Artists"]]
+    songs = table(artists)
+    # Three heaps, as corners of a triangle: A, a, A+B; then B, C, C, C, D with the Cs closest together; then D, E.
+    heap = np.eye(3)[[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0]]
+    good = np.c_[heap, [0, 1, 2, -20, 0, 1, 2, 20, 0, 0, 0, 0]]
+    none = at(*(HOURS[i * 5 % 12] for i in range(12)))
+    said = sentence(songs, {"embedding": good, "untrained": none, "mfcc": good, "log-mel": none}, held_back_only=False)
+    labels = [[0], [0], [0, 1], [1], [2], [2], [2], [3], [3], [4]]
+    ours, theirs = (nearest_shares(x[:10], labels, np.arange(10)) for x in (good, none))
+    assert np.nansum(ours) == 6
+    assert np.isnan(ours).tolist() == [False] * 9 + [True]
+    assert said.startswith("the nearest song is by the same artist for 6 of 9 songs; ")
+    assert f"{np.nansum(theirs):.0f} with the untrained encoder (+{6 - np.nansum(theirs):.0f}, 95% interval +" in said
+    assert said.endswith("6 with MFCCs (+0, 95% interval +0 to +0)")
+
+
+def test_the_interval_is_of_the_paired_differences():
+    """100 songs, of which the floor finds all but 40 of ours: the difference of each draw is binomial, n 100, p 0.4."""
+    artist = np.repeat(np.arange(50), 2)
+    songs = table([[f"Artist {a}"] for a in artist])
+    x = planted(artist, width=64, noise=0.01)
+    worse = x.copy()
+    worse[1:21:2], worse[21:41:2] = x[21:41:2], x[1:21:2]  # ten pairs of artists swap a song: all 40 lose their partner
+    said = sentence(songs, {"embedding": x, "untrained": worse}, held_back_only=False)
+    low, high = map(int, re.search(r"\(\+40, 95% interval \+(\d+) to \+(\d+)\)", said).groups())
+    assert (low, high) == pytest.approx((30, 50), abs=1)
+    assert "for 100 of 100 songs; 60 with the untrained encoder" in said
+
+
+def test_an_encoder_that_was_shown_the_tags_is_asked_for_other_songs_only():
+    songs = song_table(30)
+    x = planted(np.arange(30) % 6)
+    everyone = sentence(songs, {"embedding": x}, held_back_only=False)
+    assert everyone == "the nearest song is by the same artist for 30 of 30 songs"
+    held_back = sentence(songs, {"embedding": x}, held_back_only=True)
+    assert held_back == "the nearest song is by the same artist for 10 of 10 songs held back from the training"
+    songs["split"] = "train"
+    assert sentence(songs, {"embedding": x}, held_back_only=True) == ""
+
+
+def test_without_two_songs_of_one_artist_the_genre_is_taken_and_without_labels_nothing_is_said():
+    x = at(0, 5, 180, 185)
+    songs = table([["A"], ["B"], ["C"], []], genres=[["Rock"], ["rock"], ["Jazz"], ["Jazz"]])
+    said = sentence(songs, {"embedding": x}, held_back_only=False)
+    assert said == "the nearest song is of the same genre for 4 of 4 songs"
+    assert sentence(table([["A"], ["B"], [], []]), {"embedding": x}, held_back_only=False) == ""
+    same = table([["A"], ["A"], [], []], title=["One", "One", "Two", "Three"], duration=[100.0, 100.5, 90.0, 80.0])
+    assert sentence(same, {"embedding": x}, held_back_only=False) == ""  # two files of one recording
+
+
+@pytest.mark.parametrize("kind", ["simsiam", "simple"])
+def test_a_training_ends_with_the_sentence_and_evaluate_says_the_same(kind, small_shards, tmp_path):
+    tiny = {"encoder__embedding_dim": 24, "encoder__simple__base_channels": 4, "encoder__epochs": 1}
+    done = run(command(tmp_path, small_shards, encoder__encoder_type=kind, mlflow__enabled="false", **tiny), tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = done.stdout.splitlines()[-1]
+    whose = "16 songs" if kind == "simsiam" else r"\d+ songs held back from the training"
+    assert re.fullmatch(
+        rf"the nearest song is by the same artist for \d+ of {whose}; \d+ with the untrained encoder \(.*\), \d+ with"
+        r" MFCCs \(.*\)",
+        last,
+    )
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    python = command(tmp_path, small_shards)[0]
+    embedded = run([python, "-m", "simsiam_dali.embed", "--checkpoint", str(run_dir), "--floors"], tmp_path)
+    assert embedded.returncode == 0, embedded.stderr[-2000:]
+    evaluated = run([python, "-m", "simsiam_dali.evaluate", "--no-maps", "--no-mlflow"], tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert last in evaluated.stdout
+
+
+def test_of_a_large_set_whole_artists_are_drawn(small_runs, small_shards, monkeypatch):
+    """The part holds all songs of its artists, with the vectors that they have in the whole set."""
+    shards = open_shards(small_shards)
+    half = len(shards.segments) // 2
+    with outcome.some_songs(shards, half, seed=0) as part:
+        read = {split: part.count(split) for split in ("train", "val")}
+        assert 0 < sum(read.values()) <= half
+        songs, vectors = embedded(small_runs["simsiam"], part)
+    every_song, everything = embedded(small_runs["simsiam"], shards)
+    artists = shards.songs["artists"].str[0]
+    assert set(songs) == set(np.flatnonzero(artists.isin(artists.iloc[songs].unique())))
+    rows = np.searchsorted(every_song, songs)
+    for name, x in vectors.items():
+        assert np.allclose(x, everything[name][rows], rtol=1e-4, atol=1e-5), name
+    assert outcome.of_run(small_runs["simsiam"], HERE).count(f"of {len(every_song)} songs;") == 1
+    monkeypatch.setattr(outcome, "MOST_SEGMENTS", half)
+    assert f"of {len(songs)} songs, drawn from {len(every_song)};" in outcome.of_run(small_runs["simsiam"], HERE)
+
+
+def embedded(run_dir: Path, shards: outcome.ShardSet) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What `outcome.of_run` embeds, for a run on the small shards."""
+    of_run = trained.read(str(run_dir))
+    config = outcome.embedding_config(of_run.config, shards.segment_seconds)
+    log_mel = outcome.factory.with_statistics(outcome.factory.log_mel_settings(config), **of_run.statistics)
+    names = (features.CHECKPOINT, *nearest_song.BASELINES)
+    made = [features.create_features(name, of_run, log_mel, HERE.device) for name in names]
+    return outcome.embed_songs(made, config, shards, log_mel, HERE)
