@@ -122,10 +122,10 @@ def draw_styles(count: int, rng: np.random.Generator) -> list[Style]:
                 chord_rhythm=str(rng.choice(CHORD_RHYTHMS)),
                 bass_rhythm=str(rng.choice(BASS_RHYTHMS)),
                 drums={drum: str(rng.choice(DRUM_RHYTHMS[drum])) for drum in DRUMS[genre]},
-                legato=float(rng.choice([0.35, 0.65, 1.0])),
+                legato=float(rng.choice([0.65, 0.85, 1.0])),
                 echo_steps=int(rng.choice([0, 3, 4])),
                 lead_gain=float(rng.uniform(0.6, 1.0)),
-                bass_gain=float(rng.choice([0.0, 0.5, 0.9])),
+                bass_gain=float(rng.choice([0.0, 0.3, 0.6])),
                 drum_gain=float(rng.uniform(0.5, 0.9)),
             )
         )
