@@ -207,6 +207,12 @@ class TrainConfig(Section):
     knn_k: int = Field(10, ge=1, description="neighbours of the online kNN score")
     knn_segments: int = Field(2000, ge=1, description="training segments it searches among, at most")
 
+    closing_score: bool = Field(
+        True,
+        description="end with how many songs have a nearest song by the same artist, beside the untrained encoder and"
+        " MFCCs; takes up to 20,000 segments",
+    )
+
     def micro_batch_of(self, batch_size: int) -> int:
         """The micro-batch of steps of `batch_size` segments; all of them while it is auto."""
         return batch_size if self.micro_batch == "auto" else self.micro_batch

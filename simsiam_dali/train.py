@@ -43,7 +43,7 @@ GAUGE_ROWS = 1024
 
 CHANGEABLE = (
     "train.log_every", "train.checkpoint_every", "train.validate_every", "train.profile", "data.threads",
-    "data.prefetch", "data.max_bad_fraction", "train.device", "mlflow.",
+    "data.prefetch", "data.max_bad_fraction", "train.device", "train.closing_score", "mlflow.",
 )  # fmt: skip
 """Settings a resumed run may change: none of them changes the next loss (`check_device` sees to the device)."""
 
@@ -440,7 +440,7 @@ def main() -> None:
             config = shared_anew(config, len(resumed["loaders"]), w.size)
         try:
             ended_by = train(config, w, resumed, run_dir)
-            if not ended_by:
+            if config.train.closing_score and not ended_by:
                 from simsiam_dali import outcome  # scikit-learn and FAISS, which the training itself does without
 
                 if (line := outcome.of_run(run_dir, w)) and w.main:

@@ -34,6 +34,7 @@ TINY = {
     "train.device": "cpu",
     "train.log_every": 1,
     "train.validate_every": 1,
+    "train.closing_score": "false",  # tests/test_nearest_song.py has it
 }
 
 

@@ -125,6 +125,7 @@ def test_without_two_songs_of_one_artist_the_genre_is_taken_and_without_labels_n
 @pytest.mark.parametrize("kind", ["simsiam", "simple"])
 def test_a_training_ends_with_the_sentence_and_evaluate_says_the_same(kind, small_shards, tmp_path):
     tiny = {"encoder__embedding_dim": 24, "encoder__simple__base_channels": 4, "encoder__epochs": 1}
+    tiny["train__closing_score"] = "true"
     done = run(command(tmp_path, small_shards, encoder__encoder_type=kind, mlflow__enabled="false", **tiny), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     last = done.stdout.splitlines()[-1]
