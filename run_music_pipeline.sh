@@ -191,7 +191,7 @@ compare() {
 }
 
 demo() {
-    (($# == 0)) || fail "demo takes no options; afterwards: $self encoder --config configs/demo.yaml --shards demo/shards-0"
+    (($# == 0)) || fail "demo takes no options; afterwards: $self encoder --config configs/demo.yaml --shards demo/shards"
     make -C "$repo" demo
 }
 

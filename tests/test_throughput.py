@@ -129,9 +129,9 @@ def test_baselines_give_the_segments_of_the_training_split(tiny: Config, kind: s
 def test_what_a_stage_decodes_is_counted_where_it_is_decoded(tiny: Config, kind: str) -> None:
     """Two epochs whose segments are no whole number of batches: each segment given was decoded, and no other."""
     total = open_shards(tiny.data.shards).count("train")
-    assert total % 5
-    stage = open_stage(Spec(kind, settings.changed(tiny, encoder__batch_size=5), "cpu", 1))
-    window = timed_window(stage, 0.0, batches=2 * (total // 5))
+    assert total % 3
+    stage = open_stage(Spec(kind, settings.changed(tiny, encoder__batch_size=3), "cpu", 1))
+    window = timed_window(stage, 0.0, batches=2 * (total // 3))
     assert window.decoded == len(window.segments)
     assert summary([window], 1.0)["decoded_over_given"] == 1
 

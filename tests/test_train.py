@@ -283,7 +283,15 @@ def test_help_tells_defaults():
 
 def test_profile_and_measured_threads(tmp_path, small_shards):
     args = command(
-        tmp_path, small_shards, "--profile", "2", "--run-name", "p", mlflow__enabled="false", data__threads="auto"
+        tmp_path,
+        small_shards,
+        "--profile",
+        "2",
+        "--run-name",
+        "p",
+        mlflow__enabled="false",
+        data__threads="auto",
+        encoder__batch_size=2,  # so that the traced steps lie within an epoch
     )
     done = run(args, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -106,9 +106,9 @@ def _cpu_seconds() -> float:
 
 
 def run(folder: Path, seed: int) -> Done:
-    """All stages in `folder`; `seed` is the library's and the training's."""
+    """All stages in `folder`; `seed` is the library's and the training's. Raises UserError when one fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    music, shards = folder / f"music-{seed}", folder / f"shards-{seed}"
+    music, shards = folder / "music", folder / "shards"
     made = folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
     table, playlist = made / "embeddings.parquet", made / "playlist.m3u8"
     show = Show(folder / "log.txt", number=6)
@@ -140,7 +140,11 @@ def main() -> None:
                         help="where everything goes (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the library and of the training")
     args = parser.parse_args()
-    done = run(args.folder.resolve(), args.seed)
+    try:
+        done = run(args.folder.resolve(), args.seed)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
     evaluation = done.run / "evaluation"
     print(f"\n{done.sentence}\n\n{done.neighbours}\n")
     print(f"report    {_shown(evaluation / 'report.html')}")

@@ -1,14 +1,14 @@
 """Synthesis of short songs for the demo library: an artist is a `Style`, a song is a draw from it.
 
-This is no music, and a score on it is no promise for a real library. It is made so that what an artist is can be heard,
-and so that recordings get in the way as they do in life:
+This is no music, and a score on it promises nothing for a real library. It is made so that what an artist is can be
+heard, that recordings get in the way as they do in life, and that two minutes of training show a difference:
 
 - An artist keeps instruments, scale, chords, rhythms, drums, bass line, note lengths, echo, mix, and, within 7%, the
   tempo. Genres, instruments and patterns are shared by several artists; it is the combination that is an artist's.
-- A song has a melody, a key (within two semitones of the artist's), a tempo and an order of parts of its own.
+- A song has a melody of its own, a key within two semitones of the artist's, and a tempo of its own.
 - A recording has a room, a tape with more or less hiss, and an equalisation of its own, whoever plays. Room, hiss, key
-  and tempo are what SimSiam's augmentations vary (reverb, noise, pitch shift, time stretch), so an encoder can learn to
-  hear past them without a label; a plain average of the spectrum, such as MFCCs, has no way to.
+  and tempo are what SimSiam's augmentations vary (reverb, noise, pitch shift, time stretch): an encoder can learn
+  without a label to hear past them, which an average of the spectrum such as MFCCs cannot, and hears rhythm besides.
 
 A song is composed on a grid of sixteenth notes (melody, chords, bass, drums), rendered with classic voices (additive,
 FM, Karplus-Strong, noise) at 32 kHz in stereo, recorded, and then brought to a file's rate, channels and level.
@@ -122,10 +122,10 @@ def draw_styles(count: int, rng: np.random.Generator) -> list[Style]:
                 chord_rhythm=str(rng.choice(CHORD_RHYTHMS)),
                 bass_rhythm=str(rng.choice(BASS_RHYTHMS)),
                 drums={drum: str(rng.choice(DRUM_RHYTHMS[drum])) for drum in DRUMS[genre]},
-                legato=float(rng.choice([0.35, 0.65, 1.0])),
+                legato=float(rng.choice([0.65, 0.85, 1.0])),
                 echo_steps=int(rng.choice([0, 3, 4])),
                 lead_gain=float(rng.uniform(0.6, 1.0)),
-                bass_gain=float(rng.choice([0.0, 0.5, 0.9])),
+                bass_gain=float(rng.choice([0.0, 0.3, 0.6])),
                 drum_gain=float(rng.uniform(0.5, 0.9)),
             )
         )
