@@ -37,7 +37,10 @@ started=$SECONDS failed=() skipped=() late=()
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then CUDA=1; else CUDA= QUICK=1; fi
 QUICK=${QUICK:-}
 if [ "$QUICK" ]; then
-  SEGMENTS=64 FEW=4 SOAK=20
+  SOAK=20 QUICK_MUSIC=$XDG_CACHE_HOME/quick_music
+  SONGS=(tools/make_demo_music.py "$QUICK_MUSIC" --songs 16 --seconds 10 11)
+  MATERIAL=(--music "$QUICK_MUSIC")
+  ANEW=(--music "$QUICK_MUSIC") # for the sweeps that pack anew
   SMALL=(--set encoder.simsiam.backbone=resnet18 --set encoder.simsiam.projection_dim=32
     --set encoder.simsiam.predictor_hidden_dim=8 --set encoder.batch_size=4 --set data.threads=1)
   BENCH=(--seconds 0.1 --windows 2 --threads 1 --workers 1 --batch-size 4 --view-seconds 10)
@@ -45,7 +48,8 @@ if [ "$QUICK" ]; then
   RUN=(--config configs/demo.yaml --songs 16 --segment-seconds 5 --steps 16 --set encoder.batch_size=4)
   EMBED=(--batch-size 4 --windows 2)
 else
-  SEGMENTS=2048 FEW=32 SOAK=1000 # 16 batches of configs/gpu.yaml; a batch for the sweeps that pack anew
+  SOAK=1000 SONGS=() MATERIAL=(--segments 2048) # 16 batches of configs/gpu.yaml
+  ANEW=(--batch-size 32)                       # for the sweeps that pack anew
   BENCH=(--seconds 1 --threads "$CORES" --workers "$CORES")
   SHORT=(--steps 10 --batch-sizes 16 32 64 96 128 160 192)
   SMALL=() RUN=() EMBED=()
@@ -112,7 +116,8 @@ step b run 530 "$PYTHON" benchmarks/killed_run.py --out FOLDER ${SHARDS:+--shard
 ON=()
 for word in $ONLY; do
   case $word in a | b | tests | run) continue ;; c | d) part=$word ;; *) part=single ;; esac
-  ONLY="$ONLY material" step "$part" material 300 "$PYTHON" benchmarks/material.py --segments "$SEGMENTS"
+  if [ "$QUICK" ]; then ONLY="$ONLY songs" step "$part" songs 300 "$PYTHON" "${SONGS[@]}"; fi
+  ONLY="$ONLY material" step "$part" material 300 "$PYTHON" benchmarks/material.py "${MATERIAL[@]}"
   made=$(tail -n 1 "$WORK/$part/material.log" 2>/dev/null)
   if [ -d "$made" ]; then ON=(--shards "$made"); fi
   break
@@ -139,8 +144,8 @@ step d embed 90 "$PYTHON" benchmarks/embed.py --seconds 1 --json FOLDER/embed.js
 bench step d soak 90 --soak "$SOAK" "${ON[@]}"
 bench step d seconds 120 --sweep seconds --stages loader/card "${ON[@]}"
 bench step d threads 120 --sweep threads --stages loader/all "${ON[@]}"
-bench step d rate 200 --sweep rate --stages loader/card --batch-size "$FEW"
-bench step d codec 200 --sweep codec --stages loader/card --batch-size "$FEW"
+bench step d rate 200 --sweep rate --stages loader/card "${ANEW[@]}"
+bench step d codec 200 --sweep codec --stages loader/card "${ANEW[@]}"
 
 echo "== all in $((SECONDS - started)) s of $BUDGET, results in $OUT"
 if [ ${#skipped[@]} -gt 0 ]; then echo "skipped, no CUDA device: ${skipped[*]}"; fi

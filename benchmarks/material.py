@@ -4,6 +4,7 @@ Composing a song takes longer than everything that is measured on it, so only `C
 others are these again, each begun at another place. To a decoder, an STFT or a page cache they are songs of their own.
 
     python benchmarks/material.py --segments 2048      makes them, and prints where the shards are
+    python benchmarks/material.py --music DIR          packs these songs instead
 """
 
 import argparse
@@ -130,8 +131,11 @@ def _write_again(again: _Again) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--segments", type=int, required=True, metavar="N", help="of 60 s, as FLAC at 16 kHz")
-    print(packed_generated(parser.parse_args().segments, len(os.sched_getaffinity(0))))
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--segments", type=int, metavar="N", help="of 60 s, as FLAC at 16 kHz")
+    what.add_argument("--music", type=Path, metavar="DIR", help="songs to pack so; a shorter one is repeated")
+    args, workers = parser.parse_args(), len(os.sched_getaffinity(0))
+    print(packed(args.music, workers) if args.music else packed_generated(args.segments, workers))
 
 
 if __name__ == "__main__":

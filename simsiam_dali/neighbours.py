@@ -1,8 +1,8 @@
 """Nearest songs by the cosine of standardised vectors: NumPy in a small library, FAISS in a large one."""
 
 import math
+from typing import Any
 
-import faiss
 import numpy as np
 from sklearn.preprocessing import StandardScaler
 
@@ -37,11 +37,13 @@ class Neighbours:
 
     def __init__(self, x: np.ndarray, queries: int, large: int = LARGE, many: int = MANY) -> None:
         self._x = np.ascontiguousarray(x, np.float32)
-        self._index: faiss.Index | None = None
+        self._index: Any = None  # of FAISS
         self.approximate = len(x) > large and queries >= many
         # The root of N: looking for the nearest lists then takes as long as looking into one of them.
         self._lists = math.isqrt(len(x))
         if len(x) > large:
+            import faiss  # here, for hosts without it: a training ends with a search in a small library
+
             self._index = faiss.IndexFlatIP(x.shape[1])
             if self.approximate:
                 self._index = faiss.IndexIVFFlat(self._index, x.shape[1], self._lists, faiss.METRIC_INNER_PRODUCT)
@@ -71,6 +73,8 @@ class Neighbours:
             return rows, np.take_along_axis(cosine, rows, axis=1)
         how = None
         if self.approximate:
+            import faiss
+
             how = faiss.SearchParametersIVF()
             how.nprobe = self._lists if k == len(self._x) else math.ceil(self._lists * PROBED)
         cosine, rows = self._index.search(queries, k, params=how)

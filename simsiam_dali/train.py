@@ -441,7 +441,7 @@ def main() -> None:
         try:
             ended_by = train(config, w, resumed, run_dir)
             if config.train.closing_score and not ended_by:
-                from simsiam_dali import outcome  # scikit-learn and FAISS, which the training itself does without
+                from simsiam_dali import outcome  # scikit-learn, which the training itself does without
 
                 if (line := outcome.of_run(run_dir, w)) and w.main:
                     print(line)
