@@ -28,14 +28,13 @@ from typing import Literal
 import torch
 from baselines import BASELINES
 from measure import Stage, gpu_bytes_in_use
-from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
 from simsiam_dali import config as settings
 from simsiam_dali import factory, micro_batch
 from simsiam_dali.clock import StepClock
 from simsiam_dali.config import Config
+from simsiam_dali.data.dali import DataNode, OperatorConcurrency, build_on_cpu, fn, pipeline_def, types
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.pipeline import Source, read
 from simsiam_dali.data.shards import ShardSet, open_shards
@@ -168,6 +167,7 @@ class Front:
             device_id=None,
             prefetch_queue_depth=config.data.prefetch,
             exec_dynamic=True,
+            concurrency=OperatorConcurrency.FULL,
         )
         def define() -> tuple[DataNode, ...]:
             encoded, row = read(source, config.train.seed)
@@ -177,7 +177,7 @@ class Front:
             return wave, row
 
         self.pipeline = define()
-        self.pipeline.build()
+        build_on_cpu(self.pipeline)
 
     def __iter__(self) -> Iterator[Tensor]:
         while True:

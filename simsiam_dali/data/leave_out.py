@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from simsiam_dali.data.dali import DataNode, pipeline_def
+from simsiam_dali.data.dali import DataNode, build_on_cpu, pipeline_def
 from simsiam_dali.data.pipeline import Graph, Pipeline, Source, build, read
 from simsiam_dali.data.shards import Members, index_text, read_index
 from simsiam_dali.errors import UserError
@@ -123,11 +123,11 @@ def _roll_call(source: Source, batch_size: int, seed: int, state: str | None, ba
         return tuple(read(source, seed))
 
     pipeline = define()
-    pipeline.build()
+    build_on_cpu(pipeline)
     if state is not None:
         place = _with_reader_of(_bytes(state), _bytes(pipeline.checkpoint()))
         pipeline = define(checkpoint=place)
-        pipeline.build()
+        build_on_cpu(pipeline)
     for _ in range(batches):
         pipeline.run()
     found: dict[str, set[int]] = {}

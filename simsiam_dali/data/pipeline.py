@@ -13,7 +13,7 @@ import numpy as np
 
 from simsiam_dali.config import AugmentationConfig
 from simsiam_dali.data import augment
-from simsiam_dali.data.dali import DataNode, Pipeline, fn, math, pipeline_def, types
+from simsiam_dali.data.dali import DataNode, OperatorConcurrency, Pipeline, build_on_cpu, fn, math, pipeline_def, types
 
 FLOOR_DB = -100.0
 """Log-mel floor: `AmplitudeToDB(amin=1e-10)`."""
@@ -312,7 +312,10 @@ def build(
     The draws' seed differs by rank, the reader's must not: all ranks have to agree on the order they share.
     """
     pipeline = defined(graph, batch_size, threads, prefetch, seed, gpu, state)
-    pipeline.build()
+    if gpu is None:
+        build_on_cpu(pipeline)
+    else:
+        pipeline.build()
     return pipeline
 
 
@@ -359,6 +362,7 @@ def defined(
         enable_conditionals=True,
         enable_checkpointing=True,
         exec_dynamic=True,
+        concurrency=OperatorConcurrency.BACKEND if on_gpu else OperatorConcurrency.FULL,
     )
     def define() -> tuple[DataNode, ...]:
         encoded, row = read(graph.source, seed)
