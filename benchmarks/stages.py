@@ -122,7 +122,9 @@ def _open(spec: Spec, world: World) -> Stage:
     else:
         stage = Stage((batch.segment for batch in loader.endless()), world.device)
     stage.decoded = lambda: loader.decoded
-    if world.gpu is not None:
+    if world.gpu is None:
+        stage.unit = max(stage.unit, config.data.prefetch)  # that many batches are made side by side
+    else:
         stage.bytes_to_device = decoded_bytes(shards)
     return stage
 

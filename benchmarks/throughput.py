@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N", help="the baselines' worker processes (default: as many as threads)")
     add("--view-seconds", type=float, metavar="S",
         help=f"length of a view (default: {LOADER_SECONDS:g}, and the config's for training)")  # fmt: skip
-    add("--seconds", type=float, default=2.0, metavar="S", help="length of a window (default: %(default)s)")
+    add("--seconds", type=float, default=4.0, metavar="S", help="length of a window (default: %(default)s)")
     add("--windows", type=int, default=5, metavar="N", help="windows of each stage (default: %(default)s)")
     add("--shards", type=Path, metavar="DIR", help="shards to measure (default: ./shards, else generated ones)")
     add("--music", type=Path, metavar="DIR", help="songs to pack into the cache and measure, instead of shards")
