@@ -1,5 +1,9 @@
 """The loader: each segment once an epoch, in an order of its own, resumable at any batch."""
 
+import os
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import chain, combinations, islice
 from pathlib import Path
@@ -11,6 +15,7 @@ import torch
 from signals import Array, noise, reference_log_mel, song, write_shards
 
 from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.data import dali
 from simsiam_dali.data.loader import Batch, Loader, Single, measure_log_mel
 from simsiam_dali.data.pipeline import Graph, LogMel, Source
 from simsiam_dali.errors import UserError
@@ -43,6 +48,54 @@ def load(
 
 def rows(batches: Any) -> list[int]:
     return [row for batch in batches for row in batch.segment.tolist()]
+
+
+# --- DALI's thread pool
+
+
+def test_the_thread_pools_notice_is_not_printed(source: Source, capfd: pytest.CaptureFixture[str]) -> None:
+    next(iter(load(source)))
+    assert os.environ[dali.NEW_THREAD_POOL] == "1"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_else_a_build_writes_is_passed_on(fails: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    class Writes:
+        def build(self) -> None:
+            os.write(2, b"a warning\n\n!!! Forced use of NewThreadPool !!!\nanother\n")
+            if fails:
+                raise RuntimeError("cannot be built")
+
+    if fails:
+        with pytest.raises(RuntimeError, match="cannot be built"):
+            dali.build_on_cpu(Writes())
+    else:
+        dali.build_on_cpu(Writes())
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "a warning\nanother\nafter\n"
+
+
+def test_the_old_thread_pool_gives_the_same_batches(source: Source) -> None:
+    """In a process of its own: DALI reads the variable once."""
+    program = (
+        "import hashlib, pickle, sys\n"
+        "load, source = pickle.load(sys.stdin.buffer)\n"
+        "digest = hashlib.sha256()\n"
+        "[digest.update(x.numpy().tobytes()) for batch in load(source, 'views', shuffle_buffer=8) for x in batch]\n"
+        "print(digest.hexdigest())\n"
+    )
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            input=pickle.dumps((load, source)),
+            env=os.environ | {dali.NEW_THREAD_POOL: pool, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for pool in "01"
+    ]
+    assert digests[0] == digests[1] != b""
 
 
 # --- what a batch is
