@@ -264,6 +264,12 @@ def test_a_restored_loader_goes_on_bit_for_bit(source: Source, shuffle_buffer: i
         assert restored.decoded == 9 * 4  # the left-over batch of each epoch is not decoded after a restart either
 
 
+def test_a_state_of_another_graph_is_refused(source: Source) -> None:
+    state = load(source, "views", shuffle_buffer=8).state_dict()
+    with pytest.raises(UserError, match=r"^cannot resume: the checkpoint was written by another version"):
+        load(source, "raw", shuffle_buffer=8).load_state_dict(state)
+
+
 def test_an_epoch_left_and_restored_has_its_remaining_batches(source: Source) -> None:
     loader = load(source, "raw", 8)
     whole = [batch.segment.tolist() for batch in load(source, "raw", 8)]

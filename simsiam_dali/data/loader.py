@@ -29,6 +29,9 @@ CUDA_FAULT = re.compile(r"(CUDA|cuFFT|NPP|NVML)[^\n]*error[^\n]*", re.I)
 PLACE_SECONDS = 1.0
 """How often the graph's state is kept while it runs, s: after an error, so much is decoded again at most."""
 
+ANOTHER_GRAPH = "checkpoint might come from another pipeline"
+"""Part of what DALI says to a state of a graph with other operators."""
+
 
 def device_fault(error: Exception, batch_size: int) -> str | None:
     """What to tell where memory or the GPU is to blame for the graph's error, and no segment; None otherwise."""
@@ -212,10 +215,21 @@ class Loader:
         return {"step": self.step, "seed": self.seed, "pipeline": self._place, "left_out": sorted(self.left_out)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batch at which `state_dict` was called: the same order, the same draws."""
+        """Continue after the batch at which `state_dict` was called: the same order, the same draws.
+
+        Raises UserError when the state is of a graph with other operators.
+        """
         self.step, self.seed = state["step"], state["seed"]
         self.left_out |= set(state["left_out"])
-        self._build(state["pipeline"])
+        try:
+            self._build(state["pipeline"])
+        except RuntimeError as e:
+            if ANOTHER_GRAPH not in str(e):
+                raise
+            raise UserError(
+                "cannot resume: the checkpoint was written by another version of simsiam_dali, whose data graph has"
+                " other operators; finish the run with that version, or train anew"
+            ) from e
 
 
 def frequency_first(x: Tensor) -> Tensor:
