@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch_views import Views
 
-from simsiam_dali import factory
-from simsiam_dali.config import Config
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet, read_index
-from simsiam_dali.errors import UserError
+from simsiam_dali.training import factory
 
 PREFETCH = 2  # batches each worker keeps ready
 

@@ -15,8 +15,9 @@ from typing import Any
 import machine
 import torch
 
-from simsiam_dali import embeddings, nearest_song
-from simsiam_dali.errors import one_line_errors
+from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.evaluation import nearest_song
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import demo

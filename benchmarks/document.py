@@ -26,7 +26,7 @@ import machine
 import torch
 from stages import Spec
 
-from simsiam_dali.config import Config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 
 

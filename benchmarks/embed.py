@@ -27,15 +27,17 @@ import torch
 from measure import Stage, interleaved, summary
 from torch import Tensor
 
-from simsiam_dali import config as settings
-from simsiam_dali import embed, factory
-from simsiam_dali.clock import StepClock
+from simsiam_dali import embed
+from simsiam_dali.common.distributed import World, choose_device
+from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World, choose_device
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import one_line_errors
-from simsiam_dali.features import CHECKPOINT, encoder_features
-from simsiam_dali.parts import Parts
+from simsiam_dali.embedding.features import CHECKPOINT, encoder_features
+from simsiam_dali.embedding.resumable import Parts
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import factory
+from simsiam_dali.training.throughput import StepClock
 
 KINDS = ("loader", "model", "embed")
 MEAN_DB, STD_DB = -20.0, 20.0
@@ -47,7 +49,7 @@ class Spec:
     """A stage to open; `config` as the command would have it."""
 
     kind: str
-    config: settings.Config
+    config: Config
     device: str
     scratch: Path  # folder for the parts
 
@@ -115,7 +117,7 @@ def main() -> None:
     args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stages' processes are ended
     device = choose_device(args.device)
-    trained = settings.load(args.config or factory.default_config_file(device), {}, {}, args.assignments)
+    trained = load_config(args.config or factory.default_config_file(device), {}, {}, args.assignments)
     folder = args.shards or material.packed_generated(
         material.enough_segments({args.batch_size or trained.encoder.batch_size}), machine.cores()
     )

@@ -26,12 +26,13 @@ from typing import Any
 import machine
 from document import write
 
-from simsiam_dali import checkpoint, embeddings, factory
-from simsiam_dali import config as settings
+from simsiam_dali.common.distributed import choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import load_config
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import choose_device
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.profiling import WARM_UP
+from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.training import checkpoint, factory
+from simsiam_dali.training.profiling import WARM_UP
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "killed"
@@ -118,7 +119,7 @@ def measured(args: argparse.Namespace, commands: Commands, folder: Path) -> dict
     device = choose_device("auto")
     file = args.config or factory.default_config_file(device)
     shards: ShardSet = open_shards(args.shards or own_shards(commands, folder, args.songs, args.segment_seconds))
-    config = settings.load(file, {}, {}, [*args.assignments, f"data.shards={shards.root}"])
+    config = load_config(file, {}, {}, [*args.assignments, f"data.shards={shards.root}"])
     batch, count = config.encoder.batch_size, shards.count("train")
     while batch > 2 and LEAST_STEPS * batch > count:
         batch //= 2

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from simsiam_dali.common.errors import one_line_errors
 from simsiam_dali.data.shards import SEGMENTS, SONGS, open_shards
-from simsiam_dali.errors import one_line_errors
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import Cut, Job, Packed, PackSettings, Result
@@ -105,14 +105,14 @@ def measure_loading(folder: Path) -> dict[str, Any]:
     """Open what was packed there and read batches; seconds, table sizes and this process's peak memory."""
     import torch  # not above: the packer's memory is measured without it
 
-    from simsiam_dali import config as settings
-    from simsiam_dali import factory
-    from simsiam_dali.distributed import World
+    from simsiam_dali.common.distributed import World
+    from simsiam_dali.config.load import load_config
+    from simsiam_dali.training import factory
 
     before, began = memory("VmRSS"), time.monotonic()
     shards = open_shards(folder / "shards")
     opened = time.monotonic() - began
-    config = settings.load(
+    config = load_config(
         assignments=["data.threads=2", "encoder.batch_size=64", "encoder.simsiam.augmentation.spec_augment=false"]
     )
     log_mel = factory.log_mel_settings(config)

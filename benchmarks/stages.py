@@ -30,21 +30,21 @@ from baselines import BASELINES
 from measure import Stage, gpu_bytes_in_use
 from torch import Tensor
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory, micro_batch
-from simsiam_dali.clock import StepClock
-from simsiam_dali.config import Config
+from simsiam_dali.common.distributed import World, choose_device
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.dali import DataNode, OperatorConcurrency, build_on_cpu, fn, pipeline_def, types
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.pipeline import Source, read
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import World, choose_device
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError
-from simsiam_dali.learner import Learner, groups
+from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
-from simsiam_dali.schedule import learning_rates
+from simsiam_dali.training import factory, micro_batch
+from simsiam_dali.training.learner import Learner, groups
+from simsiam_dali.training.schedule import learning_rates
+from simsiam_dali.training.throughput import StepClock
 
 LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/card", "loader/all")
 TRAINING = ("loader/train", "model", "train")
@@ -112,7 +112,7 @@ def _open(spec: Spec, world: World) -> Stage:
         batch = random_batch(config, shards, world.device)
         return trained(config, shards, world, itertools.repeat(batch), steps=100)
     if spec.kind == "loader/card":
-        config = settings.load(base=config.model_dump(mode="json"), command_line=CARD)
+        config = load_config(base=config.model_dump(mode="json"), command_line=CARD)
     mode = encoder_type(config).batches if spec.kind in TRAINING else MODES.get(spec.kind, "views")
     loader = factory.create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
     if spec.kind == "train":

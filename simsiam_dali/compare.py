@@ -8,13 +8,14 @@ import argparse
 import os
 from pathlib import Path
 
-from simsiam_dali import comparison, comparison_report, mlflow_runs
-from simsiam_dali import config as settings
-from simsiam_dali.cli import program
-from simsiam_dali.comparison import SIDES
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.options import add_setting
-from simsiam_dali.shipped import config_file
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.shipped import config_file
+from simsiam_dali.config.cli import add_setting, program
+from simsiam_dali.config.load import load_config
+from simsiam_dali.evaluation import compare_report as comparison_report
+from simsiam_dali.evaluation import compare_runs as comparison
+from simsiam_dali.evaluation.compare_runs import SIDES
+from simsiam_dali.tracking import history as mlflow_runs
 
 
 def count(text: str) -> int:
@@ -61,7 +62,7 @@ def main() -> None:
     args = build_parser().parse_args()
     given = {key: value for key, value in vars(args).items() if "." in key}
     # What a run was made with is in MLflow; of the settings only where that is and where files go are read here.
-    config = settings.load(args.config, os.environ, given | {"mlflow.enabled": True}, args.assignments)
+    config = load_config(args.config, os.environ, given | {"mlflow.enabled": True}, args.assignments)
     table = args.csv or config.train.runs_dir / "compare.csv"
     picture = args.png or config.train.runs_dir / "compare.png"
     for path in (table, picture):
@@ -89,7 +90,7 @@ def main() -> None:
     comparison_report.write_csv(found, table)
     comparison_report.write_png(found, picture)
     print(f"files      {table}, {picture}")
-    from simsiam_dali.tracking import how_to_look
+    from simsiam_dali.tracking.run import how_to_look
 
     for line in how_to_look(config):
         print(line)

@@ -20,21 +20,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsiam_dali import config as settings
-from simsiam_dali import embeddings, factory, loose, trained
-from simsiam_dali.cli import program
-from simsiam_dali.clock import StepClock
-from simsiam_dali.config import Config
+from simsiam_dali.common.distributed import World, choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.cli import program
+from simsiam_dali.config.load import replace_settings
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data import s3
 from simsiam_dali.data.loader import Single
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import SPLITS, ShardSet, Split, open_shards
-from simsiam_dali.distributed import World, choose_device
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.features import CHECKPOINT, FLOORS, Features, create_features, output_name
-from simsiam_dali.parts import Parts
-from simsiam_dali.trained import Trained
+from simsiam_dali.embedding import run as trained
+from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.embedding.features import CHECKPOINT, FLOORS, Features, create_features, output_name
+from simsiam_dali.embedding.resumable import Parts
+from simsiam_dali.embedding.run import Trained
+from simsiam_dali.packing import temporary as loose
+from simsiam_dali.training import factory
+from simsiam_dali.training.throughput import StepClock
 
 PART_SECONDS = 10.0
 """How much work a kill can cost. At each part the host waits for the device once."""
@@ -208,7 +211,7 @@ def embedding_config(
     view = segment_seconds if view_seconds is None else view_seconds
     own = len(os.sched_getaffinity(0)) if config.data.threads == "auto" else config.data.threads
     fits = batch_size(config, view, config.data.view_seconds or segment_seconds)
-    return settings.changed(
+    return replace_settings(
         config,
         data__view_seconds=view,
         data__threads=own if threads is None else threads,

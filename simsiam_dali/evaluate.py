@@ -20,13 +20,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from simsiam_dali import config as settings
-from simsiam_dali import embeddings, encoders, evaluation, maps, nearest_song, report, tracking
-from simsiam_dali.cli import program
-from simsiam_dali.embeddings import Embeddings
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.evaluation import Options
-from simsiam_dali.shipped import config_file
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.shipped import config_file
+from simsiam_dali.config.cli import program
+from simsiam_dali.config.load import load_config
+from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.embedding.table import Embeddings
+from simsiam_dali.evaluation import maps, nearest_song, report
+from simsiam_dali.evaluation import plan as evaluation
+from simsiam_dali.evaluation.plan import Options
+from simsiam_dali.models import registry as encoders
+from simsiam_dali.tracking import run as tracking
 
 FLOORS = "floors"
 ARTIFACTS = "evaluation"
@@ -75,7 +79,7 @@ def find_run(args: argparse.Namespace, about: Mapping[str, str]) -> tuple[tracki
     """(the MLflow run to log to, or None; a line that says which or why none)."""
     trained_with = {"mlflow": {"tracking_uri": about["tracking_uri"]}} if about.get("tracking_uri") else None
     given = {"mlflow.tracking_uri": args.tracking_uri}
-    config = settings.load(args.config, os.environ, given, args.assignments, base=trained_with).mlflow
+    config = load_config(args.config, os.environ, given, args.assignments, base=trained_with).mlflow
     run_id = args.run_id or about.get("mlflow_run")
     if args.no_mlflow or not config.enabled:
         return None, "not logged to MLflow: switched off"

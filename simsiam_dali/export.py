@@ -17,12 +17,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from simsiam_dali import recipe, trained
-from simsiam_dali.cli import program
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.inference import WEIGHTS, front_end
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.cli import program
+from simsiam_dali.embedding import export_config as recipe
+from simsiam_dali.embedding import run as trained
+from simsiam_dali.embedding.export_config import CONFIG, Recipe
+from simsiam_dali.embedding.song_encoder import WEIGHTS, front_end
 from simsiam_dali.models.encoder import Encoder
-from simsiam_dali.recipe import CONFIG, Recipe
 
 ONNX = "encoder.onnx"
 OPSET = 18

@@ -18,21 +18,21 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from simsiam_dali import checkpoint, factory, tracking
-from simsiam_dali import config as settings
-from simsiam_dali.cli import program
-from simsiam_dali.config import Config
+from simsiam_dali.common.distributed import choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.shipped import config_file
+from simsiam_dali.config.cli import add_setting, program
+from simsiam_dali.config.load import ENVIRONMENT, load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import choose_device
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.options import add_setting
+from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.search import report, trial
+from simsiam_dali.search.mlflow_run import StudyRun
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Claim, Study, try_lock
-from simsiam_dali.search.study_run import StudyRun
-from simsiam_dali.shipped import config_file
+from simsiam_dali.tracking import run as tracking
 from simsiam_dali.train import Interrupt, who_chose
+from simsiam_dali.training import checkpoint, factory
 
 FAILURES = 3
 """So many failed trials, and none that did not, end the search: what is wrong is not what was drawn."""
@@ -146,7 +146,7 @@ def train_best(config: Config, study: Study, best: FrozenTrial, interrupt: Inter
     say(f"the best settings, for {config.encoder.final_training_epochs} epochs: {shlex.join(command)}")
     sys.stdout.flush()
     # best.yaml says all there is to say: a variable that this command's options have overruled must not win there.
-    environment = {key: value for key, value in os.environ.items() if key not in settings.ENVIRONMENT}
+    environment = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
     with lock, subprocess.Popen([sys.executable, *command[1:]], env=environment) as process:
         asked = False
         while process.poll() is None:
@@ -195,7 +195,7 @@ def configure(args: argparse.Namespace) -> Config:
         raise UserError("a trial is trained by one process: start this command several times, without torchrun")
     given = {key: value for key, value in vars(args).items() if "." in key and value is not None}
     file = args.config or factory.default_config_file(choose_device(given.get("train.device", "auto")))
-    config = settings.load(file, os.environ, given, args.assignments)
+    config = load_config(file, os.environ, given, args.assignments)
     print(f"settings from {file}, then the environment and the command line")
     print(who_chose("encoder.encoder_type", file, given, args.assignments))
     return config

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from simsiam_dali.cli import program
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.cli import program
 from simsiam_dali.data.shards import read_manifest, verify
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.packing import on_ray, workers
+from simsiam_dali.packing import process_pool as workers
+from simsiam_dali.packing import ray_pool as on_ray
 from simsiam_dali.packing.pack import PackSettings, Report, pack
 
 

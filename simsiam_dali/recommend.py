@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from simsiam_dali import embeddings, playlists
-from simsiam_dali.cli import program
-from simsiam_dali.errors import UserError, one_line_errors, printable
-from simsiam_dali.library import Library, Variety
-from simsiam_dali.neighbours import Neighbours, unit
-from simsiam_dali.playlists import FORMATS, Entry
-from simsiam_dali.taste import MIN_RATED, Taste
+from simsiam_dali.common.errors import UserError, one_line_errors, printable
+from simsiam_dali.config.cli import program
+from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.evaluation.knn import Neighbours, unit
+from simsiam_dali.recommendation import playlists
+from simsiam_dali.recommendation.library import Library, Variety
+from simsiam_dali.recommendation.playlists import FORMATS, Entry
+from simsiam_dali.recommendation.rating_model import MIN_RATED, Taste
 
 _NAMED = 10
 _ASK_FOR_MORE = 4

@@ -21,22 +21,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsiam_dali import checkpoint, factory, journal, micro_batch, monitor, plots, profiling, tracking, tuning
-from simsiam_dali import config as settings
-from simsiam_dali.cli import program
-from simsiam_dali.clock import StepClock
-from simsiam_dali.config import Config
+from simsiam_dali.common.distributed import World, choose_device, is_main, one_voice, world
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.shipped import config_file
+from simsiam_dali.config.cli import add_setting, program
+from simsiam_dali.config.load import load_config, sources_of
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import measure_log_mel, release_memory
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World, choose_device, is_main, one_voice, world
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.learner import Learner, groups
-from simsiam_dali.options import add_setting
-from simsiam_dali.ranks import order_seed, shared_anew
-from simsiam_dali.schedule import learning_rates
-from simsiam_dali.shipped import config_file
-from simsiam_dali.validation import Validation
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.tracking import run as tracking
+from simsiam_dali.training import checkpoint, factory, journal, micro_batch, monitor, profiling, tuning
+from simsiam_dali.training import curves as plots
+from simsiam_dali.training.learner import Learner, groups
+from simsiam_dali.training.schedule import learning_rates
+from simsiam_dali.training.throughput import StepClock
+from simsiam_dali.training.validation import Validation
+from simsiam_dali.training.world_size import order_seed, shared_anew
 
 GAUGE_ROWS = 1024
 """Outputs, of the latest batches, on which the collapse gauges are read."""
@@ -386,7 +387,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def who_chose(key: str, file: Path, given: dict[str, Any], assignments: list[str]) -> str:
     """One line: the value of `key`, where it comes from, and what it was chosen over."""
-    said = settings.said_of(key, file, os.environ, given, assignments)
+    said = sources_of(key, file, os.environ, given, assignments)
     if not said:
         return f"{key} has its default"
     source, value = said[-1]
@@ -399,7 +400,7 @@ def configure(args: argparse.Namespace) -> tuple[Config, checkpoint.Checkpoint |
     given = {key: value for key, value in vars(args).items() if "." in key and value is not None}
     if args.resume is None:
         file = args.config or factory.default_config_file(choose_device(given.get("train.device", "auto")))
-        config = settings.load(file, os.environ, given, args.assignments)
+        config = load_config(file, os.environ, given, args.assignments)
         if is_main():
             print(f"settings from {file}, then the environment and the command line")
             print(who_chose("encoder.encoder_type", file, given, args.assignments))
@@ -412,14 +413,14 @@ def configure(args: argparse.Namespace) -> tuple[Config, checkpoint.Checkpoint |
             )
         return config, None, run_dir
 
-    over = settings.load(None, None, given, args.assignments)
+    over = load_config(None, None, given, args.assignments)
     runs_dir = over.train.runs_dir
     path = checkpoint.find(args.resume, runs_dir)
     resumed = checkpoint.load(path)
     if args.config:
         raise UserError("--resume goes on with the run's own settings: leave --config out, or start a new run")
-    before = settings.load(base=resumed["config"])
-    config = settings.load(None, None, given, args.assignments, base=resumed["config"])
+    before = load_config(base=resumed["config"])
+    config = load_config(None, None, given, args.assignments, base=resumed["config"])
     changed = [k for k, v in tracking.flat(config).items() if v != tracking.flat(before)[k]]
     refused = [k for k in changed if not k.startswith(CHANGEABLE)]
     if refused:
@@ -441,7 +442,9 @@ def main() -> None:
         try:
             ended_by = train(config, w, resumed, run_dir)
             if config.train.closing_score and not ended_by:
-                from simsiam_dali import outcome  # scikit-learn, which the training itself does without
+                from simsiam_dali.embedding import (
+                    closing_score as outcome,  # scikit-learn, which the training itself does without
+                )
 
                 if (line := outcome.of_run(run_dir, w)) and w.main:
                     print(line)

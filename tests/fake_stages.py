@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from measure import Stage
 from stages import Spec
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 
 def numbered(batch: int) -> Iterator[Tensor]:

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from simsiam_dali import config, factory, sync_bn
+from simsiam_dali.common.distributed import World, rows_of_all_ranks, world
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import World, rows_of_all_ranks, world
-from simsiam_dali.learner import Learner
+from simsiam_dali.training import factory, sync_bn
+from simsiam_dali.training.learner import Learner
 
 SEGMENTS = 8  # of the global batch
 EPOCHS = 3
 CASES = {"simsiam": ("simsiam", True), "simple": ("simple", True), "apart": ("simsiam", False)}  # encoder, sync_bn
 
 
-def settings(encoder: str, sync_bn: bool, ranks: int) -> config.Config:
+def settings(encoder: str, sync_bn: bool, ranks: int) -> Config:
     """A small encoder whose batch norms all come into play."""
     sets = [
         f"encoder.encoder_type={encoder}",
@@ -37,7 +39,7 @@ def settings(encoder: str, sync_bn: bool, ranks: int) -> config.Config:
         "data.threads=1",
         "data.shuffle_buffer=4",
     ]
-    return config.load(assignments=sets)
+    return load_config(assignments=sets)
 
 
 def global_batch(encoder: str) -> Batch | Single:

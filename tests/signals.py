@@ -16,7 +16,7 @@ from nvidia.dali import fn, pipeline_def, types
 from torchaudio.functional import melscale_fbanks
 from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
-from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.augment import Draws
 from simsiam_dali.data.pipeline import Graph, LogMel, Source, noisy_spectrum, view
 

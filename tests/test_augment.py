@@ -22,7 +22,7 @@ from signals import (
     tone,
 )
 
-from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import augment
 from simsiam_dali.data.pipeline import LogMel
 

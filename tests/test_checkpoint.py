@@ -15,8 +15,8 @@ import pytest
 import torch
 from full_disk import fill, small_disk
 
-from simsiam_dali import checkpoint
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.training import checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -186,7 +186,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from test_checkpoint import state
-from simsiam_dali import checkpoint
+from simsiam_dali.training import checkpoint
 step = int(sys.argv[2])
 while True:
     checkpoint.save(state(step, 10_000_000), Path(sys.argv[1]))

@@ -12,11 +12,12 @@ import torch
 from running import ROOT, records, run_tool
 from torch import Tensor
 
-from simsiam_dali import checkpoint, config, factory, monitor
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import ENVIRONMENT, load_config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.labels import label_ids
+from simsiam_dali.models.labels import label_ids
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import checkpoint, factory, monitor
 
 sys.path.insert(0, str(ROOT / "tools"))
 import demo
@@ -34,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ok(folder: Path, *command: object) -> str:
     """Run `python COMMAND` in `folder`; it must succeed. Returns what it printed."""
-    env = {k: v for k, v in os.environ.items() if k not in config.ENVIRONMENT}
+    env = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
     done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -98,7 +99,7 @@ def test_the_demo_convinces(tmp_path):
     assert all(Path(path).stat().st_size for path in paths.values())
 
     epochs = [r for r in records(Path(paths["playlist"]).parent) if "epoch" in r]
-    d = config.load(ROOT / "configs/demo.yaml").encoder.simsiam.projection_dim
+    d = load_config(ROOT / "configs/demo.yaml").encoder.simsiam.projection_dim
     assert min(r["encoder/z_std"] for r in epochs[1:]) >= 0.5 / d**0.5
     # Batch norm keeps z-std up even in a collapse to a few directions; the rank sees that (monitor.LOW_RANK).
     assert min(r["encoder/effective_rank"] for r in epochs[1:]) >= 16
@@ -117,7 +118,7 @@ def embedded(run_dir: Path, folder: Path, trained: bool, split: Literal["train",
     saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
     shards = open_shards(folder)
     whole = {"data.shards": folder, "data.view_seconds": shards.segment_seconds}
-    settings = config.load(base=saved["config"], command_line=whole)
+    settings = load_config(base=saved["config"], command_line=whole)
     log_mel = factory.with_statistics(factory.log_mel_settings(settings), **saved["log_mel"])
     torch.manual_seed(settings.train.seed)
     encoder = factory.create_encoder(settings).eval()

@@ -13,7 +13,7 @@ from logged_runs import log_run
 from mlflow import MlflowClient
 
 from simsiam_dali import compare
-from simsiam_dali.comparison import METRICS, Metric, spread
+from simsiam_dali.evaluation.compare_runs import METRICS, Metric, spread
 
 SCORES = {"knn/artist": 0.5, "knn/artist_chance": 0.1, "encoder/train_loss": -0.9, "training_time_hours": 0.25}
 
@@ -411,5 +411,5 @@ def test_the_command_against_a_server(home, mlflow_uri):
 def test_help_needs_neither_mlflow_nor_torch():
     code = "import sys, simsiam_dali.compare as c; c.build_parser().format_help(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "simsiam_dali.comparison" in loaded
+    assert "simsiam_dali.evaluation.compare_runs" in loaded
     assert not {"mlflow", "torch", "matplotlib", "pandas"} & set(loaded)

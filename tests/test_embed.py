@@ -14,11 +14,14 @@ import torch
 from running import ROOT
 from small_music import write_song
 
-from simsiam_dali import embed, embeddings, factory, monitor, trained
+from simsiam_dali import embed
+from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError
+from simsiam_dali.embedding import run as trained
+from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import factory, monitor
 
 KINDS = ("simsiam", "simple")
 

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from simsiam_dali import embeddings
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.errors import UserError
+from simsiam_dali.embedding import table as embeddings
 
 
 def test_round_trip(small_shards, tmp_path):

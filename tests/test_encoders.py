@@ -10,11 +10,12 @@ import pytest
 import torch
 from running import command, epochs, losses, records, refusal, run, start, wait_for_step
 
-from simsiam_dali import checkpoint, config, factory
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import load_config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.encoders import encoder_type
+from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.train import mean_where_it_counts
+from simsiam_dali.training import checkpoint, factory
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMPLE = {"encoder__encoder_type": "simple", "encoder__embedding_dim": 16, "encoder__simple__base_channels": 4}
@@ -85,7 +86,7 @@ def test_the_same_shards_and_songs_for_both_types(small_shards):
     shards = open_shards(small_shards)
     rows = {}
     for name in ("simple", "simsiam"):
-        settings = config.load(
+        settings = load_config(
             command_line={"encoder.encoder_type": name, "data.shards": small_shards, "data.threads": 1,
                           "data.view_seconds": 1.5, "encoder.batch_size": 4,
                           "encoder.simsiam.augmentation.time_mask_param": 10}
@@ -130,7 +131,8 @@ def test_batches_without_a_pair_are_counted_said_and_kept_out_of_the_mean(tmp_pa
 def test_a_third_type_is_a_file_and_an_entry_as_contributing_says(tmp_path, small_shards):
     module, entry = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     script = "\n".join(
-        ["from simsiam_dali.encoders import *", "from simsiam_dali.encoders import Any, Tensor", module, entry,
+        ["from simsiam_dali.models.registry import *", "from simsiam_dali.models.registry import Any, Tensor",
+         module, entry,
          "from simsiam_dali import train", "train.main()"]
     )  # fmt: skip
     (tmp_path / "with_third.py").write_text(script)

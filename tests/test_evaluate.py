@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from evaluation_tables import planted, song_table
 
-from simsiam_dali import embeddings, evaluate, maps, report
-from simsiam_dali.embeddings import Embeddings
-from simsiam_dali.evaluation import Evaluation, Options
+from simsiam_dali import evaluate
+from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.embedding.table import Embeddings
+from simsiam_dali.evaluation import maps, report
+from simsiam_dali.evaluation.plan import Evaluation, Options
 
 ABOUT = {"encoder_type": "simsiam", "shards": "fingerprint", "checkpoint": "runs/<b>bold</b>/checkpoint.pt"}
 

@@ -16,9 +16,13 @@ from signals import noise, reference_log_mel, song
 from small_music import repeat_headers, write_audio, write_song
 
 import simsiam_dali
-from simsiam_dali import embed, embeddings, export, inference, recipe, trained
+from simsiam_dali import embed, export
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.pipeline import LogMel
-from simsiam_dali.errors import UserError
+from simsiam_dali.embedding import export_config as recipe
+from simsiam_dali.embedding import run as trained
+from simsiam_dali.embedding import song_encoder as inference
+from simsiam_dali.embedding import table as embeddings
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
 from simsiam_dali.packing.songs import NotDecodable
 

@@ -14,9 +14,10 @@ from logged_runs import free_port, mlflow_server
 from mlflow import MlflowClient
 from running import command, losses, run, start, train, wait_for_step
 
-from simsiam_dali import checkpoint, tracking
-from simsiam_dali import config as settings
+from simsiam_dali.config.load import load_config
 from simsiam_dali.data.shards import open_shards
+from simsiam_dali.tracking import run as tracking
+from simsiam_dali.training import checkpoint
 
 SIMPLE = {
     "encoder__encoder_type": "simple",
@@ -238,7 +239,7 @@ def test_a_server_that_accepts_and_never_answers_costs_seconds(tmp_path, small_s
     """What is slower than a refused connection: the wait after an epoch has an end."""
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
-    config = settings.load(assignments=["encoder.encoder_type=simple", f"mlflow.tracking_uri={uri}"])
+    config = load_config(assignments=["encoder.encoder_type=simple", f"mlflow.tracking_uri={uri}"])
     with mlflow_server(tmp_path, port):
         tracker = tracking.create_tracker(config, open_shards(small_shards), "held", None, True, {})
         tracker.epoch({"step": 1, "epoch": 1, "encoder/train_loss": 1.0})

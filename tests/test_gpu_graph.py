@@ -9,9 +9,9 @@ from running import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 import gpu_tables
 
-from simsiam_dali import config as settings
-from simsiam_dali import memory
+from simsiam_dali.config.load import load_config
 from simsiam_dali.data.pipeline import Epoch, Graph
+from simsiam_dali.training import memory
 
 GRAPHS: dict[str, dict[str, Any]] = {
     "all there is": {},
@@ -66,7 +66,7 @@ def test_both_devices_have_the_same_operators() -> None:
 
 def test_what_a_card_is_said_to_hold_is_what_the_command_takes() -> None:
     """Up to the batch there is, more memory holds no less; and no row says more than the card has."""
-    config = settings.load(ROOT / "configs" / "gpu.yaml")
+    config = load_config(ROOT / "configs" / "gpu.yaml")
     found = [gpu_tables.fit(config, card * 1e9) for card in gpu_tables.CARDS]
     sizes = [each.size if each else 0 for each in found]
     assert sizes == sorted(sizes)

@@ -11,7 +11,7 @@ from running import ROOT, TINY
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import killed_run
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 
 def test_a_step_s_sizes_are_measured_one_by_one_and_what_needs_cuda_is_named(

@@ -17,20 +17,21 @@ import pytest
 from optuna.trial import TrialState
 from running import TINY, command, run, start
 
-from simsiam_dali import config as settings
 from simsiam_dali import hpo
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.search import report, trial
+from simsiam_dali.search.mlflow_run import StudyRun
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
-from simsiam_dali.search.study_run import StudyRun
 from simsiam_dali.search.trial import Ending, Job
 
 ONE = {"encoder.simsiam.learning_rate": {"low": 0.01, "high": 1.0, "log": True}}
 RUNNING = SimpleNamespace(signal=0)
 
 
-def make_config(folder: Path, space: dict[str, Any] | None = None, **over: object) -> settings.Config:
+def make_config(folder: Path, space: dict[str, Any] | None = None, **over: object) -> Config:
     """Tiny settings without MLflow, everything written below `folder`."""
     values = {
         **TINY,
@@ -41,10 +42,10 @@ def make_config(folder: Path, space: dict[str, Any] | None = None, **over: objec
         "hpo.space.simsiam": ONE if space is None else space,
         **{k.replace("__", "."): v for k, v in over.items()},
     }
-    return settings.load(command_line=values)
+    return load_config(command_line=values)
 
 
-def make_study(config: settings.Config, fingerprint: str = "0123456789abcdef") -> Study:
+def make_study(config: Config, fingerprint: str = "0123456789abcdef") -> Study:
     return Study(config, fingerprint, Space(config))
 
 
@@ -66,7 +67,7 @@ def fake_training(monkeypatch: pytest.MonkeyPatch, scores: Scores, metric: str =
     return jobs
 
 
-def search(config: settings.Config) -> Study:
+def search(config: Config) -> Study:
     """All that is left of the study, in this process."""
     study = make_study(config)
     hpo.search(study, StudyRun(config, study), RUNNING)
@@ -115,7 +116,7 @@ def test_a_learning_rate_that_another_setting_overrules_is_refused(tmp_path):
 
 @pytest.mark.parametrize("encoder_type", ["simsiam", "simple"])
 def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type):
-    space = Space(settings.load(assignments=[f"encoder.encoder_type={encoder_type}"]))
+    space = Space(load_config(assignments=[f"encoder.encoder_type={encoder_type}"]))
     assert f"encoder.{encoder_type}.learning_rate" in space.dimensions
     assert f"encoder.{encoder_type}.weight_decay" in space.dimensions
 
@@ -203,7 +204,7 @@ def test_the_best_is_the_highest_score_or_the_lowest_error(tmp_path, monkeypatch
     found = study.best()
     assert found is not None
     assert found.number == best
-    chosen = settings.load(study.folder / report.BEST)
+    chosen = load_config(study.folder / report.BEST)
     assert chosen.encoder.simsiam.learning_rate == found.params["encoder.simsiam.learning_rate"]
     assert chosen.encoder.epochs == 50  # final_training_epochs
 
@@ -408,10 +409,10 @@ def test_killed_it_goes_on_with_the_next_trial_and_trains_the_best_at_the_end(tm
     assert len({tuple(t.params.items()) for t in study.trials}) == 3
 
     best = study.best_trial
-    chosen = settings.load(tmp_path / "runs/hpo/mine/best.yaml")
+    chosen = load_config(tmp_path / "runs/hpo/mine/best.yaml")
     assert chosen.encoder.simsiam.learning_rate == best.params["encoder.simsiam.learning_rate"]
     final = tmp_path / f"runs/hpo-mine-trial-{best.number:04d}"
-    trained = settings.load(final / "config.yaml")
+    trained = load_config(final / "config.yaml")
     assert trained.encoder == chosen.encoder
     assert trained.encoder.epochs == 2
     assert (final / "checkpoint.pt").exists()

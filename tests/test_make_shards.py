@@ -20,8 +20,8 @@ import pandas as pd
 import pytest
 from small_music import command, environment, make_shards, repeat_headers, said, sound, write_audio, write_song
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import open_shards, read_index, read_table, verify
-from simsiam_dali.errors import UserError
 from simsiam_dali.pack import build_parser, main
 from simsiam_dali.packing.find import find_songs
 from simsiam_dali.packing.pack_song import DecodeSettings, Packed, Refused

@@ -9,14 +9,15 @@ import torch
 from running import command, losses, run, start, train, wait_for_step
 from torch import Tensor, nn
 
-from simsiam_dali import checkpoint, factory, memory, micro_batch
-from simsiam_dali import config as settings
+from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.errors import UserError
-from simsiam_dali.learner import Learner, groups
 from simsiam_dali.models.simsiam import SimSiam
+from simsiam_dali.training import checkpoint, factory, memory, micro_batch
+from simsiam_dali.training.learner import Learner, groups
 
 CPU = torch.device("cpu")
 HERE = World(0, 1, CPU)
@@ -47,8 +48,8 @@ def shards(small_shards: Path) -> ShardSet:
     return open_shards(small_shards)
 
 
-def config(**over: object) -> settings.Config:
-    return settings.load(command_line={**SMALL, **{k.replace("__", "."): v for k, v in over.items()}})
+def config(**over: object) -> Config:
+    return load_config(command_line={**SMALL, **{k.replace("__", "."): v for k, v in over.items()}})
 
 
 def batch(size: int) -> Batch:
@@ -234,7 +235,8 @@ def test_a_rehearsal_walks_down_and_leaves_no_trace(shards, runs_out_above):
 
 SCRIPT = """
 import sys
-from simsiam_dali import memory, train
+from simsiam_dali import train
+from simsiam_dali.training import memory
 fits = memory.check_fits
 def check_fits(encoder, batch, *rest):
     if batch > 4:

@@ -13,9 +13,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.ui import WebDriverWait
 
-from simsiam_dali import mlflow_runs
-from simsiam_dali.comparison import choose
-from simsiam_dali.comparison_report import filters
+from simsiam_dali.evaluation.compare_report import filters
+from simsiam_dali.evaluation.compare_runs import choose
+from simsiam_dali.tracking import history as mlflow_runs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

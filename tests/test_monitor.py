@@ -8,8 +8,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor
 
-from simsiam_dali import monitor
-from simsiam_dali.monitor import (
+from simsiam_dali.training import monitor
+from simsiam_dali.training.monitor import (
     collapse_advice,
     effective_rank,
     knn_labels,

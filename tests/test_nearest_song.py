@@ -10,10 +10,13 @@ import torch
 from evaluation_tables import planted, song_table
 from running import command, run
 
-from simsiam_dali import features, nearest_song, outcome, trained
+from simsiam_dali.common.distributed import World
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.nearest_song import nearest_shares, sentence
+from simsiam_dali.embedding import closing_score as outcome
+from simsiam_dali.embedding import features
+from simsiam_dali.embedding import run as trained
+from simsiam_dali.evaluation import nearest_song
+from simsiam_dali.evaluation.nearest_song import nearest_shares, sentence
 
 HERE = World(0, 1, torch.device("cpu"))
 

@@ -13,9 +13,9 @@ import pytest
 from small_music import command, environment, make_shards, write_song
 from test_workers import work
 
-from simsiam_dali.errors import UserError
-from simsiam_dali.packing import on_ray
-from simsiam_dali.packing.workers import Died
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.packing import ray_pool as on_ray
+from simsiam_dali.packing.process_pool import Died
 
 OPTIONS = ("--segment-seconds", "3", "--min-seconds", "2", "--workers", "2", "--codec", "ogg")
 

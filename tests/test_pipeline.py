@@ -17,7 +17,7 @@ from signals import (
 )
 from torchaudio.functional import resample
 
-from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.pipeline import Epoch, Graph, LogMel, Source, build
 
 NAMES = ("time_shift", "time_stretch", "pitch_shift", "noise", "gain", "reverb", "frequency_mask", "time_mask")

@@ -15,8 +15,11 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.neural_network import MLPRegressor
 from sklearn.preprocessing import StandardScaler
 
-from simsiam_dali import evaluation, probes, scores, splits
-from simsiam_dali.monitor import VOTE_TEMPERATURE
+from simsiam_dali.evaluation import folds as splits
+from simsiam_dali.evaluation import metrics as scores
+from simsiam_dali.evaluation import plan as evaluation
+from simsiam_dali.evaluation import probes
+from simsiam_dali.training.monitor import VOTE_TEMPERATURE
 
 RNG = np.random.default_rng(7)
 

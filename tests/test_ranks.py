@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from running import command, epochs, losses, mark_damaged, run, start, wait_for_step
 
-from simsiam_dali import checkpoint, config, distributed
+from simsiam_dali.common import distributed
+from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.errors import UserError
-from simsiam_dali.ranks import shared_anew
-from simsiam_dali.schedule import learning_rates
+from simsiam_dali.training import checkpoint
+from simsiam_dali.training.schedule import learning_rates
+from simsiam_dali.training.world_size import shared_anew
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 HERE = Path(__file__).parent
@@ -111,7 +113,7 @@ def check_whole(run_dir: Path, processes: int) -> None:
     assert list(losses(run_dir)) == list(range(1, total + 1))
     assert [record["epoch"] for record in epochs(run_dir)] == [0, 1, 2, 3]
     assert len(saved["loaders"]) == processes
-    settings = config.load(run_dir / "config.yaml")
+    settings = load_config(run_dir / "config.yaml")
     assert settings.encoder.batch_size * processes == 8
     decayed, fixed = (group["lr"] for group in saved["learner"]["optimizer"]["param_groups"])
     assert (decayed, fixed) == pytest.approx(learning_rates(settings, total - 1, total // 3, 8))
@@ -162,7 +164,7 @@ def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_s
 
 
 def test_a_step_keeps_its_segments():
-    settings = config.load(assignments=["encoder.batch_size=6"])
+    settings = load_config(assignments=["encoder.batch_size=6"])
     assert shared_anew(settings, before=2, now=1).encoder.batch_size == 12
     assert shared_anew(settings, before=2, now=6).encoder.batch_size == 2
     with pytest.raises(UserError, match="12 segments, which 8 processes cannot share evenly"):

@@ -18,11 +18,12 @@ import halves
 import peer
 import run
 
-from simsiam_dali import config as settings
-from simsiam_dali import embeddings, factory
-from simsiam_dali.config import Config
-from simsiam_dali.distributed import World
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
+from simsiam_dali.embedding import table as embeddings
 from simsiam_dali.models.losses import SimSiamLoss
+from simsiam_dali.training import factory
 
 TINY = {
     "data.view_seconds": 1.0,
@@ -138,7 +139,7 @@ def test_each_row_changes_the_recipe(row):
 
     def config(name: str) -> Config:
         (job, *_) = experiments.plan(2, 5, {name: experiments.ROWS[name]}, base)
-        return settings.load(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
+        return load_config(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
 
     changed = config(row)
     assert changed.encoder.epochs == 5
@@ -152,7 +153,7 @@ def test_the_experiments_page_holds_the_newest_results():
 
 
 def test_the_peer_begins_as_simsiam_does_and_has_its_loss():
-    config = settings.load(CPU_FILE, command_line={**TINY, "encoder.simsiam.projection_layers": 3})
+    config = load_config(CPU_FILE, command_line={**TINY, "encoder.simsiam.projection_layers": 3})
     torch.manual_seed(0)
     ours = factory.create_encoder(config)
     torch.manual_seed(0)
@@ -190,7 +191,7 @@ def test_the_peer_trains_on_one_half_and_embeds_the_other(small_shards, tmp_path
 
 
 def test_the_peer_takes_as_many_steps_as_training(small_shards):
-    config = settings.load(CPU_FILE, command_line={**TINY, "encoder.epochs": 1})
+    config = load_config(CPU_FILE, command_line={**TINY, "encoder.epochs": 1})
     shards = peer.open_shards(small_shards)
     world = World(0, 1, torch.device("cpu"))
     before = peer.Peer(config).backbone.bn1.num_batches_tracked

@@ -21,12 +21,12 @@ import webdataset as wds
 from nvidia.dali import fn, pipeline_def, types
 from small_music import write_song
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import commit
 from simsiam_dali.data.shards import index_text, open_shards, read_index, verify, write_shard
-from simsiam_dali.errors import UserError
+from simsiam_dali.packing.assign_split import assign_splits, group_key
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
-from simsiam_dali.packing.splits import assign_splits, group_key
 from simsiam_dali.packing.tags import Tags
 
 SETTINGS = PackSettings(segment_seconds=2.0, segments_per_shard=5, val_fraction=0.3)

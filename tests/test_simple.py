@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.data import shards
-from simsiam_dali.labels import MOST, SongLabels, label_ids
+from simsiam_dali.models.labels import MOST, SongLabels, label_ids
 from simsiam_dali.models.losses import UNKNOWN, MetadataContrastiveLoss
 from simsiam_dali.models.simple import MIN_SAMPLES, SimpleAudioEncoder
 

@@ -13,12 +13,12 @@ from mutagen.mp4 import MP4FreeForm
 from small_music import make_shards, sound, write_audio, write_song
 
 from simsiam_dali import recommend
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.errors import UserError
-from simsiam_dali.library import Library
 from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.packing.tags import LONGEST, MOST, Tags, merged, popm_rating, read_tags, vorbis_rating
-from simsiam_dali.playlists import FORMATS
+from simsiam_dali.recommendation.library import Library
+from simsiam_dali.recommendation.playlists import FORMATS
 
 
 def tagged(path: Path, *frames: object, **comments: object) -> Path:

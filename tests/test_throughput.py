@@ -28,13 +28,13 @@ from measure import FrozenStage, Stage, Window, interleaved, summary, timed_wind
 from stages import Spec, open_stage, random_batch, trained
 from torch_views import Views
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory
-from simsiam_dali.config import AugmentationConfig, Config
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import load_config, replace_settings
+from simsiam_dali.config.schema import AugmentationConfig, Config
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
+from simsiam_dali.training import factory
 
 CPU = torch.device("cpu")
 TINY = {
@@ -64,7 +64,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny(small_shards: Path) -> Config:
-    return settings.load(command_line={**TINY, "data.shards": small_shards})
+    return load_config(command_line={**TINY, "data.shards": small_shards})
 
 
 # --- 1. exactly the samples it timed
@@ -130,7 +130,7 @@ def test_what_a_stage_decodes_is_counted_where_it_is_decoded(tiny: Config, kind:
     """Two epochs whose segments are no whole number of batches: each segment given was decoded, and no other."""
     total = open_shards(tiny.data.shards).count("train")
     assert total % 3
-    stage = open_stage(Spec(kind, settings.changed(tiny, encoder__batch_size=3), "cpu", 1))
+    stage = open_stage(Spec(kind, replace_settings(tiny, encoder__batch_size=3), "cpu", 1))
     window = timed_window(stage, 0.0, batches=2 * (total // 3))
     assert window.decoded == len(window.segments)
     assert summary([window], 1.0)["decoded_over_given"] == 1
@@ -326,7 +326,7 @@ def views(full: bool, spec: LogMel, seconds: float, **over: Any) -> Views:
 @pytest.mark.parametrize("full", [False, True])
 def test_a_baselines_clean_view_is_the_graphs(small_shards: Path, tiny: Config, full: bool) -> None:
     """With every augmentation off, the two see the same log-mel of the same segments."""
-    whole = settings.load(base=tiny.model_dump(mode="json"), command_line={"data.view_seconds": 3.0})
+    whole = load_config(base=tiny.model_dump(mode="json"), command_line={"data.view_seconds": 3.0})
     shards, spec = open_shards(small_shards), LogMel(n_mels=16, mean=-20.0, std=20.0)
     graph = factory.create_loader(whole, shards, spec, World(0, 1, CPU), "train", "clean")
     ours = next(iter(graph))

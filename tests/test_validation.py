@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory, validation
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.learner import Learner
-from simsiam_dali.validation import Validation, epochs_between
+from simsiam_dali.training import factory, validation
+from simsiam_dali.training.learner import Learner
+from simsiam_dali.training.validation import Validation, epochs_between
 
 SETTINGS = {
     "data.view_seconds": 1.5,
@@ -44,8 +45,8 @@ class Counts:
         return self.train if split == "train" else self.val
 
 
-def config(**over: object) -> settings.Config:
-    return settings.load(command_line={**SETTINGS, **{k.replace("__", "."): v for k, v in over.items()}})
+def config(**over: object) -> Config:
+    return load_config(command_line={**SETTINGS, **{k.replace("__", "."): v for k, v in over.items()}})
 
 
 @pytest.mark.parametrize("encoder", ["simsiam", "simple"])

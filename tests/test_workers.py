@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from simsiam_dali.packing.workers import Died, run_all
+from simsiam_dali.packing.process_pool import Died, run_all
 
 
 def work(task: int) -> int:

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.common.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKING = ("--segment-seconds", "10", "--val-fraction", "0.15", "--sample-rate", "8000", "--codec", "wav")

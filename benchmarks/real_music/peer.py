@@ -20,18 +20,18 @@ from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor
 from tqdm import trange
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory, tuning
-from simsiam_dali.config import Config
+from simsiam_dali.common.distributed import World, choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import measure_log_mel
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import World, choose_device
 from simsiam_dali.embed import embed, embedding_config
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.features import encoder_features
+from simsiam_dali.embedding.features import encoder_features
 from simsiam_dali.models.encoder import Encoder
 from simsiam_dali.models.simsiam import create_backbone
+from simsiam_dali.training import factory, tuning
 
 
 class Peer(Encoder):
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and draws (default: 0)")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="assignments", help="any setting")
     args = parser.parse_args()
-    config = settings.load(args.config, command_line={"train.seed": args.seed}, assignments=args.assignments)
+    config = load_config(args.config, command_line={"train.seed": args.seed}, assignments=args.assignments)
     if config.encoder.simsiam.optimizer != "sgd":
         raise UserError("the peer takes encoder.simsiam.optimizer=sgd")
     device = choose_device(config.train.device)

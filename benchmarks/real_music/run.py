@@ -27,10 +27,13 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
 
-from simsiam_dali import config as settings
-from simsiam_dali import embeddings, evaluation, probes, scores
-from simsiam_dali.distributed import choose_device
-from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.common.distributed import choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import load_config
+from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.evaluation import metrics as scores
+from simsiam_dali.evaluation import plan as evaluation
+from simsiam_dali.evaluation import probes
 
 NEIGHBOURS, RETRIEVED = 5, 10
 TARGETS = ("soundtrack", "artist")
@@ -208,7 +211,7 @@ def common(args: argparse.Namespace) -> tuple[torch.device, Path, int]:
     device = choose_device(args.device)
     kind = "gpu" if device.type == "cuda" else "cpu"
     config = args.config or halves.ROOT / "configs" / f"real_music_{kind}.yaml"
-    settings.load(config)  # refused before anything is fetched
+    load_config(config)  # refused before anything is fetched
     return device, config.resolve(), args.jobs or (1 if kind == "gpu" else len(os.sched_getaffinity(0)))
 
 

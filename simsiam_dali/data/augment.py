@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.dali import DataNode, fn, math, types
 
 DECAY_60_DB = np.log(1e6)

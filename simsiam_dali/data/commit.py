@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 MANIFEST = "manifest.json"
 STAGING = ".packing"

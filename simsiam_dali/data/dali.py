@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 __all__ = [
     "DataNode",

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.dali import backend
-from simsiam_dali.data.leave_out import build_without, damaged, reason_of
 from simsiam_dali.data.pipeline import Epoch, Graph, LogMel
 from simsiam_dali.data.quarantine import Quarantine
-from simsiam_dali.errors import UserError
+from simsiam_dali.data.skip_damaged import build_without, damaged, reason_of
 
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|cudaErrorMemoryAllocation|allocation failed|cannot allocate", re.I)
 CUDA_FAULT = re.compile(r"(CUDA|cuFFT|NPP|NVML)[^\n]*error[^\n]*", re.I)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import augment
 from simsiam_dali.data.dali import DataNode, OperatorConcurrency, Pipeline, build_on_cpu, fn, math, pipeline_def, types
 

@@ -16,8 +16,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.errors import UserError
 
 FILE_NAME = "quarantine.csv"
 COLUMNS = ("when", "shard", "key", "row", "song", "reason", "set")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeGuard
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 SCHEME = "s3://"
 DOWNLOADS = 16

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, TypeAdapter
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data import s3
 from simsiam_dali.data.commit import MANIFEST, finish_commit
-from simsiam_dali.errors import UserError
 
 FORMAT_VERSION = 1
 Split = Literal["train", "val"]

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.models.encoder import Encoder
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import MANIFEST, STAGING, commit, locked, named_files, roll_forward
 from simsiam_dali.data.shards import (
     FILES,
@@ -32,7 +33,6 @@ from simsiam_dali.data.shards import (
     write_shard,
     write_table,
 )
-from simsiam_dali.errors import UserError
 from simsiam_dali.packing.assemble import (
     Results,
     Songs,
@@ -46,13 +46,13 @@ from simsiam_dali.packing.assemble import (
     shuffled_cuts,
     song_row,
 )
+from simsiam_dali.packing.assign_split import assign_splits, group_key
 from simsiam_dali.packing.find import SongFile, find_songs
 from simsiam_dali.packing.pack_song import Job, Packed, PackSettings, Refused, Result, do_job
+from simsiam_dali.packing.process_pool import Died, Executor, run_all
 from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.packing.reuse import SEGMENT_COLUMNS, SONG_COLUMNS, Known, damaged_shards
-from simsiam_dali.packing.splits import assign_splits, group_key
 from simsiam_dali.packing.spool import Spool
-from simsiam_dali.packing.workers import Died, Executor, run_all
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 
 @dataclass

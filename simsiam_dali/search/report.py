@@ -10,7 +10,7 @@ import optuna.visualization.matplotlib as pictures
 from matplotlib import pyplot
 from optuna.trial import FrozenTrial, TrialState
 
-from simsiam_dali.config import Config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from simsiam_dali import config as settings
-from simsiam_dali.config import Config
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config, setting_fields
 
 WORDS = ("low", "high", "log", "around", "choices")
 
@@ -71,7 +71,7 @@ class Space:
         for key, description in described.items():
             _check_key(key, name, where, self.base)
             try:
-                self.dimensions[key] = _dimension(description, dict(settings.fields())[key].annotation is int)
+                self.dimensions[key] = _dimension(description, dict(setting_fields())[key].annotation is int)
             except ValueError as e:
                 raise UserError(f"{where}: {key}: {e}") from None
         for key, dimension in self.dimensions.items():
@@ -99,11 +99,11 @@ class Space:
             for part in path:
                 node = node[part]
             node[leaf] = value
-        return settings.load(base=tree)
+        return load_config(base=tree)
 
 
 def _check_key(key: str, encoder_type: str, where: str, base: dict[str, Any]) -> None:
-    known = [name for name, _ in settings.fields()]
+    known = [name for name, _ in setting_fields()]
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         raise UserError(f"{where}: there is no setting {key}" + (f"; did you mean {near[0]}?" if near else ""))

@@ -22,11 +22,11 @@ import optuna
 import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
-from simsiam_dali.config import Config
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.schema import Config
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.trial import Ending, drop_checkpoint
-from simsiam_dali.tracking import flat
+from simsiam_dali.tracking.run import flat
 
 DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {
     "knn/artist": "maximize",

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 
 from simsiam_dali import train
-from simsiam_dali.config import Config
-from simsiam_dali.distributed import world
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.distributed import world
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.schema import Config
 
 CHILD = "from simsiam_dali.search import trial; trial.child()"
 LOG = "log.txt"

@@ -1,0 +1,126 @@
+"""What an encoder is worth, in a sentence: of how many songs is the nearest other song by the same artist?
+
+Leave-one-out over every song that has a partner: another recording by one of its artists or, where no artist has two,
+of one of its genres. Near is as `evaluate` and `recommend` mean it: by the cosine of standardised vectors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_array
+
+from simsiam_dali.evaluation import metrics as scores
+from simsiam_dali.evaluation.folds import groups
+from simsiam_dali.evaluation.knn import unit
+from simsiam_dali.evaluation.plan import label_ids
+
+BASELINES = {"untrained": "the untrained encoder", "mfcc": "MFCCs"}
+"""What the trained encoder is compared with, as the sentence calls it."""
+RESAMPLES = 2000
+EQUAL = 1e-6
+"""Cosines that differ by less are taken for equal: so much is float32's rounding."""
+BLOCK = 256
+"""Songs compared with all others at a time."""
+
+
+def labels_of(songs: pd.DataFrame) -> tuple[str, list[list[int]]] | None:
+    """What songs can share, "artist" or "genre", and each song's labels as numbers; None where none share any."""
+    group = groups(songs, "song")
+    for target in ("artist", "genre"):
+        labels = label_ids(songs, target)
+        recordings: dict[int, set[int]] = {}
+        for own, recording in zip(labels, group.tolist(), strict=True):
+            for label in own:
+                recordings.setdefault(label, set()).add(recording)
+        if any(len(own) > 1 for own in recordings.values()):
+            return target, labels
+    return None
+
+
+def nearest_shares(vectors: np.ndarray, labels: Sequence[Sequence[int]], group: np.ndarray) -> np.ndarray:
+    """Whether each song's nearest other song shares a label with it: `(N,)` float, NaN for a song without a partner.
+
+    vectors `(N, D)` float; labels: each song's, at least one; group `(N,)` int: songs of one number are one recording,
+    and never each other's neighbours. Of several equally near, all have to share it: a tie is no hit by chance, and an
+    encoder that gives all songs one vector scores nothing.
+    """
+    x = unit(vectors)
+    rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
+    columns = np.fromiter((label for own in labels for label in own), int, len(rows))
+    table = csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(labels), columns.max(initial=0) + 1))
+    hit = np.full(len(x), np.nan)
+    for start in range(0, len(x), BLOCK):
+        block = slice(start, start + BLOCK)
+        cosine = x[block] @ x.T
+        other = group[block, None] != group
+        shares = (table[block] @ table.T).toarray() > 0
+        nearest_partner = np.where(other & shares, cosine, -np.inf).max(axis=1)
+        nearest_stranger = np.where(other & ~shares, cosine, -np.inf).max(axis=1)
+        scored = np.isfinite(nearest_partner)
+        hit[block][scored] = nearest_partner[scored] > nearest_stranger[scored] + EQUAL
+    return hit
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of `asked` songs, how many have a nearest song that shares their label, by each feature's name.
+
+    label: "artist" or "genre". differences: what the first feature has more than another, and its 95% interval (paired,
+    bootstrap over the songs), in songs.
+    """
+
+    label: str
+    asked: int
+    found: dict[str, int]
+    differences: dict[str, tuple[float, float, float]]
+
+
+def count(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only: bool) -> Counts | None:
+    """The counts; None where no song has a partner.
+
+    songs: rows with `artists`, `genres`, `title`, `duration` and `split`; vectors: name to `(N, D)`, first those that
+    are judged. held_back_only: ask for validation songs alone, since the others' tags were learned from.
+    """
+    if (known := labels_of(songs)) is None:
+        return None
+    label, labels = known
+    labelled = np.array([bool(own) for own in labels])
+    asked = labelled & (songs["split"] == "val").to_numpy() if held_back_only else labelled
+    group = groups(songs, "song")[labelled]
+    own = [labels[row] for row in np.flatnonzero(labelled)]
+    hits = {name: nearest_shares(x[labelled], own, group)[asked[labelled]] for name, x in vectors.items()}
+    first = next(iter(hits))
+    scored = ~np.isnan(hits[first])
+    n = int(scored.sum())
+    if not n:
+        return None
+    share = scores.Metric(scores.mean, sign=1)
+    of = {name: scores.score(share, (hit[scored],), RESAMPLES, seed=0) for name, hit in hits.items()}
+    differences = {}
+    for name, theirs in of.items():
+        low, high = scores.interval(of[first].resampled - theirs.resampled)
+        differences[name] = n * (of[first].value - theirs.value), n * low, n * high
+    return Counts(label, n, {name: round(n * score.value) for name, score in of.items()}, differences)
+
+
+def sentence(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only: bool, drawn_from: int = 0) -> str:
+    """`count` in words, with any of the `BASELINES` that are there; empty where there is nothing to count.
+
+    drawn_from: songs of the library of which these are a part; 0: they are all.
+    """
+    counts = count(songs, vectors, held_back_only)
+    if counts is None:
+        return ""
+    first, *others = counts.found
+    compared = []
+    for name in (name for name in BASELINES if name in others):
+        more, low, high = map(round, counts.differences[name])
+        interval = f"{more:+d}, 95% interval {low:+d} to {high:+d}"
+        compared.append(f"{counts.found[name]} with {BASELINES[name]} ({interval})")
+    same = "by the same artist" if counts.label == "artist" else "of the same genre"
+    whose = f"{counts.asked:,} songs" + (" held back from the training" if held_back_only else "")
+    drawn = f", drawn from {drawn_from:,}" if drawn_from else ""
+    said = f"the nearest song is {same} for {counts.found[first]} of {whose}{drawn}"
+    return f"{said}; {', '.join(compared)}" if compared else said

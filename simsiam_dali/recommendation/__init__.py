@@ -1,0 +1,1 @@
+"""Songs to hear, from vectors and ratings."""
