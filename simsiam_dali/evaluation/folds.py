@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-from simsiam_dali.models.labels import album_keys, artist_keys, name_key
+from simsiam_dali.common.names import album_keys, artist_keys, name_key
 
 SPLITS = ("song", "album")
 FOLDS = 5

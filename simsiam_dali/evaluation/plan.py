@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
+from simsiam_dali.common.names import album_keys, artist_keys, name_key
 from simsiam_dali.evaluation import metrics as scores
 from simsiam_dali.evaluation import probes
 from simsiam_dali.evaluation.folds import SPLITS, folds, groups
 from simsiam_dali.evaluation.metrics import METRICS, Arrays, Score
-from simsiam_dali.models.labels import album_keys, artist_keys, name_key
 
 TARGETS = ("rating", "artist", "album", "genre")
 MIN_SONGS = 10

@@ -1,8 +1,7 @@
 """What songs have in common, as tensors for the contrastive loss: the song table's artists, albums and years as ids."""
 
-import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,23 +10,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from simsiam_dali.common.names import album_keys, artist_keys, known_keys
 from simsiam_dali.models.losses import UNKNOWN
 
 # Most artists and albums kept of one song. Every row of a table is as wide as the widest, and comparing two batches'
 # rows takes the square of it, so one song on 200 albums would be paid for by all the others at every step.
 MOST = 8
-
-# Names that players write where they know none, beyond those that packing drops; compared as `name_key` gives them, and
-# without brackets around them.
-_NO_NAME = {
-    *("", "?", "-", "n/a", "none", "null", "unknown", "unknown artist", "unknown album", "no artist", "no album"),
-    *("unbekannt", "unbekannter künstler", "unbekannter interpret", "unbekanntes album"),
-    *("artiste inconnu", "album inconnu", "artista desconocido", "álbum desconocido"),
-    *("artista sconosciuto", "album sconosciuto", "onbekende artiest", "onbekend album"),
-}
-# Names of no artist in particular: nothing that songs share, but a compilation's owner.
-_VARIOUS = {"various artists", "various", "va", "v.a.", "v/a", "verschiedene interpreten", "varios artistas"}
-_COMPILATION = "various artists"
 
 
 @dataclass(frozen=True)
@@ -73,35 +61,6 @@ def label_ids(songs: pd.DataFrame, column: str) -> Tensor:
     keys = {"artists": artist_keys, "genres": known_keys}[column]
     first = songs[column].map(lambda names: next(iter(keys(names)), None))
     return torch.from_numpy(pd.factorize(first)[0].astype("int64"))
-
-
-def name_key(name: str) -> str:
-    """What names that differ only in case, whitespace or Unicode's ways of writing have in common."""
-    folded = unicodedata.normalize("NFKC", name).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())
-
-
-def artist_keys(names: Iterable[str]) -> list[str]:
-    """Keys of a song's artists, without repeats, placeholders, and names of no artist in particular."""
-    return [key for key in known_keys(names) if key not in _VARIOUS]
-
-
-def album_keys(titles: Iterable[str], album_artist: str, artists: Iterable[str]) -> list[tuple[str, str]]:
-    """Keys of a song's albums: the title, and whose it is, since two artists' "Greatest Hits" are two albums.
-
-    An album is its album artist's, else the song's first artist's; a compilation's tracks share the owner "Various
-    Artists". Albums of nobody that is known are unknown. A song has one `album_artist` for all its albums.
-    """
-    owner = next(iter(known_keys([album_artist, *artists])), None)
-    if owner is None:
-        return []
-    return [(title, _COMPILATION if owner in _VARIOUS else owner) for title in known_keys(titles)]
-
-
-def known_keys(names: Iterable[str]) -> list[str]:
-    """Keys of names, without repeats and placeholders."""
-    keys = dict.fromkeys(name_key(name) for name in names)
-    return [key for key in keys if key.strip("<>[](){} ") not in _NO_NAME]
 
 
 def _ids(keys: Sequence[Sequence[Hashable]]) -> Tensor:

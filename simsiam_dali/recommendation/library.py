@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from simsiam_dali.common.errors import UserError, printable
+from simsiam_dali.common.names import album_keys, artist_keys, name_key
 from simsiam_dali.evaluation.folds import groups
-from simsiam_dali.models.labels import album_keys, artist_keys, name_key
 from simsiam_dali.packing.find import relative_name
 
 _LISTED = 10

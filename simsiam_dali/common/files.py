@@ -1,0 +1,36 @@
+"""Write a file whole or not at all: to a temporary name beside it, through to the disk, then one rename."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from simsiam_dali.common.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; at the end of the block it becomes `path`.
+
+    The temporary file is hidden and of this process. What the block raises leaves `path` as it was and nothing beside
+    it. The folder of `path` must exist.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def refuse_failed_write(path: Path, advice: str = "") -> Iterator[None]:
+    """Turn an OSError, or the RuntimeError by which torch reports one, into a UserError that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        reason = (e.strerror if isinstance(e, OSError) else None) or " ".join(str(e).split())[:200]
+        raise UserError(f"cannot write {path} ({reason})" + (f": {advice}" if advice else "")) from e
