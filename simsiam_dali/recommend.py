@@ -19,11 +19,12 @@ import numpy as np
 from simsiam_dali.common.errors import UserError, one_line_errors, printable
 from simsiam_dali.config.cli import program
 from simsiam_dali.embedding import table as embeddings
-from simsiam_dali.evaluation.knn import Neighbours, unit
+from simsiam_dali.evaluation.knn import unit
 from simsiam_dali.recommendation import playlists
 from simsiam_dali.recommendation.library import Library, Variety
 from simsiam_dali.recommendation.playlists import FORMATS, Entry
 from simsiam_dali.recommendation.rating_model import MIN_RATED, Taste
+from simsiam_dali.recommendation.search import Neighbours
 
 _NAMED = 10
 _ASK_FOR_MORE = 4

@@ -31,8 +31,9 @@ from simsiam_dali.data.loader import measure_log_mel, release_memory
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.tracking import run as tracking
-from simsiam_dali.training import checkpoint, factory, journal, micro_batch, monitor, profiling, tuning
+from simsiam_dali.training import checkpoint, factory, journal, micro_batch, profiling, tuning
 from simsiam_dali.training import curves as plots
+from simsiam_dali.training.collapse import collapse_advice, effective_rank, pairless_advice, z_std
 from simsiam_dali.training.learner import Learner, groups
 from simsiam_dali.training.schedule import learning_rates
 from simsiam_dali.training.throughput import StepClock
@@ -269,17 +270,17 @@ def train(
                 "encoder/train_loss": mean_loss,
                 "encoder/pairless_batches": pairless,
                 "encoder/lr": lr,
-                "encoder/z_std": float(monitor.z_std(z)),
-                "encoder/effective_rank": float(monitor.effective_rank(z)),
+                "encoder/z_std": float(z_std(z)),
+                "encoder/effective_rank": float(effective_rank(z)),
                 "throughput/samples_per_s": clock.steps * batch_size / micro_batches / elapsed,
                 "throughput/data_wait_share": waited,
                 "training_time_hours": (time.perf_counter() - started) / 3600,
             }
             finish_epoch(record)
             gauges = record["encoder/z_std"], z.shape[1], record["encoder/effective_rank"]
-            if advice := kind.warn_of_collapse and monitor.collapse_advice(*gauges):
+            if advice := kind.warn_of_collapse and collapse_advice(*gauges):
                 say(advice)
-            if advice := monitor.pairless_advice(pairless):
+            if advice := pairless_advice(pairless):
                 say(advice)
             if stop := max(w.gather(interrupt.signal)):
                 if unsaved:

@@ -15,9 +15,10 @@ from torch import Tensor
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import ENVIRONMENT, load_config
 from simsiam_dali.data.shards import open_shards
+from simsiam_dali.evaluation.knn import knn_labels
 from simsiam_dali.models.labels import label_ids
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import checkpoint, factory, monitor
+from simsiam_dali.training import checkpoint, factory
 
 sys.path.insert(0, str(ROOT / "tools"))
 import demo
@@ -101,7 +102,7 @@ def test_the_demo_convinces(tmp_path):
     epochs = [r for r in records(Path(paths["playlist"]).parent) if "epoch" in r]
     d = load_config(ROOT / "configs/demo.yaml").encoder.simsiam.projection_dim
     assert min(r["encoder/z_std"] for r in epochs[1:]) >= 0.5 / d**0.5
-    # Batch norm keeps z-std up even in a collapse to a few directions; the rank sees that (monitor.LOW_RANK).
+    # Batch norm keeps z-std up even in a collapse to a few directions; the rank sees that (LOW_RANK).
     assert min(r["encoder/effective_rank"] for r in epochs[1:]) >= 16
 
 
@@ -135,7 +136,7 @@ def unseen_segments_of_the_artist(run_dir: Path, folder: Path, trained: bool) ->
     """Accuracy of 5-NN among the training segments for the artist of each validation segment."""
     artist = label_ids(open_shards(folder).songs, "artists")
     (bank, bank_songs), (query, query_songs) = (embedded(run_dir, folder, trained, split) for split in SPLITS)
-    return monitor.knn_labels(bank, artist[bank_songs], query, artist[query_songs], k=5)
+    return knn_labels(bank, artist[bank_songs], query, artist[query_songs], k=5)
 
 
 @pytest.mark.parametrize(

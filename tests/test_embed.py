@@ -20,8 +20,9 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.embedding import run as trained
 from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory, monitor
+from simsiam_dali.training import factory
 
 KINDS = ("simsiam", "simple")
 
@@ -100,7 +101,7 @@ def test_segments_have_their_start_and_make_up_their_song(tables, small_shards, 
     assert each.table["segment"].tolist() == list(range(len(shards.segments)))
     for name in ("song", "start", "split"):
         assert each.table[name].tolist() == shards.segments[name].tolist()
-    _, means = monitor.song_embeddings(torch.tensor(each.vectors), torch.tensor(each.table["song"]))
+    _, means = song_embeddings(torch.tensor(each.vectors), torch.tensor(each.table["song"]))
     np.testing.assert_array_equal(means, embeddings.read(tables["simsiam"]).vectors)
 
 

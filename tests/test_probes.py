@@ -19,7 +19,7 @@ from simsiam_dali.evaluation import folds as splits
 from simsiam_dali.evaluation import metrics as scores
 from simsiam_dali.evaluation import plan as evaluation
 from simsiam_dali.evaluation import probes
-from simsiam_dali.training.monitor import VOTE_TEMPERATURE
+from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
 
 RNG = np.random.default_rng(7)
 

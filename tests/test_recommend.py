@@ -19,10 +19,11 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.embedding import table as embeddings
 from simsiam_dali.embedding.table import Embeddings
 from simsiam_dali.evaluation import probes
-from simsiam_dali.evaluation.knn import Neighbours, unit
+from simsiam_dali.evaluation.knn import unit
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import CSV_COLUMNS
 from simsiam_dali.recommendation.rating_model import Taste
+from simsiam_dali.recommendation.search import Neighbours
 
 NS = "{http://xspf.org/ns/0/}"
 HOSTILE = '<script>alert(1)</script> ]]> & "q"\n#EXTINF:9,x\r\x1b[2J\x07\x00\u2028\u202e\ufffe 日本'

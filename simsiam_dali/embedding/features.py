@@ -16,9 +16,9 @@ from torch import Tensor
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.embedding.run import Trained
-from simsiam_dali.models.encoder import Encoder
+from simsiam_dali.models.encoder import Encoder, song_embeddings, song_means
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory, monitor
+from simsiam_dali.training import factory
 from simsiam_dali.training.learner import autocast_dtype
 
 CHECKPOINT = "checkpoint"
@@ -43,7 +43,7 @@ class Features:
 
     def of_songs(self, vectors: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
         """Segments' vectors `(N, D)` and songs `(N,)` to the songs there are `(S,)`, ascending, and theirs `(S, D)`."""
-        return (monitor.song_embeddings if self.unit else monitor.song_means)(vectors, songs)
+        return (song_embeddings if self.unit else song_means)(vectors, songs)
 
 
 def create_features(name: str, trained: Trained, log_mel: LogMel, device: torch.device) -> Features:

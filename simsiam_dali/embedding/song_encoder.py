@@ -20,11 +20,10 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.embedding import export_config as recipe
 from simsiam_dali.embedding import run as trained
 from simsiam_dali.embedding.export_config import Recipe
-from simsiam_dali.models.encoder import Encoder
+from simsiam_dali.models.encoder import Encoder, song_embeddings
 from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.segments import SILENCE, Pcm, cut_segments, to_int16
 from simsiam_dali.packing.songs import BLOCK, BadSong, Resampler
-from simsiam_dali.training import monitor
 
 WEIGHTS = "encoder.safetensors"
 
@@ -107,7 +106,7 @@ class SongEncoder:
         if not vectors:
             raise UserError(f"{name}: is silent, or holds no audio")
         every = torch.cat(vectors)
-        _, mean = monitor.song_embeddings(every, torch.zeros(len(every), dtype=torch.int64))
+        _, mean = song_embeddings(every, torch.zeros(len(every), dtype=torch.int64))
         return mean[0].numpy()
 
     def _segments(self, blocks: Iterable[Pcm]) -> Iterator[Tensor]:

@@ -1,22 +1,24 @@
-"""Nearest songs by the cosine of standardised vectors: NumPy in a small library, FAISS in a large one."""
+"""kNN scores of embeddings: accuracy of the neighbours' vote, error of their mean rating, and what a guess reaches.
+
+Everything here is torch on the device of its inputs, to be called outside autocast. Embeddings are compared by cosine
+and not standardised first, so that a score is of what `embed` gives, whatever other songs are there.
+
+A score takes a bank (training songs) and queries (validation songs), one row a song; the caller sees to it that no song
+is in both. It is NaN where nothing can be scored, and is to be read beside its chance level.
+"""
 
 import math
-from typing import Any
 
 import numpy as np
-from sklearn.preprocessing import StandardScaler
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-LARGE = 50_000
-"""Songs from which on FAISS searches."""
-MANY = 1_000
-"""Queries from which on an approximate index repays making it (60,000 songs of 512 dimensions on two cores)."""
-PROBED = 1 / 8
-"""Share of the approximate index's lists that a query looks into.
-
-Of the 25 nearest among 60,000 vectors of 64 dimensions that finds 100% where they lie in clusters, 91% where the spread
-in a cluster is 1.5 times that between clusters, and 58% where there are none.
-"""
-_AT_ONCE = 2**24  # cosines held at a time
+UNKNOWN_LABEL = -1
+# A neighbour's vote weighs exp(cosine / temperature): Wu et al. 2018, arXiv:1805.01978, section 3.4.
+VOTE_TEMPERATURE = 0.07
+# Bounds how many similarities are held at a time: 512 queries on a bank of 100,000 songs are 200 MB.
+QUERIES_AT_ONCE = 512
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -25,57 +27,83 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     Their inner product is the similarity of the k-NN probe (`probes.neighbours`). Standardising takes out what all
     songs have in common, which would make any two of them look alike.
     """
+    from sklearn.preprocessing import (
+        StandardScaler,  # here, since training imports this module and needs no scikit-learn
+    )
+
     standardised = StandardScaler().fit_transform(vectors.astype(np.float32))
     return standardised / np.linalg.norm(standardised, axis=1, keepdims=True).clip(min=1e-12)
 
 
-class Neighbours:
-    """Search among unit vectors `(N, D)` float32.
+def knn_labels(bank: Tensor, bank_labels: Tensor, query: Tensor, query_labels: Tensor, k: int) -> float:
+    """Accuracy of the k nearest neighbours' vote, weighted by similarity.
 
-    `approximate`: an inverted file is looked into at its `PROBED` nearest lists. Otherwise the search is exact.
+    `bank` `(N, D)`, `query` `(Q, D)`, float; labels `(N,)` and `(Q,)`, int64, one a song. Rows with
+    `UNKNOWN_LABEL` are left out, and so are queries whose label no song of the bank has: no vote could be
+    right. Of labels with equal votes the one with the nearest song wins; of equally near songs, the first.
     """
+    known = bank_labels != UNKNOWN_LABEL
+    bank, bank_labels = bank[known], bank_labels[known]
+    scored = torch.isin(query_labels, bank_labels)
+    if not scored.any():
+        return math.nan
+    similarity, neighbour = _nearest(bank, query[scored], k)
+    labels = bank_labels[neighbour]
+    weight = torch.exp(similarity / VOTE_TEMPERATURE)
+    same = labels[:, :, None] == labels[:, None, :]
+    votes = (same * weight[:, None, :]).sum(dim=2)  # (Q, k): all that is cast for each neighbour's label
+    winner = votes.argmax(dim=1, keepdim=True)
+    predicted = labels.gather(1, winner).squeeze(1)
+    return (predicted == query_labels[scored]).float().mean().item()
 
-    def __init__(self, x: np.ndarray, queries: int, large: int = LARGE, many: int = MANY) -> None:
-        self._x = np.ascontiguousarray(x, np.float32)
-        self._index: Any = None  # of FAISS
-        self.approximate = len(x) > large and queries >= many
-        # The root of N: looking for the nearest lists then takes as long as looking into one of them.
-        self._lists = math.isqrt(len(x))
-        if len(x) > large:
-            import faiss  # here, for hosts without it: a training ends with a search in a small library
 
-            self._index = faiss.IndexFlatIP(x.shape[1])
-            if self.approximate:
-                self._index = faiss.IndexIVFFlat(self._index, x.shape[1], self._lists, faiss.METRIC_INNER_PRODUCT)
-                self._index.train(self._x)
-            self._index.add(self._x)
+def label_chance(bank_labels: Tensor, query_labels: Tensor) -> tuple[float, float]:
+    """Accuracy, on the queries that `knn_labels` scores, of two guesses that hear nothing.
 
-    def closest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k rows (or all) that are closest to any of the queries `(Q, D)`, and their cosines: `(k,)`, best first.
+    The bank's commonest label each time, and labels drawn at the bank's frequencies (expected accuracy).
+    """
+    known = bank_labels[bank_labels != UNKNOWN_LABEL]
+    scored = query_labels[torch.isin(query_labels, known)]
+    if len(scored) == 0:
+        return math.nan, math.nan
+    labels, count = torch.unique(known, return_counts=True)
+    majority = (scored == labels[count.argmax()]).float().mean()
+    drawn = (count / len(known))[torch.searchsorted(labels, scored)].mean()
+    return majority.item(), drawn.item()
 
-        A row's cosine is that to the query nearest to it. Asked for all rows, an approximate index is searched exactly.
-        """
-        k = min(k, len(self._x))
-        best = np.full(len(self._x), -np.inf, np.float32)
-        step = max(1, _AT_ONCE // (k if self._index else len(self._x)))
-        for start in range(0, len(queries), step):
-            rows, cosine = self._search(np.ascontiguousarray(queries[start : start + step], np.float32), k)
-            np.maximum.at(best, rows[rows >= 0], cosine[rows >= 0])
-        # No row after the k-th: it may stand behind one that is in no query's list.
-        order = np.argsort(-best, kind="stable")[: min(k, np.isfinite(best).sum())]
-        return order, best[order]
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Each query's k nearest rows, -1 where there is none, and their cosines, both `(Q, k)`, in any order."""
-        if self._index is None:
-            cosine = queries @ self._x.T
-            rows = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
-            return rows, np.take_along_axis(cosine, rows, axis=1)
-        how = None
-        if self.approximate:
-            import faiss
+def knn_rating(bank: Tensor, bank_ratings: Tensor, query: Tensor, query_ratings: Tensor, k: int) -> tuple[float, float]:
+    """Mean absolute error and Pearson correlation of the k nearest neighbours' mean rating.
 
-            how = faiss.SearchParametersIVF()
-            how.nprobe = self._lists if k == len(self._x) else math.ceil(self._lists * PROBED)
-        cosine, rows = self._index.search(queries, k, params=how)
-        return rows, cosine
+    `bank` `(N, D)`, `query` `(Q, D)`; ratings `(N,)` and `(Q,)`, float, 0 to 1, NaN = unrated and left out.
+    The correlation is NaN where the ratings or the predictions are all equal.
+    """
+    rated = ~bank_ratings.isnan()
+    bank, bank_ratings = bank[rated], bank_ratings[rated]
+    scored = ~query_ratings.isnan()
+    if not scored.any() or len(bank) == 0:
+        return math.nan, math.nan
+    truth = query_ratings[scored].double()
+    predicted = bank_ratings[_nearest(bank, query[scored], k)[1]].double().mean(dim=1)
+    error = (predicted - truth).abs().mean().item()
+    # With k as large as the bank all predictions are one mean, up to rounding: that has no correlation.
+    if min(truth.std(correction=0), predicted.std(correction=0)) < 1e-9:
+        return error, math.nan
+    return error, torch.corrcoef(torch.stack([predicted, truth]))[0, 1].item()
+
+
+def rating_chance(bank_ratings: Tensor, query_ratings: Tensor) -> float:
+    """Mean absolute error of predicting the bank's mean rating for every rated query."""
+    return (query_ratings - bank_ratings.nanmean()).abs().nanmean().item()
+
+
+def _nearest(bank: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine and bank row of each query's nearest songs, nearest first, both `(Q, min(k, N))`."""
+    bank, query = F.normalize(bank.float(), dim=1), F.normalize(query.float(), dim=1)
+    similarities, rows = [], []
+    for part in query.split(QUERIES_AT_ONCE):
+        # a stable sort, since topk leaves the order of equals to chance
+        similarity, row = torch.sort(part @ bank.T, dim=1, descending=True, stable=True)
+        similarities.append(similarity[:, :k].clone())  # a slice alone would keep the whole row in memory
+        rows.append(row[:, :k].clone())
+    return torch.cat(similarities), torch.cat(rows)

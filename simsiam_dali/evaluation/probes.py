@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from simsiam_dali.evaluation.folds import Folds, folds
-from simsiam_dali.training.monitor import VOTE_TEMPERATURE
+from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
 
 ALPHAS = tuple(10.0**power for power in range(6))
 """Ridge penalties to choose from, on standardised dimensions."""

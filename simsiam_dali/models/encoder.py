@@ -3,6 +3,8 @@
 from abc import abstractmethod
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -26,3 +28,18 @@ class Encoder(nn.Module):
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; `fix_lr` marks those whose learning rate is not decayed."""
         return [{"params": list(self.parameters()), "fix_lr": False}]
+
+
+def song_embeddings(embeddings: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
+    """Segments `(N, D)` and the song of each `(N,)` to songs `(S,)`, ascending, and embeddings `(S, D)`.
+
+    The float32 mean of a song's L2-normalised segment embeddings, so that each segment counts the same.
+    """
+    return song_means(F.normalize(embeddings.float(), dim=1), songs)
+
+
+def song_means(vectors: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for vectors as they are: the mean over a song's segments."""
+    unique, row, count = torch.unique(songs, return_inverse=True, return_counts=True)
+    sums = vectors.new_zeros(len(unique), vectors.shape[1]).index_add_(0, row, vectors)
+    return unique, sums / count[:, None]

@@ -16,9 +16,11 @@ from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch, Single, release_memory
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.evaluation.knn import knn_labels, knn_rating, label_chance, rating_chance
+from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.models.labels import label_ids
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory, monitor
+from simsiam_dali.training import factory
 from simsiam_dali.training.learner import Learner
 
 COST = 0.1
@@ -80,13 +82,13 @@ class Validation:
         for name, column in (("artist", "artists"), ("genre", "genres")):
             ids = label_ids(songs, column)
             bank_ids, query_ids = ids[bank_songs], ids[query_songs]
-            score[f"knn/{name}"] = monitor.knn_labels(bank, bank_ids, queries, query_ids, k)
-            score[f"knn/{name}_chance"] = max(monitor.label_chance(bank_ids, query_ids))
+            score[f"knn/{name}"] = knn_labels(bank, bank_ids, queries, query_ids, k)
+            score[f"knn/{name}_chance"] = max(label_chance(bank_ids, query_ids))
         ratings = torch.tensor(songs["rating"].to_numpy("float32"))
         bank_ratings, query_ratings = ratings[bank_songs], ratings[query_songs]
-        error, correlation = monitor.knn_rating(bank, bank_ratings, queries, query_ratings, k)
+        error, correlation = knn_rating(bank, bank_ratings, queries, query_ratings, k)
         score["knn/rating_mae"], score["knn/rating_correlation"] = error, correlation
-        score["knn/rating_mae_chance"] = monitor.rating_chance(bank_ratings, query_ratings)
+        score["knn/rating_mae_chance"] = rating_chance(bank_ratings, query_ratings)
         return score
 
     def _songs(self, split: Split, segments: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +100,7 @@ class Validation:
             rows.append(batch.segment.cpu())
         parts = self.world.gather((torch.cat(rows), torch.cat(embeddings)))
         segment, embedding = (torch.cat(x) for x in zip(*parts, strict=True))
-        return monitor.song_embeddings(embedding, self._song[segment])
+        return song_embeddings(embedding, self._song[segment])
 
     def _batches(self, split: Split, mode: Literal["views", "clean", "raw"], segments: int) -> Iterator[Batch | Single]:
         """This rank's part of the split's first `segments`, on the learner's device; kept where they fit."""
