@@ -26,10 +26,11 @@ from simsiam_dali.config.cli import program
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data import s3
+from simsiam_dali.data.format import SPLITS, Split
 from simsiam_dali.data.loader import Single
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.quarantine import Quarantine
-from simsiam_dali.data.shards import SPLITS, ShardSet, Split, open_shards
+from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.embedding import run as trained
 from simsiam_dali.embedding import table as embeddings
 from simsiam_dali.embedding.features import CHECKPOINT, FLOORS, Features, create_features, output_name

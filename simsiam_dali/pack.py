@@ -9,7 +9,8 @@ from types import FrameType
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.config.cli import program
-from simsiam_dali.data.shards import read_manifest, verify
+from simsiam_dali.data.format import read_manifest
+from simsiam_dali.data.verify import verify
 from simsiam_dali.packing import process_pool as workers
 from simsiam_dali.packing import ray_pool as on_ray
 from simsiam_dali.packing.pack import PackSettings, Report, pack

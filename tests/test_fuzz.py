@@ -20,7 +20,7 @@ from simsiam_dali.common.errors import UserError, printable
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import setting_fields
 from simsiam_dali.data.commit import MANIFEST
-from simsiam_dali.data.shards import index_text, read_index, read_manifest
+from simsiam_dali.data.format import index_text, read_index, read_manifest
 from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.songs import BadSong
 from simsiam_dali.packing.tags import LONGEST, MOST, Tags, clean, read_tags

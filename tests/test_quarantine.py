@@ -24,10 +24,11 @@ from simsiam_dali import embed
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import loader as loader_module
+from simsiam_dali.data.format import FileSum, Manifest
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.pipeline import Graph, LogMel, Source
 from simsiam_dali.data.quarantine import COLUMNS, Quarantine
-from simsiam_dali.data.shards import FileSum, Manifest, ShardSet, open_shards
+from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.embedding import table as embeddings
 
 SECONDS = 0.5

@@ -19,8 +19,8 @@ import torch
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.dali import DataNode, build_on_cpu, pipeline_def
+from simsiam_dali.data.format import Members, index_text, read_index
 from simsiam_dali.data.pipeline import Graph, Pipeline, Source, build, read
-from simsiam_dali.data.shards import Members, index_text, read_index
 
 
 def reason_of(error: Exception) -> str:

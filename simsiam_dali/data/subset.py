@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from simsiam_dali.data.shards import ShardSet, index_text, read_index
+from simsiam_dali.data.format import index_text, read_index
+from simsiam_dali.data.shards import ShardSet
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.data.shards import Split
+from simsiam_dali.data.format import Split
 
 _KEY, _LOCK = "key.json", ".lock"
 

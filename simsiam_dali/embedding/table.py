@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.data.shards import SCHEMAS, SONGS
+from simsiam_dali.data.format import SCHEMAS, SONGS
 
 FORMAT_VERSION = 1
 _ABOUT = b"simsiam_dali"

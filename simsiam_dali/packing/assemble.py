@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from simsiam_dali.data.shards import SPLITS
+from simsiam_dali.data.format import SPLITS
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack_song import Packed, Refused, Result
 from simsiam_dali.packing.spool import Spool

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import MANIFEST, STAGING, commit, locked, named_files, roll_forward
-from simsiam_dali.data.shards import (
+from simsiam_dali.data.format import (
     FILES,
     FORMAT_VERSION,
     REFUSED,
@@ -24,15 +24,10 @@ from simsiam_dali.data.shards import (
     SONGS,
     FileSum,
     Manifest,
-    ShardSet,
-    changed,
     read_manifest,
     read_table,
-    write_file,
-    write_manifest,
-    write_shard,
-    write_table,
 )
+from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.packing.assemble import (
     Results,
     Songs,
@@ -53,6 +48,7 @@ from simsiam_dali.packing.process_pool import Died, Executor, run_all
 from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.packing.reuse import SEGMENT_COLUMNS, SONG_COLUMNS, Known, damaged_shards
 from simsiam_dali.packing.spool import Spool
+from simsiam_dali.packing.write import write_file, write_manifest, write_shard, write_table
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -157,7 +153,7 @@ class _Packer:
         if manifest.music != str(self.music) and not self.replace:
             raise UserError(f"{self.out} holds the shards of {manifest.music}: name another --out, or give --replace")
         for name in (SONGS, SEGMENTS, FILES):
-            if problem := changed(self.out / name, manifest.files[name], always_sum=True):
+            if problem := manifest.files[name].problem(self.out / name, always_hash=True):
                 self.report.remarks.append(f"{self.out / name} {problem}: everything was decoded again")
                 return None
         songs, segments = read_table(self.out / SONGS, SONG_COLUMNS), read_table(self.out / SEGMENTS, SEGMENT_COLUMNS)
@@ -270,7 +266,7 @@ class _Packer:
             return False
         manifest = self.old.manifest
         return (manifest.music, manifest.settings) == (str(self.music), asdict(self.settings)) and all(
-            manifest.files[name].sha256 == table.sha256 and not changed(self.out / name, manifest.files[name])
+            manifest.files[name].sha256 == table.sha256 and not manifest.files[name].problem(self.out / name)
             for name, table in tables.items()
         )
 

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from simsiam_dali.data.shards import FILES, ROWS_AT_ONCE, SPLITS, ShardSet, changed, read_index
+from simsiam_dali.data.format import FILES, SPLITS, read_index
+from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.packing.ffmpeg import UNOPENED
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack_song import Cut, DecodeSettings, Packed, Refused
+from simsiam_dali.packing.write import ROWS_IN_MEMORY
 
 SONG_COLUMNS = ("sample_rate", "channels", "duration", "audio_hash", "split")
 SEGMENT_COLUMNS = ("song", "shard", "start", "seconds", "sample_rate")
@@ -26,7 +28,7 @@ def damaged_shards(old: ShardSet) -> set[str]:
         for tar in old.names(split)
         for path in (old.root / tar, (old.root / tar).with_suffix(".idx"))
         # Read in full, or copying would bless a rotten shard with a new checksum.
-        if changed(path, old.manifest.files[path.name], always_sum=True)
+        if old.manifest.files[path.name].problem(path, always_hash=True)
     }
 
 
@@ -94,5 +96,5 @@ class Known:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as table:
-        for part in table.iter_batches(ROWS_AT_ONCE):
+        for part in table.iter_batches(ROWS_IN_MEMORY):
             yield from part.to_pylist()
