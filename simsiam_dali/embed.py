@@ -27,8 +27,8 @@ from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data import s3
 from simsiam_dali.data.format import SPLITS, Split
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Single
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.embedding import run as trained

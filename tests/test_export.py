@@ -18,7 +18,7 @@ from small_music import repeat_headers, write_audio, write_song
 import simsiam_dali
 from simsiam_dali import embed, export
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.embedding import export_config as recipe
 from simsiam_dali.embedding import run as trained
 from simsiam_dali.embedding import song_encoder as inference

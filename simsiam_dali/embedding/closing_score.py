@@ -12,7 +12,7 @@ from torch import Tensor
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.format import SPLITS
-from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.data.subset import part_of
 from simsiam_dali.embed import embedding_config, finite

@@ -20,7 +20,7 @@ from simsiam_dali.models.simple import MIN_SAMPLES, SimpleAudioEncoder
 from simsiam_dali.models.simsiam import SimSiam
 
 if TYPE_CHECKING:  # an encoder alone can do without DALI
-    from simsiam_dali.data.pipeline import LogMel
+    from simsiam_dali.data.graph import LogMel
 
 
 class Scored(NamedTuple):

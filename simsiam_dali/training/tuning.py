@@ -7,8 +7,8 @@ import time
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.schema import Config
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import release_memory
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import factory

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.schema import Config
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Batch, Single, release_memory
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.evaluation.knn import knn_labels, knn_rating, label_chance, rating_chance
 from simsiam_dali.models.encoder import song_embeddings
