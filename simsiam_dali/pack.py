@@ -2,17 +2,15 @@
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.signals import raise_keyboard_interrupt
 from simsiam_dali.config.cli import program
 from simsiam_dali.data.format import read_manifest
 from simsiam_dali.data.verify import verify
-from simsiam_dali.packing import process_pool as workers
-from simsiam_dali.packing import ray_pool as on_ray
+from simsiam_dali.packing import process_pool, ray_pool
 from simsiam_dali.packing.pack import PackSettings, Report, pack
 
 
@@ -104,8 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.music_dir is None and not args.verify:
         parser.error("MUSIC_DIR is needed, unless --verify is given")
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
-        signal.signal(number, _stop)
+    raise_keyboard_interrupt()
     try:
         if args.music_dir is not None:
             settings = PackSettings(
@@ -119,10 +116,10 @@ def main() -> None:
                 seed=args.seed,
             )
             if args.executor == "ray":
-                executor, decoders = on_ray.run_all, args.workers or on_ray.cores()
+                executor, workers = ray_pool.run_all, args.workers or ray_pool.cores()
             else:
-                executor, decoders = workers.run_all, args.workers or len(os.sched_getaffinity(0))
-            report = pack(args.music_dir, args.out, settings, decoders, args.ratings, args.replace, executor=executor)
+                executor, workers = process_pool.run_all, args.workers or len(os.sched_getaffinity(0))
+            report = pack(args.music_dir, args.out, settings, workers, args.ratings, args.replace, executor=executor)
             summarise(report, args.out)
         if args.verify:
             check(args.out)
@@ -163,10 +160,6 @@ def check(out: Path) -> None:
 
 def _shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is given
-    raise KeyboardInterrupt
 
 
 def _sample_rate(text: str) -> int | None:

@@ -24,7 +24,7 @@ from simsiam_dali.embedding import run as trained
 from simsiam_dali.embedding import song_encoder as inference
 from simsiam_dali.embedding import table as embeddings
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
-from simsiam_dali.packing.songs import NotDecodable
+from simsiam_dali.packing.song_audio import NotDecodable
 
 KINDS = ("simsiam", "simple")
 SOURCES = {

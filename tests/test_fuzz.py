@@ -22,7 +22,7 @@ from simsiam_dali.config.schema import setting_fields
 from simsiam_dali.data.commit import MANIFEST
 from simsiam_dali.data.format import index_text, read_index, read_manifest
 from simsiam_dali.packing.decode import decode
-from simsiam_dali.packing.songs import BadSong
+from simsiam_dali.packing.song_audio import BadSong
 from simsiam_dali.packing.tags import LONGEST, MOST, Tags, clean, read_tags
 from simsiam_dali.training import journal
 

@@ -16,7 +16,7 @@ from simsiam_dali.packing.decode import decode as decode_song
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
 from simsiam_dali.packing.find import find_songs
 from simsiam_dali.packing.segments import cut_segments, encode, to_int16
-from simsiam_dali.packing.songs import BLOCK, BadSong, NoAudio, NotDecodable, Resampler, SongAudio
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, NoAudio, NotDecodable, Resampler, SongAudio
 
 
 def decode(path: Path, rate: int | None = None) -> tuple[np.ndarray, SongAudio]:

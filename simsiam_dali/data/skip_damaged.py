@@ -10,7 +10,7 @@ of steps.
 
 import dataclasses
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -163,7 +163,7 @@ def _name(tar: Path | str) -> str:
     return str(tar).rpartition("/")[2]
 
 
-def _write_index(folder: Path, number: int, samples: list[Members]) -> Path:
+def _write_index(folder: Path, number: int, samples: Sequence[Members]) -> Path:
     path = folder / f"{number}.idx"
     path.write_text(index_text(samples))
     return path

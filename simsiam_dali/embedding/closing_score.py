@@ -14,7 +14,7 @@ from simsiam_dali.config.schema import Config
 from simsiam_dali.data.format import SPLITS
 from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.data.subset import part_of
+from simsiam_dali.data.subset import subset_of
 from simsiam_dali.embed import embedding_config, finite
 from simsiam_dali.embedding import run as trained
 from simsiam_dali.embedding.features import CHECKPOINT, Features, create_features
@@ -61,7 +61,7 @@ def some_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
     kept = drawn[np.cumsum(segments[drawn]) <= most]
     songs = np.isin(first, kept) & (first >= 0)
     with TemporaryDirectory(prefix="simsiam-dali-") as folder:
-        yield part_of(shards, np.flatnonzero(songs[shards.segments["song"]]), Path(folder))
+        yield subset_of(shards, np.flatnonzero(songs[shards.segments["song"]]), Path(folder))
 
 
 def embed_songs(

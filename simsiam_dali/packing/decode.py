@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
 from simsiam_dali.packing.libsndfile import LibsndfileAudio
-from simsiam_dali.packing.songs import SHORT, BadSong, NotDecodable, SongAudio
+from simsiam_dali.packing.song_audio import SHORT, BadSong, NotDecodable, SongAudio
 
 T = TypeVar("T")
 

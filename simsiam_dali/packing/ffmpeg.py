@@ -10,7 +10,7 @@ import numpy as np
 
 from simsiam_dali.packing.find import AUDIO
 from simsiam_dali.packing.segments import Pcm
-from simsiam_dali.packing.songs import BLOCK, BadSong, NoAudio, NotDecodable, SongAudio
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, NoAudio, NotDecodable, SongAudio
 
 UNOPENED = "does not open as audio"
 

@@ -9,7 +9,7 @@ import numpy as np
 import soundfile as sf
 
 from simsiam_dali.packing.segments import Pcm
-from simsiam_dali.packing.songs import BLOCK, BadSong, NotDecodable, SongAudio
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, NotDecodable, SongAudio
 
 
 @dataclass

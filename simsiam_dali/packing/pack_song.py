@@ -11,7 +11,7 @@ from pathlib import Path
 from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.segments import SILENCE, Pcm, Segment, cut_segments, encode
-from simsiam_dali.packing.songs import BadSong, NoAudio, SongAudio
+from simsiam_dali.packing.song_audio import BadSong, NoAudio, SongAudio
 from simsiam_dali.packing.tags import Tags, read_tags
 
 
