@@ -36,7 +36,7 @@ from simsiam_dali.embedding import table as embeddings
 from simsiam_dali.embedding.features import CHECKPOINT, FLOORS, Features, create_features, output_name
 from simsiam_dali.embedding.resumable import Parts
 from simsiam_dali.embedding.run import Trained
-from simsiam_dali.packing import temporary as loose
+from simsiam_dali.packing import temporary
 from simsiam_dali.training import factory
 from simsiam_dali.training.throughput import StepClock
 
@@ -248,12 +248,12 @@ def run(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     trained_run = trained.read(args.checkpoint)
     packed = args.out.with_name(f".{args.out.name}.packed")
-    loose_songs, shards = None, None
+    temporary_songs, shards = None, None
     if args.music:
         packing = trained_run.packing
-        loose_songs = loose.find(args.music, packing)
+        temporary_songs = temporary.find(args.music, packing)
         print(f"segments of {packing.segment_seconds:g} s, as in the training")
-        seconds, fingerprint, music = packing.segment_seconds, loose_songs.fingerprint, str(loose_songs.root)
+        seconds, fingerprint, music = packing.segment_seconds, temporary_songs.fingerprint, str(temporary_songs.root)
     else:
         shards = open_shards(args.shards or trained_run.config.data.shards)
         seconds, fingerprint, music = shards.segment_seconds, shards.fingerprint, shards.manifest.music
@@ -280,8 +280,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             tables.append((about, out))
 
-    if tables and loose_songs:
-        shards, report = loose_songs.packed(packed)
+    if tables and temporary_songs:
+        shards, report = temporary_songs.packed(packed)
         for title, lines in (("refused", report.refused), ("kept", report.notes)):
             for name, reason in lines:
                 print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")

@@ -15,7 +15,7 @@ from simsiam_dali.packing.pack import PackSettings, Report, pack
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; every default stands here."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog=program("pack"),
         description=(
@@ -59,15 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--split-by",
         choices=("album", "artist", "song"),
         default="album",
-        help=f"what is never torn between training and validation {default}",
+        help=f"what is kept together in training or validation {default}",
     )
-    add(
-        "--segments-per-shard",
-        metavar="N",
-        type=_count,
-        default=256,
-        help=f"segments in one tar {default}",
-    )
+    add("--segments-per-shard", metavar="N", type=_count, default=256, help=f"segments in one tar {default}")
     add("--workers", metavar="N", type=_count, help="decoding processes (default: one for each core)")
     add(
         "--executor",
@@ -87,11 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--ratings",
         metavar="FILE",
         type=Path,
-        help="ratings that win over those in the tags: a CSV with a header (rating, and path or title and artist; "
+        help="ratings that override those in the tags: a CSV with a header (rating, and path or title and artist; "
         "0..1 or 0..5), or the library database of Clementine or Strawberry, which is only read",
     )
-    add("--replace", action="store_true", help="write over shards of another folder, or files of the same names")
-    add("--verify", action="store_true", help="check every sum of the shards in --out (after packing MUSIC_DIR)")
+    add("--replace", action="store_true", help="overwrite shards of another folder, or files of the same names")
+    add("--verify", action="store_true", help="verify every checksum of the shards in --out (after packing MUSIC_DIR)")
     return parser
 
 
@@ -124,12 +118,12 @@ def main() -> None:
         if args.verify:
             check(args.out)
     except KeyboardInterrupt:
-        print(f"stopped: {args.out} is as it was; the same command goes on from here", file=sys.stderr)
+        print(f"stopped: {args.out} is unchanged; the same command continues from here", file=sys.stderr)
         sys.exit(130)
 
 
 def summarise(report: Report, out: Path) -> None:
-    """What was packed, what was not and why."""
+    """Print what was packed, and what was not and why."""
     for name, reason in report.refused:
         print(f"refused  {_shown(name)}: {reason}")
     for name, note in report.notes:
@@ -152,7 +146,7 @@ def summarise(report: Report, out: Path) -> None:
 
 
 def check(out: Path) -> None:
-    """Verify the set; problems go to the screen."""
+    """Verify the set; raises UserError with its problems."""
     if problems := verify(out):
         raise UserError("\nerror: ".join(problems))
     print(f"{out}: all {len(read_manifest(out).files)} files are as they were packed")
