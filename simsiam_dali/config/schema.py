@@ -3,6 +3,7 @@
 `docs/config.md` is generated from the descriptions.
 """
 
+import functools
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -314,3 +315,8 @@ def setting_fields(section: type[Section] = Config, prefix: str = "") -> Iterato
             yield from setting_fields(inner, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting under its dotted key."""
+    return {key: functools.reduce(getattr, key.split("."), config) for key, _ in setting_fields()}
