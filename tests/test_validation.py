@@ -15,7 +15,7 @@ from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.training import validation
-from simsiam_dali.training.data import log_mel_settings, with_statistics
+from simsiam_dali.training.data import TrainingData, create_loader, log_mel_settings, with_statistics
 from simsiam_dali.training.learner import Learner
 from simsiam_dali.training.validation import Validation, epochs_between
 
