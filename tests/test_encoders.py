@@ -144,7 +144,7 @@ def test_a_third_type_is_a_file_and_an_entry_as_contributing_says(tmp_path, smal
 
 
 def test_compare_shows_both_types_after_both_ran_on_one_set_of_shards(simple, small_shards):
-    """Every metric of the plan's section 9.2 that was computed, and the names of those that were not."""
+    """Every metric that was computed, and the names of those that were not."""
     folder = simple.parent.parent
     done = run(command(folder, small_shards, "--run-name", "simsiam", encoder__epochs=1), folder)
     assert done.returncode == 0, done.stderr[-2000:]
