@@ -37,7 +37,7 @@ from simsiam_dali.embedding.features import CHECKPOINT, FLOORS, Features, create
 from simsiam_dali.embedding.resumable import Parts
 from simsiam_dali.embedding.run import Trained
 from simsiam_dali.packing import temporary
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
 from simsiam_dali.training.throughput import StepClock
 
 PART_SECONDS = 10.0
@@ -72,14 +72,14 @@ def embed_segments(
     features: Features, config: Config, shards: ShardSet, log_mel: LogMel, world: World, parts: Parts
 ) -> str:
     """Bring every segment's vector into `parts`, after those it holds already; returns how fast it went."""
-    clock, view = StepClock(world.device), factory.view_seconds(config, shards)
+    clock, view = StepClock(world.device), view_seconds(config, shards)
     done = 0
     with tqdm(total=len(shards.segments), initial=len(parts), unit="segment", desc=features.name, disable=None) as bar:
         for split in SPLITS[SPLITS.index(parts.split) if parts.split else 0 :]:
             going_on = split == parts.split
             if not shards.count(split) or (going_on and parts.loader is None):
                 continue
-            loader = factory.create_loader(config, shards, log_mel, world, split, features.mode)
+            loader = create_loader(config, shards, log_mel, world, split, features.mode)
             if going_on and parts.loader:
                 loader.load_state_dict(parts.loader)
             for segment in embed_batches(features, clock.batches(loader), parts, split, loader.state_dict):
@@ -248,12 +248,12 @@ def run(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     trained_run = trained.read(args.checkpoint)
     packed = args.out.with_name(f".{args.out.name}.packed")
-    temporary_songs, shards = None, None
+    loose_songs, shards = None, None
     if args.music:
         packing = trained_run.packing
-        temporary_songs = temporary.find(args.music, packing)
+        loose_songs = temporary.find(args.music, packing)
         print(f"segments of {packing.segment_seconds:g} s, as in the training")
-        seconds, fingerprint, music = packing.segment_seconds, temporary_songs.fingerprint, str(temporary_songs.root)
+        seconds, fingerprint, music = packing.segment_seconds, loose_songs.fingerprint, str(loose_songs.root)
     else:
         shards = open_shards(args.shards or trained_run.config.data.shards)
         seconds, fingerprint, music = shards.segment_seconds, shards.fingerprint, shards.manifest.music
@@ -264,8 +264,8 @@ def run(args: argparse.Namespace) -> None:
     )
     trained_run = dataclasses.replace(trained_run, config=config)
     if shards:
-        factory.view_seconds(config, shards)  # refused before anything is written
-    log_mel = factory.with_statistics(factory.log_mel_settings(config), **trained_run.statistics)
+        view_seconds(config, shards)  # refused before anything is written
+    log_mel = with_statistics(log_mel_settings(config), **trained_run.statistics)
 
     wanted = {args.features: args.out}
     if args.floors is not None:
@@ -280,8 +280,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             tables.append((about, out))
 
-    if tables and temporary_songs:
-        shards, report = temporary_songs.packed(packed)
+    if tables and loose_songs:
+        shards, report = loose_songs.packed(packed)
         for title, lines in (("refused", report.refused), ("kept", report.notes)):
             for name, reason in lines:
                 print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")
