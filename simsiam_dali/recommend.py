@@ -24,11 +24,11 @@ from simsiam_dali.recommendation import playlists
 from simsiam_dali.recommendation.library import Library, Variety
 from simsiam_dali.recommendation.playlists import FORMATS, Entry
 from simsiam_dali.recommendation.rating_model import MIN_RATED, Taste
-from simsiam_dali.recommendation.search import Neighbours
+from simsiam_dali.recommendation.search import SongIndex
 
 _NAMED = 10
 _ASK_FOR_MORE = 4
-"""Neighbours looked for, as a multiple of the songs wanted: some are passed over for variety's sake."""
+"""SongIndex looked for, as a multiple of the songs wanted: some are passed over for variety's sake."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def like(
     variety: Callable[[], Variety],
 ) -> Choice:
     """The songs nearest to any of the `seeds` (rows), among the rows `candidates`; `x`: all songs' unit vectors."""
-    index = Neighbours(x[candidates], len(seeds))
+    index = SongIndex(x[candidates], len(seeds))
     k, rows, cosines = count, list[int](), list[float]()
     while len(rows) < count:
         k, accept, rows, cosines = _ASK_FOR_MORE * k, variety(), [], []
-        for row, cosine in zip(*index.closest(x[seeds], k), strict=True):
+        for row, cosine in zip(*index.nearest(x[seeds], k), strict=True):
             if len(rows) < count and accept(int(candidates[row])):
                 rows.append(int(candidates[row]))
                 cosines.append(float(cosine))

@@ -18,12 +18,11 @@ from simsiam_dali import recommend
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.embedding import table as embeddings
 from simsiam_dali.embedding.table import Embeddings
-from simsiam_dali.evaluation import probes
-from simsiam_dali.evaluation.knn import unit
+from simsiam_dali.evaluation.knn import nearest_others, unit
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import CSV_COLUMNS
 from simsiam_dali.recommendation.rating_model import Taste
-from simsiam_dali.recommendation.search import Neighbours
+from simsiam_dali.recommendation.search import SongIndex
 
 NS = "{http://xspf.org/ns/0/}"
 HOSTILE = '<script>alert(1)</script> ]]> & "q"\n#EXTINF:9,x\r\x1b[2J\x07\x00\u2028\u202e\ufffe 日本'
@@ -81,7 +80,7 @@ def test_like_finds_the_cluster_and_not_the_song_itself(clusters):
 def test_like_agrees_with_the_knn_probe(clusters):
     folder, table, _ = clusters
     songs = embeddings.read(folder / "embeddings.parquet")
-    near, cosine = probes.neighbours(songs.vectors, np.arange(len(table)), 12)
+    near, cosine = nearest_others(songs.vectors, np.arange(len(table)), 12)
     found = chosen(folder, "--like", "Title 8", "--count", 12)
     assert numbers(found) == near[8].tolist()
     np.testing.assert_allclose([float(row["similarity"]) for row in found], cosine[8], atol=1e-4)
@@ -254,7 +253,7 @@ def test_faiss_and_numpy_agree():
     both = unit(np.random.default_rng(0).standard_normal((3050, 16)))
     x, q = both[:3000], both[3000:]
     for queries, k in ((q[:1], 10), (q, 200), (q[:3], 3000), (q[:3], 9999)):
-        plain, large = (Neighbours(x, len(queries), large=limit).closest(queries, k) for limit in (3000, 2999))
+        plain, large = (SongIndex(x, len(queries), large=limit).nearest(queries, k) for limit in (3000, 2999))
         np.testing.assert_array_equal(plain[0], large[0])
         np.testing.assert_allclose(plain[1], large[1], atol=1e-5)
         every = (x @ queries.T).max(axis=1)
@@ -263,14 +262,14 @@ def test_faiss_and_numpy_agree():
 
 def test_the_approximate_index_finds_what_is_near():
     x = unit(planted(np.random.default_rng(0).integers(0, 300, 60_000), width=32, noise=0.7))
-    exact, approximate = Neighbours(x, queries=1), Neighbours(x, queries=1000)
+    exact, approximate = SongIndex(x, queries=1), SongIndex(x, queries=1000)
     assert (exact.approximate, approximate.approximate) == (False, True)
     shared = 0
     for row in range(100):
-        found, right = (index.closest(x[row : row + 1], 25)[0] for index in (approximate, exact))
+        found, right = (index.nearest(x[row : row + 1], 25)[0] for index in (approximate, exact))
         shared += len(set(found) & set(right))
     assert shared / 2500 >= 0.95
-    assert len(approximate.closest(x[:1], len(x))[0]) == len(x)  # asked for all, it leaves out none
+    assert len(approximate.nearest(x[:1], len(x))[0]) == len(x)  # asked for all, it leaves out none
 
 
 def hostile(folder: Path) -> tuple[Path, pd.DataFrame]:

@@ -31,9 +31,9 @@ from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.config.load import load_config
 from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.evaluation import knn, probes
 from simsiam_dali.evaluation import metrics as scores
 from simsiam_dali.evaluation import plan as evaluation
-from simsiam_dali.evaluation import probes
 
 NEIGHBOURS, RETRIEVED = 5, 10
 TARGETS = ("soundtrack", "artist")
@@ -84,9 +84,9 @@ def of_each_song(table: Path) -> dict[str, np.ndarray]:
         each = np.arange(len(labelled))  # leave out the song itself, and no other
         own = [labels[target][row] for row in labelled]
         first = np.array([ids[0] for ids in own])
-        near, cosine = probes.neighbours(songs.vectors[labelled], each, RETRIEVED)
+        near, cosine = knn.nearest_others(songs.vectors[labelled], each, RETRIEVED)
         retrieval = probes.Retrieval(own, each, RETRIEVED)
-        vote = probes.knn_vote(first, near[:, :NEIGHBOURS], cosine[:, :NEIGHBOURS])
+        vote = knn.vote(first, near[:, :NEIGHBOURS], cosine[:, :NEIGHBOURS])
         found[f"{target}/knn"] = (vote == first)[retrieval.scored].astype(float)
         found[f"{target}/map"] = retrieval.average_precision(near)
     return found

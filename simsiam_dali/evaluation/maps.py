@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 
-from simsiam_dali.evaluation import probes
+from simsiam_dali.evaluation.knn import nearest_others
 
 matplotlib.use("Agg")
 
@@ -107,7 +107,7 @@ def _by_category(axes: Axes, points: np.ndarray, labels: Iterable[Sequence[str]]
 
 def page_data(table: pd.DataFrame, vectors: np.ndarray, flat: dict[str, np.ndarray]) -> dict[str, Any]:
     """What the interactive page holds, as plain lists: songs, places in 0..1, and each song's nearest by cosine."""
-    near, cosine = probes.neighbours(vectors, np.arange(len(table)), NEAREST, standardise=False)
+    near, cosine = nearest_others(vectors, np.arange(len(table)), NEAREST, standardise=False)
     coloured = {"genre": categories(table["genres"]), "artist": categories(table["artists"])}
     return {
         "title": [title or path for title, path in zip(table["title"], table["path"], strict=True)],

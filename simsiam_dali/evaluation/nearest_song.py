@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 
 from simsiam_dali.evaluation import metrics as scores
 from simsiam_dali.evaluation.folds import groups
-from simsiam_dali.evaluation.knn import unit
+from simsiam_dali.evaluation.knn import cosine_blocks, unit
 from simsiam_dali.evaluation.plan import label_ids
 
 BASELINES = {"untrained": "the untrained encoder", "mfcc": "MFCCs"}
@@ -21,8 +21,6 @@ BASELINES = {"untrained": "the untrained encoder", "mfcc": "MFCCs"}
 RESAMPLES = 2000
 EQUAL = 1e-6
 """Cosines that differ by less are taken for equal: so much is float32's rounding."""
-BLOCK = 256
-"""Songs compared with all others at a time."""
 
 
 def labels_of(songs: pd.DataFrame) -> tuple[str, list[list[int]]] | None:
@@ -51,9 +49,7 @@ def nearest_shares(vectors: np.ndarray, labels: Sequence[Sequence[int]], group: 
     columns = np.fromiter((label for own in labels for label in own), int, len(rows))
     table = csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(labels), columns.max(initial=0) + 1))
     hit = np.full(len(x), np.nan)
-    for start in range(0, len(x), BLOCK):
-        block = slice(start, start + BLOCK)
-        cosine = x[block] @ x.T
+    for block, cosine in cosine_blocks(x, x):
         other = group[block, None] != group
         shares = (table[block] @ table.T).toarray() > 0
         nearest_partner = np.where(other & shares, cosine, -np.inf).max(axis=1)

@@ -9,8 +9,8 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from simsiam_dali.common.names import album_keys, artist_keys, name_key
+from simsiam_dali.evaluation import knn, probes
 from simsiam_dali.evaluation import metrics as scores
-from simsiam_dali.evaluation import probes
 from simsiam_dali.evaluation.folds import SPLITS, folds, groups
 from simsiam_dali.evaluation.metrics import METRICS, Arrays, Score
 
@@ -166,7 +166,7 @@ def _plan_rating(
         say.append(f"{len(rows)} of {len(table)} songs are rated.")
     runs: dict[str, Run] = {
         "ridge": lambda x: probes.ridge(x, y, parts, own),
-        "knn": lambda x: probes.knn_mean(y, probes.neighbours(x, own, options.k)[0]),
+        "knn": lambda x: probes.knn_mean(y, knn.nearest_others(x, own, options.k)[0]),
         "mlp": lambda x: probes.mlp(x, y, parts, options.seed),
     }
     guess = probes.mean_guess(y, parts)
@@ -206,7 +206,7 @@ def _plan_labels(
         parts = folds(own, classes)
         runs: dict[str, Run] = {
             "logistic": lambda x: probes.logistic(x, classes, parts),
-            "knn": lambda x: probes.knn_vote(classes, *probes.neighbours(x, own, options.k)),
+            "knn": lambda x: knn.vote(classes, *knn.nearest_others(x, own, options.k)),
         }
         guess = probes.majority_guess(classes)
         for name, run in runs.items():
@@ -219,7 +219,7 @@ def _plan_labels(
         return
 
     def precision(x: np.ndarray) -> np.ndarray:
-        return retrieval.average_precision(probes.neighbours(x, group[labelled], RETRIEVED)[0])
+        return retrieval.average_precision(knn.nearest_others(x, group[labelled], RETRIEVED)[0])
 
     scored = labelled[retrieval.scored]
     yield Probe(target, "retrieval", split, ("map_at_10",), labelled, scored, precision, retrieval.guess())

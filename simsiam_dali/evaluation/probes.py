@@ -18,7 +18,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from simsiam_dali.evaluation.folds import Folds, folds
-from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
 
 ALPHAS = tuple(10.0**power for power in range(6))
 """Ridge penalties to choose from, on standardised dimensions."""
@@ -88,44 +87,11 @@ def majority_guess(classes: np.ndarray) -> np.ndarray:
     return np.full_like(classes, np.bincount(classes).argmax())
 
 
-def neighbours(x: np.ndarray, group: np.ndarray, k: int, standardise: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The rows nearest to each, nearest first, none of its own group; and their cosines. Both `(N, k)`.
-
-    Rows are int64, -1 where none is left (cosine -inf). Standardising is over all rows, which takes no label.
-    """
-    x = x.astype(np.float32)  # a copy
-    if standardise:
-        x = StandardScaler().fit_transform(x)
-    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
-    k_there = min(k, len(x))
-    found, cosine = np.full((len(x), k), -1), np.full((len(x), k), -np.inf)
-    for start in range(0, len(x), BLOCK):
-        rows = slice(start, start + BLOCK)
-        distance = -(x[rows] @ x.T)
-        distance[group[rows, None] == group] = np.inf
-        nearest = np.argpartition(distance, k_there - 1, axis=1)[:, :k_there]
-        distance = np.take_along_axis(distance, nearest, axis=1)
-        order = np.argsort(distance, axis=1, kind="stable")
-        cosine[rows, :k_there] = -np.take_along_axis(distance, order, axis=1)
-        found[rows, :k_there] = np.take_along_axis(nearest, order, axis=1)
-    found[np.isneginf(cosine)] = -1
-    return found, cosine
-
-
 def knn_mean(y: np.ndarray, near: np.ndarray) -> np.ndarray:
     """The neighbours' mean rating `(N,)`; the mean of all where a row has no neighbour."""
     there = near >= 0
     total, number = (y[near] * there).sum(axis=1), there.sum(axis=1)
     return np.where(number > 0, total / number.clip(min=1), y.mean())
-
-
-def knn_vote(classes: np.ndarray, near: np.ndarray, cosine: np.ndarray) -> np.ndarray:
-    """The class the neighbours vote for, weighted by similarity as in training; -1 where a row has no neighbour."""
-    labels = np.where(near >= 0, classes[near], -1)
-    same = labels[:, :, None] == labels[:, None, :]
-    weight = np.where(labels < 0, 0, np.exp(cosine / VOTE_TEMPERATURE))
-    votes = (same * weight[:, None, :]).sum(axis=2)  # (N, k): all that is cast for each neighbour's class
-    return np.take_along_axis(labels, votes.argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
 class Retrieval:
