@@ -443,11 +443,10 @@ def main() -> None:
         try:
             ended_by = train(config, w, resumed, run_dir)
             if config.train.closing_score and not ended_by:
-                from simsiam_dali.embedding import (
-                    closing_score as outcome,  # scikit-learn, which the training itself does without
-                )
+                # Here, since it needs scikit-learn, and the training itself does not.
+                from simsiam_dali.embedding.closing_score import closing_score
 
-                if (line := outcome.of_run(run_dir, w)) and w.main:
+                if (line := closing_score(run_dir, w)) and w.main:
                     print(line)
         except torch.OutOfMemoryError as e:
             raise UserError(

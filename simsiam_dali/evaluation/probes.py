@@ -1,7 +1,7 @@
-"""Probes: what a simple model, trained on other songs, reads out of the vectors.
+"""Probes: what a simple model, trained on other songs, predicts from the vectors.
 
-All take vectors `x (N, D)`, float32, and folds of row numbers, and predict each row from a model that has not seen it.
-Each dimension is standardised; with folds, by the mean and std of the training rows.
+Models take vectors `x (N, D)`, float32, and folds of row numbers, and predict each row from a model that has not seen
+it, with each dimension standardised by the mean and std of the training rows.
 """
 
 import warnings
@@ -26,15 +26,14 @@ LOGISTIC_C = 0.1
 HIDDEN = 64
 MLP_ALPHA = 30.0
 """Weight decay, divided by the number of songs: with none of it, a few hundred songs are learned by heart."""
-BLOCK = 1024
-"""Rows compared with all others at a time."""
+_BLOCK = 1024  # rows compared with all others at a time
 
 
 def ridge(x: np.ndarray, y: np.ndarray, parts: Folds, group: np.ndarray) -> np.ndarray:
     """Ratings by ridge regression, `(N,)` in 0..1; alpha by cross-validation over the training rows' own groups."""
 
     def model(train: np.ndarray) -> BaseEstimator:
-        # Without two groups to take turns, alpha comes from leaving out one song.
+        # With one group only, alpha comes from leave-one-out.
         inner = folds(group[train], n=INNER_FOLDS) or None
         return RidgeCV(ALPHAS, cv=inner, scoring="neg_mean_squared_error")
 
@@ -72,7 +71,7 @@ def _out_of_fold(
 
 
 def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
-    """The training rows' mean `(N,)`: what a probe that hears nothing says."""
+    """The training rows' mean `(N,)`: the prediction without any vectors."""
     guess = np.empty_like(y)
     for train, test in parts:
         guess[test] = y[train].mean()
@@ -82,7 +81,7 @@ def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
 def majority_guess(classes: np.ndarray) -> np.ndarray:
     """The commonest class of all rows, `(N,)`.
 
-    Not of the training rows: among classes of equal size the commonest there is always one that the test rows lack.
+    Not of the training rows: among classes of equal size, the commonest there is always one that the test rows lack.
     """
     return np.full_like(classes, np.bincount(classes).argmax())
 
@@ -95,7 +94,7 @@ def knn_mean(y: np.ndarray, near: np.ndarray) -> np.ndarray:
 
 
 class Retrieval:
-    """mAP@k: are a song's nearest songs of its kind? Relevant is who shares a label and is not of its group.
+    """mAP@k: do a song's nearest songs share a label with it? Songs of its own group are not counted.
 
     `labels`: each row's label numbers. Rows with no relevant row at all cannot be scored: `scored (N,)` bool.
     """
@@ -108,8 +107,8 @@ class Retrieval:
         self._group, self._k = group, k
         self.relevant = np.zeros(len(labels), int)
         self.candidates = np.zeros(len(labels), int)
-        for start in range(0, len(labels), BLOCK):
-            block = np.arange(start, min(start + BLOCK, len(labels)))
+        for start in range(0, len(labels), _BLOCK):
+            block = np.arange(start, min(start + _BLOCK, len(labels)))
             other = group[block, None] != group
             self.relevant[block] = ((self._labels[block] @ self._labels.T).toarray() * other > 0).sum(axis=1)
             self.candidates[block] = other.sum(axis=1)
@@ -128,7 +127,7 @@ class Retrieval:
         return (precision * hit).sum(axis=1) / np.minimum(self._k, self.relevant[rows])
 
     def guess(self) -> np.ndarray:
-        """The AP@k of the scored rows that a random order has on average."""
+        """The expected AP@k of the scored rows in a random order."""
         rows = np.flatnonzero(self.scored)
         relevant, others = self.relevant[rows, None], self.candidates[rows, None]
         place = np.arange(1, self._k + 1)
