@@ -29,7 +29,7 @@ from simsiam_dali.embedding.write import (
 )
 from simsiam_dali.packing import temporary
 from simsiam_dali.packing.temporary import LooseSongs
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import log_mel_settings, view_seconds, with_statistics
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     )
     trained = dataclasses.replace(trained, config=config)
     if shards:
-        factory.view_seconds(config, shards)  # refused before anything is written
+        view_seconds(config, shards)  # refused before anything is written
 
     wanted = {args.features: args.out}
     if args.baselines is not None:
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     packed = args.out.with_name(f".{args.out.name}.packed")
     if missing:
         shards = shards or pack_temporarily(files, packed)
-        log_mel = factory.with_statistics(factory.log_mel_settings(config), **trained.statistics)
+        log_mel = with_statistics(log_mel_settings(config), **trained.statistics)
         for out, provenance in missing.items():
             features = create_features(provenance["features"], trained, log_mel, device)
             print(write_table(features, config, shards, log_mel, World(0, 1, device), provenance, out))

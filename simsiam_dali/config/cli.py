@@ -1,12 +1,14 @@
 """What the commands' parsers share: the program's name, common options, and options that are settings."""
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simsiam_dali.common.shipped import config_file
+from simsiam_dali.config.load import sources_of
 from simsiam_dali.config.schema import setting_fields
 
 PROGRAM = "simsiam-dali"
@@ -77,3 +79,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto chooses the GPU when there is one"
     )
+
+
+def describe_source(key: str, file: Path, given: Mapping[str, Any], assignments: Sequence[str]) -> str:
+    """One line: the value of `key`, its source, and the values it overrides."""
+    sources = sources_of(key, file, os.environ, given, assignments)
+    if not sources:
+        return f"{key} has its default"
+    source, value = sources[-1]
+    others = [f"{v} ({s})" for s, v in reversed(sources[:-1]) if v != value]
+    return f"{key} = {value} ({source})" + (f", over {', '.join(others)}" if others else "")

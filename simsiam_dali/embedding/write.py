@@ -25,7 +25,7 @@ from simsiam_dali.embedding.features import Features, output_name
 from simsiam_dali.embedding.resumable import PartialResults
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import Embeddings, read_provenance, write_embeddings
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import create_loader, view_seconds
 from simsiam_dali.training.throughput import StepClock
 
 PART_SECONDS = 10.0
@@ -64,7 +64,7 @@ def embed_segments(
     features: Features, config: Config, shards: ShardSet, log_mel: LogMel, world: World, results: PartialResults
 ) -> str:
     """Embed every segment that `results` lacks; returns the throughput."""
-    clock, view = StepClock(world.device), factory.view_seconds(config, shards)
+    clock, view = StepClock(world.device), view_seconds(config, shards)
     done = 0
     first = SPLITS.index(results.split) if results.split else 0
     with tqdm(
@@ -74,7 +74,7 @@ def embed_segments(
             resumed = split == results.split
             if not shards.count(split) or (resumed and results.loader is None):
                 continue
-            loader = factory.create_loader(config, shards, log_mel, world, split, features.mode)
+            loader = create_loader(config, shards, log_mel, world, split, features.mode)
             if resumed and results.loader:
                 loader.load_state_dict(results.loader)
             for segment in embed_batches(features, clock.batches(loader), results, split, loader.state_dict):
