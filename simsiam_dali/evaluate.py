@@ -30,7 +30,7 @@ from simsiam_dali.evaluation import maps, nearest_song, report
 from simsiam_dali.evaluation import plan as evaluation
 from simsiam_dali.evaluation.plan import Options
 from simsiam_dali.models import registry as encoders
-from simsiam_dali.tracking import run as tracking
+from simsiam_dali.tracking.finished import FinishedRun
 
 FLOORS = "floors"
 ARTIFACTS = "evaluation"
@@ -75,7 +75,7 @@ def write(out: Path, files: Mapping[str, str | bytes]) -> None:
             (Path(part) / name).replace(out / name)
 
 
-def find_run(args: argparse.Namespace, about: Mapping[str, str]) -> tuple[tracking.EarlierRun | None, str]:
+def find_run(args: argparse.Namespace, about: Mapping[str, str]) -> tuple[FinishedRun | None, str]:
     """(the MLflow run to log to, or None; a line that says which or why none)."""
     trained_with = {"mlflow": {"tracking_uri": about["tracking_uri"]}} if about.get("tracking_uri") else None
     given = {"mlflow.tracking_uri": args.tracking_uri}
@@ -85,8 +85,7 @@ def find_run(args: argparse.Namespace, about: Mapping[str, str]) -> tuple[tracki
         return None, "not logged to MLflow: switched off"
     if not run_id:
         return None, "not logged to MLflow: the embeddings name no run (--run-id names one)"
-    run = tracking.EarlierRun(config.tracking_uri, run_id)
-    if run.found:
+    if run := FinishedRun.find(config.tracking_uri, run_id):
         return run, f"logged to run {run_id} of {config.tracking_uri}"
     missing = f"{config.tracking_uri} has no run {run_id}"
     if args.run_id:
@@ -183,9 +182,9 @@ def main() -> None:
     files["metrics.json"] = report.as_json(done, provenance, options)
     write(args.out, files)
     if run:
-        run.metrics({f.name: f.score.value for f in done.figures} | report.classifier_metrics(done))
+        run.log_metrics({f.name: f.score.value for f in done.figures} | report.classifier_metrics(done))
         for name in files:
-            run.artifact(args.out / name, ARTIFACTS)
+            run.log_artifact(args.out / name, ARTIFACTS)
 
     for line in report.terminal_table(done):
         print(line)

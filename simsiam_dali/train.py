@@ -31,6 +31,7 @@ from simsiam_dali.data.loader import measure_log_mel, release_memory
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.tracking import run as tracking
+from simsiam_dali.tracking.client import viewing_hints
 from simsiam_dali.training import checkpoint, factory, journal, micro_batch, profiling, tuning
 from simsiam_dali.training import curves as plots
 from simsiam_dali.training.collapse import collapse_advice, effective_rank, pairless_advice, z_std
@@ -181,7 +182,7 @@ def train(
             quarantine.check()
             record["data/quarantined"] = len(quarantine.rows)
         log.write([record])
-        tracker.epoch(record)
+        tracker.log_epoch(record)
         say(journal.epoch_line(record, config.encoder.epochs))
         save()
         on_epoch(record)
@@ -208,9 +209,9 @@ def train(
     try:
         if w.main:
             prepare(run_dir, config)
-            tracker.artifact(run_dir / "config.yaml")
+            tracker.log_artifact(run_dir / "config.yaml")
         if resumed:
-            tracker.catch_up(log.epochs)
+            tracker.backfill(log.epochs)
         else:
             finish_epoch({"step": 0, "epoch": 0})  # the untrained encoder: what training has to beat
         while epoch < config.encoder.epochs:
@@ -302,15 +303,15 @@ def train(
     if w.main:
         try:
             plots.curves(log.epochs, learner.encoder.output_dim, run_dir / "curves.png")
-            tracker.artifact(run_dir / "curves.png")
+            tracker.log_artifact(run_dir / "curves.png")
         except OSError as e:
             say(f"warning: cannot write {run_dir / 'curves.png'} ({e.strerror}); --resume {run_dir} draws it again")
         if config.mlflow.log_checkpoint:
-            tracker.artifact(run_dir / checkpoint.FILE_NAME)
+            tracker.log_artifact(run_dir / checkpoint.FILE_NAME)
         tracker.end("FINISHED")
         for line in (
             *journal.closing_lines(learner.encoder.output_dim, run_dir, log.epochs),
-            *tracking.how_to_look(config),
+            *viewing_hints(config.mlflow),
         ):
             say(line)
         if not tracker.complete:
@@ -422,7 +423,7 @@ def configure(args: argparse.Namespace) -> tuple[Config, checkpoint.Checkpoint |
         raise UserError("--resume goes on with the run's own settings: leave --config out, or start a new run")
     before = load_config(base=resumed["config"])
     config = load_config(None, None, given, args.assignments, base=resumed["config"])
-    changed = [k for k, v in tracking.flat(config).items() if v != tracking.flat(before)[k]]
+    changed = [k for k, v in tracking.flat_settings(config).items() if v != tracking.flat_settings(before)[k]]
     refused = [k for k in changed if not k.startswith(CHANGEABLE)]
     if refused:
         raise UserError(f"--resume cannot change {', '.join(refused)}, the run would not be the same: start a new run")
