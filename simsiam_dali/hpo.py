@@ -18,8 +18,8 @@ from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.shipped import config_file
 from simsiam_dali.common.signals import Interrupt
-from simsiam_dali.config.cli import add_setting, program
-from simsiam_dali.config.load import load_config
+from simsiam_dali.config.cli import add_setting, describe_source, program
+from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.models.registry import encoder_type
@@ -28,8 +28,6 @@ from simsiam_dali.search.loop import print_line
 from simsiam_dali.search.mlflow_run import StudyRun
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
-from simsiam_dali.train import who_chose
-from simsiam_dali.training import factory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,10 +67,10 @@ def configure(args: argparse.Namespace) -> Config:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a trial is trained by one process: start this command several times, without torchrun")
     given = {key: value for key, value in vars(args).items() if "." in key and value is not None}
-    file = args.config or factory.default_config_file(choose_device(given.get("train.device", "auto")))
+    file = args.config or default_config_file(choose_device(given.get("train.device", "auto")).type)
     config = load_config(file, os.environ, given, args.assignments)
     print(f"settings from {file}, then the environment and the command line")
-    print(who_chose("encoder.encoder_type", file, given, args.assignments))
+    print(describe_source("encoder.encoder_type", file, given, args.assignments))
     return config
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from simsiam_dali.config.schema import Config
+from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.search.study import Study
 from simsiam_dali.tracking.client import connect, experiment_id
-from simsiam_dali.tracking.run import flat_settings
 
 PARENT_TAG = "mlflow.parentRunId"
 """The tag by which MLflow nests a run in another."""
@@ -44,7 +43,7 @@ class StudyRun:
         name = f"hpo-{self.study.name}"
         run = client.create_run(self.experiment_id, tags={"hpo.study": self.study.name}, run_name=name)
         run_id: str = run.info.run_id
-        for key, value in flat_settings(config).items():
+        for key, value in flat(config).items():
             if key.startswith(STUDY_PARAMS):
                 client.log_param(run_id, key, value)
         self.study.optuna.set_user_attr("mlflow_run", run_id)

@@ -23,10 +23,9 @@ import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
 from simsiam_dali.common.errors import UserError, one_line
-from simsiam_dali.config.schema import Config
+from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.trial import TrialResult, remove_checkpoint
-from simsiam_dali.tracking.run import flat_settings
 
 DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {
     "knn/artist": "maximize",
@@ -189,11 +188,7 @@ class Study:
 
 def comparable_settings(config: Config, fingerprint: str, space: Space) -> dict[str, Any]:
     """The settings, as text by name, that all trials of a study must share for their values to compare."""
-    fixed = {
-        k: str(v)
-        for k, v in flat_settings(config).items()
-        if not k.startswith(MAY_DIFFER) and k not in space.dimensions
-    }
+    fixed = {k: str(v) for k, v in flat(config).items() if not k.startswith(MAY_DIFFER) and k not in space.dimensions}
     searched = {f"hpo.space: {key}": str(dimension) for key, dimension in space.dimensions.items()}
     return {"shards": fingerprint, **fixed, **searched}
 

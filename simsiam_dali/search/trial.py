@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 import torch
 
-from simsiam_dali import train
-from simsiam_dali.common.distributed import world
+from simsiam_dali.common.distributed import process_group
 from simsiam_dali.common.errors import UserError, one_line
 from simsiam_dali.config.schema import Config
+from simsiam_dali.training.loop import train
+from simsiam_dali.training.run import StopTraining
 
 CHILD = "from simsiam_dali.search import trial; trial.child()"
 LOG = "log.txt"
@@ -121,13 +122,13 @@ def _train(job: Job, search: Connection) -> TrialResult:
         except (EOFError, ConnectionError):
             result = TrialResult("interrupted", "the search process exited")
         if result:
-            raise train.Stop(f"{result.state}: {result.reason}")
+            raise StopTraining(f"{result.state}: {result.reason}")
 
     try:
-        with world(job.config.train.device) as w:
-            stopped_by = train.train(job.config, w, None, job.run_dir, on_epoch, job.tags)
+        with process_group(job.config.train.device) as world:
+            stopped_by = train(job.config, world, None, job.run_dir, on_epoch, job.tags)
         return TrialResult("interrupted", "interrupted") if stopped_by else TrialResult("complete")
-    except train.Stop:
+    except StopTraining:
         assert result is not None
         return result
     except UserError as e:

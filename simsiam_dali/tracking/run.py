@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError, one_line
-from simsiam_dali.config.schema import Config, setting_fields
+from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.tracking.client import connect, experiment_id
@@ -28,21 +28,9 @@ MAX_REASON_LENGTH = 500
 
 def run_tags(config: Config) -> dict[str, str]:
     """The tags that `mlflow.auto_tags` names, where the encoder type has them."""
-    name, own = config.encoder.encoder_type, encoder_type(config).tags(config)
+    name, own = config.encoder.encoder_type, encoder_type(config).tags
     everything = {"encoder_type": name, "experiment_variant": f"{name}_{own['loss_type']}", **own}
     return {tag: everything[tag] for tag in config.mlflow.auto_tags if tag in everything}
-
-
-def flat_settings(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted key, as MLflow parameters."""
-
-    def value(key: str) -> Any:
-        node: Any = config
-        for part in key.split("."):
-            node = getattr(node, part)
-        return node
-
-    return {key: value(key) for key, _ in setting_fields()}
 
 
 class Tracker:
@@ -90,7 +78,7 @@ class MlflowTracker(Tracker):
             else:
                 experiment = experiment_id(client, config.mlflow.experiment_name)
                 run_id = client.create_run(experiment, tags=resolve_tags(tags), run_name=run_name).info.run_id
-                settings = {k: v for k, v in flat_settings(config).items() if not k.startswith("hpo.")}
+                settings = {k: v for k, v in flat(config).items() if not k.startswith("hpo.")}
                 client.log_batch(run_id, params=[Param(k, str(v)) for k, v in settings.items()])
         super().__init__(run_id)
         self._metrics: list[Any] = []  # mlflow.entities.Metric, not sent yet
