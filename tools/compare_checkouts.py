@@ -4,7 +4,7 @@ Runs the commands of each checkout in processes of its own, on a small demo libr
 files they write: every byte of the packed shards but their modification times; the losses, the epochs' scores and the
 final checkpoint of 20 seeded steps of each encoder type, uninterrupted, and killed and resumed from the checkpoint of
 step 11, also from the other checkout's; the table of embeddings and its baselines; `evaluate`'s figures.
-Floating-point numbers are compared bit by bit. Prints a line for each difference and exits with status 1 if there is any.
+Floating-point numbers are compared bit by bit. Prints a line for each difference; exits with status 1 if there is any.
 """
 
 import argparse
