@@ -35,7 +35,7 @@ from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet, read_index
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import view_seconds
 
 PREFETCH = 2  # batches each worker keeps ready
 
@@ -141,7 +141,7 @@ class Baseline:
         views = Views(
             config.encoder.simsiam.augmentation,
             log_mel,
-            factory.view_seconds(config, shards),
+            view_seconds(config, shards),
             config.data.view_crops,
             device if self.gpu else torch.device("cpu"),
             self.full,

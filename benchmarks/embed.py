@@ -30,13 +30,13 @@ from torch import Tensor
 from simsiam_dali import embed
 from simsiam_dali.common.distributed import World, choose_device
 from simsiam_dali.common.errors import one_line_errors
-from simsiam_dali.config.load import load_config
+from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.embedding.features import CHECKPOINT, encoder_features
 from simsiam_dali.embedding.resumable import Parts
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
 from simsiam_dali.training.throughput import StepClock
 
 KINDS = ("loader", "model", "embed")
@@ -60,14 +60,14 @@ def open_stage(spec: Spec) -> Stage:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config, shards, world = spec.config, open_shards(spec.config.data.shards), World(0, 1, device)
-    log_mel = factory.with_statistics(factory.log_mel_settings(config), MEAN_DB, STD_DB)
+    log_mel = with_statistics(log_mel_settings(config), MEAN_DB, STD_DB)
     kind = encoder_type(config)
-    features = encoder_features(CHECKPOINT, factory.create_encoder(config, pretrained=False).eval(), config, device)
+    features = encoder_features(CHECKPOINT, encoder_type(config).create(pretrained=False).eval(), config, device)
     if spec.kind == "model":
-        shape = kind.input_shapes(log_mel, factory.view_seconds(config, shards))[0]
+        shape = kind.input_shapes(log_mel, view_seconds(config, shards))[0]
         data = torch.randn(config.encoder.batch_size, *shape, device=device)
         return Stage(forwards(features.of, data), device)
-    loader = factory.create_loader(config, shards, log_mel, world, "train", features.mode)
+    loader = create_loader(config, shards, log_mel, world, "train", features.mode)
     if spec.kind == "loader":
         return Stage((batch.segment for batch in loader.endless()), device)
     clock = StepClock(device)
@@ -117,7 +117,7 @@ def main() -> None:
     args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stages' processes are ended
     device = choose_device(args.device)
-    trained = load_config(args.config or factory.default_config_file(device), {}, {}, args.assignments)
+    trained = load_config(args.config or default_config_file(device.type), {}, {}, args.assignments)
     folder = args.shards or material.packed_generated(
         material.enough_segments({args.batch_size or trained.encoder.batch_size}), machine.cores()
     )
@@ -135,7 +135,7 @@ def main() -> None:
         "embed_over_slower": rate["embed"] / min(rate["loader"], rate["model"]),
         "embed_over_shared": rate["embed"] / shared,
     }
-    name = f"{config.encoder.encoder_type} {encoder_type(config).variant(config)}"
+    name = f"{config.encoder.encoder_type} {encoder_type(config).variant}"
     print(f"{name} on {device.type}, {machine.cores()} cores")
     print(f"segments of {seconds:g} s, {config.encoder.batch_size} a batch, {config.data.threads} DALI threads")
     for kind in KINDS:

@@ -31,11 +31,12 @@ from stages import Spec, open_stage, random_batch
 
 from simsiam_dali.common.distributed import World, choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.config.load import load_config, replace_settings
+from simsiam_dali.config.load import default_config_file, load_config, replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory, memory
+from simsiam_dali.training import memory
+from simsiam_dali.training.data import log_mel_settings, view_seconds
 from simsiam_dali.training.learner import Learner
 
 WARM_UP = 3
@@ -63,8 +64,8 @@ def size(config: Config, steps: int) -> dict[str, Any]:
     """One entry of `sizes`: `steps` steps of a whole batch at once."""
     device = choose_device(config.train.device)
     shards, world, cuda = open_shards(config.data.shards), World(0, 1, device), device.type == "cuda"
-    log_mel, batch_size = factory.log_mel_settings(config), config.encoder.batch_size
-    shapes = encoder_type(config).input_shapes(log_mel, factory.view_seconds(config, shards))
+    log_mel, batch_size = log_mel_settings(config), config.encoder.batch_size
+    shapes = encoder_type(config).input_shapes(log_mel, view_seconds(config, shards))
     learner = Learner(config, shards, world)
     learner.encoder.train()
     batch = random_batch(config, shards, device)
@@ -128,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
-    config = load_config(args.config or factory.default_config_file(choose_device("auto")), {}, {}, args.assignments)
+    config = load_config(args.config or default_config_file(choose_device("auto").type), {}, {}, args.assignments)
     device = choose_device(config.train.device)
     sizes = args.batch_sizes or [config.encoder.batch_size]
     folder = args.shards or material.packed_generated(material.enough_segments(set(sizes)), machine.cores())

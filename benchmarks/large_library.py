@@ -32,6 +32,7 @@ from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import Cut, Job, Packed, PackSettings, Result
 from simsiam_dali.packing.segments import encode
 from simsiam_dali.packing.tags import Tags
+from simsiam_dali.training.data import create_loader, log_mel_settings
 
 RATE = 16000  # Hz
 SECONDS = 0.25  # of a generated segment
@@ -107,7 +108,6 @@ def measure_loading(folder: Path) -> dict[str, Any]:
 
     from simsiam_dali.common.distributed import World
     from simsiam_dali.config.load import load_config
-    from simsiam_dali.training import factory
 
     before, began = memory("VmRSS"), time.monotonic()
     shards = open_shards(folder / "shards")
@@ -115,10 +115,8 @@ def measure_loading(folder: Path) -> dict[str, Any]:
     config = load_config(
         assignments=["data.threads=2", "encoder.batch_size=64", "encoder.simsiam.augmentation.spec_augment=false"]
     )
-    log_mel = factory.log_mel_settings(config)
-    loader = factory.create_loader(
-        config, shards, log_mel, World(0, 1, torch.device("cpu")), "train", "views", shuffled=True
-    )
+    log_mel = log_mel_settings(config)
+    loader = create_loader(config, shards, log_mel, World(0, 1, torch.device("cpu")), "train", "views", shuffled=True)
     batches = loader.endless()
     next(batches)
     first = time.monotonic() - began

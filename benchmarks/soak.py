@@ -27,7 +27,7 @@ from simsiam_dali.common.distributed import World, choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import create_loader, log_mel_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 GROWTH = 1.05
@@ -76,7 +76,7 @@ def load_for_ever(shards: Path, config_file: Path) -> None:
     config = replace_settings(config, data__threads=1)
     opened = open_shards(shards)
     world = World(0, 1, choose_device("auto"))
-    loader = factory.create_loader(config, opened, factory.log_mel_settings(config), world, "train", "views", True)
+    loader = create_loader(config, opened, log_mel_settings(config), world, "train", "views", True)
     for n, _ in enumerate(loader.endless(), 1):
         if n % 10 == 0:
             print(n * config.encoder.batch_size, flush=True)

@@ -41,9 +41,9 @@ from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
-from simsiam_dali.training import factory, micro_batch
-from simsiam_dali.training.learner import Learner, groups
-from simsiam_dali.training.schedule import learning_rates
+from simsiam_dali.training import micro_batch
+from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
+from simsiam_dali.training.learner import Learner, groups, learning_rates
 from simsiam_dali.training.throughput import StepClock
 
 LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/card", "loader/all")
@@ -84,9 +84,9 @@ def open_stage(spec: Spec) -> Stage:
 
 def _open(spec: Spec, world: World) -> Stage:
     config, shards = spec.config, open_shards(spec.config.data.shards)
-    log_mel = factory.with_statistics(factory.log_mel_settings(config), MEAN_DB, STD_DB)
+    log_mel = with_statistics(log_mel_settings(config), MEAN_DB, STD_DB)
     if spec.kind in TRAINING:
-        config = micro_batch.estimated(config, shards, world.device, say=lambda _: None)
+        config = micro_batch.choose_by_estimate(config, shards, world)
     if spec.kind.startswith("baseline/"):
         baseline = BASELINES[BASELINE_OF_TRAIN.get(spec.kind, spec.kind)]
         batches = baseline.batches(config, shards, log_mel, world.device, spec.workers)
@@ -99,9 +99,7 @@ def _open(spec: Spec, world: World) -> Stage:
         else:
             stage = Stage((batch.segment for batch in batches), world.device)
         stage.unit = spec.workers  # they give a batch each in turn
-        stage.bytes_to_device = baseline.bytes_to_device(
-            shards, log_mel, factory.view_seconds(config, shards), world.device
-        )
+        stage.bytes_to_device = baseline.bytes_to_device(shards, log_mel, view_seconds(config, shards), world.device)
         return stage
     if spec.kind in ("loader/read", "loader/decode"):
         front = Front(config, shards, decode=spec.kind == "loader/decode")
@@ -114,7 +112,7 @@ def _open(spec: Spec, world: World) -> Stage:
     if spec.kind == "loader/card":
         config = load_config(base=config.model_dump(mode="json"), command_line=CARD)
     mode = encoder_type(config).batches if spec.kind in TRAINING else MODES.get(spec.kind, "views")
-    loader = factory.create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
+    loader = create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
     if spec.kind == "train":
         stage = trained(
             config, shards, world, loader.endless(), max(1, shards.count("train") // config.encoder.batch_size)
@@ -190,8 +188,8 @@ class Front:
 
 def random_batch(config: Config, shards: ShardSet, device: torch.device) -> Batch | Single:
     """A batch that has always been on the device; its segments are the first of the shards, going round."""
-    log_mel, size = factory.log_mel_settings(config), config.train.micro_batch_of(config.encoder.batch_size)
-    shapes = encoder_type(config).input_shapes(log_mel, factory.view_seconds(config, shards))
+    log_mel, size = log_mel_settings(config), config.train.micro_batch_of(config.encoder.batch_size)
+    shapes = encoder_type(config).input_shapes(log_mel, view_seconds(config, shards))
     data = [torch.randn(size, *shape, device=device) for shape in shapes]
     segment = torch.arange(size) % len(shards.segments)
     return Batch(*data, segment) if len(data) == 2 else Single(*data, segment)

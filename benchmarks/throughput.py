@@ -23,11 +23,11 @@ from stages import BASELINE_OF_TRAIN, KINDS, TRAINING, Spec, open_stage
 
 from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.config.load import load_config
+from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import log_mel_settings
 
 GROUPS = (
     ("loader/read", "loader/decode", "loader/resample", "loader/mel"),
@@ -113,7 +113,7 @@ class Bench:
         self.cores = machine.cores()
         self.threads = args.threads or LOADER_THREADS
         self.workers = args.workers or self.threads
-        train = load_config(args.config or factory.default_config_file(self.device), {}, {}, args.assignments)
+        train = load_config(args.config or default_config_file(self.device.type), {}, {}, args.assignments)
         self.train_batch = args.batch_size or train.encoder.batch_size
         self.loader_batch = args.batch_size or (LOADER_BATCH if self.device.type == "cpu" else self.train_batch)
         self.least = material.enough_segments(self.batch_sizes(), LEAST_BATCHES)
@@ -126,7 +126,7 @@ class Bench:
                 " of each epoch weighs more than on a large library"
             )
         view, plan = args.view_seconds or min(LOADER_SECONDS, segment), Config()
-        frames, mask = factory.log_mel_settings(plan).frames(view), plan.encoder.simsiam.augmentation.time_mask_param
+        frames, mask = log_mel_settings(plan).frames(view), plan.encoder.simsiam.augmentation.time_mask_param
         self.loader_config = load_config(command_line={
             "data.shards": self.shards.root,
             "data.threads": self.threads,
@@ -209,7 +209,7 @@ class Bench:
             "segment_seconds": shards.segment_seconds,
             "codec": shards.codec,
             "sample_rate": shards.sample_rate,
-            "model": f"{train.encoder.encoder_type} {encoder_type(train).variant(train)}",
+            "model": f"{train.encoder.encoder_type} {encoder_type(train).variant}",
             "precision": train.train.precision,
             "compile": train.train.compile,
             "sweep": self.args.sweep,

@@ -36,7 +36,7 @@ from simsiam_dali.embedding.features import CHECKPOINT, FLOORS, Features, create
 from simsiam_dali.embedding.resumable import Parts
 from simsiam_dali.embedding.run import Trained
 from simsiam_dali.packing import temporary as loose
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
 from simsiam_dali.training.throughput import StepClock
 
 PART_SECONDS = 10.0
@@ -71,14 +71,14 @@ def embed_segments(
     features: Features, config: Config, shards: ShardSet, log_mel: LogMel, world: World, parts: Parts
 ) -> str:
     """Bring every segment's vector into `parts`, after those it holds already; returns how fast it went."""
-    clock, view = StepClock(world.device), factory.view_seconds(config, shards)
+    clock, view = StepClock(world.device), view_seconds(config, shards)
     done = 0
     with tqdm(total=len(shards.segments), initial=len(parts), unit="segment", desc=features.name, disable=None) as bar:
         for split in SPLITS[SPLITS.index(parts.split) if parts.split else 0 :]:
             going_on = split == parts.split
             if not shards.count(split) or (going_on and parts.loader is None):
                 continue
-            loader = factory.create_loader(config, shards, log_mel, world, split, features.mode)
+            loader = create_loader(config, shards, log_mel, world, split, features.mode)
             if going_on and parts.loader:
                 loader.load_state_dict(parts.loader)
             for segment in embed_batches(features, clock.batches(loader), parts, split, loader.state_dict):
@@ -263,8 +263,8 @@ def run(args: argparse.Namespace) -> None:
     )
     trained_run = dataclasses.replace(trained_run, config=config)
     if shards:
-        factory.view_seconds(config, shards)  # refused before anything is written
-    log_mel = factory.with_statistics(factory.log_mel_settings(config), **trained_run.statistics)
+        view_seconds(config, shards)  # refused before anything is written
+    log_mel = with_statistics(log_mel_settings(config), **trained_run.statistics)
 
     wanted = {args.features: args.out}
     if args.floors is not None:

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.shipped import config_file
-from simsiam_dali.config.cli import add_setting, program
-from simsiam_dali.config.load import ENVIRONMENT, load_config
+from simsiam_dali.common.signals import Interrupt
+from simsiam_dali.config.cli import add_setting, describe_source, program
+from simsiam_dali.config.load import ENVIRONMENT, default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.models.registry import encoder_type
@@ -31,8 +32,7 @@ from simsiam_dali.search.mlflow_run import StudyRun
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Claim, Study, try_lock
 from simsiam_dali.tracking import run as tracking
-from simsiam_dali.train import Interrupt, who_chose
-from simsiam_dali.training import checkpoint, factory
+from simsiam_dali.training import checkpoint
 
 FAILURES = 3
 """So many failed trials, and none that did not, end the search: what is wrong is not what was drawn."""
@@ -194,10 +194,10 @@ def configure(args: argparse.Namespace) -> Config:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a trial is trained by one process: start this command several times, without torchrun")
     given = {key: value for key, value in vars(args).items() if "." in key and value is not None}
-    file = args.config or factory.default_config_file(choose_device(given.get("train.device", "auto")))
+    file = args.config or default_config_file(choose_device(given.get("train.device", "auto")).type)
     config = load_config(file, os.environ, given, args.assignments)
     print(f"settings from {file}, then the environment and the command line")
-    print(who_chose("encoder.encoder_type", file, given, args.assignments))
+    print(describe_source("encoder.encoder_type", file, given, args.assignments))
     return config
 
 
@@ -209,7 +209,7 @@ def main() -> None:
     encoder_type(config)  # an unknown one is refused
     space = Space(config)
     shards = open_shards(config.data.shards)
-    interrupt = Interrupt()
+    interrupt = Interrupt().__enter__()
     study = Study(config, shards.fingerprint, space)
     with study.locked():
         parent = StudyRun(config, study)

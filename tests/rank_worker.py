@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from simsiam_dali.common.distributed import World, rows_of_all_ranks, world
+from simsiam_dali.common.distributed import World, process_group, rows_of_all_ranks
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.training import factory, sync_bn
+from simsiam_dali.training import sync_bn
+from simsiam_dali.training.data import create_loader, log_mel_settings
 from simsiam_dali.training.learner import Learner
 
 SEGMENTS = 8  # of the global batch
@@ -70,7 +71,7 @@ def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, A
 def segments(shards: ShardSet, w: World) -> list[list[int]]:
     """The segments that this rank's training loader gives in each of its epochs."""
     c = settings("simsiam", False, w.size)
-    loader = factory.create_loader(c, shards, factory.log_mel_settings(c), w, "train", "views", shuffled=True)
+    loader = create_loader(c, shards, log_mel_settings(c), w, "train", "views", shuffled=True)
     return [[row for batch in loader for row in batch.segment.tolist()] for _ in range(EPOCHS)]
 
 
@@ -100,7 +101,7 @@ def measure(shards: ShardSet, w: World) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with world("cpu") as w:
+    with process_group("cpu") as w:
         result = measure(open_shards(Path(sys.argv[1])), w)
         if w.main:
             torch.save(result, sys.argv[2])

@@ -18,7 +18,8 @@ from simsiam_dali.data.shards import open_shards
 from simsiam_dali.evaluation.knn import knn_labels
 from simsiam_dali.models.labels import label_ids
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import checkpoint, factory
+from simsiam_dali.training import checkpoint
+from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
 
 sys.path.insert(0, str(ROOT / "tools"))
 import demo
@@ -120,14 +121,14 @@ def embedded(run_dir: Path, folder: Path, trained: bool, split: Literal["train",
     shards = open_shards(folder)
     whole = {"data.shards": folder, "data.view_seconds": shards.segment_seconds}
     settings = load_config(base=saved["config"], command_line=whole)
-    log_mel = factory.with_statistics(factory.log_mel_settings(settings), **saved["log_mel"])
+    log_mel = with_statistics(log_mel_settings(settings), **saved["log_mel"])
     torch.manual_seed(settings.train.seed)
-    encoder = factory.create_encoder(settings).eval()
+    encoder = encoder_type(settings).create().eval()
     if trained:
         encoder.load_state_dict(saved["learner"]["encoder"])
     here = World(0, 1, torch.device("cpu"))
     mode = encoder_type(settings).embeds
-    batches = list(factory.create_loader(settings, shards, log_mel, here, split, mode))
+    batches = list(create_loader(settings, shards, log_mel, here, split, mode))
     song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
     return torch.cat([encoder.embed(b.data) for b in batches]), song_of[torch.cat([b.segment for b in batches])]
 

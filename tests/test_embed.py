@@ -22,7 +22,7 @@ from simsiam_dali.embedding import run as trained
 from simsiam_dali.embedding import table as embeddings
 from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
 
 KINDS = ("simsiam", "simple")
 
@@ -52,10 +52,10 @@ def by_hand(run_dir: Path, shards_dir: Path, song: int) -> torch.Tensor:
     one = trained.read(str(run_dir))
     one = one.with_settings(data__view_seconds=3.0, encoder__simsiam__augmentation__spec_augment=False)
     shards, kind = open_shards(shards_dir), encoder_type(one.config)
-    log_mel = factory.with_statistics(factory.log_mel_settings(one.config), **one.statistics)
+    log_mel = with_statistics(log_mel_settings(one.config), **one.statistics)
     encoder, here, units = one.encoder(), World(0, 1, torch.device("cpu")), []
     for split in ("train", "val"):
-        for batch in factory.create_loader(one.config, shards, log_mel, here, split, kind.embeds):
+        for batch in create_loader(one.config, shards, log_mel, here, split, kind.embeds):
             for data, segment in zip(batch.data, batch.segment.tolist(), strict=True):
                 if shards.segments["song"][segment] == song:
                     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_log_mel_and_mfcc_are_those_of_torchaudio(tables, small_shards):
 def test_the_untrained_floor_is_epoch_0_of_the_run(tables, small_shards, small_runs):
     one = trained.read(str(small_runs["simsiam"]))
     torch.manual_seed(one.config.train.seed)
-    fresh = factory.create_encoder(one.config)
+    fresh = encoder_type(one.config).create()
     assert any(not torch.equal(fresh.state_dict()[name], weight) for name, weight in one.weights.items())
     patched = pytest.MonkeyPatch()
     with patched.context() as patch:

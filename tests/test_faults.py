@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_offered_one_goes_on(simple, tmp
     previous = run_dir / checkpoint.PREVIOUS_NAME
     error = refused.stderr.splitlines()[-1]
     assert error.startswith(f"error: checkpoint {path} is damaged")
-    assert error.endswith(f"the one before it is whole: --resume {previous}")
+    assert error.endswith(f"the checkpoint before it is intact: --resume {previous}")
     done = run(command(tmp_path, small_shards, "--resume", str(previous), **SIMPLE), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     is_as_if_nothing_had_happened(run_dir, simple)
@@ -122,7 +122,9 @@ def test_a_full_disk_does_not_end_a_run(simple, tmp_path, small_shards):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 1, err[-2000:]
         path = disk / "full" / checkpoint.FILE_NAME
-        said = f"cannot write the checkpoint {path} ([Errno 28] No space left on device); the one before is kept"
+        said = (
+            f"cannot write the checkpoint {path} ([Errno 28] No space left on device); the checkpoint before it is kept"
+        )
         journal = f"cannot write {disk / 'full/metrics.jsonl'} (No space left on device)"
         warnings = [line for line in out.splitlines() if line.startswith("warning: step ")]
         assert 1 <= len(warnings) <= 4  # one for each epoch's end since

@@ -15,8 +15,10 @@ from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.models.simsiam import SimSiam
-from simsiam_dali.training import checkpoint, factory, memory, micro_batch
+from simsiam_dali.training import checkpoint, memory, micro_batch
+from simsiam_dali.training.data import log_mel_settings
 from simsiam_dali.training.learner import Learner, groups
 
 CPU = torch.device("cpu")
@@ -181,10 +183,10 @@ def test_candidates_divide_the_batch():
         micro_batch.candidates(config(encoder__encoder_type="simple", train__micro_batch=4))
 
 
-def test_the_largest_that_fits_by_the_estimate_is_taken(shards, monkeypatch):
+def test_the_largest_that_fits_by_the_estimate_is_chosen(shards, monkeypatch, capsys):
     chosen = config()
-    encoder = factory.create_encoder(chosen, pretrained=False)
-    shapes = [(32, factory.log_mel_settings(chosen).frames(1.5))] * 2
+    encoder = encoder_type(chosen).create(pretrained=False)
+    shapes = [(32, log_mel_settings(chosen).frames(1.5))] * 2
 
     def free(segments: float) -> int:
         """Memory for so many segments, by the estimate itself."""
@@ -192,16 +194,15 @@ def test_the_largest_that_fits_by_the_estimate_is_taken(shards, monkeypatch):
         weights = memory.BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
         return int((memory.RUNTIME_BYTES + weights + segments * each) / (1 - memory.HEADROOM))
 
-    said: list[str] = []
     for segments, expected in ((16.5, 16), (15.5, 8), (8.5, 8), (7.5, 4), (2.5, 2)):
         monkeypatch.setattr(memory, "free_bytes", lambda _, n=segments: free(n))
-        found = micro_batch.estimated(chosen, shards, CPU, said.append)
+        found = micro_batch.choose_by_estimate(chosen, shards, HERE)
         assert found.train.micro_batch == expected
         assert found.encoder.batch_size == 16
     monkeypatch.setattr(memory, "free_bytes", lambda _: free(1.5))
     with pytest.raises(UserError, match="a batch of 16 needs about"):
-        micro_batch.estimated(chosen, shards, CPU, said.append)
-    assert not said
+        micro_batch.choose_by_estimate(chosen, shards, HERE)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture
@@ -225,12 +226,12 @@ def test_a_rehearsal_walks_down_and_leaves_no_trace(shards, runs_out_above):
     learner = Learner(config(), shards, HERE)
     before = {name: x.clone() for name, x in learner.encoder.state_dict().items()}
     runs_out_above(5)
-    assert micro_batch.rehearsed(config(train__micro_batch=16), learner, shards, HERE).train.micro_batch == 4
+    assert micro_batch.choose_by_trial_step(config(train__micro_batch=16), learner, shards, HERE).train.micro_batch == 4
     assert all(torch.equal(x, before[name]) for name, x in learner.encoder.state_dict().items())
     assert all(p.grad is None for p in learner.encoder.parameters())
     runs_out_above(1)
     with pytest.raises(UserError, match="out of memory on cpu with 2 segments at once"):
-        micro_batch.rehearsed(config(train__micro_batch=16), learner, shards, HERE)
+        micro_batch.choose_by_trial_step(config(train__micro_batch=16), learner, shards, HERE)
 
 
 SCRIPT = """
@@ -254,7 +255,7 @@ def test_a_batch_that_does_not_fit_is_trained_in_parts(tmp_path, small_shards):
     args = command(tmp_path / "whole", small_shards, "--run-name", "a", mlflow__enabled="false", **over)
     done = run([args[0], "-c", SCRIPT, *args[3:]], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "each step adds up the gradients of 2 micro-batches of 4 segments" in done.stdout
+    assert "each step accumulates the gradients of 2 micro-batches of 4 segments" in done.stdout
     run_dir = tmp_path / "whole" / "runs" / "a"
     saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
     assert saved["config"]["train"]["micro_batch"] == 4

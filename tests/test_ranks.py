@@ -22,8 +22,8 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.training import checkpoint
-from simsiam_dali.training.schedule import learning_rates
-from simsiam_dali.training.world_size import shared_anew
+from simsiam_dali.training.learner import learning_rates
+from simsiam_dali.training.world_size import rescale_batch_size
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 HERE = Path(__file__).parent
@@ -165,12 +165,12 @@ def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_s
 
 def test_a_step_keeps_its_segments():
     settings = load_config(assignments=["encoder.batch_size=6"])
-    assert shared_anew(settings, before=2, now=1).encoder.batch_size == 12
-    assert shared_anew(settings, before=2, now=6).encoder.batch_size == 2
+    assert rescale_batch_size(settings, before=2, now=1).encoder.batch_size == 12
+    assert rescale_batch_size(settings, before=2, now=6).encoder.batch_size == 2
     with pytest.raises(UserError, match="12 segments, which 8 processes cannot share evenly"):
-        shared_anew(settings, before=2, now=8)
+        rescale_batch_size(settings, before=2, now=8)
     with pytest.raises(UserError, match=r"go on with 1, 2, 3, 4, 6$"):
-        shared_anew(settings, before=2, now=12)  # one segment has no batch statistics
+        rescale_batch_size(settings, before=2, now=12)  # one segment has no batch statistics
 
 
 def worker(launcher: int, rank: int) -> int:
@@ -236,7 +236,7 @@ def test_a_killed_rank_ends_all_with_one_error_and_any_number_goes_on(tmp_path, 
         _, err = launcher.communicate(timeout=120)
         assert launcher.returncode == 1
         (said,) = (line for line in err.splitlines() if line.startswith("error: "))
-        assert "another process of this run has ended without a word" in said
+        assert "another rank died" in said
         assert err.count("Traceback") == 1  # torchrun's own, of its report
         assert err.index("error: ") < err.index("Traceback") < err.index("ChildFailedError")
         assert "(SIGKILL)" in err

@@ -23,7 +23,8 @@ from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.embedding import table as embeddings
 from simsiam_dali.models.losses import SimSiamLoss
-from simsiam_dali.training import factory
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training.data import log_mel_settings
 
 TINY = {
     "data.view_seconds": 1.0,
@@ -155,7 +156,7 @@ def test_the_experiments_page_holds_the_newest_results():
 def test_the_peer_begins_as_simsiam_does_and_has_its_loss():
     config = load_config(CPU_FILE, command_line={**TINY, "encoder.simsiam.projection_layers": 3})
     torch.manual_seed(0)
-    ours = factory.create_encoder(config)
+    ours = encoder_type(config).create()
     torch.manual_seed(0)
     theirs = peer.Peer(config)
     own = ours.state_dict()
@@ -195,6 +196,6 @@ def test_the_peer_takes_as_many_steps_as_training(small_shards):
     shards = peer.open_shards(small_shards)
     world = World(0, 1, torch.device("cpu"))
     before = peer.Peer(config).backbone.bn1.num_batches_tracked
-    trained = peer.train(config, shards, factory.log_mel_settings(config), world)
+    trained = peer.train(config, shards, log_mel_settings(config), world)
     steps = shards.count("train") // config.encoder.batch_size
     assert trained.backbone.bn1.num_batches_tracked - before == 2 * steps  # two views a step

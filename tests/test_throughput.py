@@ -34,7 +34,7 @@ from simsiam_dali.config.schema import AugmentationConfig, Config
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import create_loader
 
 CPU = torch.device("cpu")
 TINY = {
@@ -328,7 +328,7 @@ def test_a_baselines_clean_view_is_the_graphs(small_shards: Path, tiny: Config, 
     """With every augmentation off, the two see the same log-mel of the same segments."""
     whole = load_config(base=tiny.model_dump(mode="json"), command_line={"data.view_seconds": 3.0})
     shards, spec = open_shards(small_shards), LogMel(n_mels=16, mean=-20.0, std=20.0)
-    graph = factory.create_loader(whole, shards, spec, World(0, 1, CPU), "train", "clean")
+    graph = create_loader(whole, shards, spec, World(0, 1, CPU), "train", "clean")
     ours = next(iter(graph))
     theirs = {row: view for view, _, row in Segments(shards, views(full, spec, 3.0))}
     for view, row in zip(ours.data, ours.segment.tolist(), strict=True):

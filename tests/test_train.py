@@ -19,8 +19,9 @@ import torch
 from running import TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
 
 from simsiam_dali.config.load import load_config
-from simsiam_dali.training import checkpoint, factory
-from simsiam_dali.training.schedule import learning_rates
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import checkpoint
+from simsiam_dali.training.learner import create_optimizer, learning_rates
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_the_base_learning_rate_is_the_type_s_own_unless_one_is_given_for_all(as
 
 def test_fix_predictor_lr_off_marks_no_group():
     settings = load_config(assignments=["encoder.simsiam.fix_predictor_lr=false", "encoder.simsiam.backbone=resnet18"])
-    optimizer = factory.create_optimizer(settings, factory.create_encoder(settings))
+    optimizer = create_optimizer(settings, encoder_type(settings).create())
     assert not any(group["fix_lr"] for group in optimizer.param_groups)
 
 
@@ -267,7 +268,7 @@ def test_refused_a_run_that_exists_and_settings_a_resume_cannot_change(whole, tm
     name = whole.name
     done = run(command(tmp_path, small_shards, "--run-name", name), tmp_path)
     assert done.returncode == 1
-    assert "holds a run already" in done.stderr
+    assert "already holds a run" in done.stderr
     done = run(
         command(tmp_path, small_shards, "--resume", name, mlflow__enabled="false", encoder__learning_rate=1), tmp_path
     )

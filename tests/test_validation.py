@@ -14,7 +14,8 @@ from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.training import factory, validation
+from simsiam_dali.training import validation
+from simsiam_dali.training.data import TrainingData, create_loader, log_mel_settings, with_statistics
 from simsiam_dali.training.learner import Learner
 from simsiam_dali.training.validation import Validation, epochs_between
 
@@ -68,8 +69,9 @@ def test_a_number_is_taken_as_it_is():
 def opened(shards: Path, **over: Any) -> Validation:
     chosen = config(data__shards=shards, **over)
     found, world = open_shards(shards), World(0, 1, torch.device("cpu"))
-    log_mel = factory.with_statistics(factory.log_mel_settings(chosen), -30.0, 15.0)
-    return Validation(chosen, found, log_mel, world, Learner(chosen, found, world))
+    log_mel = with_statistics(log_mel_settings(chosen), -30.0, 15.0)
+    loader = create_loader(chosen, found, log_mel, world, "train", "views", shuffled=True)
+    return Validation(TrainingData(chosen, found, world, log_mel, loader), Learner(chosen, found, world))
 
 
 def test_the_first_every_nth_and_the_last_epoch_are_due(small_shards: Path):

@@ -18,7 +18,8 @@ from simsiam_dali.config.schema import AugmentationConfig, Config
 from simsiam_dali.data.pipeline import Epoch, Graph, LogMel, Source, defined
 from simsiam_dali.models.recompute import recompute_blocks
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory, memory, micro_batch
+from simsiam_dali.training import memory, micro_batch
+from simsiam_dali.training.data import log_mel_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = (8, 12, 16, 24, 48, 80, 141)
@@ -37,9 +38,9 @@ class Fit:
 
 def fit(config: Config, free: float) -> Fit | None:
     """What `train.micro_batch: auto` takes on a GPU with `free` bytes, in 16 bits, by `memory.check_fits`."""
-    shapes = encoder_type(config).input_shapes(factory.log_mel_settings(config), SEGMENT_SECONDS)
+    shapes = encoder_type(config).input_shapes(log_mel_settings(config), SEGMENT_SECONDS)
     with torch.device("meta"):
-        encoder = factory.create_encoder(config, pretrained=False)
+        encoder = encoder_type(config).create(pretrained=False)
     if config.train.activation_checkpointing:
         recompute_blocks(encoder)
     kept = memory.activation_bytes(encoder, shapes) / 2

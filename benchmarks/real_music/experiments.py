@@ -39,7 +39,7 @@ PROBABILITIES = {
     "time mask": "time_mask_prob",
 }
 SWITCHED_ON = ("noise", "reverb")
-"""Those that the recipe leaves out: their rows have them as often as the plan does."""
+"""Augmentations that the recipe leaves out: their rows have them at the default probability."""
 
 
 def switched(name: str) -> dict[str, Any]:

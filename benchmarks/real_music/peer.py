@@ -31,7 +31,7 @@ from simsiam_dali.embed import embed, embedding_config
 from simsiam_dali.embedding.features import encoder_features
 from simsiam_dali.models.encoder import Encoder
 from simsiam_dali.models.simsiam import create_backbone
-from simsiam_dali.training import factory, tuning
+from simsiam_dali.training.data import create_loader, log_mel_settings, with_threads
 
 
 class Peer(Encoder):
@@ -69,7 +69,7 @@ def train(config: Config, shards: ShardSet, log_mel: LogMel, world: World) -> Pe
     """As many steps as `simsiam_dali.train` takes with the same config."""
     torch.manual_seed(config.train.seed)
     own = config.encoder.simsiam
-    loader = factory.create_loader(config, shards, log_mel, world, "train", "views", shuffled=True)
+    loader = create_loader(config, shards, log_mel, world, "train", "views", shuffled=True)
     peer = Peer(config).to(world.device)
     peer = peer.to(memory_format=torch.channels_last)
     criterion = NegativeCosineSimilarity()
@@ -109,11 +109,11 @@ def main() -> None:
     device = choose_device(config.train.device)
     world = World(0, 1, device)
     shards, others = open_shards(args.shards), open_shards(args.embed)
-    log_mel = factory.log_mel_settings(config)
+    log_mel = log_mel_settings(config)
     if config.data.threads == "auto":
-        config = tuning.with_threads(config, shards, log_mel, world)
+        config = with_threads(config, shards, log_mel, world)
     log_mel = measure_log_mel(
-        factory.create_loader(config, shards, log_mel, world, "train", "clean"), config.data.stats_segments
+        create_loader(config, shards, log_mel, world, "train", "clean"), config.data.stats_segments
     )
     peer = train(config, shards, log_mel, world)
 

@@ -1,7 +1,7 @@
-"""One process or many under `torchrun`: rank, device, the few collective calls the trainer needs, and one voice.
+"""One process or many under `torchrun`: rank, device, the few collective calls the trainer needs, and error reports.
 
-Where a process fails or is killed, all of them fail at the next collective call. The first to notice tells it, the
-others end in silence; torchrun adds its own report, which names the process that ended first.
+Where a rank fails or is killed, all of them fail at the next collective call. The first failing rank reports; the
+others exit quietly. torchrun adds its own report, which names the process that ended first.
 """
 
 import functools
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
 
@@ -38,6 +40,11 @@ class World:
         """CUDA device number, None on the CPU."""
         return self.device.index if self.device.type == "cuda" else None
 
+    def print(self, line: str) -> None:
+        """Print on the main process only, above a progress bar."""
+        if self.main:
+            tqdm.write(line, file=sys.stdout)
+
     def gather(self, thing: Any) -> list[Any]:
         """`thing` of every rank, on every rank, in the order of ranks. It travels pickled: keep it on the CPU."""
         if self.size == 1:
@@ -45,26 +52,6 @@ class World:
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, thing)
         return everyone
-
-
-class _Sum(torch.autograd.Function):
-    """Every rank's loss depends on what every rank put in, so the gradients are summed over the ranks too."""
-
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(_ctx: Any, grad: Tensor) -> Tensor:
-        return _Sum.forward(_ctx, grad)
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of every rank's `x`, of one shape, on every rank; differentiable. All ranks must call it."""
-    total: Tensor = _Sum.apply(x)
-    return total
 
 
 def rows_of_all_ranks(x: Tensor) -> Tensor:
@@ -81,7 +68,7 @@ def rows_of_all_ranks(x: Tensor) -> Tensor:
     dist.all_reduce(sizes)
     each = sizes.tolist()
     before, after = (x.new_zeros(sum(part), *x.shape[1:]) for part in (each[:rank], each[rank + 1 :]))
-    return sum_over_ranks(torch.cat([before, x, after]))
+    return all_reduce(torch.cat([before, x, after]))
 
 
 def is_main() -> bool:
@@ -104,7 +91,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def world(wanted_device: str) -> Iterator[World]:
+def process_group(wanted_device: str) -> Iterator[World]:
     """Join the process group when started by `torchrun`, and leave it at the end."""
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = choose_device(wanted_device, local_rank)
@@ -118,29 +105,29 @@ def world(wanted_device: str) -> Iterator[World]:
     try:
         yield World(rank, size, device)
     except Exception:
-        speaks_first()  # before the others see this process leave
+        reports_first()  # before the others see this rank leave
         raise
     finally:
         dist.destroy_process_group()
 
 
 @functools.cache
-def speaks_first() -> bool:
-    """Whether this process is the first of its run to ask, and so the one to tell the error; True without torchrun."""
+def reports_first() -> bool:
+    """Whether this rank is the first of its run to ask, and so the one that reports; True without torchrun."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
         # torchrun itself keeps the store, so it is there whichever rank is gone.
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
         return bool(store.add("simsiam_dali/errors", 1) == 1)
-    except dist.DistError:  # torchrun is gone too: better told twice than not at all
+    except dist.DistError:  # torchrun is gone too: better reported twice than never
         return True
 
 
-def one_voice(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's `main`: of all ranks' errors the first is raised, the others become exit status 1.
+def report_error_once(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a command's `main`: the first rank's error is raised, the others' become exit status 1.
 
-    What a rank sees of another's end becomes a UserError.
+    A collective call that fails because another rank died becomes a UserError.
     """
 
     @functools.wraps(main)
@@ -148,12 +135,12 @@ def one_voice(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except Exception as e:
-            if not speaks_first():
+            if not reports_first():
                 sys.exit(1)
             if isinstance(e, dist.DistError) or "gloo/transport" in str(e):  # gloo has no type of its own
                 raise UserError(
-                    "another process of this run has ended without a word (killed, out of memory, or its host is gone;"
-                    " see torchrun's report), so all of them stop: go on from the last checkpoint with --resume"
+                    "another rank died (killed, out of memory, or its host is gone; see torchrun's report), so all"
+                    " ranks stop: continue from the last checkpoint with --resume"
                 ) from e
             raise
 

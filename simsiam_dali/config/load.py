@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from simsiam_dali.common import shipped
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config, setting_fields
 
@@ -185,3 +186,8 @@ def replace_settings(config: Config, **values: object) -> Config:
     """The same with other settings, by dotted key with __ for the dot; None leaves a setting as it is."""
     over = {key.replace("__", "."): value for key, value in values.items()}
     return load_config(base=config.model_dump(mode="json"), command_line=over)
+
+
+def default_config_file(device: str) -> Path:
+    """`configs/gpu.yaml` for "cuda"; else `configs/cpu.yaml`, sized for two cores and 8 GB."""
+    return shipped.folder("configs") / ("gpu.yaml" if device == "cuda" else "cpu.yaml")

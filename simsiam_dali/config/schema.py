@@ -3,6 +3,7 @@
 `docs/config.md` is generated from the descriptions.
 """
 
+import functools
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ class Section(BaseModel):
 
 
 class AugmentationConfig(Section):
-    """The plan's eight augmentations (section 4); each view of each sample draws its own. Probability 0 is off."""
+    """The eight augmentations; each view of each sample draws its own. Probability 0 is off."""
 
     time_shift_prob: Probability = Field(1.0, description="circular shift in time")
     time_shift_range: tuple[float, float] = Field((0.0, 1.0), description="shift, as a fraction of the view")
@@ -108,7 +109,7 @@ class OptimizerConfig(Section):
 
 
 class SimSiamConfig(OptimizerConfig):
-    """The encoder, its spectrogram and its augmentations (the plan, sections 2, 8.1 and 12)."""
+    """The SimSiam encoder, its spectrogram and its augmentations."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50"] = Field("resnet50", description="torchvision ResNet")
     backbone_width: int = Field(64, ge=8, multiple_of=8, description="channels of the first stage; 64 = torchvision's")
@@ -130,7 +131,7 @@ class SimSiamConfig(OptimizerConfig):
 
 
 class SimpleConfig(OptimizerConfig):
-    """The baseline: a 1-D CNN on the waveform, which learns from tags (the plan, section 8.1)."""
+    """The baseline: a 1-D CNN on the waveform, which learns from tags."""
 
     optimizer: Literal["sgd", "adamw"] = Field("adamw", description="rule of the update")
     learning_rate: float = Field(
@@ -210,7 +211,7 @@ class TrainConfig(Section):
 
 
 class MlflowConfig(Section):
-    """Experiment tracking (the plan, sections 8.2 and 9)."""
+    """Experiment tracking."""
 
     enabled: bool = Field(True, description="false trains without importing mlflow")
     tracking_uri: str = Field("sqlite:///mlflow.db", description="a database file or a server, http://host:5000")
@@ -314,3 +315,8 @@ def setting_fields(section: type[Section] = Config, prefix: str = "") -> Iterato
             yield from setting_fields(inner, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting under its dotted key."""
+    return {key: functools.reduce(getattr, key.split("."), config) for key, _ in setting_fields()}

@@ -19,7 +19,7 @@ from simsiam_dali.embedding import run as trained
 from simsiam_dali.embedding.features import CHECKPOINT, Features, create_features
 from simsiam_dali.evaluation.nearest_song import BASELINES, labels_of, sentence
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
 
 MOST_SEGMENTS = 20_000
 """Segments that are embedded, so that a large library makes its training no more than some minutes longer.
@@ -35,7 +35,7 @@ def of_run(run_dir: Path, world: World) -> str:
     if labels_of(shards.songs) is None:
         return ""
     config = embedding_config(run.config, shards.segment_seconds)
-    log_mel = factory.with_statistics(factory.log_mel_settings(config), **run.statistics)
+    log_mel = with_statistics(log_mel_settings(config), **run.statistics)
     features = [create_features(name, run, log_mel, world.device) for name in (CHECKPOINT, *BASELINES)]
     with some_songs(shards, MOST_SEGMENTS, run.config.train.seed) as part:
         songs, vectors = embed_songs(features, config, part, log_mel, world)
@@ -77,7 +77,7 @@ def embed_songs(
         for split in SPLITS:
             if not shards.count(split):
                 continue
-            for batch in factory.create_loader(config, shards, log_mel, world, split, mode):
+            for batch in create_loader(config, shards, log_mel, world, split, mode):
                 if len(batch.segment):
                     rows.append(batch.segment.cpu())
                     for f in own:

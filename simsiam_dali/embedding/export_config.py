@@ -51,7 +51,7 @@ class Recipe:
 
     def encoder(self) -> Encoder:
         """The encoder, without its weights, in evaluation mode."""
-        return encoder_type(self.config).create(self.config, False).eval()
+        return encoder_type(self.config).create(pretrained=False).eval()
 
     def check(self) -> None:
         """Raise UserError for views that are too long, or too short for the encoder."""

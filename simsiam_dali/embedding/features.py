@@ -18,7 +18,6 @@ from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.embedding.run import Trained
 from simsiam_dali.models.encoder import Encoder, song_embeddings, song_means
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory
 from simsiam_dali.training.learner import autocast_dtype
 
 CHECKPOINT = "checkpoint"
@@ -58,7 +57,7 @@ def create_features(name: str, trained: Trained, log_mel: LogMel, device: torch.
         encoder = trained.encoder()
     else:
         torch.manual_seed(config.train.seed)
-        encoder = factory.create_encoder(config).eval()
+        encoder = encoder_type(config).create().eval()
     return encoder_features(name, encoder, config, device)
 
 

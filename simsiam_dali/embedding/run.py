@@ -44,7 +44,7 @@ class Trained:
 
     def encoder(self) -> Encoder:
         """The trained encoder, on the CPU, in evaluation mode."""
-        encoder = encoder_type(self.config).create(self.config, False)
+        encoder = encoder_type(self.config).create(pretrained=False)
         encoder.load_state_dict(self.weights)
         return encoder.eval()
 

@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 import torch
 
-from simsiam_dali import train
-from simsiam_dali.common.distributed import world
+from simsiam_dali.common.distributed import process_group
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
+from simsiam_dali.training.loop import train
+from simsiam_dali.training.run import StopTraining
 
 CHILD = "from simsiam_dali.search import trial; trial.child()"
 LOG = "log.txt"
@@ -119,13 +120,13 @@ def _train(job: Job, search: Connection) -> Ending:
         except (EOFError, ConnectionError):
             ending = Ending("interrupted", "the search is gone")
         if ending:
-            raise train.Stop(f"{ending.state}: {ending.reason}")
+            raise StopTraining(f"{ending.state}: {ending.reason}")
 
     try:
-        with world(job.config.train.device) as w:
-            stopped_by = train.train(job.config, w, None, job.run_dir, on_epoch, job.tags)
+        with process_group(job.config.train.device) as w:
+            stopped_by = train(job.config, w, None, job.run_dir, on_epoch, job.tags)
         return Ending("interrupted", "interrupted") if stopped_by else Ending("complete")
-    except train.Stop:
+    except StopTraining:
         assert ending is not None
         return ending
     except UserError as e:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.config.schema import Config, setting_fields
+from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.registry import encoder_type
 
@@ -27,21 +27,9 @@ MOST_METRICS = 1000
 
 def tags(config: Config) -> dict[str, str]:
     """The tags of the plan's section 9.1 that `mlflow.auto_tags` asks for and the encoder type has."""
-    name, own = config.encoder.encoder_type, encoder_type(config).tags(config)
+    name, own = config.encoder.encoder_type, encoder_type(config).tags
     everything = {"encoder_type": name, "experiment_variant": f"{name}_{own['loss_type']}", **own}
     return {tag: everything[tag] for tag in config.mlflow.auto_tags if tag in everything}
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Every setting under its dotted key, as MLflow parameters."""
-
-    def value(key: str) -> Any:
-        node: Any = config
-        for part in key.split("."):
-            node = getattr(node, part)
-        return node
-
-    return {key: value(key) for key, _ in setting_fields()}
 
 
 REASON_LENGTH = 500

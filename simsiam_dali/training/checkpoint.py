@@ -1,7 +1,7 @@
-"""What makes a resumed run identical: everything that decides the next step, in one file, written atomically.
+"""Exact resume: everything that determines the next step, in one file, written atomically.
 
 The next loss depends on the weights, the optimizer's momentum, the gradient scaler, the random state, and each rank's
-place in the data graph. The learning rate is a function of the step and needs no state.
+position in the data graph. The learning rate is a function of the step and needs no state.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 4
 FILE_NAME = "checkpoint.pt"
 PREVIOUS_NAME = "checkpoint.previous.pt"
-"""The one before, kept for the day when the newest cannot be read."""
+"""The checkpoint before it, for when the newest cannot be read."""
 
 _MARK = b"\nsha256 "
 _SUM_BYTES = len(_MARK) + 64
@@ -42,14 +42,14 @@ class Checkpoint(TypedDict):
     loaders: list[dict[str, Any]]  # per rank
     log_mel: dict[str, float]  # mean and std of the data set, dB
     shards: str  # fingerprint of the shard set
-    packing: dict[str, Any]  # how it was packed, so that other songs can be cut the same way
+    packing: dict[str, Any]  # how it was packed, so that other songs can be packed the same way
     mlflow_run: str | None
     seconds: float  # of training so far
-    device: NotRequired[str]  # cpu or cuda, where it was saved; not known of runs from before this was written down
+    device: NotRequired[str]  # cpu or cuda, where it was saved; missing in older checkpoints
 
 
 class _Summed(io.BufferedWriter):
-    """A file that sums what is written to it, and keeps the error that torch.save hides behind one of its own."""
+    """A file that hashes what is written to it, and keeps the error that torch.save hides behind one of its own."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
@@ -78,19 +78,19 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
             f.write(_MARK + f.sum.hexdigest().encode())
             f.flush()
             os.fsync(f.fileno())
-        if sound(path):  # or a damaged one would push out a good one
+        if is_intact(path):  # or a damaged one would replace a good one
             _keep(path, path.with_name(PREVIOUS_NAME))
         part.replace(path)
     except (OSError, RuntimeError) as e:  # a RuntimeError is torch's, when it cannot write
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         reason = (f and f.error) or " ".join(str(e).split())[:200]
-        kept = "the one before is kept" if path.exists() else "there is none yet"
+        kept = "the checkpoint before it is kept" if path.exists() else "there is none before it"
         raise UserError(f"cannot write the checkpoint {path} ({reason}); {kept}") from e
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Let `previous` be the file that `path` is now. At no moment is there neither."""
+    """Make `previous` the file that `path` is now. At every moment one of them exists."""
     previous.unlink(missing_ok=True)
     try:
         previous.hardlink_to(path)
@@ -98,8 +98,8 @@ def _keep(path: Path, previous: Path) -> None:
         shutil.copyfile(path, previous)
 
 
-def sound(path: Path) -> bool:
-    """Whether `path` is a whole checkpoint: its last bytes are the sum of all that come before."""
+def is_intact(path: Path) -> bool:
+    """Whether `path` is a whole checkpoint: its last bytes are the SHA-256 of all bytes before."""
     try:
         with path.open("rb") as f:
             left = f.seek(0, os.SEEK_END) - _SUM_BYTES
@@ -116,13 +116,13 @@ def sound(path: Path) -> bool:
 def load(path: Path, option: str = "--resume") -> Checkpoint:
     """Read a checkpoint onto the CPU; nothing in it is executed.
 
-    Raises UserError for what is missing, damaged or of another format, with the checkpoint before it where that is
-    sound. option: the word for `path` in what it says. torch itself loads a file with a flipped byte without a word, so
-    the sum is compared first.
+    Raises UserError for a file that is missing, damaged or of another format, and names the checkpoint before it where
+    that one is intact. option: the option that the message suggests. torch loads a file with a flipped byte without an
+    error, so the hash is compared first.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
-    if not sound(path):
+    if not is_intact(path):
         changed = f"its content is not what was written, or it is from before format {FORMAT_VERSION}"
         raise _refusal(f"checkpoint {path} is damaged or no checkpoint: {changed}", path, option)
     try:
@@ -138,15 +138,15 @@ def load(path: Path, option: str = "--resume") -> Checkpoint:
 
 def _refusal(why: str, path: Path, option: str) -> UserError:
     previous = path.with_name(PREVIOUS_NAME)
-    if previous == path or not sound(previous):
+    if previous == path or not is_intact(previous):
         return UserError(why)
-    return UserError(f"{why}; the one before it is whole: {option} {previous}")
+    return UserError(f"{why}; the checkpoint before it is intact: {option} {previous}")
 
 
 def find(run: str, runs_dir: Path, option: str = "--resume") -> Path:
     """The checkpoint that `--resume RUN` means: a file, a run's folder, a run's name, or "" for the newest run.
 
-    option: the word for `run` in what UserError says.
+    option: the option that the message names.
     """
     if not run:
         found = sorted(runs_dir.glob(f"*/{FILE_NAME}"), key=lambda p: p.stat().st_mtime)
@@ -160,12 +160,12 @@ def find(run: str, runs_dir: Path, option: str = "--resume") -> Path:
 
 
 def check_device(checkpoint: Checkpoint, device: torch.device, run_dir: Path) -> None:
-    """Raise UserError for a run of the other kind of device: its place in the data is of another graph of operators."""
+    """Raise UserError for a run saved on the other kind of device: its data graph has other operators."""
     saved = checkpoint.get("device", device.type)
     if saved != device.type:
         wanted = {"cpu": "cpu", "cuda": "gpu"}[saved]
         raise UserError(
-            f"{run_dir} was saved on {saved} and cannot go on on {device.type}, where the data graph has other"
+            f"{run_dir} was saved on {saved} and cannot continue on {device.type}, where the data graph has other"
             f" operators: resume with --device {wanted}, or start a new run"
         )
 
@@ -177,7 +177,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

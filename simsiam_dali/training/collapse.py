@@ -28,7 +28,7 @@ def z_std(z: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    """How many directions the rows of `(B, d)` really use: a scalar between 1 and min(B - 1, d).
+    """The number of directions that the rows of `(B, d)` use: a scalar between 1 and min(B - 1, d).
 
     exp of the entropy of the singular values' shares (Roy & Vetterli 2007, "The effective rank"), here of the
     matrix with its column means taken off, so that an offset common to all rows is no direction. It sees the
@@ -44,7 +44,7 @@ def effective_rank(z: Tensor) -> Tensor:
 
 
 def collapse_advice(z_std: float, d: int, effective_rank: float) -> str | None:
-    """What to tell the user about projections of width `d` with these gauges; None when they look healthy."""
+    """Advice for projections of width `d` with these gauges; None when they look healthy."""
     if math.isnan(z_std) or math.isnan(effective_rank):
         return "diverged: the projections are not finite; lower learning_rate, or add a warm-up"
     healthy = 1 / math.sqrt(d)
@@ -59,8 +59,8 @@ def collapse_advice(z_std: float, d: int, effective_rank: float) -> str | None:
     return None
 
 
-def pairless_advice(share: float) -> str | None:
-    """What to tell the user when this share of an epoch's batches had no positive pair; None up to a half."""
+def no_positives_advice(share: float) -> str | None:
+    """Advice when this share of an epoch's batches had no positive pair; None up to a half."""
     if share <= MOST_BATCHES:
         return None
     return (

@@ -1,4 +1,4 @@
-"""The picture of a run: loss, collapse gauge and kNN scores over the epochs, each beside what it is judged by."""
+"""The plot of a run: loss, collapse gauges and kNN scores over the epochs, each beside its reference value."""
 
 from pathlib import Path
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from simsiam_dali.common.files import atomic_write
+
 matplotlib.use("Agg")
 
 
-def curves(epochs: list[dict[str, Any]], output_dim: int, path: Path) -> None:
+def draw(epochs: list[dict[str, Any]], output_dim: int, path: Path) -> None:
     """Draw `runs/<name>/curves.png` from the epoch records of metrics.jsonl."""
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     loss, spread, score = figure.subplots(1, 3)
@@ -38,6 +40,5 @@ def curves(epochs: list[dict[str, Any]], output_dim: int, path: Path) -> None:
     for axes in (loss, spread, score):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, loc="lower left" if axes is spread else "best")
-    part = path.with_suffix(".part.png")
-    figure.savefig(part, dpi=110)
-    part.replace(path)
+    with atomic_write(path) as part:
+        figure.savefig(part, dpi=110, format="png")

@@ -1,4 +1,4 @@
-"""A run's own record, runs/<name>/metrics.jsonl, and what the terminal says of it. MLflow gets the same numbers."""
+"""The metrics of a run, runs/<name>/metrics.jsonl, and their lines on the terminal. MLflow gets the same numbers."""
 
 import contextlib
 import json
@@ -12,51 +12,53 @@ from simsiam_dali.common.errors import UserError
 
 
 class Journal:
-    """One line a step with its loss, one line an epoch with everything else; kept in memory too.
+    """One line for each step with its loss, one for each epoch with everything else; kept in memory too.
 
-    writes: False on the ranks that only remember.
+    writes: False on the ranks that only keep them in memory.
     """
 
     def __init__(self, path: Path, writes: bool) -> None:
         self.path, self.writes = path, writes
-        self.losses: dict[int, float | None] = {}  # optimizer step -> training loss; None: nothing to learn from
+        self.losses: dict[
+            int, float | None
+        ] = {}  # optimizer step -> training loss; None: no positive pair in the batch
         self.epochs: list[dict[str, Any]] = []
         self._written = 0  # bytes of the file that are whole lines
         self._unwritten = b""
 
     def resume(self, step: int) -> None:
-        """Read what was written up to the checkpoint at `step`; what came after it will be written again.
+        """Read the records up to the checkpoint at `step`; later ones will be written again.
 
-        Raises UserError for a file that is no journal.
+        Raises UserError for a file that is not a journal.
         """
         records, self._written = [], 0
         try:
             for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
                 if not line.endswith(b"\n") or (record := json.loads(line))["step"] > step:
-                    break  # cut short by a kill, or of after the checkpoint
+                    break  # cut short by a kill, or later than the checkpoint
                 records.append(record)
                 self._written += len(line)
-            self._remember(records)
+            self._keep(records)
         except (ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{self.path} is damaged: delete it, and this run's curves begin again here") from e
+            raise UserError(f"{self.path} is damaged: delete it, and this run's curves start again here") from e
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append records; a number that is not finite becomes null.
 
-        What a full disk refuses stays here and is written with the next.
+        Records that a full disk refuses are written with the next ones.
         """
         records = [
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in records
         ]
-        self._remember(records)
+        self._keep(records)
         if not self.writes:
             return
         self._unwritten += "".join(json.dumps(r) + "\n" for r in records).encode()
-        with contextlib.suppress(OSError):  # `sync` tells
+        with contextlib.suppress(OSError):  # `sync` reports it
             self._append()
 
     def sync(self) -> None:
-        """Write through to the disk, before the checkpoint that builds on it. Raises OSError."""
+        """Flush to the disk, before the checkpoint that relies on it. Raises OSError."""
         self._append()
         if self.path.exists():
             with self.path.open("ab") as f:
@@ -71,20 +73,20 @@ class Journal:
             self._unwritten = b""
 
     def write_losses(self, last_step: int, losses: list[float | None]) -> None:
-        """Append the losses of the steps that end with `last_step`; None where a batch had nothing to learn from."""
+        """Append the losses of the steps up to `last_step`; None where a batch had no positive pair."""
         first = last_step - len(losses) + 1
         self.write([{"step": first + i, "loss": loss} for i, loss in enumerate(losses)])
 
     def mean_loss(self, last_step: int, steps: int) -> tuple[float, float]:
-        """Of the `steps` steps that end with `last_step`: mean loss where there was one, share where there was none.
+        """(mean loss, share of steps without one) of the `steps` steps up to `last_step`.
 
-        Steps that a deleted journal has forgotten do not count.
+        Steps that are missing since the journal was deleted do not count.
         """
         every = [self.losses[s] for s in range(last_step - steps + 1, last_step + 1) if s in self.losses]
         losses = [loss for loss in every if loss is not None]
         return sum(losses) / len(losses) if losses else math.nan, 1 - len(losses) / len(every)
 
-    def _remember(self, records: list[dict[str, Any]]) -> None:
+    def _keep(self, records: list[dict[str, Any]]) -> None:
         for record in records:
             if "epoch" in record:
                 self.epochs.append(record)
@@ -115,7 +117,7 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
 
 
 def closing_lines(output_dim: int, run_dir: Path, epochs: list[dict[str, Any]]) -> Iterator[str]:
-    """What the run came to: the last epoch beside the untrained encoder and a guess, and where to look."""
+    """The last epoch's scores beside those of the untrained encoder and of a guess, and the run's files."""
     first, last = epochs[0], epochs[-1]
     scores = (
         ("knn/artist", "kNN artist, accuracy", "a guess"),

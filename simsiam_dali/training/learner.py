@@ -1,7 +1,8 @@
-"""What learns: encoder, loss, optimizer, precision, and one training step. The benchmark times this same step."""
+"""Encoder, loss, optimizer, precision and one training step. The benchmark times this same step."""
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -12,16 +13,17 @@ from simsiam_dali.common.distributed import World, rows_of_all_ranks
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.models.encoder import Encoder, Scored
 from simsiam_dali.models.recompute import recompute_blocks
-from simsiam_dali.models.registry import Scored, encoder_type
-from simsiam_dali.training import factory, sync_bn
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import sync_bn
 from simsiam_dali.training.throughput import mark
 
 T = TypeVar("T")
 
 
 def groups(batches: Iterable[T], size: int) -> Iterator[Iterator[T]]:
-    """The batches of one step after another, each as an iterator to be used up before the next is asked for."""
+    """Batches in groups of `size`, one group a step; each is an iterator to exhaust before asking for the next."""
     batches = iter(batches)
     for first in batches:
         yield itertools.chain([first], itertools.islice(batches, size - 1))
@@ -31,7 +33,7 @@ class Learner:
     """Encoder, loss, optimizer and gradient scaler on this process's device.
 
     shards: whose tags a loss may learn from. pretrained: False where the weights will come from a checkpoint. Seeds
-    torch's generator with `train.seed`, so that all ranks, and all runs of one seed, begin with the same weights.
+    torch's generator with `train.seed`, so that all ranks, and all runs of one seed, start with the same weights.
     """
 
     def __init__(self, config: Config, shards: ShardSet, world: World, pretrained: bool = True) -> None:
@@ -41,7 +43,8 @@ class Learner:
         self.device = world.device
         self.dtype = autocast_dtype(config.train.precision, world.device)
 
-        encoder = factory.create_encoder(config, pretrained)
+        kind = encoder_type(config)
+        encoder = kind.create(pretrained)
         if config.train.sync_bn and world.size > 1:
             sync_bn.convert(encoder, world.device)
         if config.train.activation_checkpointing:
@@ -58,9 +61,9 @@ class Learner:
         if config.train.compile:
             self.model = torch.compile(self.model)
 
-        self.compares = encoder_type(config).compares
-        self.loss_fn = factory.create_loss_fn(config, shards, world.device)
-        self.optimizer = factory.create_optimizer(config, self.encoder)
+        self.is_contrastive = kind.is_contrastive
+        self.loss_fn = kind.create_loss_fn(shards, world.device)
+        self.optimizer = create_optimizer(config, self.encoder)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
 
     @property
@@ -73,15 +76,15 @@ class Learner:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.half)
 
     def score(self, batch: Batch | Single) -> Scored:
-        """The loss of a batch by the encoder alone, for validation: nothing here waits for another process."""
+        """The loss of a batch for validation: of this rank alone, without DDP, so nothing waits for another rank."""
         with self.autocast():
             return self.loss_fn(self.encoder(*batch[:-1]), batch.segment)
 
     def _score(self, batch: Batch | Single) -> Scored:
-        """The loss of this step, which is that of all ranks' batches where its segments are compared."""
+        """The training loss; a contrastive one is computed on the batches of all ranks."""
         with self.autocast():
             outputs, segment = self.model(*batch[:-1]), batch.segment
-            if self.compares:
+            if self.is_contrastive:
                 segment = rows_of_all_ranks(segment)
                 together = tuple(map(rows_of_all_ranks, outputs if isinstance(outputs, tuple) else (outputs,)))
                 outputs = together if isinstance(outputs, tuple) else together[0]
@@ -90,15 +93,14 @@ class Learner:
     def step(self, batches: Iterable[Batch | Single], lr: float, fixed_lr: float) -> Scored:
         """One step at these learning rates, on the mean gradient of `micro_batches` batches.
 
-        The loss is their mean, and counts where any of them does; z is theirs, one after the other. All of it is
-        detached, and left on the device.
+        Returns their mean loss, whether any of them had one, and their z concatenated, detached and on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = fixed_lr if group["fix_lr"] else lr
         self.optimizer.zero_grad(set_to_none=True)
         parts: list[Scored] = []
         for number, batch in enumerate(batches, start=1):
-            with self._exchange(last=number == self.micro_batches):
+            with self._sync_gradients(last=number == self.micro_batches):
                 with mark("forward"):
                     scored = self._score(batch)
                 with mark("backward"):
@@ -109,15 +111,15 @@ class Learner:
             self.scaler.update()
         if len(parts) == 1:
             return parts[0]
-        loss, counts, z = zip(*parts, strict=True)
-        return Scored(torch.stack(loss).mean(), torch.stack(counts).any(), torch.cat(z))
+        loss, has_loss, z = zip(*parts, strict=True)
+        return Scored(torch.stack(loss).mean(), torch.stack(has_loss).any(), torch.cat(z))
 
-    def _exchange(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Where there are other ranks, they exchange gradients once a step, in its last backward pass."""
+    def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Ranks all-reduce their gradients once a step, in its last backward pass."""
         return contextlib.nullcontext() if last or self.parallel is None else self.parallel.no_sync()
 
-    def rehearse(self, batch: Batch | Single) -> None:
-        """A forward and a backward pass that leave nothing behind.
+    def trial_step(self, batch: Batch | Single) -> None:
+        """A forward and a backward pass that change no state.
 
         Raises torch.OutOfMemoryError where they do not fit.
         """
@@ -142,19 +144,47 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.encoder.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty where it was not needed: bf16 before, on a GPU that has fp16 only now
+        if state["scaler"]:  # empty where the run was saved in bf16 and continues on a GPU with fp16 only
             self.scaler.load_state_dict(state["scaler"])
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the encoder computes in for `train.precision`; float32 = no autocast."""
+    """The dtype of autocast for `train.precision`; float32 = no autocast."""
     if precision == "auto":
         if device.type == "cpu":
             return torch.float32
-        # Emulation (T4, RTX 20) does not count: fp16 is what these compute in.
+        # Emulated bf16 (T4, RTX 20) is slower than their fp16.
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def create_optimizer(config: Config, encoder: Encoder) -> torch.optim.Optimizer:
+    """The optimizer over the encoder's groups; `Learner.step` sets each group's rate by its `fix_lr`."""
+    settings = encoder_type(config).settings
+    groups = encoder.param_groups()
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=settings.weight_decay, fused=True)
+    momentum = settings.sgd_momentum
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=settings.weight_decay, fused=True)
+
+
+def learning_rates(config: Config, step: int, steps_per_epoch: int, batch: int) -> tuple[float, float]:
+    """(the encoder's rate, the rate of groups marked `fix_lr`) at optimizer step `step`; a resumed run needs no state.
+
+    A linear warm-up to the base rate, then half a cosine to 0; `fix_lr` groups stay at the base rate (arXiv:2011.10566,
+    section 4.2). The base rate is the configured one x batch / 256 for SGD (section 4.1 there), and as configured for
+    AdamW, whose steps do not grow with the gradient. batch: segments in a step, over all ranks.
+    """
+    settings = encoder_type(config).settings
+    base = config.encoder.learning_rate or settings.learning_rate
+    if settings.optimizer == "sgd":
+        base *= batch / 256
+    warmup = settings.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return base * (step + 1) / (warmup + 1), base
+    done = (step - warmup) / max(1.0, config.encoder.epochs * steps_per_epoch - warmup)
+    return base * 0.5 * (1 + math.cos(math.pi * done)), base

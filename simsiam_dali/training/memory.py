@@ -1,8 +1,8 @@
-"""How much memory a training step needs, estimated before the first batch rather than learned from a crash.
+"""How much memory a training step needs, estimated before the first batch.
 
 The activations that the backward pass keeps are counted exactly, on meta tensors: no memory and no arithmetic.
-Workspaces and the allocator's rounding are not: they are a measured share on top, so what is said is an estimate, and
-`HEADROOM` is left alone.
+Workspaces and the allocator's rounding are a measured share on top, so the result is an estimate and `HEADROOM` is kept
+free.
 """
 
 import copy
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from simsiam_dali.common.errors import UserError
 
 HEADROOM = 0.1
-"""Share of the free memory not counted on."""
+"""Share of the free memory that is kept free."""
 
 BYTES_PER_PARAMETER = 12
 """fp32 weight, gradient and momentum."""
 
 WORKING_SHARE = 1.4
-"""Peak over kept activations, for gradients in flight and workspaces (1.33 to 1.43 measured, ResNet-18 on a CPU)."""
+"""Peak memory over kept activations: gradients in flight and workspaces (1.33 to 1.43 measured, ResNet-18 on a CPU)."""
 
 LEAST_SHARE = 1.1
-"""The same at the least on a GPU, where the peak has not been measured: between the two there is a warning only."""
+"""The least the same may be on a GPU, where the peak has not been measured: between the two there is only a warning."""
 
 DALI_BYTES = 65e6 / 60
 """DALI's own buffers on a GPU, for each second of a segment in a batch."""
@@ -53,7 +53,7 @@ def activation_bytes(encoder: nn.Module, shapes: list[tuple[int, ...]]) -> float
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on `device`: a GPU's own, or the host's within its control group."""
+    """Free memory of `device`: a GPU's own, or the host's within its control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -76,7 +76,7 @@ def check_fits(
 ) -> str | None:
     """A warning where `batch` segments may not fit by the estimate, None where they do.
 
-    Raises UserError with the largest batch that fits when they do not. shapes: the forward's inputs, of one segment.
+    Raises UserError, with the largest batch that fits, where they do not. shapes: the forward's inputs, of one segment.
     half: activations are kept in 16 bits (autocast). seconds: length of a segment.
     """
     gpu = device.type == "cuda"
@@ -89,13 +89,13 @@ def check_fits(
         return None
     largest = int((free - static) // most)
     low, high = ((static + batch * each) / 1e9 for each in (least, most))
-    counted = f"GB on {device.type} (estimate), and {free / 1e9:.1f} GB can be counted on"
+    available = f"GB on {device.type} (estimate), and {free / 1e9:.1f} GB are available"
     if static + batch * least <= free:
         return (
-            f"warning: a batch of {batch} needs {low:.1f} to {high:.1f} {counted}: if memory runs out,"
+            f"warning: a batch of {batch} needs {low:.1f} to {high:.1f} {available}: if memory runs out,"
             f" use --batch-size {max(2, largest)}"
         )
     advice = f"use --batch-size {largest} or less" if largest >= 2 else "not even 2 fit: use a smaller backbone"
     raise UserError(
-        f"a batch of {batch} needs about {low:.1f} {counted}: {advice}, or shorter views (data.view_seconds)"
+        f"a batch of {batch} needs about {low:.1f} {available}: {advice}, or shorter views (data.view_seconds)"
     )

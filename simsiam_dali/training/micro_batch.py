@@ -1,11 +1,9 @@
-"""How many segments pass the encoder at once, so that a step of `encoder.batch_size` fits into memory.
+"""Gradient accumulation: how many segments pass the encoder at once, so that a step fits in memory.
 
-First by the estimate of `memory`, then, on a GPU, by a rehearsal: a forward and a backward pass of random data before
-the first step. A step then adds up the gradients of as many micro-batches as make its batch; batch norm goes over each
-micro-batch, as it goes over each GPU's own segments in the paper (32 of them, arXiv:2011.10566, section 4.1).
+Chosen by the estimate of `memory`, then, on a GPU, by a trial step on random data before the first step. A step
+accumulates the gradients of `encoder.batch_size / train.micro_batch` micro-batches; batch norm is computed over each
+micro-batch, as it is over each GPU's own segments in the paper (32 of them, arXiv:2011.10566, section 4.1).
 """
-
-from collections.abc import Callable
 
 import torch
 
@@ -17,60 +15,59 @@ from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.recompute import recompute_blocks
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory, memory
+from simsiam_dali.training import memory
+from simsiam_dali.training.data import log_mel_settings, view_seconds
 from simsiam_dali.training.learner import Learner, autocast_dtype
 
 
 def candidates(config: Config) -> list[int]:
-    """The micro-batches that may be taken, the largest first. Raises UserError where the configured one cannot."""
+    """The possible micro-batches, the largest first. Raises UserError where the configured one is not possible."""
     size, chosen = config.encoder.batch_size, config.train.micro_batch
-    whole = encoder_type(config).compares
+    whole = encoder_type(config).is_contrastive
     if chosen == "auto":
-        # A loss that compares a batch's segments is another one on a part of them.
+        # A contrastive loss on a part of the batch is another loss.
         return [size] if whole else [n for n in range(size, 1, -1) if size % n == 0]
     if size % chosen:
         raise UserError(f"train.micro_batch is {chosen}, which does not divide encoder.batch_size, {size}")
     if whole and chosen != size:
         raise UserError(
-            f"train.micro_batch is {chosen}, but {config.encoder.encoder_type} compares all segments of a step:"
-            " leave it at auto, and use a smaller --batch-size"
+            f"train.micro_batch is {chosen}, but the loss of {config.encoder.encoder_type} compares all segments of a"
+            " step: leave it at auto, and use a smaller --batch-size"
         )
     return [chosen]
 
 
-def estimated(config: Config, shards: ShardSet, device: torch.device, say: Callable[[str], None]) -> Config:
+def choose_by_estimate(config: Config, shards: ShardSet, world: World) -> Config:
     """The config with `train.micro_batch` as a number: the largest that fits by the estimate.
 
     Raises UserError where none does.
     """
-    log_mel, seconds = factory.log_mel_settings(config), factory.view_seconds(config, shards)
-    shapes = encoder_type(config).input_shapes(log_mel, seconds)
-    half = autocast_dtype(config.train.precision, device) != torch.float32
-    with torch.device("meta"):  # an encoder of its own: it is only counted
-        encoder = factory.create_encoder(config, pretrained=False)
+    kind, shapes = encoder_type(config), _input_shapes(config, shards)
+    half = autocast_dtype(config.train.precision, world.device) != torch.float32
+    with torch.device("meta"):  # an encoder of its own, only to count its bytes
+        encoder = kind.create(pretrained=False)
     if config.train.activation_checkpointing:
         recompute_blocks(encoder)
     refusal: UserError | None = None
     for size in candidates(config):
         try:
-            warning = memory.check_fits(encoder, size, shapes, half, device, shards.segment_seconds)
+            warning = memory.check_fits(encoder, size, shapes, half, world.device, shards.segment_seconds)
         except UserError as e:
             refusal = refusal or e
             continue
         if warning and config.train.micro_batch != "auto":
-            say(warning)
+            world.print(warning)
         return replace_settings(config, train__micro_batch=size)
     assert refusal is not None
     raise refusal
 
 
-def rehearsed(config: Config, learner: Learner, shards: ShardSet, world: World) -> Config:
-    """The config with the largest micro-batch, from its own downwards, of which a rehearsal does not run out of memory.
+def choose_by_trial_step(config: Config, learner: Learner, shards: ShardSet, world: World) -> Config:
+    """The config with the largest micro-batch, from its own downwards, whose trial step does not run out of memory.
 
-    The same on all ranks. Raises UserError where not even the smallest runs.
+    The same on all ranks; the learner then accumulates as many. Raises UserError where not even the smallest runs.
     """
-    log_mel, seconds = factory.log_mel_settings(config), factory.view_seconds(config, shards)
-    shapes = encoder_type(config).input_shapes(log_mel, seconds)
+    shapes = _input_shapes(config, shards)
     first = config.train.micro_batch_of(config.encoder.batch_size)
     sizes = [n for n in candidates(replace_settings(config, train__micro_batch="auto")) if n <= first]
     for size in sizes:
@@ -78,15 +75,20 @@ def rehearsed(config: Config, learner: Learner, shards: ShardSet, world: World) 
         try:
             data = [torch.rand(size, *shape, device=world.device) for shape in shapes]
             segment = torch.arange(size) % len(shards.segments)
-            learner.rehearse(Batch(data[0], data[1], segment) if len(data) == 2 else Single(data[0], segment))
+            learner.trial_step(Batch(data[0], data[1], segment) if len(data) == 2 else Single(data[0], segment))
         except torch.OutOfMemoryError:
             fits = False
         data = []
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
         if all(world.gather(fits)):
+            learner.micro_batches = config.encoder.batch_size // size
             return replace_settings(config, train__micro_batch=size)
     raise UserError(
         f"out of memory on {world.device} with {sizes[-1]} segments at once: use shorter views"
         " (--set data.view_seconds=...), a smaller --batch-size or backbone"
     )
+
+
+def _input_shapes(config: Config, shards: ShardSet) -> list[tuple[int, ...]]:
+    return encoder_type(config).input_shapes(log_mel_settings(config), view_seconds(config, shards))

@@ -1,14 +1,13 @@
-"""Batch norm by the statistics of all ranks' batches: torch's own on GPUs, and one for CPUs, which torch's refuses.
+"""Batch norm over the batches of all ranks: torch's SyncBatchNorm on GPUs, our own on CPUs, which torch's refuses.
 
-Weights and buffers keep their names, so that a checkpoint fits with and without it.
+Parameters and buffers keep their names, so a checkpoint loads with and without it.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from simsiam_dali.common.distributed import sum_over_ranks
 
 
 class CpuSyncBatchNorm(_BatchNorm):
@@ -18,26 +17,26 @@ class CpuSyncBatchNorm(_BatchNorm):
         """Any number of dimensions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape and dtype, normalised; by the running statistics in evaluation mode."""
+        """The same shape and dtype; evaluation mode normalises by the running statistics."""
         if not self.training:
             return super().forward(x)
         axes = [0, *range(2, x.ndim)]
-        each = [1, -1] + [1] * (x.ndim - 2)  # one number a channel, as the input's shape has it
+        per_channel = [1, -1] + [1] * (x.ndim - 2)
         values = x.float()
         count = torch.tensor(x.numel() // x.shape[1])
         dist.all_reduce(count)
         number = int(count)
-        mean = sum_over_ranks(values.sum(axes)) / number
-        centred = values - mean.view(each)
-        variance = sum_over_ranks(centred.square().sum(axes)) / number
-        self._remember(mean.detach(), variance.detach(), number)
-        y = centred * (variance + self.eps).rsqrt().view(each)
+        mean = all_reduce(values.sum(axes)) / number
+        centred = values - mean.view(per_channel)
+        variance = all_reduce(centred.square().sum(axes)) / number
+        self._update_running_statistics(mean.detach(), variance.detach(), number)
+        y = centred * (variance + self.eps).rsqrt().view(per_channel)
         if self.affine:
-            y = y * self.weight.view(each) + self.bias.view(each)
+            y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
         return y.to(x.dtype)
 
-    def _remember(self, mean: Tensor, variance: Tensor, number: int) -> None:
-        """Move the running statistics towards those of `number` values; their variance is the unbiased one."""
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, number: int) -> None:
+        """With those of `number` values; the running variance is the unbiased one."""
         assert self.momentum is not None
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -48,10 +47,10 @@ class CpuSyncBatchNorm(_BatchNorm):
 
 
 def convert(encoder: nn.Module, device: torch.device) -> None:
-    """Let the encoder's batch norms, which keep their weights and buffers, work over all ranks on `device`."""
+    """Make the encoder's batch norms compute their statistics over all ranks, in place."""
     if device.type != "cpu":
         nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         return
     for layer in encoder.modules():
         if isinstance(layer, _BatchNorm):
-            layer.__class__ = CpuSyncBatchNorm  # the same attributes, another forward
+            layer.__class__ = CpuSyncBatchNorm  # same attributes, another forward

@@ -1,54 +1,51 @@
-"""Scores on the validation songs while training: the loss, and how well neighbours in the embedding share labels.
+"""Scores on the validation songs during training: the loss, and kNN by artist, genre and rating.
 
 kNN searches among training songs (at most `train.knn_segments` segments of them) for each validation song; a song is
-the mean of its segments' clean views. Every validation sees the same views with the same draws.
+the mean of its segments' clean views. Every validation uses the same views with the same random draws.
 """
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from simsiam_dali.common.distributed import World
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch, Single, release_memory
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.evaluation.knn import knn_labels, knn_rating, label_chance, rating_chance
 from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.models.labels import label_ids
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import factory
+from simsiam_dali.training.data import Mode, Split, TrainingData
 from simsiam_dali.training.learner import Learner
 
 COST = 0.1
-"""What validating may cost, as a share of training, where `train.validate_every` is auto."""
+"""Cost of validation as a share of training, at most, where `train.validate_every` is auto."""
 
 TRAINING_PASSES = 3
-"""Forward passes that a training step takes as long as: its own, and a backward pass of about two."""
+"""Cost of a training step in forward passes: its own, and a backward pass of about two."""
 
 KEPT_BYTES = 256 * 2**20
-"""Host memory for the validation's views. What fits is computed once; what does not is computed each time."""
-
-Split = Literal["train", "val"]
+"""Host memory for the validation's views. What fits is computed once; what does not, each time."""
 
 
 class Validation:
     """Scores the learner's encoder on the validation split, at `due` epochs.
 
-    In memory of the host, up to `KEPT_BYTES`, it keeps the views that it has scored: they are the same each time, and
-    to build their graphs again would take longer than to score a small library.
+    The views are kept in host memory, up to `KEPT_BYTES`: they are the same each time, and building their graphs again
+    would take longer than scoring a small library.
     """
 
-    def __init__(self, config: Config, shards: ShardSet, log_mel: LogMel, world: World, learner: Learner) -> None:
-        self.config, self.shards, self.log_mel, self.world, self.learner = config, shards, log_mel, world, learner
-        self.kind = encoder_type(config)
-        self.every = epochs_between(config, shards)
+    def __init__(self, data: TrainingData, learner: Learner) -> None:
+        self.data, self.learner = data, learner
+        self.config, self.shards, self.world = data.config, data.shards, data.world
+        self.kind = encoder_type(data.config)
+        self.every = epochs_between(data.config, data.shards)
         self._kept: dict[tuple[Split, str], list[Batch | Single]] = {}
         self._free = KEPT_BYTES
-        self._song = torch.from_numpy(shards.segments["song"].to_numpy().copy())  # of each segment
+        self._song = torch.from_numpy(data.shards.segments["song"].to_numpy().copy())  # of each segment
 
     def due(self, epoch: int) -> bool:
         """Whether this epoch is scored: the untrained encoder, every `every`-th, and the last."""
@@ -68,7 +65,7 @@ class Validation:
         total, number = 0.0, 0
         for batch in self._batches("val", self.kind.batches, self.shards.count("val")):
             scored = self.learner.score(batch)
-            if scored.counts:
+            if scored.has_loss:
                 total += float(scored.loss) * len(batch.segment)
                 number += len(batch.segment)
         sums = self.world.gather((total, number))
@@ -102,11 +99,11 @@ class Validation:
         segment, embedding = (torch.cat(x) for x in zip(*parts, strict=True))
         return song_embeddings(embedding, self._song[segment])
 
-    def _batches(self, split: Split, mode: Literal["views", "clean", "raw"], segments: int) -> Iterator[Batch | Single]:
+    def _batches(self, split: Split, mode: Mode, segments: int) -> Iterator[Batch | Single]:
         """This rank's part of the split's first `segments`, on the learner's device; kept where they fit."""
         if (kept := self._kept.get((split, mode))) is not None:
             for batch in kept:
-                yield _moved(batch, self.learner.device)
+                yield _to_device(batch, self.learner.device)
             return
         keep: list[Batch | Single] | None = []
         for batch in self._computed(split, mode, segments):
@@ -122,8 +119,8 @@ class Validation:
             self._kept[split, mode] = keep
         release_memory()
 
-    def _computed(self, split: Split, mode: Literal["views", "clean", "raw"], segments: int) -> Iterable[Any]:
-        loader = factory.create_loader(self.config, self.shards, self.log_mel, self.world, split, mode)
+    def _computed(self, split: Split, mode: Mode, segments: int) -> Iterable[Any]:
+        loader = self.data.create_loader(split, mode)
         for batch in loader:
             if len(batch.segment):
                 yield batch
@@ -134,8 +131,7 @@ class Validation:
 def epochs_between(config: Config, shards: ShardSet) -> int:
     """`train.validate_every`; for auto, the fewest epochs of which a validation takes at most `COST` of the time.
 
-    By the number of passes through the encoder, not by the clock, so that a run and its repetition score the same
-    epochs.
+    Counted in passes through the encoder, not by the clock, so that a run and its repetition score the same epochs.
     """
     if config.train.validate_every != "auto":
         return config.train.validate_every
@@ -145,6 +141,6 @@ def epochs_between(config: Config, shards: ShardSet) -> int:
     return max(1, math.ceil(passes / (COST * TRAINING_PASSES * views * training)))
 
 
-def _moved(batch: Batch | Single, device: torch.device) -> Batch | Single:
-    """The data on `device`; rows stay on the CPU, as a loader gives them."""
+def _to_device(batch: Batch | Single, device: torch.device) -> Batch | Single:
+    """The data on `device`; rows stay on the CPU, as in a loader's batch."""
     return batch._replace(**{name: x.to(device) for name, x in batch._asdict().items() if name != "segment"})
