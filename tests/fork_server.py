@@ -2,9 +2,10 @@
 
 A command's imports cost 2 to 7 s of CPU time, and the suite starts hundreds. `start` asks a server process to fork; the
 fork becomes the command: its own process id, working directory, environment, standard streams and session, the module
-run as `__main__`, and an end like any interpreter's (exit status, signals, atexit). So a SIGKILL is a real one. A server
-serves one test process and ends with it. It holds no Python thread, data pipeline or CUDA context; on a host with a GPU
-commands start as ordinary subprocesses, and so they do if the environment sets what is read at import (`AT_IMPORT`).
+run as `__main__`, and an end like any interpreter's (exit status, signals, atexit), so a SIGKILL is a real one.
+
+A test process has its server, which ends with it and holds no Python thread, data pipeline or CUDA context. On a host
+with a GPU, or where the environment changes what imports read (`AT_IMPORT`), commands start as ordinary subprocesses.
 
 The commands' standard output and error are files, not pipes: nobody has to read them while a command runs.
 """
@@ -92,43 +93,48 @@ class Process:
 def start(
     args: Sequence[str | Path],
     cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     new_session: bool = False,
 ) -> "Process | subprocess.Popen[str]":
     """Start a command line that begins with `sys.executable`, and then has -m MODULE, -c CODE or a script.
 
-    env: over this process's environment.
+    env: over this process's environment; None removes a variable.
     """
     words = list(map(str, args))
     assert words[0] == sys.executable
-    given = THREADS | dict(env or {})
-    if any(given[name] != THREADS.get(name) for name in AT_IMPORT & given.keys()) or _has_gpu():
+    environment = _environment(env)
+    if any(environment.get(name) != _environment({}).get(name) for name in AT_IMPORT) or _has_gpu():
         return subprocess.Popen(
-            words, cwd=cwd, env=os.environ | given, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            words, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, start_new_session=new_session,
         )  # fmt: skip
     out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 - Process reads them
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    env = dict(os.environ) | given
-    request = {"args": words[1:], "cwd": str(cwd or Path.cwd()), "env": env, "new_session": new_session}
+    request = {"args": words[1:], "cwd": str(cwd or Path.cwd()), "env": environment, "new_session": new_session}
     with theirs:
         descriptors = [out.fileno(), err.fileno(), theirs.fileno()]
         socket.send_fds(_server(), [json.dumps(request).encode()], descriptors)
     return Process(words, int(ours.recv(64)), ours, out, err)
 
 
+def _environment(over: Mapping[str, str | None] | None) -> dict[str, str]:
+    changed = {**os.environ, **THREADS, **(over or {})}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
 def fresh(
-    args: Sequence[str | Path], cwd: Path | None = None, env: Mapping[str, str] | None = None
+    args: Sequence[str | Path], cwd: Path | None = None, env: Mapping[str, str | None] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command line to its end in a new interpreter, for what depends on the imports."""
-    environment = os.environ | THREADS | dict(env or {})
-    return subprocess.run(list(map(str, args)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        list(map(str, args)), cwd=cwd, env=_environment(env), capture_output=True, text=True, timeout=600
+    )
 
 
 def run(
     args: Sequence[str | Path],
     cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     timeout: float | None = 600,
 ) -> subprocess.CompletedProcess[str]:
     """`start`, and wait for the end."""
