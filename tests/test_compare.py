@@ -1,12 +1,12 @@
 """The A/B comparison on runs whose numbers are known: what it selects, prints, writes and refuses."""
 
 import csv
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import matplotlib.image
 import pytest
 from logged_runs import log_run
@@ -393,13 +393,8 @@ def test_the_command_against_a_server(home, mlflow_uri):
     best = log_run(client, "music_recommendation", "simsiam", SCORES | {"knn/artist": 0.8}, {"knn/artist": 0.3})
     log_run(client, "music_recommendation", "simsiam", SCORES)
     log_run(client, "music_recommendation", "simple", SCORES)
-    done = subprocess.run(
-        [sys.executable, "-m", "simsiam_dali.compare"],
-        cwd=home.folder,
-        env=os.environ | {"MLFLOW_TRACKING_URI": mlflow_uri},
-        capture_output=True,
-        text=True,
-    )
+    words = [sys.executable, "-m", "simsiam_dali.compare"]
+    done = fork_server.run(words, home.folder, {"MLFLOW_TRACKING_URI": mlflow_uri})
     assert done.returncode == 0, done.stderr
     assert line(done.stdout, "knn/artist").split() == ["knn/artist", "0.8", "0.5", "higher", "simsiam"]
     assert line(done.stdout, "  untrained").split() == ["untrained", "0.3", "-"]
