@@ -29,7 +29,7 @@ from simsiam_dali.embedding.write import (
     write_table,
 )
 from simsiam_dali.packing import temporary
-from simsiam_dali.packing.temporary import LooseSongs
+from simsiam_dali.packing.temporary import TemporarySongs
 from simsiam_dali.training.data import view_seconds
 
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     shutil.rmtree(packed, ignore_errors=True)
 
 
-def pack_temporarily(files: LooseSongs | None, folder: Path) -> ShardSet:
+def pack_temporarily(files: TemporarySongs | None, folder: Path) -> ShardSet:
     """Pack songs that are in no shard, and print what packing refused or noted."""
     assert files is not None
     shards, report = files.packed(folder)

@@ -25,7 +25,7 @@ from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, read_
 from simsiam_dali.evaluation import maps, nearest_song, report
 from simsiam_dali.evaluation.plan import GUESS, Evaluation, Options, Probe, evaluate
 from simsiam_dali.models.registry import ENCODERS
-from simsiam_dali.tracking import run as tracking
+from simsiam_dali.tracking.finished import FinishedRun
 
 BASELINE_FOLDERS = ("baselines", "floors")
 """Where `embed --baselines` writes beside the embeddings: now, and in earlier versions."""
@@ -48,7 +48,7 @@ def baseline_files(given: list[str], beside: Path) -> dict[str, Path]:
     return files
 
 
-def find_run(args: argparse.Namespace, provenance: Mapping[str, str]) -> tuple[tracking.EarlierRun | None, str]:
+def find_run(args: argparse.Namespace, provenance: Mapping[str, str]) -> tuple[FinishedRun | None, str]:
     """The MLflow run to log to, or None, and a line that names it or tells why there is none."""
     trained_with = {"mlflow": {"tracking_uri": provenance["tracking_uri"]}} if provenance.get("tracking_uri") else None
     given = {"mlflow.tracking_uri": args.tracking_uri}
@@ -58,8 +58,7 @@ def find_run(args: argparse.Namespace, provenance: Mapping[str, str]) -> tuple[t
         return None, "not logged to MLflow: switched off"
     if not run_id:
         return None, "not logged to MLflow: the embeddings name no run (--run-id names one)"
-    run = tracking.EarlierRun(config.tracking_uri, run_id)
-    if run.found:
+    if run := FinishedRun.find(config.tracking_uri, run_id):
         return run, f"logged to run {run_id} of {config.tracking_uri}"
     missing = f"{config.tracking_uri} has no run {run_id}"
     if args.run_id:
@@ -154,9 +153,9 @@ def main() -> None:
     files = create_files(evaluation, songs, provenance, options, not args.no_maps)
     replace_files(args.out, files)
     if run:
-        run.metrics({f.name: f.score.value for f in evaluation.figures} | report.classifier_metrics(evaluation))
+        run.log_metrics({f.name: f.score.value for f in evaluation.figures} | report.classifier_metrics(evaluation))
         for name in files:
-            run.artifact(args.out / name, ARTIFACTS)
+            run.log_artifact(args.out / name, ARTIFACTS)
 
     for line in report.terminal_table(evaluation):
         print(line)

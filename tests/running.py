@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import fork_server
+
 from simsiam_dali.data.shards import ShardSet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_tool(name: str, *args: object) -> str:
     """Run a script of tools/ and return what it printed; it must succeed."""
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, args)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = fork_server.run([sys.executable, str(ROOT / "tools" / name), *map(str, args)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 TINY = {
@@ -26,6 +29,7 @@ TINY = {
     "encoder.epochs": 3,
     "encoder.batch_size": 4,
     "encoder.simsiam.backbone": "resnet18",
+    "encoder.simsiam.backbone_width": 8,
     "encoder.simsiam.projection_dim": 32,
     "encoder.simsiam.predictor_hidden_dim": 8,
     "encoder.simsiam.n_mels": 16,
@@ -52,15 +56,13 @@ def command(folder: Path, shards: Path, *options: str, **over: object) -> list[s
 
 
 def run(args: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run to the end, in `folder`, with one torch thread so that tests do not disturb each other."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    """Run to the end, in `folder`."""
+    return fork_server.run(args, folder, environment)
 
 
-def start(args: list[str], folder: Path) -> subprocess.Popen[str]:
+def start(args: list[str], folder: Path) -> fork_server.Process | subprocess.Popen[str]:
     """The same, left running."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(args, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return fork_server.start(args, folder)
 
 
 def train(folder: Path, shards: Path, *options: str, **over: object) -> Path:
@@ -93,7 +95,7 @@ def epochs(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in timed} for r in records(run_dir) if "epoch" in r]
 
 
-def wait_for_step(process: subprocess.Popen[str], run_parent: Path, step: int) -> None:
+def wait_for_step(process: fork_server.Process | subprocess.Popen[str], run_parent: Path, step: int) -> None:
     """Until the journal holds the loss of `step`."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:

@@ -1,12 +1,11 @@
 """The user's commands as the user would type them, and the demo: does it learn?"""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
 
+import fork_server
 import pytest
 import torch
 from running import ROOT, records, run_tool
@@ -37,8 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ok(folder: Path, *command: object) -> str:
     """Run `python COMMAND` in `folder`; it must succeed. Returns what it printed."""
-    env = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True, env=env)
+    done = fork_server.run([sys.executable, *map(str, command)], folder, dict.fromkeys(ENVIRONMENT))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -1,13 +1,12 @@
 """The embed command: every song once, the same by hand, killed and continued to the same bytes, refused in a line."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -128,9 +127,8 @@ def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(tables, smal
         "e.create_features = late; e.main()"
     )
     options = [sys.executable, "-c", slow, "--checkpoint", small_runs["simsiam"], "--out", out, "--batch-size", "4"]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for wanted in (2, 6):
-        child = subprocess.Popen([*map(str, options), "--device", "cpu"], env=env, stdout=subprocess.PIPE)
+        child = fork_server.start([*options, "--device", "cpu"])
         while len(list(parts.glob("*.pt"))) < wanted:
             assert child.poll() is None
             time.sleep(0.01)
@@ -307,7 +305,7 @@ def test_the_benchmark_times_loader_model_and_both(small_shards, tmp_path):
     sets = [word for setting in tiny for word in ("--set", setting)]
     command = [sys.executable, ROOT / "benchmarks/embed.py", "--shards", small_shards, "--device", "cpu", *sets]
     windows = ["--seconds", "0.2", "--windows", "2", "--batch-size", "4", "--json", out]
-    done = subprocess.run([*map(str, [*command, *windows])], capture_output=True, text=True)
+    done = fork_server.run([*command, *windows])
     assert done.returncode == 0, done.stderr[-2000:]
     doc = json.loads(out.read_text())
     rate = {kind: stage["samples_per_s"] for kind, stage in doc["stages"].items()}

@@ -19,13 +19,13 @@ import simsiam_dali
 from simsiam_dali import embed
 from simsiam_dali import export as command
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.embedding import export, song_encoder
 from simsiam_dali.embedding.export_config import CONFIG, ExportConfig
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.table import read_embeddings
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
-from simsiam_dali.packing.songs import NotDecodable
+from simsiam_dali.packing.song_audio import NotDecodable
 
 KINDS = ("simsiam", "simple")
 SOURCES = {

@@ -1,11 +1,11 @@
 """The experiment on real music: halves without overlap, scores that can be checked by hand, a peer that is one."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import fork_server
 import numpy as np
 import pandas as pd
 import pytest
@@ -181,7 +181,8 @@ def test_the_peer_trains_on_one_half_and_embeds_the_other(small_shards, tmp_path
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     out = tmp_path / "peer.parquet"
     words = ["--config", CPU_FILE, "--shards", small_shards, "--embed", small_shards, "--out", out, *sets]
-    subprocess.run([sys.executable, ROOT / "benchmarks/real_music/peer.py", *words], check=True, cwd=tmp_path)
+    done = fork_server.run([sys.executable, ROOT / "benchmarks/real_music/peer.py", *words], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
     table = read_song_embeddings(out)
     assert table.provenance["encoder_type"] == "lightly"
     assert table.vectors.shape == (

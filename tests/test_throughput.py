@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
@@ -31,8 +32,8 @@ from torch_views import Views
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import AugmentationConfig, Config
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Batch, Single
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.training.data import create_loader
 
@@ -360,14 +361,12 @@ def test_the_full_baselines_stretch_keeps_the_pitch_and_brings_a_burst_forward()
 
 def test_the_command_measures_and_writes_the_documented_json(small_shards: Path, tmp_path: Path) -> None:
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
-    done = subprocess.run(
+    done = fork_server.run(
         [
             *(sys.executable, ROOT / "benchmarks" / "throughput.py", "--shards", small_shards, "--device", "cpu"),
             *("--stages", "loader/train", "train", "--seconds", "0.05", "--batch-size", "4", "--threads", "1"),
             *("--view-seconds", "1.5", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png", *sets),
-        ],
-        capture_output=True,
-        text=True,
+        ]
     )
     assert done.returncode == 0, done.stderr[-3000:]
     doc = json.loads((tmp_path / "r.json").read_text())

@@ -24,8 +24,8 @@ from simsiam_dali.common.distributed import World, choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import measure_log_mel
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.embedding.features import encoder_features
 from simsiam_dali.embedding.write import CleanViews, embedding_config, write_table

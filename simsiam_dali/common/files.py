@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.errors import UserError, one_line
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def refuse_failed_write(path: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as e:
-        reason = (e.strerror if isinstance(e, OSError) else None) or " ".join(str(e).split())[:200]
+        reason = (e.strerror if isinstance(e, OSError) else None) or one_line(e)
         raise UserError(f"cannot write {path} ({reason})" + (f": {advice}" if advice else "")) from e
 
 

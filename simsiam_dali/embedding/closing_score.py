@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.data.subset import part_of
+from simsiam_dali.data.subset import subset_of
 from simsiam_dali.embedding.features import CHECKPOINT, Features, create_features
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.write import CleanViews, check_finite, embedding_config
@@ -58,7 +58,7 @@ def sample_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
     kept = drawn[np.cumsum(segments[drawn]) <= most]
     songs = np.isin(first, kept) & (first >= 0)
     with TemporaryDirectory(prefix="simsiam-dali-") as folder:
-        yield part_of(shards, np.flatnonzero(songs[shards.segments["song"]]), Path(folder))
+        yield subset_of(shards, np.flatnonzero(songs[shards.segments["song"]]), Path(folder))
 
 
 def embed_songs(features: Sequence[Features], views: CleanViews) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.config.schema import Config
-from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.models.encoder import Encoder, song_embeddings, song_means
 from simsiam_dali.models.registry import encoder_type

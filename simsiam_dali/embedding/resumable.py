@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.files import atomic_write, refuse_failed_write
-from simsiam_dali.data.shards import Split
+from simsiam_dali.data.format import Split
 
 _KEY, _LOCK = "key.json", ".lock"
 

@@ -23,7 +23,7 @@ from simsiam_dali.embedding.run import read_run
 from simsiam_dali.models.encoder import Encoder, song_embeddings
 from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.segments import SILENCE, Pcm, cut_segments, to_int16
-from simsiam_dali.packing.songs import BLOCK, BadSong, Resampler
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, Resampler
 
 WEIGHTS = "encoder.safetensors"
 

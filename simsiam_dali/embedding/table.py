@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.files import atomic_write, refuse_failed_write
-from simsiam_dali.data.shards import SCHEMAS, SONGS
+from simsiam_dali.data.format import SCHEMAS, SONGS
 
 FORMAT_VERSION = 1
 _METADATA_KEY = b"simsiam_dali"

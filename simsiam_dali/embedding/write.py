@@ -18,10 +18,11 @@ from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
+from simsiam_dali.data.format import SPLITS, Split
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Loader, Single
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.quarantine import Quarantine
-from simsiam_dali.data.shards import SPLITS, ShardSet, Split
+from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.embedding.features import Features, output_name
 from simsiam_dali.embedding.resumable import PartialResults
 from simsiam_dali.embedding.run import TrainedRun
