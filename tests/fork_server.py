@@ -76,6 +76,11 @@ class Process:
             file.seek(0)
         return self._files[0].read(), self._files[1].read()
 
+    def printed(self) -> str:
+        """What it has printed so far to its standard output."""
+        descriptor = self._files[0].fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()  # leaves the shared file offset alone
+
     def send_signal(self, number: int) -> None:
         """Send a signal, if it still runs."""
         if self.poll() is None:
@@ -96,14 +101,14 @@ def start(
     env: Mapping[str, str | None] | None = None,
     new_session: bool = False,
 ) -> "Process | subprocess.Popen[str]":
-    """Start a command line that begins with `sys.executable`, and then has -m MODULE, -c CODE or a script.
+    """Start a command line; by the server where it is `sys.executable` with -m MODULE, -c CODE or a script.
 
     env: over this process's environment; None removes a variable.
     """
     words = list(map(str, args))
-    assert words[0] == sys.executable
     environment = _environment(env)
-    if any(environment.get(name) != _environment({}).get(name) for name in AT_IMPORT) or _has_gpu():
+    changed = any(environment.get(name) != _environment({}).get(name) for name in AT_IMPORT)
+    if changed or words[0] != sys.executable or _has_gpu():
         return subprocess.Popen(
             words, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, start_new_session=new_session,
