@@ -32,9 +32,10 @@ from torch_views import Views
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
+from simsiam_dali.data.format import read_index
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Batch
-from simsiam_dali.data.pipeline import LogMel
-from simsiam_dali.data.shards import ShardSet, read_index
+from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.training.data import view_seconds
 
 PREFETCH = 2  # batches each worker keeps ready

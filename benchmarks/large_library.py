@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from simsiam_dali.common.errors import one_line_errors
-from simsiam_dali.data.shards import SEGMENTS, SONGS, open_shards
+from simsiam_dali.data.format import SEGMENTS, SONGS
+from simsiam_dali.data.shards import open_shards
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import Cut, Job, Packed, PackSettings, Result

@@ -18,7 +18,8 @@ from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.augment import Draws
-from simsiam_dali.data.pipeline import Graph, LogMel, Source, noisy_spectrum, view
+from simsiam_dali.data.graph import Graph, LogMel, Source
+from simsiam_dali.data.views import noisy_spectrum, view
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import demo_synth

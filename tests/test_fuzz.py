@@ -20,10 +20,10 @@ from simsiam_dali.common.errors import UserError, printable
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import setting_fields
 from simsiam_dali.data.commit import MANIFEST
-from simsiam_dali.data.shards import index_text, read_index, read_manifest
+from simsiam_dali.data.format import index_text, read_index, read_manifest
 from simsiam_dali.packing.decode import decode
-from simsiam_dali.packing.songs import BadSong
-from simsiam_dali.packing.tags import LONGEST, MOST, Tags, clean, read_tags
+from simsiam_dali.packing.song_audio import BadSong
+from simsiam_dali.packing.tags import MAX_CHARACTERS, MAX_VALUES, Tags, clean, read_tags
 from simsiam_dali.training import journal
 
 RUNS = [100, pytest.param(10_000, marks=pytest.mark.faults)]
@@ -140,8 +140,8 @@ def test_assignments_and_environment(runs: int) -> None:
 
 def is_fit_for_a_table(tags: Tags) -> None:
     texts = [tags.title, tags.album_artist, *tags.artists, *tags.albums, *tags.genres]
-    assert all(len(text) <= LONGEST for text in texts)
-    assert max(len(tags.artists), len(tags.albums), len(tags.genres)) <= MOST
+    assert all(len(text) <= MAX_CHARACTERS for text in texts)
+    assert max(len(tags.artists), len(tags.albums), len(tags.genres)) <= MAX_VALUES
     for text in texts:
         text.encode()  # no lone surrogate
         assert not any(ord(c) < 32 or 127 <= ord(c) < 160 or 0x202A <= ord(c) <= 0x202E for c in text)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import gpu_tables
 
 from simsiam_dali.config.load import load_config
-from simsiam_dali.data.pipeline import Epoch, Graph
+from simsiam_dali.data.graph import Epoch, Graph
 from simsiam_dali.training import memory
 
 GRAPHS: dict[str, dict[str, Any]] = {

@@ -23,11 +23,14 @@ from small_music import write_song
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import commit
-from simsiam_dali.data.shards import index_text, open_shards, read_index, verify, write_shard
+from simsiam_dali.data.format import index_text, read_index
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.data.verify import verify
 from simsiam_dali.packing.assign_split import assign_splits, group_key
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
 from simsiam_dali.packing.tags import Tags
+from simsiam_dali.packing.write import write_shard
 
 SETTINGS = PackSettings(segment_seconds=2.0, segments_per_shard=5, val_fraction=0.3)
 

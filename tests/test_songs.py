@@ -16,7 +16,7 @@ from simsiam_dali.packing.decode import decode as decode_song
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
 from simsiam_dali.packing.find import find_songs
 from simsiam_dali.packing.segments import cut_segments, encode, to_int16
-from simsiam_dali.packing.songs import BLOCK, BadSong, NoAudio, NotDecodable, Resampler, SongAudio
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, NoAudio, NotDecodable, Resampler, SongAudio
 
 
 def decode(path: Path, rate: int | None = None) -> tuple[np.ndarray, SongAudio]:
@@ -261,7 +261,7 @@ def test_finding_ends_and_sorts_out(tmp_path: Path) -> None:
     (music / "shards").mkdir()
     (music / "shards" / "5.wav").write_bytes(b"x")
 
-    files, passed_over = find_songs(music, leave_out=music / "shards")
+    files, passed_over = find_songs(music, exclude=music / "shards")
 
     assert [f.name for f in files] == ["a/1.flac", "b/2.MP3", "linked/4.ogg", "self.mp3", "z.unknown"]
     assert [bool(f.problem) for f in files] == [False, False, False, True, False]

@@ -34,8 +34,8 @@ from torch_views import Views
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import AugmentationConfig, Config
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Batch, Single
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.training.data import create_loader
 

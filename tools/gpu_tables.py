@@ -15,7 +15,8 @@ from nvidia.dali import backend
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import AugmentationConfig, Config
-from simsiam_dali.data.pipeline import Epoch, Graph, LogMel, Source, defined
+from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
+from simsiam_dali.data.pipeline import Settings, define
 from simsiam_dali.models.recompute import recompute_blocks
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import memory, micro_batch
@@ -102,7 +103,7 @@ class Operator:
 
 def operators(graph: Graph, gpu: int | None) -> list[Operator]:
     """Every operator of a graph in DALI's order."""
-    pipeline = defined(graph, 4, threads=1, prefetch=1, seed=0, gpu=gpu, state=None)
+    pipeline = define(graph, Settings(4, threads=1, prefetch=1, seed=0, gpu=gpu))
     pipeline._build_graph()
     found = []
     for call in pipeline._ops:

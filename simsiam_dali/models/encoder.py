@@ -12,7 +12,7 @@ from simsiam_dali.config.schema import Config, OptimizerConfig
 from simsiam_dali.data.shards import ShardSet
 
 if TYPE_CHECKING:  # an encoder alone needs no DALI
-    from simsiam_dali.data.pipeline import LogMel
+    from simsiam_dali.data.graph import LogMel
 
 
 class Encoder(nn.Module):

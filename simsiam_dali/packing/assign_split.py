@@ -1,4 +1,4 @@
-"""Which songs train and which validate: by group, from a stable hash, so that a growing library moves none."""
+"""Assign songs to training or validation: by group, from a stable hash, so that a growing library moves none."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from simsiam_dali.packing.tags import Tags
 
 
 def group_key(split_by: str, tags: Tags, name: str, audio_hash: str) -> str:
-    """What must not be torn apart: the song's album, else its artist, else its folder, else the song itself."""
+    """The group that stays in one split: the song's album, else its artist, else its folder, else the song itself."""
     folder = str(PurePosixPath(name).parent)
     if split_by == "song":
         return f"song:{audio_hash}"
@@ -22,9 +22,9 @@ def group_key(split_by: str, tags: Tags, name: str, audio_hash: str) -> str:
 def assign_splits(groups: Sequence[str], kept: Sequence[str | None], val_fraction: float, seed: int) -> list[str]:
     """The split of each song, `train` or `val`.
 
-    `groups`: each song's group key; `kept`: the split it already has. A group goes where songs of it are
-    already, else to validation where its hash, uniform in 0..1, is below `val_fraction`. Where one side would
-    stay empty, the new group nearest to it changes over.
+    `groups`: each song's group key; `kept`: the split it already has. A group goes to the split of its other songs,
+    if there are any, else to validation if its hash, uniform in 0..1, is below `val_fraction`. If one split would be
+    empty, the new group nearest to it moves there.
     """
     side: dict[str, str] = {}
     for group, split in zip(groups, kept, strict=True):

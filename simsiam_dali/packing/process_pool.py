@@ -1,4 +1,8 @@
-"""A crew of processes for work that may kill a process: a decoder's crash costs one task, not the run."""
+"""A pool of processes for work that may kill a process: a decoder's crash costs one task, not the run.
+
+Each worker has a pipe of its own and one task at a time, so that the death of any worker, at any moment, is seen as the
+end of its pipe and concerns its task only. Pools with a queue that workers share lose it, or tasks, with a worker.
+"""
 
 import contextlib
 import itertools
@@ -21,13 +25,13 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 @dataclass(frozen=True)
 class Died:
-    """In place of a result: the process that worked on the task ended without one."""
+    """Instead of a result: the process that worked on the task ended without one."""
 
     exit_code: int | None
 
 
 class Executor(Protocol):
-    """What works on many tasks at once: `run_all` here, or another with its promises."""
+    """Runs many tasks at once: `process_pool.run_all`, or `ray_pool.run_all`."""
 
     def __call__(
         self, function: Callable[[T], R], tasks: Iterable[T], workers: int
@@ -43,28 +47,29 @@ class _Worker(Generic[T]):
 
 
 def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[tuple[T, R | Died], None, None]:
-    """Yield `(task, function(task))` as results come, from `workers` processes; they end with the caller.
+    """Yield `(task, function(task))` as results come, from `workers` processes, which end with the caller.
 
-    An exception in `function` is raised here. A process that dies gives `Died` for its task and is replaced.
+    An exception in `function` is raised here. A process that dies yields `Died` for its task and is replaced. A task
+    leaves `tasks` when a worker is free.
     """
     waiting = iter(tasks)
-    crew: dict[Connection, _Worker[T]] = {}
+    pool: dict[Connection, _Worker[T]] = {}
 
-    def hire(task: T) -> None:
+    def start(task: T) -> None:
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(target=_work, args=(function, theirs), daemon=True)
         process.start()
         theirs.close()
-        crew[ours] = _Worker(process, task)
-        give(ours, task)
+        pool[ours] = _Worker(process, task)
+        send(ours, task)
 
-    def give(connection: Connection, task: T) -> None:
-        crew[connection].task = task
-        with contextlib.suppress(BrokenPipeError):  # it died idle: seen as the end of its pipe
+    def send(connection: Connection, task: T) -> None:
+        pool[connection].task = task
+        with contextlib.suppress(BrokenPipeError):  # it died idle, which is seen as the end of its pipe
             connection.send(task)
 
-    def dismiss(connection: Connection) -> int | None:
-        worker = crew.pop(connection)
+    def stop(connection: Connection) -> int | None:
+        worker = pool.pop(connection)
         connection.close()
         worker.process.terminate()
         worker.process.join()
@@ -72,36 +77,36 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
 
     try:
         for task in itertools.islice(waiting, workers):
-            hire(task)
-        while crew:
-            for connection in wait(list(crew)):
+            start(task)
+        while pool:
+            for connection in wait(list(pool)):
                 assert isinstance(connection, Connection)
-                done = crew[connection].task
+                done = pool[connection].task
                 following = next(waiting, None)
                 try:
                     result, error = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    crew[connection].process.join(1)
-                    result, error = Died(dismiss(connection)), None
+                    pool[connection].process.join(1)
+                    result, error = Died(stop(connection)), None
                     if following is not None:
-                        hire(following)
+                        start(following)
                 else:
                     if following is None:
-                        dismiss(connection)
+                        stop(connection)
                     else:
-                        give(connection, following)
+                        send(connection, following)
                 if error is not None:
                     raise error
                 yield done, result
     finally:
-        for connection in list(crew):
-            dismiss(connection)
+        for connection in list(pool):
+            stop(connection)
 
 
 def _work(function: Callable[[Any], Any], connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     while True:
         try:
             task = connection.recv()
@@ -114,7 +119,7 @@ def _work(function: Callable[[Any], Any], connection: Connection) -> None:
         connection.send(answer)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,7 +1,7 @@
 """The packer's tasks on a Ray cluster: `make_shards --executor ray`.
 
-The same function does the work, and leaves it where the packer looks for it: every node has to see the folder of music
-and --out under the same paths (a network file system), and have the same version of this package.
+The same function decodes, and leaves its files where the packer reads them: every node has to see the music folder and
+--out under the same paths (a network file system), and have the same version of this package.
 """
 
 import itertools
@@ -15,8 +15,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 1
-"""How often a task is given to another process when its own has died: a node may go, but a song that kills twice is
-refused."""
+"""How often a task is given to another process if its own has died: a node may go away, but a song whose decoding dies
+twice is refused."""
 
 
 def cores() -> int:
@@ -25,10 +25,10 @@ def cores() -> int:
 
 
 def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[tuple[T, R | Died], None, None]:
-    """As `workers.run_all`, with at most `workers` tasks handed out at a time.
+    """As `process_pool.run_all`, with at most `workers` tasks submitted at a time.
 
     The cluster is the one that RAY_ADDRESS names, or one that runs on this host, or else one of this host's cores that
-    ends with the packing. Raises UserError without Ray, or where the cluster does not answer.
+    ends with the packing. Raises UserError without Ray, or if the cluster does not answer.
     """
     ray, waiting = _ray(), iter(tasks)
     remote = ray.remote(max_retries=RETRIES)(function)

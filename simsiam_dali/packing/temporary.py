@@ -1,4 +1,4 @@
-"""Songs that are in no shard, packed for the moment, so that they go through the same data graph as those that are."""
+"""Pack songs that are in no shard set temporarily, so that they pass through the same data graph."""
 
 import dataclasses
 import hashlib
@@ -13,12 +13,12 @@ from simsiam_dali.packing.pack import Report, pack
 from simsiam_dali.packing.pack_song import PackSettings
 
 NO_SPLIT = ""
-"""The `split` of songs that no training has seen or held back."""
+"""The `split` of songs that were in neither training nor validation."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LooseSongs:
-    """Files whose `name` is relative to `root`, and how to pack them."""
+class TemporarySongs:
+    """Files whose `name` is relative to `root`, and the settings to pack them with."""
 
     root: Path
     files: list[SongFile]
@@ -26,22 +26,22 @@ class LooseSongs:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that changes when a file or a setting does; known before anything is decoded."""
+        """Hex digest that changes when a file or a setting does, without decoding."""
         seen = [(file.name, file.bytes, file.mtime_ns) for file in self.files]
         content = [str(self.root), seen, dataclasses.asdict(self.settings)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def packed(self, folder: Path) -> tuple[ShardSet, Report]:
-        """The songs as shards in `folder`, which goes on where it was stopped; and what was refused."""
+        """The songs as shards in `folder`, where an interrupted packing continues; and the report."""
         report = pack(self.root, folder, self.settings, len(os.sched_getaffinity(0)), replace=True, files=self.files)
         shards = open_shards(folder)
         return dataclasses.replace(shards, songs=shards.songs.assign(split=NO_SPLIT)), report
 
 
-def find(paths: list[Path], settings: PackSettings) -> LooseSongs:
-    """The songs that `paths`, folders and files, name; a file given by name is taken whatever its ending.
+def find(paths: list[Path], settings: PackSettings) -> TemporarySongs:
+    """The songs of `paths`, folders and files; a file given by name is accepted with any suffix.
 
-    settings: of the packing; nothing is kept for validation. Raises UserError for a path that is not there.
+    settings: of the packing; nothing is kept for validation. Raises UserError for a path that does not exist.
     """
     given = [path.absolute() for path in paths]
     for path in given:
@@ -59,4 +59,4 @@ def find(paths: list[Path], settings: PackSettings) -> LooseSongs:
         raise UserError(f"--music {' '.join(map(str, paths))}: no audio file there")
     files = [dataclasses.replace(file, name=relative_name(path, root)) for path, file in found.items()]
     settings = dataclasses.replace(settings, val_fraction=0.0, split_by="song")
-    return LooseSongs(root, sorted(files, key=lambda file: file.name), settings)
+    return TemporarySongs(root, sorted(files, key=lambda file: file.name), settings)

@@ -12,8 +12,8 @@ from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
+from simsiam_dali.data.graph import Graph, LogMel, Source
 from simsiam_dali.data.loader import Loader, measure_log_mel, release_memory
-from simsiam_dali.data.pipeline import Graph, LogMel, Source
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.registry import encoder_type

@@ -10,7 +10,7 @@ change, unless `train.sync_bn` is on.
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
-from simsiam_dali.data.augment import stream
+from simsiam_dali.data.augment import derive_seed
 
 
 def rescale_batch_size(config: Config, before: int, now: int) -> Config:
@@ -36,4 +36,4 @@ def _largest_divisor(micro_batch: int | str, size: int) -> int | str:
 
 def order_seed(config: Config, step: int, now: int) -> int:
     """Seed of the order and the draws of a run that continued with `now` processes after `step`."""
-    return stream(config.train.seed, f"step {step}, {now} processes")
+    return derive_seed(config.train.seed, f"step {step}, {now} processes")

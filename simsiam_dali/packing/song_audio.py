@@ -1,4 +1,4 @@
-"""One song's audio as mono float32 at the wanted rate, block by block, whoever decodes it."""
+"""One song's audio as mono float32 at a given rate, block by block, for either decoder."""
 
 import hashlib
 import itertools
@@ -18,13 +18,13 @@ from simsiam_dali.packing.segments import Pcm, to_int16
 BLOCK = 1 << 16  # source samples handled at once
 SHORT = 0.25
 """Seconds by which a decoded length may differ from another: codecs pad to whole frames."""
-# FFmpeg's default resampler (filter_size=32) lets aliases through at -12 dB and loses 3 dB at 7.5 kHz. With
+# FFmpeg's default resampler (filter_size=32) passes aliases at -12 dB and loses 3 dB at 7.5 kHz. With
 # these, from 44.1 and 48 kHz to 16 kHz, the passband is flat to 7.5 kHz and aliases stay below -90 dB.
 RESAMPLER = "filter_size=192:cutoff=0.96"
 
 
 class BadSong(Exception):
-    """A file that cannot be packed, and why. `transient`: worth another try next time (permission, disk)."""
+    """A file that cannot be packed, and why. `transient`: the reason may pass (permission, disk)."""
 
     def __init__(self, reason: str, transient: bool = False) -> None:
         super().__init__(reason, transient)
@@ -32,11 +32,11 @@ class BadSong(Exception):
 
 
 class NotDecodable(BadSong):
-    """A decoder finds nothing in the file that it can decode; another one may."""
+    """The decoder cannot decode the file; the other one may."""
 
 
 class NoAudio(BadSong):
-    """A file that holds no audio stream and does not pretend to."""
+    """A file without an audio stream, whose suffix is not of audio."""
 
 
 class Resampler:
@@ -57,7 +57,7 @@ class Resampler:
         self._pts = 0
 
     def __call__(self, block: Pcm | None) -> Iterator[Pcm]:
-        """Feed `block` (None: no more will come) and give what is ready."""
+        """Feed `block` (None: the end) and yield the output that is ready."""
         frame = None
         if block is not None:
             frame = av.AudioFrame.from_ndarray(block[None], format="flt", layout="mono")
@@ -79,8 +79,8 @@ class SongAudio(ABC):
     """One file's audio: iterate once over `blocks()`; the other fields are complete after the last block.
 
     `sample_rate` (Hz) None keeps the file's own rate. `declared` is the length in seconds that the file states,
-    None where it states none; `peak` the largest |sample|, full scale = 1; `damaged` counts packets,
-    `stopped` says that the decoder found no way on.
+    None if it states none; `peak` the largest |sample|, full scale = 1; `damaged` counts packets, `stopped`: the
+    decoder could not continue after some of it.
     """
 
     path: Path
@@ -99,7 +99,7 @@ class SongAudio(ABC):
 
         Channels are averaged. Damaged packets are skipped and counted. Raises `BadSong` for a file that cannot
         be read, or that holds NaN or infinite samples; `NotDecodable` for one that this decoder does not open;
-        `NoAudio` where no audio was to be expected.
+        `NoAudio` for one that is no audio file.
         """
         resampler, rate = None, 0
         for pcm, rate_in in self._decoded():
@@ -119,7 +119,7 @@ class SongAudio(ABC):
 
     @property
     def seconds(self) -> float:
-        """Length of what was decoded."""
+        """Decoded length."""
         return sum(samples / rate for rate, samples in self._samples.items())
 
     @property
@@ -129,7 +129,7 @@ class SongAudio(ABC):
 
     @property
     def short(self) -> bool:
-        """Whether there should have been more."""
+        """Whether the file holds more than was decoded."""
         return self.stopped or self._less_than_declared
 
     @property
@@ -138,7 +138,7 @@ class SongAudio(ABC):
 
     @property
     def note(self) -> str:
-        """What is wrong with a file that could be decoded all the same; empty for a sound one."""
+        """What is wrong with a file that could be decoded nevertheless; empty for an intact one."""
         notes = []
         if self._less_than_declared:
             notes.append(f"truncated: {self.seconds:.1f} of {self.declared:.1f} s")
