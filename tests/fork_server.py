@@ -242,12 +242,13 @@ def _preload() -> None:
 def _define_graphs() -> None:
     """Define a data graph of each mode: DALI translates their functions, once a process, in 2 s. Nothing is built."""
     from simsiam_dali.config.schema import AugmentationConfig
-    from simsiam_dali.data.pipeline import Epoch, Graph, LogMel, Source, defined
+    from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
+    from simsiam_dali.data.pipeline import Settings, define
 
     for mode in ("views", "clean", "raw"):
         source = Source((Path("a.tar"),), (Path("a.idx"),), "flac", False, 3.0, shuffle_buffer=4)
         graph = Graph(source, LogMel(), mode, 1.5, AugmentationConfig(), "independent", Epoch(1, 2))  # type: ignore
-        defined(graph, batch_size=2, threads=1, prefetch=1, seed=0, gpu=None, state=None)
+        define(graph, Settings(batch_size=2, threads=1, prefetch=1, seed=0, gpu=None))
 
 
 if __name__ == "__main__":
