@@ -76,6 +76,11 @@ class Process:
             file.seek(0)
         return self._files[0].read(), self._files[1].read()
 
+    def printed(self) -> str:
+        """What it has printed so far to its standard output."""
+        descriptor = self._files[0].fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()  # leaves the shared file offset alone
+
     def send_signal(self, number: int) -> None:
         """Send a signal, if it still runs."""
         if self.poll() is None:
@@ -96,14 +101,14 @@ def start(
     env: Mapping[str, str | None] | None = None,
     new_session: bool = False,
 ) -> "Process | subprocess.Popen[str]":
-    """Start a command line that begins with `sys.executable`, and then has -m MODULE, -c CODE or a script.
+    """Start a command line; by the server where it is `sys.executable` with -m MODULE, -c CODE or a script.
 
     env: over this process's environment; None removes a variable.
     """
     words = list(map(str, args))
-    assert words[0] == sys.executable
     environment = _environment(env)
-    if any(environment.get(name) != _environment({}).get(name) for name in AT_IMPORT) or _has_gpu():
+    changed = any(environment.get(name) != _environment({}).get(name) for name in AT_IMPORT)
+    if changed or words[0] != sys.executable or _has_gpu():
         return subprocess.Popen(
             words, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, start_new_session=new_session,
@@ -237,12 +242,13 @@ def _preload() -> None:
 def _define_graphs() -> None:
     """Define a data graph of each mode: DALI translates their functions, once a process, in 2 s. Nothing is built."""
     from simsiam_dali.config.schema import AugmentationConfig
-    from simsiam_dali.data.pipeline import Epoch, Graph, LogMel, Source, defined
+    from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
+    from simsiam_dali.data.pipeline import Settings, define
 
     for mode in ("views", "clean", "raw"):
         source = Source((Path("a.tar"),), (Path("a.idx"),), "flac", False, 3.0, shuffle_buffer=4)
         graph = Graph(source, LogMel(), mode, 1.5, AugmentationConfig(), "independent", Epoch(1, 2))  # type: ignore
-        defined(graph, batch_size=2, threads=1, prefetch=1, seed=0, gpu=None, state=None)
+        define(graph, Settings(batch_size=2, threads=1, prefetch=1, seed=0, gpu=None))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import fork_server
+import torch.distributed as dist
 
 from simsiam_dali.data.shards import ShardSet
 
@@ -63,6 +64,30 @@ def run(args: list[str], folder: Path, **environment: str) -> subprocess.Complet
 def start(args: list[str], folder: Path) -> fork_server.Process | subprocess.Popen[str]:
     """The same, left running."""
     return fork_server.start(args, folder)
+
+
+def run_ranks(number: int, args: list[str], folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run as many processes as torchrun would on this host, with its store and its variables; to their end."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(number)}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = [fork_server.start(args, folder, env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(number)]
+    said = [rank.communicate(timeout=600) for rank in ranks]
+    return [subprocess.CompletedProcess(args, r.returncode or 0, *both) for r, both in zip(ranks, said, strict=True)]
+
+
+def forked_stages(script: str) -> list[str]:
+    """The words that run a script of benchmarks/ whose stages' processes do not import torch and DALI anew."""
+    folder = ROOT / "benchmarks"
+    code = f"""
+import multiprocessing, runpy, sys
+sys.path.insert(0, {str(folder)!r})
+import measure
+measure._CONTEXT = multiprocessing.get_context("fork")
+sys.argv[0] = {script!r}
+runpy.run_path({str(folder / script)!r}, run_name="__main__")
+"""
+    return [sys.executable, "-c", code]
 
 
 def train(folder: Path, shards: Path, *options: str, **over: object) -> Path:

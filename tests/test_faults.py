@@ -1,7 +1,6 @@
 """What a training run survives, done to real runs: kills while it writes, a full disk, a damaged checkpoint."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -138,13 +137,11 @@ def test_a_full_disk_does_not_end_a_run(simple, tmp_path, small_shards):
 
         filler.unlink()
         args = command(tmp_path, small_shards, "--resume", "full", **SIMPLE)
-        with (tmp_path / "out").open("w") as out_file:
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(args, cwd=tmp_path, env=env, stdout=out_file, stderr=subprocess.PIPE, text=True)
+        process = start(args, tmp_path)
         while process.poll() is None and checkpoint.load(path)["step"] == kept:
             time.sleep(0.01)
         filler = fill(disk)
-        while process.poll() is None and "warning: step" not in (tmp_path / "out").read_text():
+        while process.poll() is None and "warning: step" not in process.printed():
             time.sleep(0.01)
         filler.unlink()
         err = process.communicate(timeout=300)[1]

@@ -1,6 +1,7 @@
 """The benchmark counts what it times, freezes who waits, sees who sleeps, and its tables hold the files' numbers."""
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import fork_server
 import pytest
 import torch
 from fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
-from running import ROOT
+from running import ROOT, forked_stages
 from signals import frequency, noise, tone
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import document
 import material
+import measure
 import report
 import throughput
 from baselines import Segments
@@ -61,6 +63,12 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def stages_by_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's process does not import torch and DALI anew; `test_the_three_named_commands` has the real start."""
+    monkeypatch.setattr(measure, "_CONTEXT", multiprocessing.get_context("forkserver"))
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +371,7 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     done = fork_server.run(
         [
-            *(sys.executable, ROOT / "benchmarks" / "throughput.py", "--shards", small_shards, "--device", "cpu"),
+            *(*forked_stages("throughput.py"), "--shards", small_shards, "--device", "cpu"),
             *("--stages", "loader/train", "train", "--seconds", "0.05", "--batch-size", "4", "--threads", "1"),
             *("--view-seconds", "1.5", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png", *sets),
         ]
