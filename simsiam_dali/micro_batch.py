@@ -19,6 +19,9 @@ from simsiam_dali.errors import UserError
 from simsiam_dali.learner import Learner, autocast_dtype
 from simsiam_dali.models.recompute import recompute_blocks
 
+REHEARSED = ("cuda",)
+"""Kinds of device on which memory ends in an error: on a CPU the kernel kills the process."""
+
 
 def candidates(config: Config) -> list[int]:
     """The micro-batches that may be taken, the largest first. Raises UserError where the configured one cannot."""
@@ -37,47 +40,53 @@ def candidates(config: Config) -> list[int]:
     return [chosen]
 
 
-def estimated(config: Config, shards: ShardSet, device: torch.device, say: Callable[[str], None]) -> Config:
-    """The config with `train.micro_batch` as a number: the largest that fits by the estimate.
+def estimated(config: Config, shards: ShardSet, world: World, say: Callable[[str], None]) -> Config:
+    """The config with `train.micro_batch` as a number: the largest that fits by the estimate, on every rank.
 
     Raises UserError where none does.
     """
     log_mel, seconds = factory.log_mel_settings(config), factory.view_seconds(config, shards)
     shapes = encoder_type(config).input_shapes(log_mel, seconds)
-    half = autocast_dtype(config.train.precision, device) != torch.float32
+    half = autocast_dtype(config.train.precision, world.device) != torch.float32
     with torch.device("meta"):  # an encoder of its own: it is only counted
         encoder = factory.create_encoder(config, pretrained=False)
     if config.train.activation_checkpointing:
         recompute_blocks(encoder)
-    refusal: UserError | None = None
+    largest, refusal = 0, ""
     for size in candidates(config):
         try:
-            warning = memory.check_fits(encoder, size, shapes, half, device, shards.segment_seconds)
+            warning = memory.check_fits(encoder, size, shapes, half, world.device, shards.segment_seconds)
         except UserError as e:
-            refusal = refusal or e
+            refusal = refusal or str(e)
             continue
         if warning and config.train.micro_batch != "auto":
             say(warning)
-        return changed(config, train__micro_batch=size)
-    assert refusal is not None
-    raise refusal
+        largest = size
+        break
+    # Ranks may have unequal memory free, such as where one GPU also draws a desktop, and must make equal steps.
+    size, why = min(world.gather((largest, refusal)))
+    if not size:
+        raise UserError(why)
+    return changed(config, train__micro_batch=size)
 
 
-def rehearsed(config: Config, learner: Learner, shards: ShardSet, world: World) -> Config:
+def rehearsed(config: Config, learner: Learner, shards: ShardSet, world: World, keep: bool = False) -> Config:
     """The config with the largest micro-batch, from its own downwards, of which a rehearsal does not run out of memory.
 
-    The same on all ranks. Raises UserError where not even the smallest runs.
+    keep: only its own will do, as a run that goes on makes the steps it made before. The same on all ranks. Raises
+    UserError where not even the smallest runs.
     """
     log_mel, seconds = factory.log_mel_settings(config), factory.view_seconds(config, shards)
     shapes = encoder_type(config).input_shapes(log_mel, seconds)
     first = config.train.micro_batch_of(config.encoder.batch_size)
     sizes = [n for n in candidates(changed(config, train__micro_batch="auto")) if n <= first]
-    for size in sizes:
+    for size in sizes[:1] if keep else sizes:
         fits = True
         try:
             data = [torch.rand(size, *shape, device=world.device) for shape in shapes]
+            data.append(torch.empty(beside_bytes(learner, shards, size), dtype=torch.uint8, device=world.device))
             segment = torch.arange(size) % len(shards.segments)
-            learner.rehearse(Batch(data[0], data[1], segment) if len(data) == 2 else Single(data[0], segment))
+            learner.rehearse(Batch(data[0], data[1], segment) if len(shapes) == 2 else Single(data[0], segment))
         except torch.OutOfMemoryError:
             fits = False
         data = []
@@ -85,7 +94,18 @@ def rehearsed(config: Config, learner: Learner, shards: ShardSet, world: World) 
             torch.cuda.empty_cache()
         if all(world.gather(fits)):
             return changed(config, train__micro_batch=size)
+    if keep:
+        raise UserError(
+            f"out of memory on {world.device} with {first} segments at once, and a run that goes on keeps its"
+            " micro-batches: end what else uses the memory, or start a new run"
+        )
     raise UserError(
         f"out of memory on {world.device} with {sizes[-1]} segments at once: use shorter views"
         " (--set data.view_seconds=...), a smaller --batch-size or backbone"
     )
+
+
+def beside_bytes(learner: Learner, shards: ShardSet, size: int) -> int:
+    """What a step's memory has to hold beside the rehearsal: DALI's buffers for `size` segments, and the momentum."""
+    momentum = 4 * sum(p.numel() for p in learner.encoder.parameters())
+    return momentum + round(memory.DALI_BYTES * shards.segment_seconds * size)

@@ -87,10 +87,11 @@ def train(
     shards = open_shards(config.data.shards)
     if resumed:
         check_same_shards(resumed, shards.fingerprint, run_dir)
-    config = micro_batch.estimated(config, shards, w.device, say)
+    config = micro_batch.estimated(config, shards, w, say)
     learner = Learner(config, shards, w, pretrained=resumed is None)
-    if w.device.type == "cuda":  # where memory ends in an error, and not in the kernel's killing the process
-        config = micro_batch.rehearsed(config, learner, shards, w)
+    if w.device.type in micro_batch.REHEARSED:
+        exact = resumed is not None and len(resumed["loaders"]) == w.size
+        config = micro_batch.rehearsed(config, learner, shards, w, keep=exact)
         learner.micro_batches = config.encoder.batch_size // config.train.micro_batch_of(config.encoder.batch_size)
 
     # Data: the log-mel's mean and std come first, since they are part of the graph.

@@ -9,8 +9,9 @@ import torch
 from running import command, losses, run, start, train, wait_for_step
 from torch import Tensor, nn
 
-from simsiam_dali import checkpoint, factory, memory, micro_batch
+from simsiam_dali import checkpoint, factory, memory, micro_batch, tuning
 from simsiam_dali import config as settings
+from simsiam_dali import train as train_module
 from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.distributed import World
@@ -194,12 +195,12 @@ def test_the_largest_that_fits_by_the_estimate_is_taken(shards, monkeypatch):
     said: list[str] = []
     for segments, expected in ((16.5, 16), (15.5, 8), (8.5, 8), (7.5, 4), (2.5, 2)):
         monkeypatch.setattr(memory, "free_bytes", lambda _, n=segments: free(n))
-        found = micro_batch.estimated(chosen, shards, CPU, said.append)
+        found = micro_batch.estimated(chosen, shards, HERE, said.append)
         assert found.train.micro_batch == expected
         assert found.encoder.batch_size == 16
     monkeypatch.setattr(memory, "free_bytes", lambda _: free(1.5))
     with pytest.raises(UserError, match="a batch of 16 needs about"):
-        micro_batch.estimated(chosen, shards, CPU, said.append)
+        micro_batch.estimated(chosen, shards, HERE, said.append)
     assert not said
 
 
@@ -230,6 +231,57 @@ def test_a_rehearsal_walks_down_and_leaves_no_trace(shards, runs_out_above):
     runs_out_above(1)
     with pytest.raises(UserError, match="out of memory on cpu with 2 segments at once"):
         micro_batch.rehearsed(config(train__micro_batch=16), learner, shards, HERE)
+
+
+class OneOfTwo(World):
+    """A rank whose only peer always says the same."""
+
+    peer: Any = None
+
+    def gather(self, thing: Any) -> list[Any]:
+        return [thing, self.peer]
+
+
+def test_ranks_take_what_fits_on_all_of_them(shards, monkeypatch):
+    """GPUs of one host may have unequal memory free, and their steps must be equal."""
+    rank = OneOfTwo(0, 2, CPU)
+    for peer, expected in (((16, ""), 16), ((4, "16 do not fit"), 4)):
+        monkeypatch.setattr(OneOfTwo, "peer", peer)
+        assert micro_batch.estimated(config(), shards, rank, lambda _: None).train.micro_batch == expected
+    monkeypatch.setattr(OneOfTwo, "peer", (0, "not even 2 fit there"))
+    with pytest.raises(UserError, match=r"^not even 2 fit there$"):
+        micro_batch.estimated(config(), shards, rank, lambda _: None)
+    monkeypatch.setattr(OneOfTwo, "peer", False)
+    with pytest.raises(UserError, match="with 2 segments at once"):
+        micro_batch.rehearsed(config(), Learner(config(), shards, HERE), shards, rank)
+
+
+def test_a_run_that_goes_on_keeps_its_micro_batch_or_is_refused(shards, runs_out_above):
+    """With another, the loader's place in the data would be another one, and so would batch norm."""
+    learner = Learner(config(), shards, HERE)
+    runs_out_above(8)
+    assert micro_batch.rehearsed(config(train__micro_batch=8), learner, shards, HERE, keep=True).train.micro_batch == 8
+    runs_out_above(4)
+    with pytest.raises(UserError, match="with 8 segments at once, and a run that goes on keeps its micro-batches"):
+        micro_batch.rehearsed(config(train__micro_batch=8), learner, shards, HERE, keep=True)
+
+
+def test_a_rehearsal_leaves_room_for_what_a_step_has_beside_it(shards):
+    """DALI's buffers grow with the micro-batch, the momentum does not."""
+    learner = Learner(config(), shards, HERE)
+    one, two = (micro_batch.beside_bytes(learner, shards, size) for size in (1, 2))
+    assert two - one == pytest.approx(memory.DALI_BYTES * shards.segment_seconds, abs=1)
+    assert 2 * one - two == pytest.approx(4 * sum(p.numel() for p in learner.encoder.parameters()), abs=1)
+
+
+def test_memory_is_checked_before_threads_are_tried(small_shards, tmp_path, monkeypatch):
+    """A batch that cannot fit is refused at once, not after half a minute of measuring."""
+    monkeypatch.setattr(train_module, "Interrupt", lambda: None)  # pytest has handlers of its own
+    monkeypatch.setattr(tuning, "with_threads", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2**30)
+    asked = config(data__shards=small_shards, data__threads="auto", mlflow__enabled="false")
+    with pytest.raises(UserError, match="a batch of 16 needs about"):
+        train_module.train(asked, HERE, None, tmp_path)
 
 
 SCRIPT = """
@@ -263,6 +315,33 @@ def test_a_batch_that_does_not_fit_is_trained_in_parts(tmp_path, small_shards):
     (tmp_path / "explicit").mkdir()
     explicit = train(tmp_path / "explicit", small_shards, train__micro_batch=4, **over)
     assert losses(explicit) == losses(run_dir)
+
+
+OUT_OF_MEMORY = """
+import sys
+import torch
+from simsiam_dali import micro_batch, train
+from simsiam_dali.models.simsiam import SimSiam
+micro_batch.REHEARSED = ("cpu",)
+forward = SimSiam.forward
+def limited(self, view1, view2):
+    if self.training and len(view1) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return forward(self, view1, view2)
+SimSiam.forward = limited
+sys.exit(train.main())
+"""
+
+
+def test_a_run_that_runs_out_of_memory_walks_down_and_trains(tmp_path, small_shards):
+    """What the estimate lets through and the device does not: 8, then 4, then 2, of which steps of 8 are made."""
+    args = command(tmp_path, small_shards, mlflow__enabled="false", encoder__batch_size=8, encoder__epochs=1)
+    done = run([args[0], "-c", OUT_OF_MEMORY, *args[3:]], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "each step adds up the gradients of 4 micro-batches of 2 segments" in done.stdout
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert checkpoint.load(run_dir / checkpoint.FILE_NAME)["config"]["train"]["micro_batch"] == 2
+    assert list(losses(run_dir)) == list(range(1, open_shards(small_shards).count("train") // 8 + 1))
 
 
 def test_steps_in_parts_are_resumed_bit_for_bit(tmp_path, small_shards):
