@@ -126,26 +126,26 @@ done
 bench step c train 200 --stages loader/train model train "${ON[@]}"
 step c step 150 "$PYTHON" benchmarks/gpu_step.py --json FOLDER/step.json "${SMALL[@]}" "${SHORT[@]}" "${ON[@]}"
 bench step c loader 200 "${ON[@]}" \
-  --stages loader/read loader/decode loader/resample loader/mel loader/card loader/all
+  --stages loader/read loader/decode loader/resample loader/mel loader/light loader/all
 bench step c sweep-batch 120 --sweep batch --stages loader/all "${ON[@]}"
 
 # The workers of a baseline give a batch each in turn: 16 of 128 would make a window of minutes.
 bench cuda d baseline-gpu 200 --windows 3 --stages loader/all baseline/gpu_light baseline/gpu_full "${ON[@]}"
 bench step d baseline 200 --windows 3 --baseline-batch 4 "${ON[@]}" \
-  --stages loader/card loader/all baseline/light baseline/full
+  --stages loader/light loader/all baseline/light baseline/full
 bench step d baseline-train 200 --windows 3 --baseline-batch 4 --stages baseline/train "${ON[@]}"
 # The training's options one by one, each against part c's `train`: what does each of them give?
 bench cuda d compile 240 --stages model train --set train.compile=true "${ON[@]}"
 bench cuda d fp32 90 --stages model train --set train.precision=fp32 "${ON[@]}"
 bench cuda d contiguous 90 --stages model train --set train.channels_last=false "${ON[@]}"
 bench cuda d recompute 90 --stages model train --set train.activation_checkpointing=true "${ON[@]}"
-bench cuda d cpu-graph 120 --device cpu --stages loader/card loader/all "${ON[@]}"
+bench cuda d cpu-graph 120 --device cpu --stages loader/light loader/all "${ON[@]}"
 step d embed 90 "$PYTHON" benchmarks/embed.py --seconds 1 --json FOLDER/embed.json "${SMALL[@]}" "${EMBED[@]}" "${ON[@]}"
 bench step d soak 90 --soak "$SOAK" "${ON[@]}"
-bench step d seconds 120 --sweep seconds --stages loader/card "${ON[@]}"
+bench step d seconds 120 --sweep seconds --stages loader/light "${ON[@]}"
 bench step d threads 120 --sweep threads --stages loader/all "${ON[@]}"
-bench step d rate 200 --sweep rate --stages loader/card "${ANEW[@]}"
-bench step d codec 200 --sweep codec --stages loader/card "${ANEW[@]}"
+bench step d rate 200 --sweep rate --stages loader/light "${ANEW[@]}"
+bench step d codec 200 --sweep codec --stages loader/light "${ANEW[@]}"
 
 echo "== all in $((SECONDS - started)) s of $BUDGET, results in $OUT"
 if [ ${#skipped[@]} -gt 0 ]; then echo "skipped, no CUDA device: ${skipped[*]}"; fi

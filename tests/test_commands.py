@@ -77,7 +77,7 @@ def test_the_benchmark_without_options_measures_the_shards_beside_it(short_songs
     plan = throughput.Bench(args).plan()
     assert [list(group) for group in plan] == [
         ["loader/read", "loader/decode", "loader/resample", "loader/mel"],
-        ["loader/card", "baseline/light"],
+        ["loader/light", "baseline/light"],
         ["loader/all", "baseline/full"],
         ["loader/train", "model", "train"],
     ]
