@@ -27,14 +27,14 @@ import torch
 from measure import Stage, interleaved, summary
 from torch import Tensor
 
-from simsiam_dali import embed
 from simsiam_dali.common.distributed import World, choose_device
 from simsiam_dali.common.errors import one_line_errors
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.embedding.features import CHECKPOINT, encoder_features
-from simsiam_dali.embedding.resumable import Parts
+from simsiam_dali.embedding.resumable import PartialResults
+from simsiam_dali.embedding.write import embed_batches, embedding_config
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
 from simsiam_dali.training.throughput import StepClock
@@ -66,14 +66,14 @@ def open_stage(spec: Spec) -> Stage:
     if spec.kind == "model":
         shape = kind.input_shapes(log_mel, view_seconds(config, shards))[0]
         data = torch.randn(config.encoder.batch_size, *shape, device=device)
-        return Stage(forwards(features.of, data), device)
+        return Stage(forwards(features.compute, data), device)
     loader = create_loader(config, shards, log_mel, world, "train", features.mode)
     if spec.kind == "loader":
         return Stage((batch.segment for batch in loader.endless()), device)
     clock = StepClock(device)
-    parts = Parts(spec.scratch, {}).__enter__()  # to the end of this process
+    results = PartialResults(spec.scratch, {}).__enter__()  # to the end of this process
     batches = clock.batches(loader.endless())
-    return Stage(embed.embed_batches(features, batches, parts, "train", loader.state_dict), device, clock=clock)
+    return Stage(embed_batches(features, batches, results, "train", loader.state_dict), device, clock=clock)
 
 
 def forwards(of: Any, data: Tensor) -> Iterator[Tensor]:
@@ -122,7 +122,7 @@ def main() -> None:
         material.enough_segments({args.batch_size or trained.encoder.batch_size}), machine.cores()
     )
     seconds = open_shards(folder).segment_seconds
-    config = embed.embedding_config(trained, seconds, batch=args.batch_size, data__shards=folder)
+    config = embedding_config(trained, seconds, batch=args.batch_size, data__shards=folder)
     with tempfile.TemporaryDirectory() as scratch:
         how = {kind: (open_stage, (Spec(kind, config, args.device, Path(scratch)),)) for kind in KINDS}
         timed, errors = interleaved(how, args.windows, args.seconds, say=say)

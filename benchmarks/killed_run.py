@@ -30,7 +30,7 @@ from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.embedding.table import read_embeddings
 from simsiam_dali.training import checkpoint
 from simsiam_dali.training.profiling import WARM_UP
 
@@ -151,7 +151,7 @@ def measured(args: argparse.Namespace, commands: Commands, folder: Path) -> dict
     checked(run_dir, total, before, commands.run("resume", [*again, "--profile", profiled]))
     table = folder / "embeddings.parquet"
     commands.run("embed", ["-m", "simsiam_dali.embed", "--checkpoint", run_dir, "--out", table])
-    embedded = len(embeddings.read(table).vectors)
+    embedded = len(read_embeddings(table).vectors)
     if embedded != len(shards.songs):
         raise UserError(f"{embedded} of {len(shards.songs)} songs have an embedding")
     for name in KEPT:

@@ -121,9 +121,10 @@ def main() -> None:
         try:
             signal = train(config, world, resumed, run_dir)
             if config.train.closing_score and not signal:
-                from simsiam_dali.embedding import closing_score  # needs scikit-learn, which training does not
+                # Here, since it needs scikit-learn, which training does not.
+                from simsiam_dali.embedding.closing_score import closing_score
 
-                if line := closing_score.of_run(run_dir, world):
+                if line := closing_score(run_dir, world):
                     world.print(line)
         except torch.OutOfMemoryError as e:
             raise UserError(

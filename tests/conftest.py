@@ -1,11 +1,19 @@
 """What the tests share: the `gpu` marker skips itself without CUDA; a small library, runs on it, an MLflow server."""
 
+import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from running import run_tool, train
+
+torch.set_num_threads(1)  # the tests share the cores among themselves, and sums are the same in every process
+os.environ["OMP_NUM_THREADS"] = "1"
+# What packing and benchmarks start from these processes' own fork server has its imports behind it.
+multiprocessing.set_forkserver_preload(list(fork_server.PRELOADED))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,4 +1,4 @@
-"""Runs as training would log them, made through the MLflow client alone, and a real MLflow server."""
+"""Runs as training logs them, made through the MLflow client alone, and a real MLflow server."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 START_SECONDS = 60.0
-"""What a server has to come up in; a busy two-core machine took 8."""
+"""Time for a server to start; a busy two-core machine took 8."""
 
 
 def log_run(
@@ -45,7 +45,7 @@ def log_run(
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A port of loopback that is not in use."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -76,9 +76,9 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
     try:
         deadline = time.monotonic() + START_SECONDS
         while not answers(uri):
-            said = (folder / "server.log").read_text(errors="replace")[-2000:]
-            assert server.poll() is None, f"the server ended: {said}"
-            assert time.monotonic() < deadline, f"the server does not answer: {said}"
+            log_tail = (folder / "server.log").read_text(errors="replace")[-2000:]
+            assert server.poll() is None, f"the server ended: {log_tail}"
+            assert time.monotonic() < deadline, f"the server does not answer: {log_tail}"
             time.sleep(0.2)
         yield uri
     finally:
@@ -87,7 +87,7 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
 
 
 def answers(uri: str) -> bool:
-    """Whether the server says it is well."""
+    """Whether the server answers a health request."""
     try:
         with urllib.request.urlopen(f"{uri}/health", timeout=5) as reply:
             return bool(reply.status == 200)

@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import fork_server
+import torch.distributed as dist
+
 from simsiam_dali.data.shards import ShardSet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_tool(name: str, *args: object) -> str:
     """Run a script of tools/ and return what it printed; it must succeed."""
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, args)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = fork_server.run([sys.executable, str(ROOT / "tools" / name), *map(str, args)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 TINY = {
@@ -26,6 +30,7 @@ TINY = {
     "encoder.epochs": 3,
     "encoder.batch_size": 4,
     "encoder.simsiam.backbone": "resnet18",
+    "encoder.simsiam.backbone_width": 8,
     "encoder.simsiam.projection_dim": 32,
     "encoder.simsiam.predictor_hidden_dim": 8,
     "encoder.simsiam.n_mels": 16,
@@ -52,15 +57,37 @@ def command(folder: Path, shards: Path, *options: str, **over: object) -> list[s
 
 
 def run(args: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run to the end, in `folder`, with one torch thread so that tests do not disturb each other."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    """Run to the end, in `folder`."""
+    return fork_server.run(args, folder, environment)
 
 
-def start(args: list[str], folder: Path) -> subprocess.Popen[str]:
+def start(args: list[str], folder: Path) -> fork_server.Process | subprocess.Popen[str]:
     """The same, left running."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(args, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return fork_server.start(args, folder)
+
+
+def run_ranks(number: int, args: list[str], folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run as many processes as torchrun would on this host, with its store and its variables; to their end."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(number)}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = [fork_server.start(args, folder, env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(number)]
+    said = [rank.communicate(timeout=600) for rank in ranks]
+    return [subprocess.CompletedProcess(args, r.returncode or 0, *both) for r, both in zip(ranks, said, strict=True)]
+
+
+def forked_stages(script: str) -> list[str]:
+    """The words that run a script of benchmarks/ whose stages' processes do not import torch and DALI anew."""
+    folder = ROOT / "benchmarks"
+    code = f"""
+import multiprocessing, runpy, sys
+sys.path.insert(0, {str(folder)!r})
+import measure
+measure._CONTEXT = multiprocessing.get_context("fork")
+sys.argv[0] = {script!r}
+runpy.run_path({str(folder / script)!r}, run_name="__main__")
+"""
+    return [sys.executable, "-c", code]
 
 
 def train(folder: Path, shards: Path, *options: str, **over: object) -> Path:
@@ -93,7 +120,7 @@ def epochs(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in timed} for r in records(run_dir) if "epoch" in r]
 
 
-def wait_for_step(process: subprocess.Popen[str], run_parent: Path, step: int) -> None:
+def wait_for_step(process: fork_server.Process | subprocess.Popen[str], run_parent: Path, step: int) -> None:
     """Until the journal holds the loss of `step`."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:

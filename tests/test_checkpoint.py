@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from full_disk import fill, small_disk
@@ -230,7 +231,7 @@ def test_a_run_goes_on_on_its_kind_of_device_only(tmp_path, small_runs):
     words = [sys.executable, "-m", "simsiam_dali.train", "--resume", str(run_dir), "--device"]
 
     checkpoint.save({**saved, "device": "cuda"}, path)
-    done = subprocess.run([*words, "cpu"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = fork_server.run([*words, "cpu"], tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {run_dir} was saved on cuda and cannot continue on cpu")
@@ -242,5 +243,5 @@ def test_a_run_goes_on_on_its_kind_of_device_only(tmp_path, small_runs):
     assert "device" not in checkpoint.load(path)
     for device in ("cpu", "cuda"):
         checkpoint.check_device(saved, torch.device(device), run_dir)
-    done = subprocess.run([*words, "auto"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = fork_server.run([*words, "auto"], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -169,7 +169,7 @@ def test_label_chance_of_an_uneven_bank() -> None:
 def test_many_queries_are_scored_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, query = clusters(100, seed=1, spread=2), clusters(90, seed=2, spread=2)
     at_once = knn_labels(*bank, *query, k=5)
-    monkeypatch.setattr("simsiam_dali.evaluation.knn.QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr("simsiam_dali.evaluation.knn.BLOCK", 7)
     assert knn_labels(*bank, *query, k=5) == at_once
 
 

@@ -29,7 +29,7 @@ from simsiam_dali.data.graph import Graph, LogMel, Source
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.quarantine import COLUMNS, Quarantine
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.embedding.table import read_embeddings
 
 SECONDS = 0.5
 SEGMENTS = 23
@@ -319,7 +319,7 @@ def test_a_run_and_its_embedding_go_on_without_them(tmp_path, small_shards, caps
     monkeypatch.setattr(sys, "argv", words)
     embed.main()
     assert "without 2 segments that do not decode" in capsys.readouterr().out
-    rows = embeddings.read(table).table["segment"]
+    rows = read_embeddings(table).table["segment"]
     assert list(rows) == [row for row in range(len(shards.segments)) if row not in bad]
 
 

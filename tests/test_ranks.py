@@ -14,7 +14,7 @@ import pytest
 import rank_worker
 import torch
 import torch.distributed as dist
-from running import command, epochs, losses, mark_damaged, run, start, wait_for_step
+from running import command, epochs, losses, mark_damaged, run, run_ranks, start, wait_for_step
 
 from simsiam_dali.common import distributed
 from simsiam_dali.common.distributed import World
@@ -45,8 +45,8 @@ def ranks(request: pytest.FixtureRequest, small_shards: Path, tmp_path_factory: 
     """What several do, with equal parts of it each."""
     folder = tmp_path_factory.mktemp("ranks")
     script = [sys.executable, str(HERE / "rank_worker.py"), str(small_shards), str(folder / "out.pt")]
-    done = run(launched(request.param, script), folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in run_ranks(request.param, script, folder):
+        assert done.returncode == 0, done.stderr[-3000:]
     return request.param, torch.load(folder / "out.pt", weights_only=True)
 
 
@@ -129,7 +129,7 @@ def test_on_gpus_tensors_of_the_cpu_are_exchanged_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(dist, "init_process_group", joined.append)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    with distributed.world("gpu") as world:
+    with distributed.process_group("gpu") as world:
         assert (world.rank, world.size, world.gpu) == (1, 2, 1)
     (backend,) = joined
     assert dict(part.split(":") for part in backend.split(",")) == {"cpu": "gloo", "cuda": "nccl"}
@@ -150,9 +150,9 @@ def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_s
     saved["epoch"], saved["step"] = 1, steps + 2
     checkpoint.save(saved, run_dir / checkpoint.FILE_NAME)
     resume = [sys.executable, "-m", "simsiam_dali.train", "--resume", str(run_dir)]
-    refused = run(launched(3, resume), tmp_path)
-    assert refused.returncode == 1
-    assert [line for line in refused.stderr.splitlines() if line.startswith("error: ")] == [
+    refused = run_ranks(3, resume, tmp_path)
+    assert [rank.returncode for rank in refused] == [1, 1, 1]
+    assert [line for rank in refused for line in rank.stderr.splitlines() if line.startswith("error: ")] == [
         "error: a step of this run has 8 segments, which 3 processes cannot share evenly, 2 or more each: go on with"
         " 1, 2, 4"
     ]

@@ -1,11 +1,11 @@
 """The experiment on real music: halves without overlap, scores that can be checked by hand, a peer that is one."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import fork_server
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,7 +21,7 @@ import run
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
-from simsiam_dali.embedding import table as embeddings
+from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
 from simsiam_dali.models.losses import SimSiamLoss
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import log_mel_settings
@@ -59,8 +59,8 @@ def write_table(path: Path, songs: list[tuple[str, list[str]]], vectors: np.ndar
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    embeddings.write(
-        path, embeddings.of_songs(frame, np.arange(n), vectors, {"rows": "songs", "features": "checkpoint"})
+    write_embeddings(
+        path, Embeddings.of_songs(frame, np.arange(n), vectors, {"rows": "songs", "features": "checkpoint"})
     )
     return path
 
@@ -181,9 +181,10 @@ def test_the_peer_trains_on_one_half_and_embeds_the_other(small_shards, tmp_path
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     out = tmp_path / "peer.parquet"
     words = ["--config", CPU_FILE, "--shards", small_shards, "--embed", small_shards, "--out", out, *sets]
-    subprocess.run([sys.executable, ROOT / "benchmarks/real_music/peer.py", *words], check=True, cwd=tmp_path)
-    table = embeddings.read_songs(out)
-    assert table.about["encoder_type"] == "lightly"
+    done = fork_server.run([sys.executable, ROOT / "benchmarks/real_music/peer.py", *words], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = read_song_embeddings(out)
+    assert table.provenance["encoder_type"] == "lightly"
     assert table.vectors.shape == (
         16,
         2 * 8 * 8,

@@ -1,6 +1,7 @@
 """The benchmark counts what it times, freezes who waits, sees who sleeps, and its tables hold the files' numbers."""
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -11,16 +12,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
-from running import ROOT
+from running import ROOT, forked_stages
 from signals import frequency, noise, tone
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import document
 import material
+import measure
 import report
 import throughput
 from baselines import Segments
@@ -60,6 +63,12 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def stages_by_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's process does not import torch and DALI anew; `test_the_three_named_commands` has the real start."""
+    monkeypatch.setattr(measure, "_CONTEXT", multiprocessing.get_context("forkserver"))
 
 
 @pytest.fixture(scope="module")
@@ -360,14 +369,12 @@ def test_the_full_baselines_stretch_keeps_the_pitch_and_brings_a_burst_forward()
 
 def test_the_command_measures_and_writes_the_documented_json(small_shards: Path, tmp_path: Path) -> None:
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
-    done = subprocess.run(
+    done = fork_server.run(
         [
-            *(sys.executable, ROOT / "benchmarks" / "throughput.py", "--shards", small_shards, "--device", "cpu"),
+            *(*forked_stages("throughput.py"), "--shards", small_shards, "--device", "cpu"),
             *("--stages", "loader/train", "train", "--seconds", "0.05", "--batch-size", "4", "--threads", "1"),
             *("--view-seconds", "1.5", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png", *sets),
-        ],
-        capture_output=True,
-        text=True,
+        ]
     )
     assert done.returncode == 0, done.stderr[-3000:]
     doc = json.loads((tmp_path / "r.json").read_text())

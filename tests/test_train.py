@@ -12,6 +12,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import fork_server
 import mlflow
 import pytest
 import torch
@@ -179,7 +180,7 @@ try:
 finally:
     assert "mlflow" not in sys.modules
 """
-    done = run([sys.executable, "-c", code, *args[3:]], tmp_path)
+    done = fork_server.fresh([sys.executable, "-c", code, *args[3:]], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -42,7 +42,7 @@ def options_table(parser: argparse.ArgumentParser) -> Iterator[str]:
     yield "| option | meaning |"
     yield "|---|---|"
     for action in parser._actions:
-        if action.dest == "help":
+        if action.dest == "help" or action.help == argparse.SUPPRESS:
             continue
         value = action.metavar or ("\\|".join(map(str, action.choices)) if action.choices else "")
         name = ", ".join(action.option_strings) or action.metavar or action.dest

@@ -27,8 +27,8 @@ from simsiam_dali.config.schema import Config
 from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import measure_log_mel
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.embed import embed, embedding_config
 from simsiam_dali.embedding.features import encoder_features
+from simsiam_dali.embedding.write import CleanViews, embedding_config, write_table
 from simsiam_dali.models.encoder import Encoder
 from simsiam_dali.models.simsiam import create_backbone
 from simsiam_dali.training.data import create_loader, log_mel_settings, with_threads
@@ -118,7 +118,7 @@ def main() -> None:
     peer = train(config, shards, log_mel, world)
 
     clean = embedding_config(config, others.segment_seconds)
-    about = {
+    provenance = {
         "features": "checkpoint",
         "rows": "songs",
         "encoder_type": "lightly",
@@ -132,7 +132,7 @@ def main() -> None:
         "tracking_uri": "",
     }
     features = encoder_features("lightly", peer, clean, device)
-    print(embed(features, clean, others, log_mel, world, about, args.out))
+    print(write_table(features, CleanViews(clean, others, log_mel, world), provenance, args.out))
 
 
 if __name__ == "__main__":

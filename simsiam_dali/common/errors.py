@@ -13,6 +13,11 @@ class UserError(Exception):
     """Says in one line what is wrong, where, and what to do about it."""
 
 
+def one_line(error: BaseException) -> str:
+    """The text of an error, as one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
 def printable(text: str) -> str:
     """`text` for a terminal: whatever is not shown as itself (control, direction, unassigned) becomes a U+FFFD."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)

@@ -1,11 +1,12 @@
-"""Write a file whole or not at all: to a temporary name beside it, through to the disk, then one rename."""
+"""Write files whole or not at all: to a temporary name beside them, then moved in place."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.errors import UserError, one_line
 
 
 @contextmanager
@@ -32,5 +33,16 @@ def refuse_failed_write(path: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as e:
-        reason = (e.strerror if isinstance(e, OSError) else None) or " ".join(str(e).split())[:200]
+        reason = (e.strerror if isinstance(e, OSError) else None) or one_line(e)
         raise UserError(f"cannot write {path} ({reason})" + (f": {advice}" if advice else "")) from e
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into `folder`: all are written beside it first, so that a failure leaves what was there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
+        for name, content in files.items():
+            (Path(part) / name).write_bytes(content)
+        folder.mkdir(exist_ok=True)
+        for name in files:
+            (Path(part) / name).replace(folder / name)

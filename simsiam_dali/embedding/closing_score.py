@@ -1,5 +1,6 @@
-"""What a finished training came to: `nearest_song`'s sentence for its encoder, over the songs of its shards."""
+"""The score that a training prints at its end: `nearest_song`'s sentence about its encoder, over its own songs."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,45 +11,41 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.common.distributed import World
-from simsiam_dali.config.schema import Config
-from simsiam_dali.data.format import SPLITS
-from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.data.subset import subset_of
-from simsiam_dali.embed import embedding_config, finite
-from simsiam_dali.embedding import run as trained
 from simsiam_dali.embedding.features import CHECKPOINT, Features, create_features
+from simsiam_dali.embedding.run import read_run
+from simsiam_dali.embedding.write import CleanViews, check_finite, embedding_config
 from simsiam_dali.evaluation.nearest_song import BASELINES, labels_of, sentence
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
 
-MOST_SEGMENTS = 20_000
-"""Segments that are embedded, so that a large library makes its training no more than some minutes longer.
+MAX_SEGMENTS = 20_000
+"""Segments that are embedded, so that the score of a large library takes a few minutes at most.
 
-They are songs enough: of 3,000, the 95% interval of a share reaches 2 points to each side.
+With their 3,000 songs or so, the 95% interval of a share reaches 2 points to each side.
 """
 
 
-def of_run(run_dir: Path, world: World) -> str:
-    """The sentence for the run in `run_dir`, over its own shards; the same on every rank, which all must call it."""
-    (run, *_) = world.gather(trained.read(str(run_dir)) if world.main else None)
+def closing_score(run_dir: Path, world: World) -> str:
+    """The sentence about the run in `run_dir`, empty where no songs share a label. All ranks must call it."""
+    (run, *_) = world.gather(read_run(str(run_dir)) if world.main else None)
     shards = open_shards(run.config.data.shards)
     if labels_of(shards.songs) is None:
         return ""
     config = embedding_config(run.config, shards.segment_seconds)
-    log_mel = with_statistics(log_mel_settings(config), **run.statistics)
-    features = [create_features(name, run, log_mel, world.device) for name in (CHECKPOINT, *BASELINES)]
-    with some_songs(shards, MOST_SEGMENTS, run.config.train.seed) as part:
-        songs, vectors = embed_songs(features, config, part, log_mel, world)
+    views = CleanViews.open(config, shards, run.statistics, world)
+    features = [create_features(name, run, views.log_mel, world.device) for name in (CHECKPOINT, *BASELINES)]
+    with sample_songs(shards, MAX_SEGMENTS, run.config.train.seed) as part:
+        songs, vectors = embed_songs(features, dataclasses.replace(views, shards=part))
     drawn_from = len(shards.songs) if part is not shards else 0
     return sentence(shards.songs.iloc[songs], vectors, encoder_type(config).learns_from_tags, drawn_from)
 
 
 @contextmanager
-def some_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
-    """The set, or of one with more than `most` segments a part: all songs of artists (or genres) drawn by `seed`.
+def sample_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
+    """The set itself, or a part with at most `most` segments: all songs of artists (or genres) drawn with `seed`.
 
-    Songs drawn one by one would mostly have lost their partners.
+    Songs drawn one by one would mostly have no partner in the sample.
     """
     if len(shards.segments) <= most:
         yield shards
@@ -64,29 +61,24 @@ def some_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
         yield subset_of(shards, np.flatnonzero(songs[shards.segments["song"]]), Path(folder))
 
 
-def embed_songs(
-    features: Sequence[Features], config: Config, shards: ShardSet, log_mel: LogMel, world: World
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Rows `(S,)` of the song table that have a segment in `shards`, and each feature's vectors `(S, D)`, by name."""
-    song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
+def embed_songs(features: Sequence[Features], views: CleanViews) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rows `(S,)` of the song table that have a segment, and the vectors `(S, D)` of each of `features`, by name."""
     made: dict[str, np.ndarray] = {}
     songs = torch.empty(0)
     for mode in dict.fromkeys(f.mode for f in features):
         own = [f for f in features if f.mode == mode]
         rows: list[Tensor] = []
         vectors: dict[str, list[Tensor]] = {f.name: [] for f in own}
-        for split in SPLITS:
-            if not shards.count(split):
-                continue
-            for batch in create_loader(config, shards, log_mel, world, split, mode):
+        for _, loader in views.loaders(mode):
+            for batch in loader:
                 if len(batch.segment):
                     rows.append(batch.segment.cpu())
                     for f in own:
-                        vectors[f.name].append(f.of(batch.data).cpu())
-        ranks = world.gather((rows, vectors))
+                        vectors[f.name].append(f.compute(batch.data).cpu())
+        ranks = views.world.gather((rows, vectors))
         segment = torch.cat([x for of_rank, _ in ranks for x in of_rank])
         for f in own:
-            each = finite(torch.cat([x for _, of_rank in ranks for x in of_rank[f.name]]))
-            songs, means = f.of_songs(each, song_of[segment])
+            each = check_finite(torch.cat([x for _, of_rank in ranks for x in of_rank[f.name]]))
+            songs, means = f.song_means(each, views.segment_song[segment])
             made[f.name] = means.numpy()
     return songs.numpy(), {f.name: made[f.name] for f in features}

@@ -1,14 +1,14 @@
-"""From a song to an encoder's input, without DALI: what an exported folder's `config.json` says."""
+"""The `config.json` of an exported encoder: how a song becomes the encoder's input, without DALI."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
-from simsiam_dali.embedding.run import Trained
+from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.models.encoder import Encoder
 from simsiam_dali.models.registry import encoder_type
 
@@ -16,15 +16,16 @@ FORMAT_VERSION = 1
 CONFIG = "config.json"
 
 FLOOR_DB = -100.0
-"""Of the log-mel: `AmplitudeToDB(amin=1e-10)`."""
+"""The log-mel's least value: `AmplitudeToDB(amin=1e-10)`."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """From a song to the encoder's input. `config`: its sections `encoder` and `data.sample_rate` count.
+class ExportConfig:
+    """How a song becomes the encoder's input. Of `config`, only `encoder` and `data.sample_rate` are used.
 
-    statistics: `mean` and `std` of the log-mel, dB. segment_seconds: how songs are cut. packed_rate: Hz at which they
-    are cut, before the front end's own. view_seconds: the middle of a segment that is heard; None = the whole.
+    statistics: `mean` and `std` of the log-mel, dB. segment_seconds: how songs are cut. packed_rate: the sample rate at
+    which they are cut, Hz, before resampling to the front end's. view_seconds: the length of the middle of a segment
+    that is embedded; None = the whole segment.
     """
 
     config: Config
@@ -36,17 +37,17 @@ class Recipe:
 
     @property
     def rate(self) -> int:
-        """The front end's, Hz."""
+        """Sample rate of the front end, Hz."""
         return self.config.data.sample_rate
 
     @property
     def samples(self) -> int:
-        """Of the encoder's input, at the front end's rate."""
+        """Length of the encoder's input, at the front end's rate."""
         return round((self.view_seconds or self.segment_seconds) * self.rate)
 
     @property
     def input_name(self) -> str:
-        """What the encoder embeds: `log_mel` or `waveform`."""
+        """The encoder's input: `log_mel` or `waveform`."""
         return "log_mel" if encoder_type(self.config).embeds == "clean" else "waveform"
 
     def encoder(self) -> Encoder:
@@ -63,7 +64,7 @@ class Recipe:
             raise UserError(f"the encoder needs at least {least:.2f} s of audio, not {self.samples / self.rate:g}")
 
     def to_json(self) -> dict[str, Any]:
-        """What `config.json` of an exported folder says; nothing of it tells about the songs or this machine."""
+        """The content of `config.json`; nothing in it is about the songs or this machine."""
         simsiam = self.config.encoder.simsiam
         encoder = self.config.encoder.model_dump(mode="json")
         encoder["simsiam"]["pretrained_backbone"] = False  # it may be a path, and the weights have replaced it
@@ -92,8 +93,8 @@ class Recipe:
         }
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Recipe":
-        """What `to_json` gave."""
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
         tree = {"encoder": content["encoder"], "data": {"sample_rate": content["sample_rate"]}}
         log_mel = content["log_mel"] or {"mean": 0.0, "std": 1.0}
         names = ("segment_seconds", "packed_rate", "view_seconds", "checkpoint_sha256")
@@ -103,19 +104,20 @@ class Recipe:
             **{name: content[name] for name in names},
         )
 
+    @classmethod
+    def of_run(cls, run: TrainedRun) -> Self:
+        """Songs are cut as those of the training were."""
+        rate = run.packing.sample_rate or run.config.data.sample_rate
+        return cls(run.config, run.statistics, run.packing.segment_seconds, rate, None, run.sha256)
 
-def of_run(run: Trained) -> Recipe:
-    """The recipe of a run: its songs are cut as those of the training were."""
-    rate = run.packing.sample_rate or run.config.data.sample_rate
-    return Recipe(run.config, run.statistics, run.packing.segment_seconds, rate, None, run.sha256)
-
-
-def read(folder: Path) -> Recipe:
-    """The recipe of an exported folder. Raises UserError for one that this program does not read."""
-    try:
-        content = json.loads((folder / CONFIG).read_bytes())
-        if content["format_version"] == FORMAT_VERSION:
-            return Recipe.from_json(content)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder / CONFIG} is no config of an exported encoder: export again") from e
-    raise UserError(f"{folder} has format version {content['format_version']}, this program reads {FORMAT_VERSION}")
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read it from an exported folder. Raises UserError for one that this program does not read."""
+        try:
+            content = json.loads((folder / CONFIG).read_bytes())
+            if content["format_version"] == FORMAT_VERSION:
+                return cls.from_json(content)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder / CONFIG} is not the config of an exported encoder: export again") from e
+        version = content["format_version"]
+        raise UserError(f"{folder} has format version {version}, this program reads {FORMAT_VERSION}")

@@ -1,8 +1,8 @@
-"""What a segment can be known by: the trained encoder's embedding, or one of the floors it has to beat.
+"""Segment features: the trained embedding or a baseline.
 
-The floors hear the same clean views through the same data graph. `untrained` is epoch 0 of the same run: the same
-encoder, seed and pretrained weights. `log-mel` is the mean and the standard deviation over time of each mel bin, in dB;
-`mfcc` the same of 20 mel-frequency cepstral coefficients (orthonormal DCT-II of the log-mel in dB, no deltas).
+The baselines are computed from the same clean views by the same data graph. `untrained` is epoch 0 of the same run: the
+same encoder, seed and pretrained weights. `log-mel` is the mean and the standard deviation over time of each mel bin,
+in dB; `mfcc` the same of 20 mel-frequency cepstral coefficients (orthonormal DCT-II of the log-mel in dB, no deltas).
 """
 
 import math
@@ -15,46 +15,46 @@ from torch import Tensor
 
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.graph import LogMel
-from simsiam_dali.embedding.run import Trained
+from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.models.encoder import Encoder, song_embeddings, song_means
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.learner import autocast_dtype
 
 CHECKPOINT = "checkpoint"
-FLOORS = ("untrained", "mfcc", "log-mel")
+BASELINES = ("untrained", "mfcc", "log-mel")
 
 N_MFCC = 20
 
 
 @dataclass(frozen=True)
 class Features:
-    """`of` takes a batch that the graph gives in `mode`, on the device, to `(B, D)` float32 there.
+    """`compute` maps a batch of the graph's `mode`, on the device, to `(B, D)` float32 on the device.
 
-    name: "checkpoint" or a floor. dtype: what it is computed in. unit: whether each
-    segment counts by its direction alone in the song's mean.
+    name: "checkpoint" or a baseline. dtype: of the computation. unit: whether each segment's vector is scaled to length
+    1 before the mean over its song.
     """
 
     name: str
     mode: Literal["clean", "raw"]
-    of: Callable[[Tensor], Tensor]
+    compute: Callable[[Tensor], Tensor]
     dtype: torch.dtype = torch.float32
     unit: bool = False
 
-    def of_songs(self, vectors: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
-        """Segments' vectors `(N, D)` and songs `(N,)` to the songs there are `(S,)`, ascending, and theirs `(S, D)`."""
+    def song_means(self, vectors: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
+        """Segments' vectors `(N, D)` and songs `(N,)` to the songs `(S,)`, ascending, and their vectors `(S, D)`."""
         return (song_embeddings if self.unit else song_means)(vectors, songs)
 
 
-def create_features(name: str, trained: Trained, log_mel: LogMel, device: torch.device) -> Features:
+def create_features(name: str, run: TrainedRun, log_mel: LogMel, device: torch.device) -> Features:
     """The features called `name`. Raises UserError when an untrained encoder's pretrained weights are gone."""
-    config = trained.config
+    config = run.config
     if name == "log-mel":
         return Features(name, "clean", lambda view: mean_and_std(decibels(view, log_mel)))
     if name == "mfcc":
         basis = dct_basis(log_mel.n_mels).to(device)
         return Features(name, "clean", lambda view: mean_and_std(basis @ decibels(view, log_mel)))
     if name == CHECKPOINT:
-        encoder = trained.encoder()
+        encoder = run.encoder()
     else:
         torch.manual_seed(config.train.seed)
         encoder = encoder_type(config).create().eval()
@@ -62,7 +62,7 @@ def create_features(name: str, trained: Trained, log_mel: LogMel, device: torch.
 
 
 def encoder_features(name: str, encoder: Encoder, config: Config, device: torch.device) -> Features:
-    """What `encoder` embeds, on `device`, in the training's precision and memory format."""
+    """The output of `encoder.embed` on `device`, in the training's precision and memory format."""
     torch.set_float32_matmul_precision("high")
     # cuDNN's autotuner may choose another algorithm in the next process, and a resumed table could differ in a bit.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
@@ -70,15 +70,15 @@ def encoder_features(name: str, encoder: Encoder, config: Config, device: torch.
     encoder = encoder.to(device).to(memory_format=layout)
     dtype = autocast_dtype(config.train.precision, device)
 
-    def of(data: Tensor) -> Tensor:
+    def compute(data: Tensor) -> Tensor:
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return encoder.embed(data).float()
 
-    return Features(name, encoder_type(config).embeds, of, dtype, unit=True)
+    return Features(name, encoder_type(config).embeds, compute, dtype, unit=True)
 
 
 def output_name(name: str, config: Config) -> str:
-    """What the vectors are, in a word: which output of the encoder, or the floor."""
+    """Which output of the encoder the vectors are, or the baseline's name."""
     if name not in (CHECKPOINT, "untrained"):
         return name
     return config.encoder.simsiam.embedding if config.encoder.encoder_type == "simsiam" else "embedding"
@@ -95,7 +95,10 @@ def mean_and_std(x: Tensor) -> Tensor:
 
 
 def dct_basis(n_mels: int) -> Tensor:
-    """Orthonormal DCT-II `(N_MFCC or n_mels, n_mels)`, float32, from mel bins to cepstral coefficients."""
+    """Orthonormal DCT-II `(N_MFCC or n_mels, n_mels)`, float32, from mel bins to cepstral coefficients.
+
+    As `torchaudio.functional.create_dct`, which computes in float32, but rounded once: tables keep their bits.
+    """
     k, n = torch.arange(min(N_MFCC, n_mels), dtype=torch.float64)[:, None], torch.arange(n_mels, dtype=torch.float64)
     basis = torch.cos(math.pi / n_mels * (n + 0.5) * k) * math.sqrt(2 / n_mels)
     basis[0] /= math.sqrt(2)

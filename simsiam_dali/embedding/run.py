@@ -1,4 +1,4 @@
-"""What training left behind, ready for the commands that use it. Nothing here needs DALI."""
+"""What a training left behind, for the commands that use it. Nothing here needs DALI."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from simsiam_dali.training import checkpoint
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A run's checkpoint.
 
     `statistics`: the log-mel's `mean` and `std` over the training songs, dB. `packing`: how those songs were cut.
@@ -31,12 +31,12 @@ class Trained:
     weights: dict[str, Tensor]
     mlflow_run: str | None
 
-    def with_settings(self, **values: object) -> "Trained":
-        """The same with other settings, by dotted key with __ for the dot; None leaves a setting as it is."""
+    def with_settings(self, **values: object) -> "TrainedRun":
+        """A copy with other settings, by dotted key with __ for the dot; None leaves a setting unchanged."""
         return dataclasses.replace(self, config=replace_settings(self.config, **values))
 
-    def with_embedding(self, embedding: str) -> "Trained":
-        """The same with that output of a simsiam encoder. Raises UserError for an encoder of another type."""
+    def with_embedding(self, embedding: str) -> "TrainedRun":
+        """A copy with that output of a simsiam encoder. Raises UserError for an encoder of another type."""
         kind = self.config.encoder.encoder_type
         if kind != "simsiam":
             raise UserError(f"--embedding is for simsiam: an encoder of type {kind} has one output")
@@ -49,14 +49,14 @@ class Trained:
         return encoder.eval()
 
 
-def read(run: str, option: str = "--checkpoint") -> Trained:
-    """The checkpoint that `run` means: a file, a run's folder, a run's name, or "" for the newest run.
+def read_run(run: str, option: str = "--checkpoint") -> TrainedRun:
+    """Read a checkpoint by its file, its run's folder or name, or "" for the newest run.
 
-    Raises UserError for what is missing or damaged; option: the word for `run` in what it says.
+    option: what error messages call `run`. Raises UserError for what is missing or damaged.
     """
     path = checkpoint.find(run, TrainConfig().runs_dir, option)
     saved = checkpoint.load(path, option)
-    return Trained(
+    return TrainedRun(
         path=path,
         sha256=sha256_of(path),
         config=load_config(base=saved["config"]),

@@ -1,19 +1,26 @@
-"""Which MLflow runs stand for each encoder type, and what they measured: the plan's sections 9.2 and 9.4.
+"""Select the MLflow runs that represent each encoder type in a comparison.
 
-Runs are compared only where a difference means something: finished, on one shard set, and chosen by a score that means
-the same for every type. No loss does: SimSiam's is lowest at collapse, and another type's has another scale.
+Only runs whose difference means something are compared: finished, on one shard set, selected by a score that means the
+same for every type. A loss does not: SimSiam's is lowest at collapse, and another type's has another scale.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from simsiam_dali.common.errors import UserError
 
-SIDES = ("simsiam", "simple")
-"""The two sides of the plan's A/B test, in the order of its table's columns; other types follow."""
+if TYPE_CHECKING:
+    from mlflow import entities
+
+AB_TYPES = ("simsiam", "simple")
+"""The two types of the A/B test, the first columns of the table; other types follow."""
+
+LARGEST = 1e300
+"""MLflow's databases store infinity as the largest float."""
 
 TRAIN = "python -m simsiam_dali.train, with validation songs that have the label"
 EVALUATE = "python -m simsiam_dali.evaluate"
@@ -21,16 +28,16 @@ EVALUATE = "python -m simsiam_dali.evaluate"
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of the comparison: its direction, what logs it, and whether it means the same for every type."""
+    """A metric of the comparison: its direction, the command that logs it, whether it compares between types."""
 
     name: str
     higher_is_better: bool
-    made_by: str
+    logged_by: str
     comparable: bool = True
 
     @property
     def better(self) -> str:
-        """The direction in a word."""
+        """`higher` or `lower`."""
         return "higher" if self.higher_is_better else "lower"
 
 
@@ -48,12 +55,12 @@ METRICS = (
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
 DEFAULT_BY = ("classifier/val_mse", "knn/artist")
-"""What the best run is chosen by: the first of these that any run has."""
+"""The best run is selected by the first of these that any run has."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One MLflow run; `values` holds each metric's last value (NaN where it is not finite)."""
+    """One MLflow run; `values` holds each metric's last value, NaN for infinity. trial: nested in another run."""
 
     id: str
     name: str
@@ -69,6 +76,29 @@ class Run:
     def value(self, name: str) -> float:
         """The last value of a metric; NaN where there is none."""
         return self.values.get(name, math.nan)
+
+
+def encoder_runs(runs: "Iterable[entities.Run]") -> list[Run]:
+    """The runs tagged `encoder_type`, in the same order."""
+    return [
+        Run(
+            id=run.info.run_id,
+            name=run.info.run_name or run.info.run_id,
+            encoder_type=run.data.tags["encoder_type"],
+            status=run.info.status,
+            started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+            trial="mlflow.parentRunId" in run.data.tags,
+            shards=run.data.tags.get("shards"),
+            seed=run.data.params.get("train.seed", ""),
+            values={name: _finite(value) for name, value in run.data.metrics.items()},
+        )
+        for run in runs
+        if "encoder_type" in run.data.tags
+    ]
+
+
+def _finite(value: float) -> float:
+    return value if abs(value) < LARGEST else math.nan
 
 
 @dataclass(frozen=True)
@@ -91,7 +121,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The chosen runs of each type, best first, out of `candidates` of them; `by` is None where no run has a score."""
+    """The selected runs of each type, best first, of `candidates` runs; `by` is None where no run has a score."""
 
     types: Mapping[str, Sequence[Run]]
     candidates: Mapping[str, int]
@@ -100,21 +130,21 @@ class Comparison:
 
     @property
     def runs(self) -> list[Run]:
-        """All chosen runs."""
+        """All selected runs."""
         return [run for runs in self.types.values() for run in runs]
 
     def spread(self, encoder_type: str, name: str) -> Spread:
-        """Of a metric over the chosen runs of a type."""
+        """Of a metric over the selected runs of a type."""
         return spread(run.value(name) for run in self.types[encoder_type])
 
     def untrained(self, encoder_type: str, name: str) -> Spread:
-        """Of a metric before training, over the chosen runs of a type."""
+        """Of a metric before training, over the selected runs of a type."""
         return spread(run.untrained.get(name, math.nan) for run in self.types[encoder_type])
 
     def ahead(self, metric: Metric) -> tuple[str, bool | None] | None:
-        """(type with the best mean, whether its whole range is clear of the others'); None where no type is ahead.
+        """(type with the best mean, whether its range is disjoint from the others'); None where no type is ahead.
 
-        The range of one run is a point, which says nothing about another seed: whether it is clear is None.
+        The second is None where a type has one run: its range is a point, and tells nothing about another seed.
         """
         found = {t: s for t in self.types if (s := self.spread(t, metric.name)).n}
         if not metric.comparable or len(found) < 2:
@@ -129,7 +159,7 @@ class Comparison:
         return first, all(worst > max(sign * found[t].low, sign * found[t].high) for t in others)
 
 
-def chosen_metric(name: str) -> Metric:
+def selection_metric(name: str) -> Metric:
     """The metric of `--by`. Raises UserError for an unknown one, and for a loss."""
     known = ", ".join(m.name for m in METRICS if m.comparable)
     if name in BY_NAME and BY_NAME[name].comparable:
@@ -137,37 +167,40 @@ def chosen_metric(name: str) -> Metric:
     if name in BY_NAME or name.endswith("loss"):
         raise UserError(
             f"--by {name} is refused: a loss cannot tell which encoder is better (SimSiam's is lowest at collapse, and"
-            f" two types' losses have different scales); choose by {known}"
+            f" two types' losses have different scales); use one of {known}"
         )
-    raise UserError(f"--by {name} is no metric of the comparison; choose by {known}")
+    raise UserError(f"--by {name} is not a metric of the comparison; use one of {known}")
 
 
-def choose(runs: Sequence[Run], by: str | None, number: int, include_trials: bool, shard_set: str | None) -> Comparison:
-    """The best `number` runs of each type (0 = all), by the metric `by` or the first of `DEFAULT_BY` that any run has.
+def select(
+    runs: Sequence[Run], metric: Metric | None, number: int, include_trials: bool, shard_set: str | None
+) -> Comparison:
+    """The best `number` runs of each type (0 = all), by `metric` or the first of `DEFAULT_BY` that any run has.
 
-    `runs` newest first, which is also the order of runs without that metric. `shard_set` is the beginning of a
-    fingerprint; None takes that of the newest run. Raises UserError where no run is left.
+    `runs` are newest first, which is also the order of runs without that metric. `shard_set` is the beginning of a
+    fingerprint; None is that of the newest run. Raises UserError where no run is left.
     """
-    metric = chosen_metric(by) if by else None
-    reasons = Counter(reason for r in runs if (reason := _unfit(r, include_trials)))
-    notes = [f"left out: {_runs(n)} {reason}" for reason, n in reasons.items()]
-    runs = [r for r in runs if not _unfit(r, include_trials)]
+    reasons = Counter(reason for r in runs if (reason := _excluded_because(r, include_trials)))
+    notes = [f"excluded: {_runs(n)} {reason}" for reason, n in reasons.items()]
+    runs = [r for r in runs if not _excluded_because(r, include_trials)]
     if not runs:
         raise UserError(
             f"no finished run tagged encoder_type{'; ' if notes else ''}{'; '.join(notes)}: train first,"
-            f" python -m simsiam_dali.train --encoder-type {SIDES[0]}"
+            f" python -m simsiam_dali.train --encoder-type {AB_TYPES[0]}"
         )
     runs = _same_shards(runs, shard_set, notes)
 
     if metric is None:
         metric = next((BY_NAME[n] for n in DEFAULT_BY if any(math.isfinite(r.value(n)) for r in runs)), None)
-        notes.append(_why(metric))
+        notes.append(_selection_note(metric))
     elif not any(math.isfinite(r.value(metric.name)) for r in runs):
-        raise UserError(f"no run has {metric.name} yet (made by {metric.made_by}): leave --by out, or choose another")
+        raise UserError(
+            f"no run has {metric.name} yet (logged by {metric.logged_by}): omit --by, or choose another metric"
+        )
 
     types: dict[str, list[Run]] = {}
     found = Counter(r.encoder_type for r in runs)
-    for encoder_type in sorted(found, key=lambda t: (SIDES.index(t) if t in SIDES else len(SIDES), t)):
+    for encoder_type in sorted(found, key=lambda t: (AB_TYPES.index(t) if t in AB_TYPES else len(AB_TYPES), t)):
         best = sorted((r for r in runs if r.encoder_type == encoder_type), key=lambda r: _rank(r, metric))
         types[encoder_type] = best[: number or None]
         if metric and not math.isfinite(best[0].value(metric.name)):
@@ -175,22 +208,43 @@ def choose(runs: Sequence[Run], by: str | None, number: int, include_trials: boo
     return Comparison(types, found, metric, notes)
 
 
-def _unfit(run: Run, include_trials: bool) -> str:
-    """Why a run is left out; empty when it is not."""
+def with_untrained(
+    comparison: Comparison, metric_history: Callable[[str, str], Sequence[tuple[int, float]]]
+) -> Comparison:
+    """The comparison with each selected run's kNN scores before training, which training logs at step 0.
+
+    metric_history: (run id, metric) to (step, value) of every value that was logged.
+    """
+
+    def untrained(run: Run) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name in (m.name for m in METRICS if m.name.startswith("knn/") and m.name in run.values):
+            history = metric_history(run.id, name)
+            before = [value for step, value in history if step == 0]
+            if before and len(before) < len(history):
+                found[name] = _finite(before[0])
+        return found
+
+    types = {t: [replace(run, untrained=untrained(run)) for run in runs] for t, runs in comparison.types.items()}
+    return replace(comparison, types=types)
+
+
+def _excluded_because(run: Run, include_trials: bool) -> str:
+    """Why a run is not compared; empty when it is."""
     if run.trial and not include_trials:
-        return "nested, such as HPO's trials (--include-trials takes them)"
+        return "nested in another, such as HPO's trials (include them with --include-trials)"
     if run.status != "FINISHED":
         return "not finished"
-    return "" if run.values.keys() & BY_NAME.keys() else "without a metric of this table"
+    return "" if run.values.keys() & BY_NAME.keys() else "without any metric of this table"
 
 
 def _runs(number: int) -> str:
     return "1 run" if number == 1 else f"{number} runs"
 
 
-def _why(metric: Metric | None) -> str:
+def _selection_note(metric: Metric | None) -> str:
     if metric is None:
-        return f"newest runs: none has {' or '.join(DEFAULT_BY)} to tell the best by"
+        return f"newest runs: none has {' or '.join(DEFAULT_BY)} to select the best by"
     because = "" if metric.name == DEFAULT_BY[0] else f", since no run has {DEFAULT_BY[0]} yet"
     return f"best by {metric.name}, {metric.better} is better{because}"
 
@@ -203,23 +257,26 @@ def _rank(run: Run, metric: Metric | None) -> tuple[bool, float]:
 
 
 def _same_shards(runs: Sequence[Run], shard_set: str | None, notes: list[str]) -> list[Run]:
-    """The runs on one shard set, and those that do not say theirs; notes say which were left out."""
+    """The runs on one shard set, and those without the tag `shards`; `notes` gets a line for each other set."""
     known = list(dict.fromkeys(r.shards for r in runs if r.shards))  # newest first
     if shard_set is not None:
         known.sort(key=lambda name: not name.startswith(shard_set))
         if not known or not known[0].startswith(shard_set):
-            raise UserError(f"no run is on shards {shard_set}; known here: {', '.join(map(short, known)) or 'none'}")
-    if unsaid := sum(r.shards is None for r in runs):
-        notes.append(f"{_runs(unsaid)} without the tag shards: whether on the same songs is not known")
+            raise UserError(
+                f"no run is on shards {shard_set}; there are runs on {', '.join(map(short, known)) or 'none'}"
+            )
+    if untagged := sum(r.shards is None for r in runs):
+        notes.append(f"{_runs(untagged)} without the tag shards: possibly on other songs")
     for other in known[1:]:
         types = Counter(r.encoder_type for r in runs if r.shards == other)
         counts = ", ".join(f"{n} {t}" for t, n in sorted(types.items()))
         notes.append(
-            f"left out: runs on other shards than {short(known[0])}: {counts} (--shard-set {short(other)} takes them)"
+            f"excluded: runs on other shards than {short(known[0])}: {counts} (compare them with --shard-set"
+            f" {short(other)})"
         )
     return [r for r in runs if r.shards is None or r.shards == known[0]]
 
 
 def short(fingerprint: str) -> str:
-    """The beginning of a shard set's fingerprint, enough to tell it from others."""
+    """The first characters of a shard set's fingerprint, for display."""
     return fingerprint[:12]

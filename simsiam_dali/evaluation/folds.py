@@ -1,4 +1,4 @@
-"""Who may be on both sides of a split: groups of songs that are never torn, and folds made of whole groups."""
+"""Splits for cross-validation: groups of songs that stay together, and folds made of whole groups."""
 
 import math
 import warnings
@@ -16,7 +16,7 @@ from simsiam_dali.common.names import album_keys, artist_keys, name_key
 SPLITS = ("song", "album")
 FOLDS = 5
 SAME_SECONDS = 2.0
-"""Songs of one title and artist are taken for one recording when their lengths differ by less than this."""
+"""Songs of one title and artist count as one recording when their lengths differ by less than this."""
 
 Folds = list[tuple[np.ndarray, np.ndarray]]
 """Pairs (train, test) of row numbers; each row is in one test part."""
@@ -25,9 +25,10 @@ Folds = list[tuple[np.ndarray, np.ndarray]]
 def groups(table: pd.DataFrame, split: str) -> np.ndarray:
     """`(N,)` int64: songs with the same number are never on two sides of `split`, which is `song` or `album`.
 
-    By song, two files of one recording are one song (packing merges equal audio, but not two rips). By album, so are
-    all songs of an album, and albums that share a song are one. An album is told by its title and whose it is; without
-    an album artist also by its folder, since a compilation's songs have an artist each. Songs on no album stay alone.
+    By song, two files of one recording are one group (packing merges equal audio, but not two rips). By album, all
+    songs of an album are, and albums that share a song are one. An album is identified by its title and its artist;
+    without an album artist also by its folder, since a compilation's songs have an artist each. A song on no album is
+    alone.
     """
     keys = [recording_keys(*row) for row in zip(table["title"], table["artists"], table["duration"], strict=True)]
     if split == "album":
@@ -36,11 +37,11 @@ def groups(table: pd.DataFrame, split: str) -> np.ndarray:
             own += [("album", *key) for key in album_keys(albums, album_artist, artists)]
             if not album_artist:
                 own += [("folder", str(PurePath(path).parent), name_key(album)) for album in albums]
-    return connected(keys)
+    return group_ids(keys)
 
 
 def recording_keys(title: str, artists: Iterable[str], duration: float) -> list[Hashable]:
-    """What two files of one recording have in common; nothing is known of a song without title, artist or length."""
+    """Keys that two files of one recording share; none for a song without title, artist or length."""
     first = next(iter(artist_keys(artists)), None)
     if not title or first is None or not math.isfinite(duration):
         return []
@@ -49,8 +50,8 @@ def recording_keys(title: str, artists: Iterable[str], duration: float) -> list[
     return [("recording", name_key(title), first, grid, cell) for grid, cell in enumerate(cells)]
 
 
-def connected(keys: Sequence[Sequence[Hashable]]) -> np.ndarray:
-    """`(N,)` int64: the same number for rows that share a key, directly or over other rows."""
+def group_ids(keys: Sequence[Sequence[Hashable]]) -> np.ndarray:
+    """`(N,)` int64: the same number for rows that share a key, directly or through other rows."""
     number: dict[Hashable, int] = {}
     rows = [row for row, own in enumerate(keys) for _ in own]
     columns = [len(keys) + number.setdefault(key, len(number)) for own in keys for key in own]
@@ -71,7 +72,7 @@ def folds(group: np.ndarray, classes: np.ndarray | None = None, n: int = FOLDS) 
         return []
     rows = np.zeros((len(group), 1))
     if classes is None:
-        # Numbers in an order of its own: groups of equal size would else be dealt out in the order of the library.
+        # Shuffled: groups of equal size would otherwise be dealt out in the order of the library.
         order = np.random.default_rng(0).permutation(group.max() + 1)
         made = GroupKFold(n).split(rows, groups=order[group])
     else:

@@ -16,12 +16,12 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 
-from simsiam_dali.evaluation import probes
+from simsiam_dali.evaluation.knn import nearest_others
 
 matplotlib.use("Agg")
 
 MIN_SONGS = 10
-"""Below this, t-SNE and UMAP have nothing to say, and the map is the first two principal components."""
+"""Fewer songs are shown by their first two principal components instead of t-SNE and UMAP."""
 NEAREST = 10
 COLOURED = 10
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ee9922", "#66ccee", "#aa3377", "#009988", "#bbaa22", "#663399", "#a0522d")
@@ -30,7 +30,7 @@ _PCA_DIMS = 50
 
 
 def project(vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Vectors `(N, D)` in two dimensions, `(N, 2)` each: UMAP and t-SNE; of a few songs, PCA. Near is by cosine."""
+    """Vectors `(N, D)` in two dimensions, `(N, 2)` each, by cosine: UMAP and t-SNE, or PCA of a few songs."""
     x = StandardScaler().fit_transform(vectors.astype(np.float64))
     x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
     if len(x) < MIN_SONGS:
@@ -48,11 +48,11 @@ def project(vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 
 
 def categories(labels: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-    """The names of the `COLOURED` commonest first labels, and each song's place among them `(N,)`, -1 for others."""
+    """The names of the `COLOURED` commonest first labels, and each song's index among them `(N,)`, -1 for others."""
     first = [own[0] if own else None for own in labels]
     names = [name for name, _ in Counter(name for name in first if name is not None).most_common(COLOURED)]
-    place = {name: i for i, name in enumerate(names)}
-    return names, np.array([-1 if name is None else place.get(name, -1) for name in first], int)
+    index = {name: i for i, name in enumerate(names)}
+    return names, np.array([-1 if name is None else index.get(name, -1) for name in first], int)
 
 
 def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
@@ -89,11 +89,11 @@ def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
 
 
 def _by_category(axes: Axes, points: np.ndarray, labels: Iterable[Sequence[str]], size: float) -> None:
-    names, place = categories(labels)
-    axes.scatter(points[place < 0, 0], points[place < 0, 1], s=size, color=OTHER, linewidths=0)
-    entries = [("others, or unknown", OTHER)] if (place < 0).any() else []
+    names, index = categories(labels)
+    axes.scatter(points[index < 0, 0], points[index < 0, 1], s=size, color=OTHER, linewidths=0)
+    entries = [("others, or unknown", OTHER)] if (index < 0).any() else []
     for i, name in reversed(list(enumerate(names))):
-        axes.scatter(points[place == i, 0], points[place == i, 1], s=size, color=PALETTE[i], linewidths=0)
+        axes.scatter(points[index == i, 0], points[index == i, 1], s=size, color=PALETTE[i], linewidths=0)
         entries.insert(0, (name if len(name) <= 22 else f"{name[:21]}…", PALETTE[i]))
     handles = [Line2D([], [], ls="", marker="o", color=colour) for _, colour in entries]
     # The leading space: a label that begins with an underscore would be left out.
@@ -106,26 +106,26 @@ def _by_category(axes: Axes, points: np.ndarray, labels: Iterable[Sequence[str]]
 
 
 def page_data(table: pd.DataFrame, vectors: np.ndarray, flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What the interactive page holds, as plain lists: songs, places in 0..1, and each song's nearest by cosine."""
-    near, cosine = probes.neighbours(vectors, np.arange(len(table)), NEAREST, standardise=False)
+    """The data of the interactive page, as plain lists: songs, positions in 0..1, and each song's nearest by cosine."""
+    near, cosine = nearest_others(vectors, np.arange(len(table)), NEAREST, standardise=False)
     coloured = {"genre": categories(table["genres"]), "artist": categories(table["artists"])}
     return {
         "title": [title or path for title, path in zip(table["title"], table["path"], strict=True)],
         "artist": [", ".join(names) for names in table["artists"]],
         "genre": [", ".join(names) for names in table["genres"]],
         "rating": [None if rating != rating else round(rating, 3) for rating in table["rating"]],
-        "maps": {name: _placed(points) for name, points in flat.items()},
+        "maps": {name: _in_unit_square(points) for name, points in flat.items()},
         "near": [row[row >= 0].tolist() for row in near],
         "cosine": [row[np.isfinite(row)].round(3).tolist() for row in cosine.astype(float)],
-        "classes": {name: {"names": names, "of": place.tolist()} for name, (names, place) in coloured.items()},
+        "classes": {name: {"names": names, "of": index.tolist()} for name, (names, index) in coloured.items()},
         "palette": PALETTE,
         "other": OTHER,
         "viridis": [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](step / 20)) for step in range(21)],
     }
 
 
-def _placed(points: np.ndarray) -> list[list[float]]:
-    """Into the unit square, with one scale for both axes, the centre in its middle."""
+def _in_unit_square(points: np.ndarray) -> list[list[float]]:
+    """Scaled by one factor for both axes and centred."""
     points = points.astype(float)
     low, high = points.min(axis=0), points.max(axis=0)
     scale = max(float((high - low).max()), 1e-9)

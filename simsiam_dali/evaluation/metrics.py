@@ -1,4 +1,4 @@
-"""Metrics, their bootstrap intervals, and whether a figure can be told apart from its floors."""
+"""Metrics, their bootstrap intervals, and whether a figure differs from its baselines."""
 
 import math
 import warnings
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Arrays = tuple[np.ndarray, ...]
-"""What a metric is computed from: (truth, prediction), or (score of each song,). The first axis is the songs."""
+"""A metric's arguments: (truth, prediction), or (score of each song,). The first axis is the songs."""
 
 
 def mse(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -22,27 +22,27 @@ def mae(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def correlation(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Pearson's; NaN where one of them is constant."""
+    """Pearson correlation; NaN where one of them is constant."""
     if np.ptp(truth) == 0 or np.ptp(predicted) < 1e-12:
         return math.nan
     return float(np.corrcoef(truth, predicted)[0, 1])
 
 
 def accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Share of right classes."""
+    """Share of correct classes."""
     return float(np.mean(truth == predicted))
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """The F1 of each class that is true of a song, averaged; classes are ints from 0, a prediction may be -1 (none)."""
+    """The mean F1 of the classes in `truth`; classes are ints from 0, a prediction may be -1 (none)."""
     size = max(truth.max(), predicted.max()) + 1
-    true, said = np.bincount(truth, minlength=size), np.bincount(predicted[predicted >= 0], minlength=size)
-    right = np.bincount(truth[truth == predicted], minlength=size)
-    return float(np.mean((2 * right / np.maximum(true + said, 1))[true > 0]))
+    actual, positive = np.bincount(truth, minlength=size), np.bincount(predicted[predicted >= 0], minlength=size)
+    correct = np.bincount(truth[truth == predicted], minlength=size)
+    return float(np.mean((2 * correct / np.maximum(actual + positive, 1))[actual > 0]))
 
 
 def mean(values: np.ndarray) -> float:
-    """Of a score that each song has, such as its AP@10."""
+    """The mean of a score of each song, such as its AP@10."""
     return float(np.mean(values))
 
 
@@ -66,7 +66,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Score:
-    """A figure and its 95% percentile bootstrap interval over songs; `resampled (R,)` are its values there."""
+    """A metric's value, its 95% percentile bootstrap interval over songs, and its values in the resamples `(R,)`."""
 
     value: float
     low: float
@@ -75,12 +75,12 @@ class Score:
 
     @property
     def known(self) -> bool:
-        """Whether there is a value: a correlation with a constant is none."""
+        """Whether the value is defined: the correlation with a constant is not."""
         return not math.isnan(self.value)
 
 
 def score(metric: Metric, arrays: Arrays, resamples: int, seed: int) -> Score:
-    """Score `arrays`. Equal numbers of songs and equal seeds draw equal songs, so that scores can be paired."""
+    """Score `arrays`. Equal numbers of songs and equal seeds draw the same resamples, so that scores can be paired."""
     rng = np.random.default_rng(seed)
     n = len(arrays[0])
     draws = (rng.integers(0, n, n) for _ in range(resamples))
@@ -96,14 +96,14 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def verdict(metric: Metric, ours: Score, floors: Mapping[str, Score]) -> str:
-    """Where the 95% interval of the paired differences to each floor lies: above 0, below, or around it."""
+def verdict(metric: Metric, ours: Score, baselines: Mapping[str, Score]) -> str:
+    """Whether the 95% interval of the paired differences to each baseline lies above 0, below 0, or contains it."""
     if not ours.known:
         return "undefined: constant"
     worse, undecided = [], []
-    known = {name: floor for name, floor in floors.items() if floor.known}
-    for name, floor in known.items():
-        low, high = interval(metric.sign * (ours.resampled - floor.resampled))
+    known = {name: baseline for name, baseline in baselines.items() if baseline.known}
+    for name, baseline in known.items():
+        low, high = interval(metric.sign * (ours.resampled - baseline.resampled))
         if high < 0:
             worse.append(name)
         elif not low > 0:
@@ -111,7 +111,7 @@ def verdict(metric: Metric, ours: Score, floors: Mapping[str, Score]) -> str:
     if worse:
         return f"worse than {', '.join(worse)}"
     if undecided:
-        return f"not told apart from {', '.join(undecided)}"
+        return f"no clear difference from {', '.join(undecided)}"
     if not known:
-        return "no floor to compare with"
-    return "better than every floor" if len(known) > 1 else f"better than {next(iter(known))}"
+        return "no baseline to compare with"
+    return "better than every baseline" if len(known) > 1 else f"better than {next(iter(known))}"

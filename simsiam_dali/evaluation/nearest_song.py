@@ -1,7 +1,7 @@
-"""What an encoder is worth, in a sentence: of how many songs is the nearest other song by the same artist?
+"""An encoder's quality in one sentence: for how many songs is the nearest other song by the same artist?
 
 Leave-one-out over every song that has a partner: another recording by one of its artists or, where no artist has two,
-of one of its genres. Near is as `evaluate` and `recommend` mean it: by the cosine of standardised vectors.
+of one of its genres. Nearest is as in `evaluate` and `recommend`: by the cosine of standardised vectors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,27 +9,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array
 
-from simsiam_dali.evaluation import metrics as scores
 from simsiam_dali.evaluation.folds import groups
-from simsiam_dali.evaluation.knn import unit
-from simsiam_dali.evaluation.plan import label_ids
+from simsiam_dali.evaluation.knn import cosine_blocks, unit
+from simsiam_dali.evaluation.metrics import Metric, interval, mean, score
+from simsiam_dali.evaluation.plan import all_label_ids
+from simsiam_dali.evaluation.probes import label_matrix
 
 BASELINES = {"untrained": "the untrained encoder", "mfcc": "MFCCs"}
-"""What the trained encoder is compared with, as the sentence calls it."""
+"""The features that the trained encoder is compared with, and how the sentence calls them."""
 RESAMPLES = 2000
 EQUAL = 1e-6
-"""Cosines that differ by less are taken for equal: so much is float32's rounding."""
-BLOCK = 256
-"""Songs compared with all others at a time."""
+"""Cosines that differ by less count as equal: that is float32's rounding."""
 
 
 def labels_of(songs: pd.DataFrame) -> tuple[str, list[list[int]]] | None:
-    """What songs can share, "artist" or "genre", and each song's labels as numbers; None where none share any."""
+    """The label that songs share, "artist" or "genre", and each song's labels as numbers; None where none share any."""
     group = groups(songs, "song")
     for target in ("artist", "genre"):
-        labels = label_ids(songs, target)
+        labels = all_label_ids(songs, target)
         recordings: dict[int, set[int]] = {}
         for own, recording in zip(labels, group.tolist(), strict=True):
             for label in own:
@@ -42,18 +40,13 @@ def labels_of(songs: pd.DataFrame) -> tuple[str, list[list[int]]] | None:
 def nearest_shares(vectors: np.ndarray, labels: Sequence[Sequence[int]], group: np.ndarray) -> np.ndarray:
     """Whether each song's nearest other song shares a label with it: `(N,)` float, NaN for a song without a partner.
 
-    vectors `(N, D)` float; labels: each song's, at least one; group `(N,)` int: songs of one number are one recording,
-    and never each other's neighbours. Of several equally near, all have to share it: a tie is no hit by chance, and an
-    encoder that gives all songs one vector scores nothing.
+    vectors `(N, D)` float; labels: each song's, at least one; group `(N,)` int: songs with the same number are one
+    recording, and never each other's neighbours. Of several equally near, all have to share it: a tie is not a hit by
+    chance, and an encoder that maps all songs to one vector scores 0.
     """
-    x = unit(vectors)
-    rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
-    columns = np.fromiter((label for own in labels for label in own), int, len(rows))
-    table = csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(labels), columns.max(initial=0) + 1))
+    x, table = unit(vectors), label_matrix(labels)
     hit = np.full(len(x), np.nan)
-    for start in range(0, len(x), BLOCK):
-        block = slice(start, start + BLOCK)
-        cosine = x[block] @ x.T
+    for block, cosine in cosine_blocks(x, x):
         other = group[block, None] != group
         shares = (table[block] @ table.T).toarray() > 0
         nearest_partner = np.where(other & shares, cosine, -np.inf).max(axis=1)
@@ -67,7 +60,7 @@ def nearest_shares(vectors: np.ndarray, labels: Sequence[Sequence[int]], group: 
 class Counts:
     """Of `asked` songs, how many have a nearest song that shares their label, by each feature's name.
 
-    label: "artist" or "genre". differences: what the first feature has more than another, and its 95% interval (paired,
+    label: "artist" or "genre". differences: the first feature's count minus another's, and its 95% interval (paired,
     bootstrap over the songs), in songs.
     """
 
@@ -81,7 +74,7 @@ def count(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only
     """The counts; None where no song has a partner.
 
     songs: rows with `artists`, `genres`, `title`, `duration` and `split`; vectors: name to `(N, D)`, first those that
-    are judged. held_back_only: ask for validation songs alone, since the others' tags were learned from.
+    are judged. held_back_only: count validation songs alone, since the training saw the tags of the others.
     """
     if (known := labels_of(songs)) is None:
         return None
@@ -96,19 +89,18 @@ def count(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only
     n = int(scored.sum())
     if not n:
         return None
-    share = scores.Metric(scores.mean, sign=1)
-    of = {name: scores.score(share, (hit[scored],), RESAMPLES, seed=0) for name, hit in hits.items()}
+    scores = {name: score(Metric(mean, 1), (hit[scored],), RESAMPLES, seed=0) for name, hit in hits.items()}
     differences = {}
-    for name, theirs in of.items():
-        low, high = scores.interval(of[first].resampled - theirs.resampled)
-        differences[name] = n * (of[first].value - theirs.value), n * low, n * high
-    return Counts(label, n, {name: round(n * score.value) for name, score in of.items()}, differences)
+    for name, other in scores.items():
+        low, high = interval(scores[first].resampled - other.resampled)
+        differences[name] = n * (scores[first].value - other.value), n * low, n * high
+    return Counts(label, n, {name: round(n * s.value) for name, s in scores.items()}, differences)
 
 
 def sentence(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only: bool, drawn_from: int = 0) -> str:
-    """`count` in words, with any of the `BASELINES` that are there; empty where there is nothing to count.
+    """`count` in words, with those of the `BASELINES` that `vectors` has; empty where there is nothing to count.
 
-    drawn_from: songs of the library of which these are a part; 0: they are all.
+    drawn_from: size of the library that these songs are a sample of; 0: they are all of it.
     """
     counts = count(songs, vectors, held_back_only)
     if counts is None:
@@ -117,10 +109,10 @@ def sentence(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_o
     compared = []
     for name in (name for name in BASELINES if name in others):
         more, low, high = map(round, counts.differences[name])
-        interval = f"{more:+d}, 95% interval {low:+d} to {high:+d}"
-        compared.append(f"{counts.found[name]} with {BASELINES[name]} ({interval})")
+        difference = f"{more:+d}, 95% interval {low:+d} to {high:+d}"
+        compared.append(f"{counts.found[name]} with {BASELINES[name]} ({difference})")
     same = "by the same artist" if counts.label == "artist" else "of the same genre"
     whose = f"{counts.asked:,} songs" + (" held back from the training" if held_back_only else "")
     drawn = f", drawn from {drawn_from:,}" if drawn_from else ""
-    said = f"the nearest song is {same} for {counts.found[first]} of {whose}{drawn}"
-    return f"{said}; {', '.join(compared)}" if compared else said
+    line = f"the nearest song is {same} for {counts.found[first]} of {whose}{drawn}"
+    return f"{line}; {', '.join(compared)}" if compared else line

@@ -1,7 +1,7 @@
-"""Probes: what a simple model, trained on other songs, reads out of the vectors.
+"""Probes: what a simple model, trained on other songs, predicts from the vectors.
 
-All take vectors `x (N, D)`, float32, and folds of row numbers, and predict each row from a model that has not seen it.
-Each dimension is standardised; with folds, by the mean and std of the training rows.
+Models take vectors `x (N, D)`, float32, and folds of row numbers, and predict each row from a model that has not seen
+it, with each dimension standardised by the mean and std of the training rows.
 """
 
 import warnings
@@ -18,7 +18,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from simsiam_dali.evaluation.folds import Folds, folds
-from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
 
 ALPHAS = tuple(10.0**power for power in range(6))
 """Ridge penalties to choose from, on standardised dimensions."""
@@ -27,15 +26,14 @@ LOGISTIC_C = 0.1
 HIDDEN = 64
 MLP_ALPHA = 30.0
 """Weight decay, divided by the number of songs: with none of it, a few hundred songs are learned by heart."""
-BLOCK = 1024
-"""Rows compared with all others at a time."""
+_BLOCK = 1024  # rows compared with all others at a time
 
 
 def ridge(x: np.ndarray, y: np.ndarray, parts: Folds, group: np.ndarray) -> np.ndarray:
     """Ratings by ridge regression, `(N,)` in 0..1; alpha by cross-validation over the training rows' own groups."""
 
     def model(train: np.ndarray) -> BaseEstimator:
-        # Without two groups to take turns, alpha comes from leaving out one song.
+        # With one group only, alpha comes from leave-one-out.
         inner = folds(group[train], n=INNER_FOLDS) or None
         return RidgeCV(ALPHAS, cv=inner, scoring="neg_mean_squared_error")
 
@@ -73,7 +71,7 @@ def _out_of_fold(
 
 
 def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
-    """The training rows' mean `(N,)`: what a probe that hears nothing says."""
+    """The training rows' mean `(N,)`: the prediction without any vectors."""
     guess = np.empty_like(y)
     for train, test in parts:
         guess[test] = y[train].mean()
@@ -83,33 +81,9 @@ def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
 def majority_guess(classes: np.ndarray) -> np.ndarray:
     """The commonest class of all rows, `(N,)`.
 
-    Not of the training rows: among classes of equal size the commonest there is always one that the test rows lack.
+    Not of the training rows: among classes of equal size, the commonest there is always one that the test rows lack.
     """
     return np.full_like(classes, np.bincount(classes).argmax())
-
-
-def neighbours(x: np.ndarray, group: np.ndarray, k: int, standardise: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The rows nearest to each, nearest first, none of its own group; and their cosines. Both `(N, k)`.
-
-    Rows are int64, -1 where none is left (cosine -inf). Standardising is over all rows, which takes no label.
-    """
-    x = x.astype(np.float32)  # a copy
-    if standardise:
-        x = StandardScaler().fit_transform(x)
-    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
-    k_there = min(k, len(x))
-    found, cosine = np.full((len(x), k), -1), np.full((len(x), k), -np.inf)
-    for start in range(0, len(x), BLOCK):
-        rows = slice(start, start + BLOCK)
-        distance = -(x[rows] @ x.T)
-        distance[group[rows, None] == group] = np.inf
-        nearest = np.argpartition(distance, k_there - 1, axis=1)[:, :k_there]
-        distance = np.take_along_axis(distance, nearest, axis=1)
-        order = np.argsort(distance, axis=1, kind="stable")
-        cosine[rows, :k_there] = -np.take_along_axis(distance, order, axis=1)
-        found[rows, :k_there] = np.take_along_axis(nearest, order, axis=1)
-    found[np.isneginf(cosine)] = -1
-    return found, cosine
 
 
 def knn_mean(y: np.ndarray, near: np.ndarray) -> np.ndarray:
@@ -119,31 +93,26 @@ def knn_mean(y: np.ndarray, near: np.ndarray) -> np.ndarray:
     return np.where(number > 0, total / number.clip(min=1), y.mean())
 
 
-def knn_vote(classes: np.ndarray, near: np.ndarray, cosine: np.ndarray) -> np.ndarray:
-    """The class the neighbours vote for, weighted by similarity as in training; -1 where a row has no neighbour."""
-    labels = np.where(near >= 0, classes[near], -1)
-    same = labels[:, :, None] == labels[:, None, :]
-    weight = np.where(labels < 0, 0, np.exp(cosine / VOTE_TEMPERATURE))
-    votes = (same * weight[:, None, :]).sum(axis=2)  # (N, k): all that is cast for each neighbour's class
-    return np.take_along_axis(labels, votes.argmax(axis=1)[:, None], axis=1)[:, 0]
+def label_matrix(labels: Sequence[Sequence[int]]) -> csr_array:
+    """1 where a row has a label: `(N, labels)` int32."""
+    rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
+    columns = np.fromiter((label for own in labels for label in own), int, len(rows))
+    return csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(labels), columns.max(initial=0) + 1))
 
 
 class Retrieval:
-    """mAP@k: are a song's nearest songs of its kind? Relevant is who shares a label and is not of its group.
+    """mAP@k: do a song's nearest songs share a label with it? Songs of its own group are not counted.
 
     `labels`: each row's label numbers. Rows with no relevant row at all cannot be scored: `scored (N,)` bool.
     """
 
     def __init__(self, labels: Sequence[Sequence[int]], group: np.ndarray, k: int) -> None:
-        rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
-        columns = np.fromiter((label for own in labels for label in own), int, len(rows))
-        shape = (len(labels), columns.max(initial=0) + 1)
-        self._labels = csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=shape)
+        self._labels = label_matrix(labels)
         self._group, self._k = group, k
         self.relevant = np.zeros(len(labels), int)
         self.candidates = np.zeros(len(labels), int)
-        for start in range(0, len(labels), BLOCK):
-            block = np.arange(start, min(start + BLOCK, len(labels)))
+        for start in range(0, len(labels), _BLOCK):
+            block = np.arange(start, min(start + _BLOCK, len(labels)))
             other = group[block, None] != group
             self.relevant[block] = ((self._labels[block] @ self._labels.T).toarray() * other > 0).sum(axis=1)
             self.candidates[block] = other.sum(axis=1)
@@ -162,7 +131,7 @@ class Retrieval:
         return (precision * hit).sum(axis=1) / np.minimum(self._k, self.relevant[rows])
 
     def guess(self) -> np.ndarray:
-        """The AP@k of the scored rows that a random order has on average."""
+        """The expected AP@k of the scored rows in a random order."""
         rows = np.flatnonzero(self.scored)
         relevant, others = self.relevant[rows, None], self.candidates[rows, None]
         place = np.arange(1, self._k + 1)

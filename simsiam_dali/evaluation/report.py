@@ -1,4 +1,4 @@
-"""The evaluation as a page without a server, as JSON, and as a table for the terminal."""
+"""The evaluation as one HTML page, as JSON, and as a table for the terminal."""
 
 import base64
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from simsiam_dali.common.table import table_lines
 from simsiam_dali.evaluation.metrics import METRICS, Score
 from simsiam_dali.evaluation.plan import GUESS, MIN_SONGS, MIN_UNSEEN, TARGETS, Evaluation, Figure, Options
 
@@ -28,7 +29,7 @@ NAMES = {
 }
 HEADLINES = (("rating", "mlp", "correlation"), ("artist", "knn", "accuracy"), ("genre", "knn", "accuracy"),
              ("artist", "retrieval", "map_at_10"))  # fmt: skip
-"""What stands on top of the page, split by album."""
+"""(target, probe, metric) of the figures at the top of the page, split by album."""
 
 
 def number(value: float) -> str:
@@ -41,21 +42,21 @@ def interval(score: Score) -> str:
     return f"[{number(score.low)}, {number(score.high)}]"
 
 
-def mood(figure: Figure) -> str:
-    """The verdict's colour."""
-    kinds = {"better": "good", "worse": "bad"}
-    return kinds.get(figure.verdict.split()[0], "open")
+def css_class(figure: Figure) -> str:
+    """The class that colours the verdict."""
+    classes = {"better": "good", "worse": "bad"}
+    return classes.get(figure.verdict.split()[0], "open")
 
 
 def classifier_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """The plan's `classifier/val_*`: the MLP's predictions of songs whose album it has not heard."""
+    """`classifier/val_*`: scores of the MLP's predicted ratings, split by album."""
     wanted = ("rating", "mlp", "album", "all")
     chosen = [f for f in evaluation.figures if (f.target, f.probe, f.split, f.songs) == wanted]
     return {f"classifier/val_{f.metric}": f.score.value for f in chosen}
 
 
 def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Options) -> str:
-    """metrics.json: every figure with its interval and floors; what is undefined is null."""
+    """metrics.json: every figure with its interval and its baselines ("floors"); what is undefined is null."""
 
     def plain(score: Score) -> dict[str, float | None]:
         values = {"value": score.value, "low": score.low, "high": score.high}
@@ -65,38 +66,37 @@ def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Opti
         {
             "name": f.name, "target": f.target, "probe": f.probe, "metric": f.metric, "split": f.split,
             "songs": f.songs, "n": f.n, **plain(f.score), "higher_is_better": METRICS[f.metric].sign > 0,
-            "floors": {name: plain(floor) for name, floor in f.floors.items()}, "verdict": f.verdict,
+            "floors": {name: plain(baseline) for name, baseline in f.baselines.items()}, "verdict": f.verdict,
         }
         for f in evaluation.figures
     ]  # fmt: skip
     classifier = {name: None if math.isnan(v) else v for name, v in classifier_metrics(evaluation).items()}
-    everything = {"classifier": classifier, "figures": figures, "statements": evaluation.statements}
+    everything = {"classifier": classifier, "figures": figures, "statements": evaluation.notes}
     everything |= {"options": vars(options), "provenance": provenance}
     return json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
 
 
-def best_floor(figure: Figure) -> tuple[str, Score] | None:
-    """The floor that is hardest to beat."""
-    known = [(name, floor) for name, floor in figure.floors.items() if floor.known]
+def best_baseline(figure: Figure) -> tuple[str, Score] | None:
+    """The baseline with the best value."""
+    known = [(name, baseline) for name, baseline in figure.baselines.items() if baseline.known]
     return max(known, key=lambda item: METRICS[figure.metric].sign * item[1].value, default=None)
 
 
 def terminal_table(evaluation: Evaluation) -> Iterator[str]:
-    """One line a figure on all songs, and what could not be evaluated."""
-    head = ("target", "split by", "probe", "metric", "songs", "value", "95% interval", "best floor", "verdict")
-    rows = [head]
+    """One line for each figure on all songs, and what could not be evaluated."""
+    head = ("target", "split by", "probe", "metric", "songs", "value", "95% interval", "best baseline", "verdict")
+    rows = []
     for f in evaluation.figures:
         if f.songs == "all":
-            floor = best_floor(f)
-            beside = f"{number(floor[1].value)} {floor[0]}" if floor else "–"
+            best = best_baseline(f)
+            baseline = f"{number(best[1].value)} {best[0]}" if best else "–"
             row = (f.target, f.split, PROBES[f.probe], NAMES[f.metric], str(f.n), number(f.score.value))
-            rows.append((*row, interval(f.score), beside, f.verdict))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    if len(rows) > 1:
-        yield from ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-    for target, statements in evaluation.statements.items():
-        for statement in statements:
-            yield f"{target}: {statement}"
+            rows.append((*row, interval(f.score), baseline, f.verdict))
+    if rows:
+        yield from table_lines(head, rows)
+    for target, notes in evaluation.notes.items():
+        for note in notes:
+            yield f"{target}: {note}"
 
 
 def environment() -> jinja2.Environment:
@@ -107,12 +107,12 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    made.filters |= {"number": number, "interval": interval, "mood": mood}
+    made.filters |= {"number": number, "interval": interval, "css_class": css_class}
     return made
 
 
 def map_page(data: Mapping[str, Any]) -> str:
-    """The interactive map, of what `maps.page_data` returns."""
+    """map.html, from the result of `maps.page_data`."""
     return environment().get_template("map.html.j2").render(data=data, songs=len(data["title"]))
 
 
@@ -127,7 +127,7 @@ def page(
     by_target = {target: [f for f in evaluation.figures if f.target == target] for target in TARGETS}
     wanted = [(*headline, "album", "all") for headline in HEADLINES]
     found = {(f.target, f.probe, f.metric, f.split, f.songs): f for f in evaluation.figures}
-    floors = list(dict.fromkeys(name for f in evaluation.figures for name in f.floors))
+    baselines = list(dict.fromkeys(name for f in evaluation.figures for name in f.baselines))
     return (
         environment()
         .get_template("report.html.j2")
@@ -135,8 +135,8 @@ def page(
             evaluation=evaluation,
             by_target=by_target,
             headlines=[found[key] for key in wanted if key in found],
-            floors=floors,
-            only_guess=floors == [GUESS],
+            baselines=baselines,
+            only_guess=baselines == [GUESS],
             provenance=provenance,
             options=options,
             probes=PROBES,

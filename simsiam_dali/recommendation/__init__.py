@@ -1,1 +1,1 @@
-"""Songs to hear, from vectors and ratings."""
+"""Recommendations from embeddings and ratings."""

@@ -1,4 +1,4 @@
-"""The songs of an embedding table as people name them: found by path or title, shown with artist and album."""
+"""The songs of an embedding table, found by path or title, and limits on songs of one artist or album."""
 
 import difflib
 import os
@@ -23,8 +23,8 @@ _ESCAPED_BYTE = re.compile(rb"\\x([89a-f][0-9a-f])")
 class Library:
     """The songs of `table`, whose `path` is relative to `music`.
 
-    For each song: `title` (its file's name where the tag is missing), `artist` and `album` to show; `artists` and
-    `albums`, keys of what it shares with others; `recording`, the same number for two files of one recording.
+    For each song: `title` (its file's name where the tag is missing), `artist` and `album` as text; `artists` and
+    `albums` as keys to compare; `recording`, the same number for two files of one recording.
     """
 
     def __init__(self, table: pd.DataFrame, music: Path) -> None:
@@ -57,12 +57,14 @@ class Library:
         return original if original != path and not path.exists() and original.exists() else path
 
     def find(self, text: str) -> np.ndarray:
-        """Rows `(n,)` of what the user calls `text`: a file, a folder with songs, a title, or "artist - title".
+        """Rows `(n,)` of the songs that `text` names: a file, a folder with songs, a title, or "artist - title".
 
-        Paths are absolute, or relative to the working or the music folder. Names compare without case; a part of a
-        name will do when only one recording has it. Raises UserError for a name of none, or of several recordings.
+        Paths are absolute, or relative to the working or the music folder. Names compare without case; part of a name
+        is enough when only one recording has it. Raises UserError for a name of none, or of several recordings.
         """
-        names = [relative_name(path, self.music) for path in self._spellings(text) if path.is_relative_to(self.music)]
+        names = [
+            relative_name(path, self.music) for path in self._possible_paths(text) if path.is_relative_to(self.music)
+        ]
         for name in names:
             if name in self._row:
                 return np.array([self._row[name]])
@@ -97,8 +99,8 @@ class Library:
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise UserError(f"--like {printable(text)} fits {len(found)} songs: {quoted(shown)}{more}; give one's path")
 
-    def _spellings(self, text: str) -> list[Path]:
-        """Where `text` may lie: as it stands, and with links followed, since the music folder's own path has none."""
+    def _possible_paths(self, text: str) -> list[Path]:
+        """Paths that `text` may mean: as given, and with links resolved, since the music folder's own path has none."""
         try:
             here = Path(os.path.normpath(Path(text).absolute()))
             in_music = Path(os.path.normpath(self.music / text))
@@ -108,23 +110,23 @@ class Library:
 
 
 def quoted(texts: Sequence[str] | dict[str, None]) -> str:
-    """A list in one line of a message."""
+    """A list for a message of one line."""
     return ", ".join(f'"{printable(text)}"' for text in texts)
 
 
 class Variety:
-    """Accepts songs in turn while they add variety: one of each recording, so many of an artist and of an album.
+    """Accepts one song of each recording, and at most `per_artist` and `per_album` of each artist and album.
 
-    A song counts for each of its artists and albums; what is not known is never full.
+    A song counts for each of its artists and albums; unknown ones are not limited.
     """
 
     def __init__(self, library: Library, per_artist: int | None = None, per_album: int | None = None) -> None:
         self._library = library
         self._most: dict[str, int | None] = {"recording": 1, "artist": per_artist, "album": per_album}
-        self._taken: Counter[tuple[str, Hashable]] = Counter()
+        self._accepted: Counter[tuple[str, Hashable]] = Counter()
 
     def __call__(self, row: int) -> bool:
-        """Is there room for the song? It is counted then."""
+        """Whether the song is within the limits; if so, it is counted."""
         library = self._library
         kinds: list[tuple[str, Sequence[Hashable]]] = [
             ("recording", [int(library.recording[row])]),
@@ -132,7 +134,7 @@ class Variety:
             ("album", library.albums[row]),
         ]
         own = [(kind, key) for kind, keys in kinds if self._most[kind] is not None for key in keys]
-        if any(self._taken[kind, key] >= (self._most[kind] or 0) for kind, key in own):
+        if any(self._accepted[kind, key] >= (self._most[kind] or 0) for kind, key in own):
             return False
-        self._taken.update(own)
+        self._accepted.update(own)
         return True

@@ -12,9 +12,10 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import atomic_write, refuse_failed_write
 
 MARK = "simsiam_dali.recommend"
-"""In the head of each playlist of ours: only those are written over without being asked."""
+"""At the top of each playlist of this command: only such files are replaced without --replace."""
 CSV_COLUMNS = ("rank", "similarity", "predicted_rating", "std", "artist", "title", "album", "seconds", "path")
 _NAMESPACE = "http://xspf.org/ns/0/"
 
@@ -23,7 +24,7 @@ _NAMESPACE = "http://xspf.org/ns/0/"
 class Entry:
     """A song of a playlist. `path`: absolute, or relative to the playlist's folder; seconds: NaN = unknown.
 
-    scores: what was found of it, under names of `CSV_COLUMNS`; `note`: the same for people.
+    scores: by the names of `CSV_COLUMNS`; `note`: the first score as text.
     """
 
     path: str
@@ -36,9 +37,9 @@ class Entry:
 
 
 def one_line(text: str) -> str:
-    """`text` without what breaks a line or that XML does not take: each such character becomes a space."""
-    kept = ("Cc", "Cs", "Zl", "Zp")
-    return "".join(" " if unicodedata.category(c) in kept or c in "\ufffe\uffff" else c for c in text).strip()
+    """`text` with a space for each character that breaks a line or that XML does not allow."""
+    replaced = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(" " if unicodedata.category(c) in replaced or c in "\ufffe\uffff" else c for c in text).strip()
 
 
 def xspf(entries: Sequence[Entry], title: str) -> tuple[str, list[str]]:
@@ -65,11 +66,16 @@ def uri(path: str) -> str:
     return f"file://{text}" if path.startswith("/") else text
 
 
+def _is_utf8(path: str) -> bool:
+    """Whether UTF-8 can hold a path: bytes of a file name that are not UTF-8 became surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in path)
+
+
 def m3u8(entries: Sequence[Entry], title: str) -> tuple[str, list[str]]:
     """The playlist in M3U8, and the paths that no line of UTF-8 can hold."""
     lines, left_out = ["#EXTM3U", f"# {MARK}", f"#PLAYLIST:{one_line(title)}"], []
     for entry in entries:
-        if entry.path.splitlines() != [entry.path] or any("\ud800" <= c <= "\udfff" for c in entry.path):
+        if entry.path.splitlines() != [entry.path] or not _is_utf8(entry.path):
             left_out.append(entry.path)
             continue
         seconds = round(entry.seconds) if math.isfinite(entry.seconds) else -1
@@ -87,7 +93,7 @@ def table(entries: Sequence[Entry], _title: str) -> tuple[str, list[str]]:
     writer.writeheader()
     left_out = []
     for rank, entry in enumerate(entries, 1):
-        if any("\ud800" <= c <= "\udfff" for c in entry.path):
+        if not _is_utf8(entry.path):
             left_out.append(entry.path)
             continue
         tags = {"artist": entry.artist, "title": entry.title, "album": entry.album}
@@ -110,11 +116,11 @@ FORMATS: dict[str, Callable[[Sequence[Entry], str], tuple[str, list[str]]]] = {
     "m3u8": m3u8,
     "csv": table,
 }
-"""Option -> what makes its text."""
+"""Option -> the function that returns the file's text and the paths that it cannot hold."""
 
 
 def check_writable(path: Path, replace: bool) -> None:
-    """Raise UserError when `path` holds something other than a playlist of ours, unless it may be replaced."""
+    """Raise UserError when `path` is there and is no playlist of this command, unless `replace`."""
     try:
         with path.open("rb") as file:
             head = file.read(1024)
@@ -127,15 +133,9 @@ def check_writable(path: Path, replace: bool) -> None:
         raise UserError(f"{path} exists and is no playlist of this command: choose another file, or give --replace")
 
 
-def write(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: it holds the old playlist or the new one. Raises UserError when it cannot."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+def write_playlist(path: Path, text: str) -> None:
+    """Write the file atomically, and its folder where there is none. Raises UserError when it cannot."""
+    with refuse_failed_write(path, "choose another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic_write(path) as part:
             part.write_text(text, encoding="utf-8", newline="")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror}): choose another file") from e

@@ -13,7 +13,8 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.files import atomic_write
 from simsiam_dali.config.schema import Config
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.tracking import run as tracking
+from simsiam_dali.tracking.client import viewing_hints
+from simsiam_dali.tracking.run import create_tracker
 from simsiam_dali.training import checkpoint, curves, journal, profiling
 from simsiam_dali.training.collapse import collapse_advice, no_positives_advice
 from simsiam_dali.training.data import TrainingData
@@ -54,9 +55,7 @@ class Run:
         if resumed:
             self._restore(resumed)
         mlflow_run = resumed["mlflow_run"] if resumed else None
-        self.tracker = tracking.create_tracker(
-            self.config, data.shards, run_dir.name, mlflow_run, self.world.main, tags
-        )
+        self.tracker = create_tracker(self.config, data.shards, run_dir.name, mlflow_run, self.world.main, tags)
         self._report_start()
         steps_to_trace = self.config.train.profile if self.world.main else 0
         self.profiler = profiling.create_profiler(steps_to_trace, run_dir, self.world.device)
@@ -72,9 +71,9 @@ class Run:
         try:
             if self.world.main:
                 create_run_dir(self.run_dir, self.config)
-                self.tracker.artifact(self.run_dir / "config.yaml")
+                self.tracker.log_artifact(self.run_dir / "config.yaml")
             if self._resumed:
-                self.tracker.catch_up(self.journal.epochs)
+                self.tracker.backfill(self.journal.epochs)
             yield
             if self._unsaved:
                 raise self._unsaved
@@ -116,7 +115,7 @@ class Run:
             quarantine.check()
             record["data/quarantined"] = len(quarantine.rows)
         self.journal.write([record])
-        self.tracker.epoch(record)
+        self.tracker.log_epoch(record)
         self.world.print(journal.epoch_line(record, self.config.encoder.epochs))
         self.save()
         return record
@@ -251,15 +250,15 @@ class Run:
         path, output_dim = self.run_dir / "curves.png", self.learner.encoder.output_dim
         try:
             curves.draw(self.journal.epochs, output_dim, path)
-            self.tracker.artifact(path)
+            self.tracker.log_artifact(path)
         except OSError as e:
             self.world.print(f"warning: cannot write {path} ({e.strerror}); --resume {self.run_dir} draws it again")
         if self.config.mlflow.log_checkpoint:
-            self.tracker.artifact(self.run_dir / checkpoint.FILE_NAME)
+            self.tracker.log_artifact(self.run_dir / checkpoint.FILE_NAME)
         self.tracker.end("FINISHED")
         for line in journal.closing_lines(output_dim, self.run_dir, self.journal.epochs):
             self.world.print(line)
-        for line in tracking.how_to_look(self.config):
+        for line in viewing_hints(self.config.mlflow):
             self.world.print(line)
         if not self.tracker.complete:
             self.world.print(
