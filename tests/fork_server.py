@@ -222,7 +222,8 @@ def _run(words: list[str]) -> None:
     kind, *rest = words
     if kind == "-m":
         sys.argv, sys.path[0] = rest, os.getcwd()  # noqa: PTH109
-        sys.modules.pop(rest[0], None)  # as in a new interpreter, it is run and not imported
+        if not hasattr(sys.modules.get(rest[0]), "__path__"):  # a package's __main__ is run instead
+            sys.modules.pop(rest[0], None)  # as in a new interpreter, it is run and not imported
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif kind == "-c":
         sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
