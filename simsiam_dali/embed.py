@@ -22,6 +22,7 @@ from simsiam_dali.embedding.features import BASELINES, CHECKPOINT, create_featur
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.write import (
     FORWARD_SHARE,
+    CleanViews,
     embedding_config,
     is_up_to_date,
     table_provenance,
@@ -29,7 +30,7 @@ from simsiam_dali.embedding.write import (
 )
 from simsiam_dali.packing import temporary
 from simsiam_dali.packing.temporary import TemporarySongs
-from simsiam_dali.training.data import log_mel_settings, view_seconds, with_statistics
+from simsiam_dali.training.data import view_seconds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,10 +99,10 @@ def run(args: argparse.Namespace) -> None:
     packed = args.out.with_name(f".{args.out.name}.packed")
     if missing:
         shards = shards or pack_temporarily(files, packed)
-        log_mel = with_statistics(log_mel_settings(config), **trained.statistics)
+        views = CleanViews.open(config, shards, trained.statistics, World(0, 1, device))
         for out, provenance in missing.items():
-            features = create_features(provenance["features"], trained, log_mel, device)
-            print(write_table(features, config, shards, log_mel, World(0, 1, device), provenance, out))
+            features = create_features(provenance["features"], trained, views.log_mel, device)
+            print(write_table(features, views, provenance, out))
     shutil.rmtree(packed, ignore_errors=True)
 
 

@@ -1,9 +1,12 @@
 """Pack a folder of songs into WebDataset shards: `simsiam-dali pack music/` or `python tools/make_shards.py music/`."""
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.signals import raise_keyboard_interrupt
@@ -12,6 +15,27 @@ from simsiam_dali.data.format import read_manifest
 from simsiam_dali.data.verify import verify
 from simsiam_dali.packing import process_pool, ray_pool
 from simsiam_dali.packing.pack import PackSettings, Report, pack
+
+
+def _number(kind: type[int] | type[float], rule: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: a number that `accepts`."""
+
+    def number(text: str) -> int | float:
+        if not accepts(kind(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
+        return kind(text)
+
+    return number
+
+
+_count = _number(int, "at least 1", lambda n: n >= 1)
+_seed = _number(int, "at least 0", lambda n: n >= 0)
+_positive = _number(float, "above 0", lambda x: 0 < x < math.inf)
+_fraction = _number(float, "in 0 <= fraction < 1", lambda x: 0 <= x < 1)
+
+
+def _sample_rate(text: str) -> int | None:
+    return None if text == "native" else int(_count(text))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -154,34 +178,6 @@ def check(out: Path) -> None:
 
 def _shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
-
-
-def _sample_rate(text: str) -> int | None:
-    return None if text == "native" else _count(text)
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
-
-
-def _fraction(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0 <= fraction < 1")
-    return float(text)
 
 
 if __name__ == "__main__":

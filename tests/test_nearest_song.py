@@ -17,7 +17,6 @@ from simsiam_dali.embedding import features
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.evaluation import nearest_song
 from simsiam_dali.evaluation.nearest_song import nearest_shares, sentence
-from simsiam_dali.training.data import log_mel_settings, with_statistics
 
 HERE = World(0, 1, torch.device("cpu"))
 
@@ -171,7 +170,7 @@ def embedded(run_dir: Path, shards: outcome.ShardSet) -> tuple[np.ndarray, dict[
     """What `closing_score` embeds, for a run on the small shards."""
     of_run = read_run(str(run_dir))
     config = outcome.embedding_config(of_run.config, shards.segment_seconds)
-    log_mel = with_statistics(log_mel_settings(config), **of_run.statistics)
+    views = outcome.CleanViews.open(config, shards, of_run.statistics, HERE)
     names = (features.CHECKPOINT, *nearest_song.BASELINES)
-    made = [features.create_features(name, of_run, log_mel, HERE.device) for name in names]
-    return outcome.embed_songs(made, config, shards, log_mel, HERE)
+    made = [features.create_features(name, of_run, views.log_mel, HERE.device) for name in names]
+    return outcome.embed_songs(made, views)

@@ -28,7 +28,7 @@ from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import measure_log_mel
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.embedding.features import encoder_features
-from simsiam_dali.embedding.write import embedding_config, write_table
+from simsiam_dali.embedding.write import CleanViews, embedding_config, write_table
 from simsiam_dali.models.encoder import Encoder
 from simsiam_dali.models.simsiam import create_backbone
 from simsiam_dali.training.data import create_loader, log_mel_settings, with_threads
@@ -132,7 +132,7 @@ def main() -> None:
         "tracking_uri": "",
     }
     features = encoder_features("lightly", peer, clean, device)
-    print(write_table(features, clean, others, log_mel, world, provenance, args.out))
+    print(write_table(features, CleanViews(clean, others, log_mel, world), provenance, args.out))
 
 
 if __name__ == "__main__":

@@ -180,12 +180,6 @@ def mel_filters(power: DataNode, sample_rate: int, n_mels: int, semitones: float
     )
 
 
-def plain_mel(power: DataNode, sample_rate: int, n_mels: int) -> DataNode:
-    """Mel power `(F, n_mels)` of the power spectrogram `power (F, bins)`."""
-    # Conditionals merge only equal layouts, and warps name theirs otherwise.
-    return fn.reshape(mel_filters(power, sample_rate, n_mels, 0.0), layout="")
-
-
 def fill_highest(mel: DataNode, n_mels: int) -> DataNode:
     """`mel (F, M)` as `(F, n_mels)`: bins above its M filters repeat the highest."""
     size = mel.shape(dtype=types.INT32)[1]

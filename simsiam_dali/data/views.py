@@ -46,7 +46,8 @@ def power_spectrogram(wave: DataNode, spec: LogMel) -> DataNode:
 
 def mel_power(power: DataNode, spec: LogMel) -> DataNode:
     """Mel power `(F, n_mels)` of a power spectrogram `(F, 1 + n_fft // 2)`."""
-    return augment.plain_mel(power, spec.sample_rate, spec.n_mels)
+    # Conditionals merge only equal layouts, and warps set another one.
+    return fn.reshape(augment.mel_filters(power, spec.sample_rate, spec.n_mels, 0.0), layout="")
 
 
 def normalise(mel: DataNode, spec: LogMel) -> DataNode:

@@ -1,5 +1,6 @@
 """The score that a training prints at its end: `nearest_song`'s sentence about its encoder, over its own songs."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +11,13 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.common.distributed import World
-from simsiam_dali.config.schema import Config
-from simsiam_dali.data.format import SPLITS
-from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.data.subset import subset_of
 from simsiam_dali.embedding.features import CHECKPOINT, Features, create_features
 from simsiam_dali.embedding.run import read_run
-from simsiam_dali.embedding.write import check_finite, embedding_config
+from simsiam_dali.embedding.write import CleanViews, check_finite, embedding_config
 from simsiam_dali.evaluation.nearest_song import BASELINES, labels_of, sentence
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
 
 MAX_SEGMENTS = 20_000
 """Segments that are embedded, so that the score of a large library takes a few minutes at most.
@@ -36,10 +33,10 @@ def closing_score(run_dir: Path, world: World) -> str:
     if labels_of(shards.songs) is None:
         return ""
     config = embedding_config(run.config, shards.segment_seconds)
-    log_mel = with_statistics(log_mel_settings(config), **run.statistics)
-    features = [create_features(name, run, log_mel, world.device) for name in (CHECKPOINT, *BASELINES)]
+    views = CleanViews.open(config, shards, run.statistics, world)
+    features = [create_features(name, run, views.log_mel, world.device) for name in (CHECKPOINT, *BASELINES)]
     with sample_songs(shards, MAX_SEGMENTS, run.config.train.seed) as part:
-        songs, vectors = embed_songs(features, config, part, log_mel, world)
+        songs, vectors = embed_songs(features, dataclasses.replace(views, shards=part))
     drawn_from = len(shards.songs) if part is not shards else 0
     return sentence(shards.songs.iloc[songs], vectors, encoder_type(config).learns_from_tags, drawn_from)
 
@@ -64,29 +61,24 @@ def sample_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
         yield subset_of(shards, np.flatnonzero(songs[shards.segments["song"]]), Path(folder))
 
 
-def embed_songs(
-    features: Sequence[Features], config: Config, shards: ShardSet, log_mel: LogMel, world: World
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Rows `(S,)` of the song table that have a segment in `shards`, and the vectors `(S, D)` of each of `features`."""
-    song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
+def embed_songs(features: Sequence[Features], views: CleanViews) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rows `(S,)` of the song table that have a segment, and the vectors `(S, D)` of each of `features`, by name."""
     made: dict[str, np.ndarray] = {}
     songs = torch.empty(0)
     for mode in dict.fromkeys(f.mode for f in features):
         own = [f for f in features if f.mode == mode]
         rows: list[Tensor] = []
         vectors: dict[str, list[Tensor]] = {f.name: [] for f in own}
-        for split in SPLITS:
-            if not shards.count(split):
-                continue
-            for batch in create_loader(config, shards, log_mel, world, split, mode):
+        for _, loader in views.loaders(mode):
+            for batch in loader:
                 if len(batch.segment):
                     rows.append(batch.segment.cpu())
                     for f in own:
                         vectors[f.name].append(f.compute(batch.data).cpu())
-        ranks = world.gather((rows, vectors))
+        ranks = views.world.gather((rows, vectors))
         segment = torch.cat([x for of_rank, _ in ranks for x in of_rank])
         for f in own:
             each = check_finite(torch.cat([x for _, of_rank in ranks for x in of_rank[f.name]]))
-            songs, means = f.song_means(each, song_of[segment])
+            songs, means = f.song_means(each, views.segment_song[segment])
             made[f.name] = means.numpy()
     return songs.numpy(), {f.name: made[f.name] for f in features}

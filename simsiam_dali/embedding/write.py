@@ -5,9 +5,10 @@ The views are clean. Killed at any moment, the same call continues from the last
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -19,14 +20,14 @@ from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.format import SPLITS, Split
 from simsiam_dali.data.graph import LogMel
-from simsiam_dali.data.loader import Single
+from simsiam_dali.data.loader import Loader, Single
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.embedding.features import Features, output_name
 from simsiam_dali.embedding.resumable import PartialResults
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import Embeddings, read_provenance, write_embeddings
-from simsiam_dali.training.data import create_loader, view_seconds
+from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
 from simsiam_dali.training.throughput import StepClock
 
 PART_SECONDS = 10.0
@@ -34,6 +35,32 @@ PART_SECONDS = 10.0
 
 FORWARD_SHARE = 4
 """A batch may hold this many times the audio of a training batch: nothing is kept for a backward pass."""
+
+
+@dataclass(frozen=True)
+class CleanViews:
+    """The clean views that features are computed from: of the shards, by the config's front end."""
+
+    config: Config
+    shards: ShardSet
+    log_mel: LogMel
+    world: World
+
+    @classmethod
+    def open(cls, config: Config, shards: ShardSet, statistics: Mapping[str, float], world: World) -> Self:
+        """With the log-mel's `mean` and `std` of the training."""
+        return cls(config, shards, with_statistics(log_mel_settings(config), **statistics), world)
+
+    @property
+    def segment_song(self) -> Tensor:
+        """The song of each segment `(N,)`."""
+        return torch.from_numpy(self.shards.segments["song"].to_numpy().copy())
+
+    def loaders(self, mode: Literal["clean", "raw"], first: Split = SPLITS[0]) -> Iterator[tuple[Split, Loader]]:
+        """This rank's part of each split from `first` on, in the stored order."""
+        for split in SPLITS[SPLITS.index(first) :]:
+            if self.shards.count(split):
+                yield split, create_loader(self.config, self.shards, self.log_mel, self.world, split, mode)
 
 
 def embed_batches(
@@ -61,22 +88,15 @@ def embed_batches(
         results.add(torch.cat(rows).cpu(), check_finite(torch.cat(vectors).cpu()), split, None)
 
 
-def embed_segments(
-    features: Features, config: Config, shards: ShardSet, log_mel: LogMel, world: World, results: PartialResults
-) -> str:
+def embed_segments(features: Features, views: CleanViews, results: PartialResults) -> str:
     """Embed every segment that `results` lacks; returns the throughput."""
-    clock, view = StepClock(world.device), view_seconds(config, shards)
-    done = 0
-    first = SPLITS.index(results.split) if results.split else 0
-    with tqdm(
-        total=len(shards.segments), initial=len(results), unit="segment", desc=features.name, disable=None
-    ) as bar:
-        for split in SPLITS[first:]:
-            resumed = split == results.split
-            if not shards.count(split) or (resumed and results.loader is None):
-                continue
-            loader = create_loader(config, shards, log_mel, world, split, features.mode)
-            if resumed and results.loader:
+    clock, view = StepClock(views.world.device), view_seconds(views.config, views.shards)
+    total, done, resumed = len(views.shards.segments), 0, results.split
+    with tqdm(total=total, initial=len(results), unit="segment", desc=features.name, disable=None) as bar:
+        for split, loader in views.loaders(features.mode, resumed or SPLITS[0]):
+            if split == resumed:
+                if results.loader is None:
+                    continue
                 loader.load_state_dict(results.loader)
             for segment in embed_batches(features, clock.batches(loader), results, split, loader.state_dict):
                 done += len(segment)
@@ -95,26 +115,19 @@ def check_finite(vectors: Tensor) -> Tensor:
     return vectors
 
 
-def write_table(
-    features: Features,
-    config: Config,
-    shards: ShardSet,
-    log_mel: LogMel,
-    world: World,
-    provenance: dict[str, str],
-    out: Path,
-) -> str:
+def write_table(features: Features, views: CleanViews, provenance: dict[str, str], out: Path) -> str:
     """Embed the shards and write the table `out`; returns a line that describes it."""
+    config, shards = views.config, views.shards
     key = {
         **provenance,
-        "device": world.device.type,
+        "device": views.world.device.type,
         "dtype": str(features.dtype),
         "batch_size": config.encoder.batch_size,  # with another, a sum's order and so its last bit may differ
     }
     del key["rows"], key["checkpoint"]
     # Hidden, so that no search for songs looks into it.
     with PartialResults(out.with_name(f".{out.name}.partial"), key) as results:
-        speed = embed_segments(features, config, shards, log_mel, world, results)
+        speed = embed_segments(features, views, results)
         rows, vectors = results.all()
         order = torch.argsort(rows)
         rows, vectors = rows[order], vectors[order]
@@ -125,8 +138,7 @@ def write_table(
         if provenance["rows"] == "segments":
             table = Embeddings.of_segments(shards.songs, shards.segments, rows.numpy(), vectors.numpy(), provenance)
         else:
-            song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
-            songs, means = features.song_means(vectors, song_of)
+            songs, means = features.song_means(vectors, views.segment_song)
             table = Embeddings.of_songs(shards.songs, songs.numpy(), means.numpy(), provenance)
         write_embeddings(out, table)
         results.remove()

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array
 
 from simsiam_dali.evaluation.folds import groups
 from simsiam_dali.evaluation.knn import cosine_blocks, unit
 from simsiam_dali.evaluation.metrics import Metric, interval, mean, score
 from simsiam_dali.evaluation.plan import all_label_ids
+from simsiam_dali.evaluation.probes import label_matrix
 
 BASELINES = {"untrained": "the untrained encoder", "mfcc": "MFCCs"}
 """The features that the trained encoder is compared with, and how the sentence calls them."""
@@ -44,10 +44,7 @@ def nearest_shares(vectors: np.ndarray, labels: Sequence[Sequence[int]], group: 
     recording, and never each other's neighbours. Of several equally near, all have to share it: a tie is not a hit by
     chance, and an encoder that maps all songs to one vector scores 0.
     """
-    x = unit(vectors)
-    rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
-    columns = np.fromiter((label for own in labels for label in own), int, len(rows))
-    table = csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(labels), columns.max(initial=0) + 1))
+    x, table = unit(vectors), label_matrix(labels)
     hit = np.full(len(x), np.nan)
     for block, cosine in cosine_blocks(x, x):
         other = group[block, None] != group

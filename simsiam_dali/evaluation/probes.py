@@ -93,6 +93,13 @@ def knn_mean(y: np.ndarray, near: np.ndarray) -> np.ndarray:
     return np.where(number > 0, total / number.clip(min=1), y.mean())
 
 
+def label_matrix(labels: Sequence[Sequence[int]]) -> csr_array:
+    """1 where a row has a label: `(N, labels)` int32."""
+    rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
+    columns = np.fromiter((label for own in labels for label in own), int, len(rows))
+    return csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(labels), columns.max(initial=0) + 1))
+
+
 class Retrieval:
     """mAP@k: do a song's nearest songs share a label with it? Songs of its own group are not counted.
 
@@ -100,10 +107,7 @@ class Retrieval:
     """
 
     def __init__(self, labels: Sequence[Sequence[int]], group: np.ndarray, k: int) -> None:
-        rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
-        columns = np.fromiter((label for own in labels for label in own), int, len(rows))
-        shape = (len(labels), columns.max(initial=0) + 1)
-        self._labels = csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=shape)
+        self._labels = label_matrix(labels)
         self._group, self._k = group, k
         self.relevant = np.zeros(len(labels), int)
         self.candidates = np.zeros(len(labels), int)

@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,11 +44,14 @@ from simsiam_dali.packing.assemble import (
 from simsiam_dali.packing.assign_split import assign_splits, group_key
 from simsiam_dali.packing.find import SongFile, find_songs
 from simsiam_dali.packing.pack_song import Job, Packed, PackSettings, Refused, Result, do_job
-from simsiam_dali.packing.process_pool import Died, Executor, run_all
+from simsiam_dali.packing.process_pool import Died, run_all
 from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.packing.reuse import SEGMENT_COLUMNS, SONG_COLUMNS, PackedBefore, damaged_shards
 from simsiam_dali.packing.spool import Spool
 from simsiam_dali.packing.write import write_file, write_manifest, write_shard, write_table
+
+Executor = Callable[[Callable[[Job], Result], Iterable[Job], int], Generator[tuple[Job, Result | Died], None, None]]
+"""Where jobs run: `process_pool.run_all` or `ray_pool.run_all`."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -111,18 +114,16 @@ def pack(
         raise
 
 
+@dataclass
 class _Packer:
-    def __init__(
-        self,
-        music: Path,
-        out: Path,
-        settings: PackSettings,
-        ratings: RatingsFile | None,
-        replace: bool,
-        executor: Executor,
-    ) -> None:
-        self.music, self.out, self.settings = music, out, settings
-        self.ratings, self.replace, self.executor = ratings, replace, executor
+    music: Path
+    out: Path
+    settings: PackSettings
+    ratings: RatingsFile | None
+    replace: bool
+    executor: Executor
+
+    def __post_init__(self) -> None:
         self.report = Report()
         self.old = self._old_set()
         self.damaged = damaged_shards(self.old) if self.old else set()

@@ -1,6 +1,7 @@
 """Pack one song: decode, cut and encode it into a file of its own, which an interrupted run finds again."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from simsiam_dali.common.files import atomic_write
 from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.find import SongFile
-from simsiam_dali.packing.segments import SILENCE, Pcm, Segment, cut_segments, encode
+from simsiam_dali.packing.segments import SILENCE, Segment, cut_segments, encode
 from simsiam_dali.packing.song_audio import BadSong, NoAudio, SongAudio
 from simsiam_dali.packing.tags import Tags, read_tags
 
@@ -157,17 +158,11 @@ def _segments(audio: SongAudio, segment_seconds: float) -> Iterator[tuple[Segmen
     """The song's segments and their rate, which is known after the first block if the song keeps its own."""
     blocks = audio.blocks()
     first = next(blocks, None)
-    if first is None:
-        return
-    assert audio.sample_rate is not None
-    rate = audio.sample_rate
-
-    def all_blocks() -> Iterator[Pcm]:
-        yield first
-        yield from blocks
-
-    for segment in cut_segments(all_blocks(), max(1, round(segment_seconds * rate))):
-        yield segment, rate
+    if first is not None:
+        assert audio.sample_rate is not None
+        length = max(1, round(segment_seconds * audio.sample_rate))
+        for segment in cut_segments(itertools.chain([first], blocks), length):
+            yield segment, audio.sample_rate
 
 
 def _load(job: Job) -> Packed | None:

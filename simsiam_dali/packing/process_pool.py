@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,22 +30,6 @@ class Died:
     exit_code: int | None
 
 
-class Executor(Protocol):
-    """Runs many tasks at once: `process_pool.run_all`, or `ray_pool.run_all`."""
-
-    def __call__(
-        self, function: Callable[[T], R], tasks: Iterable[T], workers: int
-    ) -> Generator[tuple[T, R | Died], None, None]:
-        """See `run_all`."""
-        ...
-
-
-@dataclass
-class _Worker(Generic[T]):
-    process: BaseProcess
-    task: T
-
-
 def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[tuple[T, R | Died], None, None]:
     """Yield `(task, function(task))` as results come, from `workers` processes, which end with the caller.
 
@@ -53,27 +37,28 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
     leaves `tasks` when a worker is free.
     """
     waiting = iter(tasks)
-    pool: dict[Connection, _Worker[T]] = {}
+    pool: dict[Connection, BaseProcess] = {}
+    task_of: dict[Connection, T] = {}
 
     def start(task: T) -> None:
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(target=_work, args=(function, theirs), daemon=True)
         process.start()
         theirs.close()
-        pool[ours] = _Worker(process, task)
+        pool[ours] = process
         send(ours, task)
 
     def send(connection: Connection, task: T) -> None:
-        pool[connection].task = task
+        task_of[connection] = task
         with contextlib.suppress(BrokenPipeError):  # it died idle, which is seen as the end of its pipe
             connection.send(task)
 
     def stop(connection: Connection) -> int | None:
-        worker = pool.pop(connection)
+        process = pool.pop(connection)
         connection.close()
-        worker.process.terminate()
-        worker.process.join()
-        return worker.process.exitcode
+        process.terminate()
+        process.join()
+        return process.exitcode
 
     try:
         for task in itertools.islice(waiting, workers):
@@ -81,12 +66,12 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
         while pool:
             for connection in wait(list(pool)):
                 assert isinstance(connection, Connection)
-                done = pool[connection].task
+                done = task_of.pop(connection)
                 following = next(waiting, None)
                 try:
                     result, error = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    pool[connection].process.join(1)
+                    pool[connection].join(1)
                     result, error = Died(stop(connection)), None
                     if following is not None:
                         start(following)
