@@ -153,7 +153,7 @@ def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_s
     refused = run_ranks(3, resume, tmp_path)
     assert [rank.returncode for rank in refused] == [1, 1, 1]
     assert [line for rank in refused for line in rank.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: a step of this run has 8 segments, which 3 processes cannot share evenly, 2 or more each: go on with"
+        "error: a step of this run has 8 segments, which 3 processes cannot share evenly, 2 or more each: continue with"
         " 1, 2, 4"
     ]
     done = run(resume, tmp_path)
@@ -169,7 +169,7 @@ def test_a_step_keeps_its_segments():
     assert rescale_batch_size(settings, before=2, now=6).encoder.batch_size == 2
     with pytest.raises(UserError, match="12 segments, which 8 processes cannot share evenly"):
         rescale_batch_size(settings, before=2, now=8)
-    with pytest.raises(UserError, match=r"go on with 1, 2, 3, 4, 6$"):
+    with pytest.raises(UserError, match=r"continue with 1, 2, 3, 4, 6$"):
         rescale_batch_size(settings, before=2, now=12)  # one segment has no batch statistics
 
 
