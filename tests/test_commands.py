@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import fork_server
 import pytest
 import torch
-from running import ROOT, records, run_tool
+from helpers import fork_server
+from helpers.running import ROOT, records, run_tool
 from torch import Tensor
 
 from simsiam_dali import cli, train

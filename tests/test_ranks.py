@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_worker
 import torch
 import torch.distributed as dist
-from running import command, epochs, losses, mark_damaged, run, run_ranks, start, wait_for_step
+from helpers import rank_worker
+from helpers.running import command, epochs, losses, mark_damaged, run, run_ranks, start, wait_for_step
 
 from simsiam_dali.common import distributed
 from simsiam_dali.common.distributed import World
@@ -26,7 +26,7 @@ from simsiam_dali.training.learner import learning_rates
 from simsiam_dali.training.world_size import rescale_batch_size
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-HERE = Path(__file__).parent
+WORKER = Path(rank_worker.__file__)
 
 
 def launched(processes: int, args: list[str]) -> list[str]:
@@ -44,7 +44,7 @@ def alone(small_shards: Path) -> dict[str, Any]:
 def ranks(request: pytest.FixtureRequest, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What several do, with equal parts of it each."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = [sys.executable, str(HERE / "rank_worker.py"), str(small_shards), str(folder / "out.pt")]
+    script = [sys.executable, str(WORKER), str(small_shards), str(folder / "out.pt")]
     for done in run_ranks(request.param, script, folder):
         assert done.returncode == 0, done.stderr[-3000:]
     return request.param, torch.load(folder / "out.pt", weights_only=True)
