@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 import pytest
-from running import ROOT
+from helpers.running import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import gpu_tables

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from helpers.running import ROOT
 
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
 

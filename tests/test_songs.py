@@ -9,7 +9,7 @@ import mutagen
 import numpy as np
 import pytest
 import soundfile as sf
-from small_music import repeat_headers, sound, write_audio, write_song
+from helpers.small_music import repeat_headers, sound, write_audio, write_song
 
 from simsiam_dali.packing import libsndfile
 from simsiam_dali.packing.decode import decode as decode_song

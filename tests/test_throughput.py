@@ -12,12 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fork_server
 import pytest
 import torch
-from fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
-from running import ROOT, forked_stages
-from signals import frequency, noise, tone
+from helpers import fork_server
+from helpers.fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
+from helpers.running import ROOT, forked_stages
+from helpers.signals import frequency, noise, tone
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
