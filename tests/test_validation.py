@@ -1,6 +1,7 @@
 """Which epochs are validated, and that what is kept between validations changes no score."""
 
 import math
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from simsiam_dali import config as settings
-from simsiam_dali import factory, validation
+from simsiam_dali import factory, tuning, validation
+from simsiam_dali.data import loader
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.distributed import World
@@ -106,6 +108,40 @@ def test_what_does_not_fit_whole_is_not_kept(small_shards, monkeypatch):
         assert partly.scores() == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
     assert 0 < len(partly._kept) < len(sizes)
     assert partly._free == max(sizes.values()) + 1 - sum(sizes[key] for key in partly._kept)
+
+
+@pytest.fixture
+def graphs_at_release(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(graphs that were built, those still there), at each time that DALI was told to give its memory back."""
+    built: list[weakref.ref[Any]] = []
+    noted: list[tuple[int, int]] = []
+    build, release = Loader._build, loader.backend.ReleaseUnusedMemory
+
+    def building(self: Loader, state: str | None) -> None:
+        build(self, state)
+        built.append(weakref.ref(self.pipeline))
+
+    def releasing() -> None:
+        noted.append((len(built), sum(ref() is not None for ref in built)))
+        release()
+
+    monkeypatch.setattr(Loader, "_build", building)
+    monkeypatch.setattr(loader.backend, "ReleaseUnusedMemory", releasing)
+    return noted
+
+
+def test_a_validation_gives_the_memory_of_its_graphs_back(small_shards, graphs_at_release):
+    """DALI's pools on a GPU keep what they had, and its pipelines are cycles: both would stand beside the model."""
+    opened(small_shards).scores()
+    assert graphs_at_release == [(1, 0), (2, 0), (3, 0)]
+
+
+def test_threads_are_tried_one_graph_at_a_time(small_shards, graphs_at_release, monkeypatch):
+    monkeypatch.setattr(tuning.os, "sched_getaffinity", lambda _: range(4))
+    chosen, shards = config(data__shards=small_shards, data__threads="auto"), open_shards(small_shards)
+    tuned = tuning.with_threads(chosen, shards, factory.log_mel_settings(chosen), World(0, 1, torch.device("cpu")))
+    assert tuned.data.threads in (1, 2, 4)
+    assert graphs_at_release == [(1, 0), (2, 0), (3, 0)]
 
 
 def test_the_encoder_trains_on_as_before(small_shards):
