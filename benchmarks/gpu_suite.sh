@@ -82,6 +82,10 @@ step() {
   local began=$SECONDS log="$WORK/$part/$name.log" status=0
   timeout --kill-after=10 "$limit" "${@//FOLDER/$WORK/$part}" >"$log" 2>&1 || status=$?
   tail -n 25 "$log"
+  # What a step left out itself: it says so in a line of its own, and pytest in one for each test.
+  while read -r name_of; do skipped+=("$part/$name:$name_of"); done < <(
+    sed -nE 's/^skipped, no CUDA device: (.*)$/\1/p; s/^([^ ]+::[^ ]+) SKIPPED.*$/\1/p' "$log" | tr ' ' '-'
+  )
   if [ "$status" -eq 0 ]; then
     echo "== $part/$name: done in $((SECONDS - began)) s"
   else
@@ -108,7 +112,7 @@ bench() {
     "${BENCH[@]}" "${SMALL[@]}" "$@"
 }
 
-step a tests 500 "$PYTHON" -m pytest -q -rs -p no:cacheprovider -m gpu "${GPU_TESTS[@]}"
+step a tests 500 "$PYTHON" -m pytest -v -p no:cacheprovider -m gpu "${GPU_TESTS[@]}"
 
 step b run 530 "$PYTHON" benchmarks/killed_run.py --out FOLDER ${SHARDS:+--shards "$SHARDS"} "${RUN[@]}"
 
@@ -148,7 +152,10 @@ bench step d rate 200 --sweep rate --stages loader/light "${ANEW[@]}"
 bench step d codec 200 --sweep codec --stages loader/light "${ANEW[@]}"
 
 echo "== all in $((SECONDS - started)) s of $BUDGET, results in $OUT"
-if [ ${#skipped[@]} -gt 0 ]; then echo "skipped, no CUDA device: ${skipped[*]}"; fi
+if [ ${#skipped[@]} -gt 0 ]; then
+  echo "skipped, no CUDA device:"
+  printf '  %s\n' "${skipped[@]}"
+fi
 if [ ${#late[@]} -gt 0 ]; then echo "not begun, no time left (name them in ONLY): ${late[*]}"; fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"
