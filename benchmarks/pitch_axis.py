@@ -17,7 +17,8 @@ import numpy as np
 
 from simsiam_dali.data import augment
 from simsiam_dali.data.dali import DataNode, fn, math, pipeline_def, types
-from simsiam_dali.data.pipeline import LogMel, power_spectrogram
+from simsiam_dali.data.graph import LogMel
+from simsiam_dali.data.views import power_spectrogram
 
 SPEC = LogMel()
 BINS = 1 + SPEC.n_fft // 2

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fork_server
 import matplotlib.image
 import pytest
-from logged_runs import log_run
+from helpers import fork_server
+from helpers.logged_runs import log_run
 from mlflow import MlflowClient
 
 from simsiam_dali import compare
@@ -344,7 +344,7 @@ def test_the_settings_name_the_experiment_and_the_folder(home, monkeypatch):
 
 def test_a_loss_cannot_choose(home):
     for name in ("encoder/val_loss", "encoder/train_loss", "train_loss"):
-        assert f"--by {name} is refused: a loss cannot tell" in home.refused("--by", name)
+        assert f"--by {name} is refused: a loss cannot show" in home.refused("--by", name)
     assert "--by knn/beauty is not a metric of the comparison; use one of classifier/val_mse" in home.refused(
         "--by", "knn/beauty"
     )

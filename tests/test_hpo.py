@@ -14,8 +14,8 @@ from typing import Any
 import mlflow
 import optuna
 import pytest
+from helpers.running import TINY, command, run, start
 from optuna.trial import TrialState
-from running import TINY, command, run, start
 
 from simsiam_dali import hpo
 from simsiam_dali.common.errors import UserError
@@ -167,15 +167,15 @@ def test_sampled_values_become_settings_of_the_right_type(tmp_path):
 
 def test_a_search_is_reproducible_when_stopped_and_continued_and_never_samples_twice(tmp_path, monkeypatch):
     fake_training(monkeypatch, lambda job: [job.config.encoder.simsiam.learning_rate] * 4)
-    draws = []
+    sampled = []
     for name, totals in (("whole", [14]), ("pieces", [1, 5, 12, 14])):
         for total in totals:
             study = search(make_config(tmp_path / name, hpo__trials=total))
-        draws.append([t.params["encoder.simsiam.learning_rate"] for t in study.trials()])
-    assert draws[0] == draws[1]
-    assert len(set(draws[0])) == 14
+        sampled.append([t.params["encoder.simsiam.learning_rate"] for t in study.trials()])
+    assert sampled[0] == sampled[1]
+    assert len(set(sampled[0])) == 14
     other = search(make_config(tmp_path / "other", hpo__trials=3, train__seed=1))
-    assert not {t.params["encoder.simsiam.learning_rate"] for t in other.trials()} & set(draws[0])
+    assert not {t.params["encoder.simsiam.learning_rate"] for t in other.trials()} & set(sampled[0])
 
 
 def test_settings_that_were_tried_are_not_trained_again(tmp_path, monkeypatch):
@@ -376,14 +376,14 @@ def test_processes_that_share_a_study_repeat_no_trial_and_stop_at_the_requested_
     """Real processes and a real database, and trials so quick that they meet all the time."""
     args = hpo_command(tmp_path, small_shards, "--trials", "12", "--no-final", mlflow__enabled="false")
     processes = [start([sys.executable, "-c", SPAWNED, *args[3:]], tmp_path) for _ in range(2)]
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     (folder,) = (tmp_path / "runs/hpo").glob("simsiam-*")
     study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{tmp_path}/hpo.db")
     assert [t.number for t in study.trials] == list(range(12))
     assert all(t.state.is_finished() for t in study.trials)
     assert len({tuple(t.params.items()) for t in study.trials}) == 12
-    ran = [sum(line.startswith("trial ") for line in out.splitlines()) for out, _ in said]
+    ran = [sum(line.startswith("trial ") for line in out.splitlines()) for out, _ in outputs]
     assert sum(ran) == 12
     assert min(ran) > 0
 

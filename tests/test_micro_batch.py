@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import command, losses, run, start, train, wait_for_step
+from helpers.running import command, losses, run, start, train, wait_for_step
 from torch import Tensor, nn
 
 from simsiam_dali.common.distributed import World

@@ -166,7 +166,7 @@ def selection_metric(name: str) -> Metric:
         return BY_NAME[name]
     if name in BY_NAME or name.endswith("loss"):
         raise UserError(
-            f"--by {name} is refused: a loss cannot tell which encoder is better (SimSiam's is lowest at collapse, and"
+            f"--by {name} is refused: a loss cannot show which encoder is better (SimSiam's is lowest at collapse, and"
             f" two types' losses have different scales); use one of {known}"
         )
     raise UserError(f"--by {name} is not a metric of the comparison; use one of {known}")
