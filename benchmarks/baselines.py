@@ -7,7 +7,7 @@ convolution goes by FFT of a power of two. Probabilities and ranges are the conf
 
 | stage | |
 |---|---|
-| baseline/light | DataLoader: shift, gain, noise, SpecAugment (the list of loader/card) |
+| baseline/light | DataLoader: shift, gain, noise, SpecAugment (the list of loader/light) |
 | baseline/full | DataLoader: all eight; stretch by phase vocoder, reverb by a decaying noise impulse response |
 | baseline/plain_pitch | baseline/full with torchaudio.functional.pitch_shift as it stands, a segment a batch |
 | baseline/songs | baseline/light out of the songs themselves: soundfile seeks to the segment and reads it |

@@ -6,7 +6,7 @@
 | loader/decode | + DALI's decoder, always on the CPU |
 | loader/resample | + conversion to the front end's rate (none where the shards are at it), cut to the view's length |
 | loader/mel | + one log-mel, as in validation and embedding |
-| loader/card | two log-mels with shift, gain, noise and SpecAugment |
+| loader/light | two log-mels with shift, gain, noise and SpecAugment |
 | loader/all | two log-mels with all eight augmentations |
 | loader/train | the loader as the training's config asks for it: its view's length, mel bins, batch and threads |
 | model | forward, backward and step of the training's config, on a batch that already is on the device |
@@ -47,7 +47,7 @@ from simsiam_dali.training.data import create_loader, log_mel_settings, view_sec
 from simsiam_dali.training.learner import Learner, groups, learning_rates
 from simsiam_dali.training.throughput import StepClock
 
-LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/card", "loader/all")
+LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/light", "loader/all")
 TRAINING = ("loader/train", "model", "train")
 
 BASELINE_OF_TRAIN = {"baseline/train": "baseline/full", "baseline/gpu_train": "baseline/gpu_full"}
@@ -55,8 +55,8 @@ BASELINE_OF_TRAIN = {"baseline/train": "baseline/full", "baseline/gpu_train": "b
 
 MODES: dict[str, Literal["raw", "clean"]] = {"loader/resample": "raw", "loader/mel": "clean"}
 
-CARD = {f"encoder.simsiam.augmentation.{name}_prob": 0.0 for name in ("time_stretch", "pitch_shift", "reverb")}
-"""What the card's list leaves out."""
+LIGHT = {f"encoder.simsiam.augmentation.{name}_prob": 0.0 for name in ("time_stretch", "pitch_shift", "reverb")}
+"""Augmentations that loader/light and its baseline leave out."""
 
 MEAN_DB, STD_DB = -20.0, 20.0
 """Statistics of the log-mel, which the trainer measures; no speed depends on them."""
@@ -110,8 +110,8 @@ def _open(spec: Spec, world: World) -> Stage:
     if spec.kind == "model":
         batch = random_batch(config, shards, world.device)
         return trained(config, shards, world, itertools.repeat(batch), steps=100)
-    if spec.kind == "loader/card":
-        config = load_config(base=config.model_dump(mode="json"), command_line=CARD)
+    if spec.kind == "loader/light":
+        config = load_config(base=config.model_dump(mode="json"), command_line=LIGHT)
     mode = encoder_type(config).batches if spec.kind in TRAINING else MODES.get(spec.kind, "views")
     loader = create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
     if spec.kind == "train":

@@ -31,7 +31,7 @@ from simsiam_dali.training.data import log_mel_settings
 
 GROUPS = (
     ("loader/read", "loader/decode", "loader/resample", "loader/mel"),
-    ("loader/card", "baseline/light", "baseline/songs", "baseline/gpu_light"),
+    ("loader/light", "baseline/light", "baseline/songs", "baseline/gpu_light"),
     ("loader/all", "baseline/full", "baseline/gpu_full", "baseline/plain_pitch"),
     ("pack",),
     ("loader/train", "model", "train", "baseline/train", "baseline/gpu_train"),
@@ -45,11 +45,11 @@ OPTIONAL = ("pack", "baseline/songs", "baseline/plain_pitch", "baseline/train")
 GPU_ONLY = ("baseline/gpu_light", "baseline/gpu_full", "baseline/gpu_train")
 
 SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
-    "threads": ((1, 2, 4, 8, 16), ("loader/card", "loader/all")),
-    "batch": ((4, 16, 64), ("loader/card", "loader/all")),
-    "codec": (("flac", "wav", "ogg"), ("loader/decode", "loader/card", "baseline/light")),
-    "rate": ((16000, "native"), ("loader/resample", "loader/card", "baseline/light")),
-    "seconds": ((5.0, 15.0, 30.0, 60.0), ("loader/card", "loader/all")),
+    "threads": ((1, 2, 4, 8, 16), ("loader/light", "loader/all")),
+    "batch": ((4, 16, 64), ("loader/light", "loader/all")),
+    "codec": (("flac", "wav", "ogg"), ("loader/decode", "loader/light", "baseline/light")),
+    "rate": ((16000, "native"), ("loader/resample", "loader/light", "baseline/light")),
+    "seconds": ((5.0, 15.0, 30.0, 60.0), ("loader/light", "loader/all")),
 }
 """What a sweep changes: its values, and the stages it measures unless --stages says others."""
 

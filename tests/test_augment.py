@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def, types
-from signals import (
+from helpers.signals import (
     HOP,
     RATE,
     Array,
@@ -21,6 +20,7 @@ from signals import (
     song,
     tone,
 )
+from nvidia.dali import fn, pipeline_def, types
 
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import augment

@@ -11,22 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fork_server
 import pytest
 import torch
-from full_disk import fill, small_disk
+from helpers import fork_server
+from helpers.checkpoints import state
+from helpers.full_disk import fill, small_disk
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.training import checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def state(step: int, numbers: int = 10) -> Any:
-    """A checkpoint that holds every key; its weights are `step`, so that one tells from which save they are."""
-    whole: dict[str, Any] = dict.fromkeys(checkpoint.Checkpoint.__required_keys__)
-    weights = torch.full((numbers,), float(step))
-    return whole | {"format_version": checkpoint.FORMAT_VERSION, "step": step, "learner": {"encoder": {"w": weights}}}
 
 
 @pytest.fixture
@@ -186,7 +180,7 @@ def test_a_limit_on_file_sizes_does_the_same(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from test_checkpoint import state
+from helpers.checkpoints import state
 from simsiam_dali.training import checkpoint
 step = int(sys.argv[2])
 while True:

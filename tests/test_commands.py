@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import fork_server
 import pytest
 import torch
-from running import ROOT, records, run_tool
+from helpers import fork_server
+from helpers.running import ROOT, records, run_tool
 from torch import Tensor
 
-from simsiam_dali import train
+from simsiam_dali import cli, train
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import ENVIRONMENT, load_config
 from simsiam_dali.data.shards import open_shards
@@ -77,7 +77,7 @@ def test_the_benchmark_without_options_measures_the_shards_beside_it(short_songs
     plan = throughput.Bench(args).plan()
     assert [list(group) for group in plan] == [
         ["loader/read", "loader/decode", "loader/resample", "loader/mel"],
-        ["loader/card", "baseline/light"],
+        ["loader/light", "baseline/light"],
         ["loader/all", "baseline/full"],
         ["loader/train", "model", "train"],
     ]
@@ -191,6 +191,35 @@ def unseen_segments_of_the_artist(run_dir: Path, folder: Path, trained: bool) ->
     artist = label_ids(open_shards(folder).songs, "artists")
     (bank, bank_songs), (query, query_songs) = (embedded(run_dir, folder, trained, split) for split in SPLITS)
     return knn_labels(bank, artist[bank_songs], query, artist[query_songs], k=5)
+
+
+REFUSED = {
+    "pack": ("nowhere",),
+    "train": ("--shards", "nowhere"),
+    "hpo": ("--shards", "nowhere"),
+    "embed": ("--checkpoint", "nowhere"),
+    "evaluate": ("--embeddings", "nowhere.parquet"),
+    "compare": ("--tracking-uri", "sqlite:///nowhere.db"),
+    "recommend": ("--embeddings", "nowhere.parquet", "--top"),
+    "export": ("--checkpoint", "nowhere"),
+    "benchmark": ("--shards", "nowhere"),
+}
+
+
+def test_each_command_has_its_refusal():
+    assert REFUSED.keys() == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_a_refusal_is_status_1_and_one_line_of_a_process(command, tmp_path):
+    """What the tests of each command take for granted where they call its `main`."""
+    start = [ROOT / "benchmarks/throughput.py"] if command == "benchmark" else ["-m", f"simsiam_dali.{command}"]
+    done = fork_server.run([sys.executable, *start, *REFUSED[command]], tmp_path, dict.fromkeys(ENVIRONMENT))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "nowhere" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

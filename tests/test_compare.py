@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fork_server
 import matplotlib.image
 import pytest
-from logged_runs import log_run
+from helpers import fork_server
+from helpers.logged_runs import log_run
 from mlflow import MlflowClient
 
 from simsiam_dali import compare

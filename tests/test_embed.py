@@ -6,12 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-import fork_server
 import numpy as np
 import pytest
 import torch
-from running import forked_stages
-from small_music import write_song
+from helpers import fork_server
+from helpers.running import forked_stages
+from helpers.small_music import write_song
 
 from simsiam_dali import embed
 from simsiam_dali.common.distributed import World

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from running import command, epochs, losses, records, refusal, run, start, wait_for_step
+from helpers.running import command, epochs, losses, records, refusal, run, start, wait_for_step
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config

@@ -8,7 +8,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_tables import planted, song_table
+from helpers.evaluation_tables import planted, song_table
 
 from simsiam_dali import evaluate
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings

@@ -11,9 +11,9 @@ import onnxruntime
 import pytest
 import safetensors
 import torch
-from running import run_tool
-from signals import noise, reference_log_mel, song
-from small_music import repeat_headers, write_audio, write_song
+from helpers.running import run_tool
+from helpers.signals import noise, reference_log_mel, song
+from helpers.small_music import repeat_headers, write_audio, write_song
 
 import simsiam_dali
 from simsiam_dali import embed

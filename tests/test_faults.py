@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from full_disk import fill, small_disk
-from logged_runs import free_port, mlflow_server
+from helpers.full_disk import fill, small_disk
+from helpers.logged_runs import free_port, mlflow_server
+from helpers.running import command, losses, run, start, train, wait_for_step
 from mlflow import MlflowClient
-from running import command, losses, run, start, train, wait_for_step
 
 from simsiam_dali.config.load import load_config
 from simsiam_dali.data.shards import open_shards

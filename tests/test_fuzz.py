@@ -12,9 +12,9 @@ import mutagen
 import numpy as np
 import pytest
 import yaml
+from helpers.small_music import repeat_headers, sound, write_audio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_music import repeat_headers, sound, write_audio
 
 from simsiam_dali.common.errors import UserError, printable
 from simsiam_dali.config.load import load_config

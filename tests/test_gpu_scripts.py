@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, TINY
+from helpers.running import ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import killed_run

@@ -14,8 +14,8 @@ from typing import Any
 import mlflow
 import optuna
 import pytest
+from helpers.running import TINY, command, run, start
 from optuna.trial import TrialState
-from running import TINY, command, run, start
 
 from simsiam_dali import hpo
 from simsiam_dali.common.errors import UserError

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from helpers.running import ROOT
 
 from simsiam_dali import cli
 from simsiam_dali.config.load import ENVIRONMENT

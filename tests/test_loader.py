@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from signals import Array, noise, reference_log_mel, song, write_shards
+from helpers.signals import Array, noise, reference_log_mel, song, write_shards
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import AugmentationConfig

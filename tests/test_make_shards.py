@@ -18,7 +18,7 @@ import mutagen
 import numpy as np
 import pandas as pd
 import pytest
-from small_music import command, environment, make_shards, repeat_headers, said, sound, write_audio, write_song
+from helpers.small_music import command, environment, make_shards, repeat_headers, said, sound, write_audio, write_song
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.format import read_index, read_table

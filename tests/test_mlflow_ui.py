@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from logged_runs import log_run
+from helpers.logged_runs import log_run
 from mlflow import MlflowClient
 from selenium import webdriver
 from selenium.webdriver.common.by import By

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evaluation_tables import planted, song_table
-from running import command, run
+from helpers.evaluation_tables import planted, song_table
+from helpers.running import command, run
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.data.shards import open_shards

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_music import command, environment, make_shards, write_song
-from test_workers import work
+from helpers.small_music import command, environment, make_shards, write_song
+from helpers.tasks import work
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.packing import ray_pool

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from signals import (
+from helpers.signals import (
     RATE,
     Array,
     frequency,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from helpers.running import ROOT
 
 SCRIPT = ROOT / "run_music_pipeline.sh"
 STAGES = ("all", "shards", "encoder", "classifier", "recommend", "hpo", "compare", "demo")

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import running
 import torch
+from helpers import running
+from helpers.signals import Array, noise, write_shards
 from mlflow import MlflowClient
-from signals import Array, noise, write_shards
 
 from simsiam_dali import embed
 from simsiam_dali.common.errors import UserError

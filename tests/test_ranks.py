@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_worker
 import torch
 import torch.distributed as dist
-from running import command, epochs, losses, mark_damaged, run, run_ranks, start, wait_for_step
+from helpers import rank_worker
+from helpers.running import command, epochs, losses, mark_damaged, run, run_ranks, start, wait_for_step
 
 from simsiam_dali.common import distributed
 from simsiam_dali.common.distributed import World
@@ -26,7 +26,7 @@ from simsiam_dali.training.learner import learning_rates
 from simsiam_dali.training.world_size import rescale_batch_size
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-HERE = Path(__file__).parent
+WORKER = Path(rank_worker.__file__)
 
 
 def launched(processes: int, args: list[str]) -> list[str]:
@@ -44,7 +44,7 @@ def alone(small_shards: Path) -> dict[str, Any]:
 def ranks(request: pytest.FixtureRequest, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What several do, with equal parts of it each."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = [sys.executable, str(HERE / "rank_worker.py"), str(small_shards), str(folder / "out.pt")]
+    script = [sys.executable, str(WORKER), str(small_shards), str(folder / "out.pt")]
     for done in run_ranks(request.param, script, folder):
         assert done.returncode == 0, done.stderr[-3000:]
     return request.param, torch.load(folder / "out.pt", weights_only=True)
@@ -153,7 +153,7 @@ def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_s
     refused = run_ranks(3, resume, tmp_path)
     assert [rank.returncode for rank in refused] == [1, 1, 1]
     assert [line for rank in refused for line in rank.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: a step of this run has 8 segments, which 3 processes cannot share evenly, 2 or more each: go on with"
+        "error: a step of this run has 8 segments, which 3 processes cannot share evenly, 2 or more each: continue with"
         " 1, 2, 4"
     ]
     done = run(resume, tmp_path)
@@ -169,7 +169,7 @@ def test_a_step_keeps_its_segments():
     assert rescale_batch_size(settings, before=2, now=6).encoder.batch_size == 2
     with pytest.raises(UserError, match="12 segments, which 8 processes cannot share evenly"):
         rescale_batch_size(settings, before=2, now=8)
-    with pytest.raises(UserError, match=r"go on with 1, 2, 3, 4, 6$"):
+    with pytest.raises(UserError, match=r"continue with 1, 2, 3, 4, 6$"):
         rescale_batch_size(settings, before=2, now=12)  # one segment has no batch statistics
 
 

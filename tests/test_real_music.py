@@ -5,12 +5,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import fork_server
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from running import ROOT
+from helpers import fork_server
+from helpers.running import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
 import experiments

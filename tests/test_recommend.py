@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_tables import planted, song_table
+from helpers.evaluation_tables import planted, song_table
 from rich.cells import cell_len
 
 from simsiam_dali import recommend

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import running
 import torch
+from helpers import running
 from pyarrow import fs
 
 from simsiam_dali.common.distributed import World

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 import webdataset as wds
+from helpers.small_music import write_song
 from nvidia.dali import fn, pipeline_def, types
-from small_music import write_song
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import commit

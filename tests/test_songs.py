@@ -3,13 +3,18 @@
 import errno
 import io
 import itertools
+import re
+import tomllib
 from pathlib import Path
 
+import av
 import mutagen
 import numpy as np
 import pytest
 import soundfile as sf
-from small_music import repeat_headers, sound, write_audio, write_song
+from helpers.running import ROOT
+from helpers.small_music import repeat_headers, sound, write_audio, write_song
+from packaging.requirements import Requirement
 
 from simsiam_dali.packing import libsndfile
 from simsiam_dali.packing.decode import decode as decode_song
@@ -274,3 +279,12 @@ def test_reading_tags_and_decoding_change_nothing(tmp_path: Path) -> None:
     decode(path)
     assert mutagen.File(path)["title"] == ["t"]
     assert path.read_bytes() == before
+
+
+def test_the_pyav_that_may_be_installed_has_what_opens_a_song() -> None:
+    """PyAV 19 has no `metadata_errors`, so that no song would open: it must not be taken without the lock either."""
+    (line,) = (x for x in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+               if re.match(r"av\W", x))  # fmt: skip
+    assert Requirement(line).specifier.contains(av.__version__)
+    assert not Requirement(line).specifier.contains("19.0.0")
+    assert Requirement(line).specifier.contains("18.1.0")

@@ -8,9 +8,9 @@ from pathlib import Path
 import mutagen
 import numpy as np
 import pytest
+from helpers.small_music import make_shards, sound, write_audio, write_song
 from mutagen.id3 import POPM, TALB, TCON, TDRC, TIT2, TPE1, TXXX
 from mutagen.mp4 import MP4FreeForm
-from small_music import make_shards, sound, write_audio, write_song
 
 from simsiam_dali import recommend
 from simsiam_dali.common.errors import UserError

@@ -12,12 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fork_server
 import pytest
 import torch
-from fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
-from running import ROOT, forked_stages
-from signals import frequency, noise, tone
+from helpers import fork_server
+from helpers.fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
+from helpers.running import ROOT, forked_stages
+from helpers.signals import frequency, noise, tone
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -101,7 +101,7 @@ def test_a_window_lasts_as_long_as_it_says_and_ends_with_a_batch() -> None:
     assert batches >= 1
 
 
-@pytest.mark.parametrize("kind", ["loader/read", "loader/decode", "loader/mel", "loader/card", "loader/all", "train"])
+@pytest.mark.parametrize("kind", ["loader/read", "loader/decode", "loader/mel", "loader/light", "loader/all", "train"])
 def test_windows_of_real_stages_hold_the_loaders_segments(tiny: Config, kind: str) -> None:
     """An epoch's windows and the batches before them hold each segment of the training split once."""
     stage = open_stage(Spec(kind, tiny, "cpu", 1))
@@ -171,7 +171,7 @@ def test_batch_sizes_without_a_near_common_multiple_leave_one_batch_over() -> No
         ([], 256),
         (["--batch-size", "40"], 640),
         (["--sweep", "batch"], 1024),
-        (["--stages", "loader/card", "baseline/light"], 256),
+        (["--stages", "loader/light", "baseline/light"], 256),
         (["--stages", "train", "--set", "encoder.batch_size=48"], 768),
     ],
 )
@@ -269,7 +269,7 @@ def test_stages_that_do_not_fit_beside_each_other_are_open_one_at_a_time(tmp_pat
     ("device", "kinds", "turns"),
     [
         ("gpu", ("loader/train", "model", "train"), False),
-        ("gpu", ("loader/card", "baseline/gpu_light"), True),
+        ("gpu", ("loader/light", "baseline/gpu_light"), True),
         ("cpu", ("loader/train", "model", "train"), True),
     ],
 )
@@ -386,7 +386,7 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
         assert entry["samples"] % 4 == 0
         assert entry["decoded_over_given"] == 1
         assert entry["host_peak_bytes"] >= max(entry["host_bytes"]) > 0
-    names = {"card_over_light", "all_over_full", "train_over_slower", "data_wait_share"}
+    names = {"light_over_baseline", "all_over_full", "train_over_slower", "data_wait_share"}
     assert doc["ratios"].keys() == names
     assert {name for name, value in doc["ratios"].items() if value is not None} == {"data_wait_share"}
     documented = document.__doc__ or ""
@@ -400,7 +400,7 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
 def test_the_json_is_whole_after_each_group(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut loses the group that was being measured; a stage that fails loses itself."""
     monkeypatch.setattr(throughput, "open_stage", numbers_of)
-    groups = (("loader/read",), ("loader/card", "loader/mel"), ("loader/all", "model"))
+    groups = (("loader/read",), ("loader/light", "loader/mel"), ("loader/all", "model"))
     plan = [{kind: Spec(kind, tiny, "cpu", 1) for kind in group} for group in groups]
     seen: list[list[str]] = []
 
@@ -408,12 +408,12 @@ def test_the_json_is_whole_after_each_group(tiny: Config, tmp_path: Path, monkey
         document.write(document.document(CPU, {"sweep": None}, entries), tmp_path / "r.json")
         doc = json.loads((tmp_path / "r.json").read_text())
         seen.append(list(doc["stages"]))
-        assert set(doc["ratios"]) == {"card_over_light", "all_over_full", "train_over_slower", "data_wait_share"}
+        assert set(doc["ratios"]) == {"light_over_baseline", "all_over_full", "train_over_slower", "data_wait_share"}
         assert doc["ratios"]["train_over_slower"] is None
         assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
     _, errors = throughput.measure(plan, 1, 0.0, each=keep)
-    first, second = ["loader/read"], ["loader/read", "loader/card", "loader/mel"]
+    first, second = ["loader/read"], ["loader/read", "loader/light", "loader/mel"]
     assert seen == [first, second, [*second, "model"]]
     assert [str(e) for e in errors] == ["loader/all: no such thing"]
 
@@ -436,7 +436,7 @@ def test_an_unknown_stage_is_refused_in_one_line(
 
 def test_ratios_are_of_the_stages() -> None:
     rate = {
-        "loader/card": 30,
+        "loader/light": 30,
         "baseline/light": 15,
         "loader/all": 20,
         "baseline/full": 4,
@@ -445,7 +445,7 @@ def test_ratios_are_of_the_stages() -> None:
     }
     entries = {name: {"samples_per_s": value} for name, value in rate.items()}
     entries["train"] = {"samples_per_s": 38, "data_wait_share": 0.01}
-    expected = {"card_over_light": 2, "all_over_full": 5, "train_over_slower": 0.95, "data_wait_share": 0.01}
+    expected = {"light_over_baseline": 2, "all_over_full": 5, "train_over_slower": 0.95, "data_wait_share": 0.01}
     assert document.ratios(entries) == pytest.approx(expected)
     assert set(document.ratios({}).values()) == {None}
 
@@ -470,11 +470,11 @@ def test_the_tables_hold_the_numbers_of_the_file() -> None:
                 **{"precision": "auto", "compile": False, "sweep": None, "soak": None, "device": "cpu"},
             },
         },
-        "stages": {"loader/card": entry},
-        "ratios": document.ratios({"loader/card": entry}),
+        "stages": {"loader/light": entry},
+        "ratios": document.ratios({"loader/light": entry}),
     }
     page = "\n".join(report.section("name", doc))
-    assert "| `loader/card` | 21.0 | 17.0 to 1,234 |" in page
+    assert "| `loader/light` | 21.0 | 17.0 to 1,234 |" in page
     assert "batch 16, 60 s, 2 threads" in page
     assert "A CPU" in page
     readme = report.with_table("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n", {"name": doc})

@@ -12,11 +12,11 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import fork_server
 import mlflow
 import pytest
 import torch
-from running import TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
+from helpers import fork_server
+from helpers.running import TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
 
 from simsiam_dali.config.load import load_config
 from simsiam_dali.models.registry import encoder_type

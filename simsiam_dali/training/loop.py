@@ -91,8 +91,9 @@ def open_run(config: Config, world: World, resumed: Checkpoint | None, run_dir: 
         )
     config = micro_batch.choose_by_estimate(config, shards, world)
     learner = Learner(config, shards, world, pretrained=resumed is None)
-    if world.device.type == "cuda":  # on a CPU the kernel kills the process instead of raising an error
-        config = micro_batch.choose_by_trial_step(config, learner, shards, world)
+    if world.device.type in micro_batch.TRIED_ON:
+        exact = resumed is not None and len(resumed["loaders"]) == world.size
+        config = micro_batch.choose_by_trial_step(config, learner, shards, world, keep=exact)
     data = TrainingData.open(config, shards, world, resumed)
     return Run(data, learner, run_dir, resumed, tags)
 

@@ -19,6 +19,9 @@ from simsiam_dali.training import memory
 from simsiam_dali.training.data import log_mel_settings, view_seconds
 from simsiam_dali.training.learner import Learner, autocast_dtype
 
+TRIED_ON = ("cuda",)
+"""Device types with a trial step: on a CPU the kernel kills the process instead of raising an error."""
+
 
 def candidates(config: Config) -> list[int]:
     """The possible micro-batches, the largest first. Raises UserError where the configured one is not possible."""
@@ -38,7 +41,7 @@ def candidates(config: Config) -> list[int]:
 
 
 def choose_by_estimate(config: Config, shards: ShardSet, world: World) -> Config:
-    """The config with `train.micro_batch` as a number: the largest that fits by the estimate.
+    """The config with `train.micro_batch` as a number: the largest that fits by the estimate, on every rank.
 
     Raises UserError where none does.
     """
@@ -48,34 +51,42 @@ def choose_by_estimate(config: Config, shards: ShardSet, world: World) -> Config
         encoder = kind.create(pretrained=False)
     if config.train.activation_checkpointing:
         recompute_blocks(encoder)
-    refusal: UserError | None = None
+    largest, refusal = 0, ""
     for size in candidates(config):
         try:
             warning = memory.check_fits(encoder, size, shapes, half, world.device, shards.segment_seconds)
         except UserError as e:
-            refusal = refusal or e
+            refusal = refusal or str(e)
             continue
         if warning and config.train.micro_batch != "auto":
             world.print(warning)
-        return replace_settings(config, train__micro_batch=size)
-    assert refusal is not None
-    raise refusal
+        largest = size
+        break
+    # Ranks may have unequal free memory, such as where one GPU also draws a desktop, and must make equal steps.
+    size, refusal = min(world.gather((largest, refusal)))
+    if not size:
+        raise UserError(refusal)
+    return replace_settings(config, train__micro_batch=size)
 
 
-def choose_by_trial_step(config: Config, learner: Learner, shards: ShardSet, world: World) -> Config:
+def choose_by_trial_step(
+    config: Config, learner: Learner, shards: ShardSet, world: World, keep: bool = False
+) -> Config:
     """The config with the largest micro-batch, from its own downwards, whose trial step does not run out of memory.
 
-    The same on all ranks; the learner then accumulates as many. Raises UserError where not even the smallest runs.
+    keep: only its own is tried, since a resumed run must make the steps it made before. The same on all ranks; the
+    learner then accumulates as many. Raises UserError where not even the smallest runs.
     """
     shapes = _input_shapes(config, shards)
     first = config.train.micro_batch_of(config.encoder.batch_size)
     sizes = [n for n in candidates(replace_settings(config, train__micro_batch="auto")) if n <= first]
-    for size in sizes:
+    for size in sizes[:1] if keep else sizes:
         fits = True
         try:
             data = [torch.rand(size, *shape, device=world.device) for shape in shapes]
+            data.append(torch.empty(bytes_beside(learner, shards, size), dtype=torch.uint8, device=world.device))
             segment = torch.arange(size) % len(shards.segments)
-            learner.trial_step(Batch(data[0], data[1], segment) if len(data) == 2 else Single(data[0], segment))
+            learner.trial_step(Batch(data[0], data[1], segment) if len(shapes) == 2 else Single(data[0], segment))
         except torch.OutOfMemoryError:
             fits = False
         data = []
@@ -84,10 +95,21 @@ def choose_by_trial_step(config: Config, learner: Learner, shards: ShardSet, wor
         if all(world.gather(fits)):
             learner.micro_batches = config.encoder.batch_size // size
             return replace_settings(config, train__micro_batch=size)
+    if keep:
+        raise UserError(
+            f"out of memory on {world.device} with {first} segments at once, and a resumed run keeps its micro-batches:"
+            " free the memory that other programs use, or start a new run"
+        )
     raise UserError(
         f"out of memory on {world.device} with {sizes[-1]} segments at once: use shorter views"
         " (--set data.view_seconds=...), a smaller --batch-size or backbone"
     )
+
+
+def bytes_beside(learner: Learner, shards: ShardSet, size: int) -> int:
+    """What a step needs beside the trial step: DALI's buffers for `size` segments, and the momentum."""
+    momentum = 4 * sum(p.numel() for p in learner.encoder.parameters())
+    return momentum + round(memory.DALI_BYTES * shards.segment_seconds * size)
 
 
 def _input_shapes(config: Config, shards: ShardSet) -> list[tuple[int, ...]]:

@@ -21,7 +21,7 @@ from simsiam_dali.data.augment import Draws
 from simsiam_dali.data.graph import Graph, LogMel, Source
 from simsiam_dali.data.views import noisy_spectrum, view
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import demo_synth
 
 Array = NDArray[Any]

@@ -1,6 +1,6 @@
 """What one rank of a torchrun does for test_ranks.py: the same global batch, shared among however many ranks there are.
 
-python -m torch.distributed.run --standalone --nproc-per-node N tests/rank_worker.py SHARDS OUT
+python -m torch.distributed.run --standalone --nproc-per-node N tests/helpers/rank_worker.py SHARDS OUT
 """
 
 import sys

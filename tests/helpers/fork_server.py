@@ -12,7 +12,6 @@ The commands' standard output and error are files, not pipes: nobody has to read
 
 import contextlib
 import gc
-import importlib.util
 import json
 import os
 import runpy
@@ -27,13 +26,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
-
-PRELOADED = (
-    "torch", "nvidia.dali.fn", "simsiam_dali.train", "simsiam_dali.embed", "simsiam_dali.evaluate",
-    "simsiam_dali.recommend", "simsiam_dali.pack", "umap", "matplotlib.pyplot", "tqdm",
-)  # fmt: skip
-"""Not onnxruntime, which starts a thread; and where MLflow is installed, MLFLOW too."""
-MLFLOW = ("mlflow", "simsiam_dali.compare", "simsiam_dali.hpo")
 
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 """Of the server, and so of every command: tests that run at the same time do not disturb each other."""
@@ -165,7 +157,7 @@ def _server() -> socket.socket:
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     with theirs:
         command = [sys.executable, __file__, str(theirs.fileno())]
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         env = os.environ | THREADS | {"PYTHONPATH": path}
         subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
@@ -222,7 +214,8 @@ def _run(words: list[str]) -> None:
     kind, *rest = words
     if kind == "-m":
         sys.argv, sys.path[0] = rest, os.getcwd()  # noqa: PTH109
-        sys.modules.pop(rest[0], None)  # as in a new interpreter, it is run and not imported
+        if not hasattr(sys.modules.get(rest[0]), "__path__"):  # a package's __main__ is run instead
+            sys.modules.pop(rest[0], None)  # as in a new interpreter, it is run and not imported
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif kind == "-c":
         sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
@@ -233,26 +226,9 @@ def _run(words: list[str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
-def _preload() -> None:
-    for name in PRELOADED + (MLFLOW if importlib.util.find_spec("mlflow") else ()):
-        importlib.import_module(name)
-    _define_graphs()
-
-
-def _define_graphs() -> None:
-    """Define a data graph of each mode: DALI translates their functions, once a process, in 2 s. Nothing is built."""
-    from simsiam_dali.config.schema import AugmentationConfig
-    from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
-    from simsiam_dali.data.pipeline import Settings, define
-
-    for mode in ("views", "clean", "raw"):
-        source = Source((Path("a.tar"),), (Path("a.idx"),), "flac", False, 3.0, shuffle_buffer=4)
-        graph = Graph(source, LogMel(), mode, 1.5, AugmentationConfig(), "independent", Epoch(1, 2))  # type: ignore
-        define(graph, Settings(batch_size=2, threads=1, prefetch=1, seed=0, gpu=None))
-
-
 if __name__ == "__main__":
-    _preload()
+    import preloaded  # noqa: F401 - beside this file
+
     gc.collect()
     gc.freeze()  # or the end of each command looks through all that was imported: 2 s instead of 0.3 s
     _run(_serve(socket.socket(fileno=int(sys.argv[1]))))

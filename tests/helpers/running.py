@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import fork_server
 import torch.distributed as dist
 
+from helpers import fork_server
 from simsiam_dali.data.shards import ShardSet
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_tool(name: str, *args: object) -> str:

@@ -13,7 +13,7 @@ import soundfile as sf
 
 from simsiam_dali.packing.segments import without_ogg_serial
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SUBTYPES = {".flac": "PCM_16", ".wav": "PCM_16", ".ogg": "VORBIS", ".mp3": "MPEG_LAYER_III"}
 
 
