@@ -152,7 +152,7 @@ classifier() {
         [[ $run == *.pt ]] && run=$(dirname "$run")
         [[ -e $run/checkpoint.pt ]] || fail "no checkpoint in $run: run $self encoder first"
     fi
-    python -m simsiam_dali.embed --checkpoint "$run" --out "$run/embeddings.parquet" --floors "$run/floors" \
+    python -m simsiam_dali.embed --checkpoint "$run" --out "$run/embeddings.parquet" --baselines "$run/baselines" \
         ${embed[@]+"${embed[@]}"}
     python -m simsiam_dali.evaluate --embeddings "$run/embeddings.parquet" --out "$run/evaluation" \
         ${evaluate[@]+"${evaluate[@]}"}

@@ -7,7 +7,7 @@ convolution goes by FFT of a power of two. Probabilities and ranges are the conf
 
 | stage | |
 |---|---|
-| baseline/light | DataLoader: shift, gain, noise, SpecAugment (the list of loader/card) |
+| baseline/light | DataLoader: shift, gain, noise, SpecAugment (the list of loader/light) |
 | baseline/full | DataLoader: all eight; stretch by phase vocoder, reverb by a decaying noise impulse response |
 | baseline/plain_pitch | baseline/full with torchaudio.functional.pitch_shift as it stands, a segment a batch |
 | baseline/songs | baseline/light out of the songs themselves: soundfile seeks to the segment and reads it |
@@ -30,12 +30,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch_views import Views
 
-from simsiam_dali import factory
-from simsiam_dali.config import Config
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.schema import Config
+from simsiam_dali.data.format import read_index
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Batch
-from simsiam_dali.data.pipeline import LogMel
-from simsiam_dali.data.shards import ShardSet, read_index
-from simsiam_dali.errors import UserError
+from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.training.data import view_seconds
 
 PREFETCH = 2  # batches each worker keeps ready
 
@@ -141,7 +142,7 @@ class Baseline:
         views = Views(
             config.encoder.simsiam.augmentation,
             log_mel,
-            factory.view_seconds(config, shards),
+            view_seconds(config, shards),
             config.data.view_crops,
             device if self.gpu else torch.device("cpu"),
             self.full,

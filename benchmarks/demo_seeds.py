@@ -15,8 +15,9 @@ from typing import Any
 import machine
 import torch
 
-from simsiam_dali import embeddings, nearest_song
-from simsiam_dali.errors import one_line_errors
+from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.embedding.table import read_song_embeddings
+from simsiam_dali.evaluation import nearest_song
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import demo
@@ -27,8 +28,8 @@ BASELINES = ("untrained", "mfcc", "log-mel")
 def measure(folder: Path, seed: int) -> dict[str, Any]:
     """One run of the demo: its sentence, counts and times (wall and CPU seconds)."""
     done = demo.run(folder, seed)
-    songs = embeddings.read_songs(done.run / "embeddings.parquet")
-    tables = {name: embeddings.read_songs(done.run / "floors" / f"{name}.parquet") for name in BASELINES}
+    songs = read_song_embeddings(done.run / "embeddings.parquet")
+    tables = {name: read_song_embeddings(done.run / "baselines" / f"{name}.parquet") for name in BASELINES}
     assert all(table.table["song"].equals(songs.table["song"]) for table in tables.values())
     vectors = {"trained": songs.vectors} | {name: table.vectors for name, table in tables.items()}
     counts = nearest_song.count(songs.table, vectors, held_back_only=False)

@@ -11,7 +11,7 @@
                   process and its workers, shared pages counted in each), host_bytes (at the end of each window),
                   gpu_bytes, bytes_to_device (for each sample), data_wait_share (training stages), decoded_over_given
                   (loader stages and train: segments decoded over segments that arrived; loader/read: read)
-    ratios        card_over_light, all_over_full, train_over_slower, data_wait_share (of train); null = not measured
+    ratios        light_over_baseline, all_over_full, train_over_slower, data_wait_share (of train); null = not measured
 
 train_over_slower is train / min(loader/train, model). On a CPU the two share the cores: if each alone kept all of them
 busy, 1 / (1 + slower / faster) would be the limit, and what lies above it is time that one of them had left idle.
@@ -26,7 +26,7 @@ import machine
 import torch
 from stages import Spec
 
-from simsiam_dali.config import Config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 
 
@@ -55,7 +55,7 @@ def ratios(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
 
     loader, model = rate("loader/train"), rate("model")
     return {
-        "card_over_light": over(rate("loader/card"), rate("baseline/light")),
+        "light_over_baseline": over(rate("loader/light"), rate("baseline/light")),
         "all_over_full": over(rate("loader/all"), rate("baseline/full")),
         "train_over_slower": over(rate("train"), min(loader, model) if loader and model else None),
         "data_wait_share": entries["train"]["data_wait_share"] if "train" in entries else None,

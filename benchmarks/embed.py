@@ -27,15 +27,17 @@ import torch
 from measure import Stage, interleaved, summary
 from torch import Tensor
 
-from simsiam_dali import config as settings
-from simsiam_dali import embed, factory
-from simsiam_dali.clock import StepClock
+from simsiam_dali.common.distributed import World, choose_device
+from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.config.load import default_config_file, load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World, choose_device
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import one_line_errors
-from simsiam_dali.features import CHECKPOINT, encoder_features
-from simsiam_dali.parts import Parts
+from simsiam_dali.embedding.features import CHECKPOINT, encoder_features
+from simsiam_dali.embedding.resumable import PartialResults
+from simsiam_dali.embedding.write import embed_batches, embedding_config
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
+from simsiam_dali.training.throughput import StepClock
 
 KINDS = ("loader", "model", "embed")
 MEAN_DB, STD_DB = -20.0, 20.0
@@ -47,7 +49,7 @@ class Spec:
     """A stage to open; `config` as the command would have it."""
 
     kind: str
-    config: settings.Config
+    config: Config
     device: str
     scratch: Path  # folder for the parts
 
@@ -58,20 +60,20 @@ def open_stage(spec: Spec) -> Stage:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config, shards, world = spec.config, open_shards(spec.config.data.shards), World(0, 1, device)
-    log_mel = factory.with_statistics(factory.log_mel_settings(config), MEAN_DB, STD_DB)
+    log_mel = with_statistics(log_mel_settings(config), MEAN_DB, STD_DB)
     kind = encoder_type(config)
-    features = encoder_features(CHECKPOINT, factory.create_encoder(config, pretrained=False).eval(), config, device)
+    features = encoder_features(CHECKPOINT, encoder_type(config).create(pretrained=False).eval(), config, device)
     if spec.kind == "model":
-        shape = kind.input_shapes(log_mel, factory.view_seconds(config, shards))[0]
+        shape = kind.input_shapes(log_mel, view_seconds(config, shards))[0]
         data = torch.randn(config.encoder.batch_size, *shape, device=device)
-        return Stage(forwards(features.of, data), device)
-    loader = factory.create_loader(config, shards, log_mel, world, "train", features.mode)
+        return Stage(forwards(features.compute, data), device)
+    loader = create_loader(config, shards, log_mel, world, "train", features.mode)
     if spec.kind == "loader":
         return Stage((batch.segment for batch in loader.endless()), device)
     clock = StepClock(device)
-    parts = Parts(spec.scratch, {}).__enter__()  # to the end of this process
+    results = PartialResults(spec.scratch, {}).__enter__()  # to the end of this process
     batches = clock.batches(loader.endless())
-    return Stage(embed.embed_batches(features, batches, parts, "train", loader.state_dict), device, clock=clock)
+    return Stage(embed_batches(features, batches, results, "train", loader.state_dict), device, clock=clock)
 
 
 def forwards(of: Any, data: Tensor) -> Iterator[Tensor]:
@@ -115,12 +117,12 @@ def main() -> None:
     args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stages' processes are ended
     device = choose_device(args.device)
-    trained = settings.load(args.config or factory.default_config_file(device), {}, {}, args.assignments)
+    trained = load_config(args.config or default_config_file(device.type), {}, {}, args.assignments)
     folder = args.shards or material.packed_generated(
         material.enough_segments({args.batch_size or trained.encoder.batch_size}), machine.cores()
     )
     seconds = open_shards(folder).segment_seconds
-    config = embed.embedding_config(trained, seconds, batch=args.batch_size, data__shards=folder)
+    config = embedding_config(trained, seconds, batch=args.batch_size, data__shards=folder)
     with tempfile.TemporaryDirectory() as scratch:
         how = {kind: (open_stage, (Spec(kind, config, args.device, Path(scratch)),)) for kind in KINDS}
         timed, errors = interleaved(how, args.windows, args.seconds, say=say)
@@ -133,7 +135,7 @@ def main() -> None:
         "embed_over_slower": rate["embed"] / min(rate["loader"], rate["model"]),
         "embed_over_shared": rate["embed"] / shared,
     }
-    name = f"{config.encoder.encoder_type} {encoder_type(config).variant(config)}"
+    name = f"{config.encoder.encoder_type} {encoder_type(config).variant}"
     print(f"{name} on {device.type}, {machine.cores()} cores")
     print(f"segments of {seconds:g} s, {config.encoder.batch_size} a batch, {config.data.threads} DALI threads")
     for kind in KINDS:

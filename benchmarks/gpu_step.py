@@ -7,8 +7,8 @@ Two parts, each in processes of their own:
             the step before the last, so that it runs at most one ahead. CUDA only.
     sizes   some steps at each of --batch-sizes, all of a batch at once, on data that always was on the device. On CUDA
             with peak_bytes, the highest that torch lent out (max_memory_allocated), beside parameter_bytes (weights,
-            gradients, momentum) and kept_bytes (activations as `simsiam_dali.memory` counts them); working_share, that
-            is (peak - parameter) / kept, is what `memory.WORKING_SHARE` and `LEAST_SHARE` have to hold.
+            gradients, momentum) and kept_bytes (activations, `simsiam_dali.training.memory`); working_share, that is
+            (peak - parameter) / kept, is what `memory.WORKING_SHARE` and `LEAST_SHARE` have to hold.
 
 Without CUDA the memory is null, and what was not measured is listed by name.
 """
@@ -29,14 +29,15 @@ import torch
 from document import write
 from stages import Spec, open_stage, random_batch
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory, memory
-from simsiam_dali.config import Config
+from simsiam_dali.common.distributed import World, choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import default_config_file, load_config, replace_settings
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World, choose_device
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.learner import Learner
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import memory
+from simsiam_dali.training.data import log_mel_settings, view_seconds
+from simsiam_dali.training.learner import Learner
 
 WARM_UP = 3
 """Steps before those that are timed or watched: cuDNN tries its algorithms, the optimizer makes its momentum."""
@@ -63,8 +64,8 @@ def size(config: Config, steps: int) -> dict[str, Any]:
     """One entry of `sizes`: `steps` steps of a whole batch at once."""
     device = choose_device(config.train.device)
     shards, world, cuda = open_shards(config.data.shards), World(0, 1, device), device.type == "cuda"
-    log_mel, batch_size = factory.log_mel_settings(config), config.encoder.batch_size
-    shapes = encoder_type(config).input_shapes(log_mel, factory.view_seconds(config, shards))
+    log_mel, batch_size = log_mel_settings(config), config.encoder.batch_size
+    shapes = encoder_type(config).input_shapes(log_mel, view_seconds(config, shards))
     learner = Learner(config, shards, world)
     learner.encoder.train()
     batch = random_batch(config, shards, device)
@@ -128,13 +129,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
-    config = settings.load(args.config or factory.default_config_file(choose_device("auto")), {}, {}, args.assignments)
+    config = load_config(args.config or default_config_file(choose_device("auto").type), {}, {}, args.assignments)
     device = choose_device(config.train.device)
     sizes = args.batch_sizes or [config.encoder.batch_size]
     folder = args.shards or material.packed_generated(material.enough_segments(set(sizes)), machine.cores())
-    config = settings.changed(config, data__shards=folder)
+    config = replace_settings(config, data__shards=folder)
     if config.data.threads == "auto":
-        config = settings.changed(config, data__threads=machine.cores())
+        config = replace_settings(config, data__threads=machine.cores())
     failed: list[str] = []
     doc: dict[str, Any] = {"environment": machine.environment(device), "waits": None, "sizes": [], "skipped": []}
 
@@ -144,7 +145,7 @@ def main() -> None:
 
     if device.type == "cuda":
         count = open_shards(folder).count("train")
-        own = settings.changed(config, encoder__batch_size=min(config.encoder.batch_size, count))
+        own = replace_settings(config, encoder__batch_size=min(config.encoder.batch_size, count))
         answer = alone(partial(waits, own, args.steps))
         if isinstance(answer, str):
             failed.append(answer)
@@ -155,7 +156,7 @@ def main() -> None:
         doc["skipped"] = ["waits", "peak memory"]
     keep()
     for batch_size in sizes:
-        own = settings.changed(config, encoder__batch_size=batch_size, train__micro_batch=batch_size)
+        own = replace_settings(config, encoder__batch_size=batch_size, train__micro_batch=batch_size)
         answer = alone(partial(size, own, args.steps))
         # A batch that does not fit is an answer, and part of what is asked.
         entry = {"batch_size": batch_size, "failed": answer} if isinstance(answer, str) else answer

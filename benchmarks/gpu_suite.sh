@@ -82,6 +82,10 @@ step() {
   local began=$SECONDS log="$WORK/$part/$name.log" status=0
   timeout --kill-after=10 "$limit" "${@//FOLDER/$WORK/$part}" >"$log" 2>&1 || status=$?
   tail -n 25 "$log"
+  # What a step left out itself: it says so in a line of its own, and pytest in one for each test.
+  while read -r name_of; do skipped+=("$part/$name:$name_of"); done < <(
+    sed -nE 's/^skipped, no CUDA device: (.*)$/\1/p; s/^([^ ]+::[^ ]+) SKIPPED.*$/\1/p' "$log" | tr ' ' '-'
+  )
   if [ "$status" -eq 0 ]; then
     echo "== $part/$name: done in $((SECONDS - began)) s"
   else
@@ -108,7 +112,7 @@ bench() {
     "${BENCH[@]}" "${SMALL[@]}" "$@"
 }
 
-step a tests 500 "$PYTHON" -m pytest -q -rs -p no:cacheprovider -m gpu "${GPU_TESTS[@]}"
+step a tests 500 "$PYTHON" -m pytest -v -p no:cacheprovider -m gpu "${GPU_TESTS[@]}"
 
 step b run 530 "$PYTHON" benchmarks/killed_run.py --out FOLDER ${SHARDS:+--shards "$SHARDS"} "${RUN[@]}"
 
@@ -126,29 +130,32 @@ done
 bench step c train 200 --stages loader/train model train "${ON[@]}"
 step c step 150 "$PYTHON" benchmarks/gpu_step.py --json FOLDER/step.json "${SMALL[@]}" "${SHORT[@]}" "${ON[@]}"
 bench step c loader 200 "${ON[@]}" \
-  --stages loader/read loader/decode loader/resample loader/mel loader/card loader/all
+  --stages loader/read loader/decode loader/resample loader/mel loader/light loader/all
 bench step c sweep-batch 120 --sweep batch --stages loader/all "${ON[@]}"
 
 # The workers of a baseline give a batch each in turn: 16 of 128 would make a window of minutes.
 bench cuda d baseline-gpu 200 --windows 3 --stages loader/all baseline/gpu_light baseline/gpu_full "${ON[@]}"
 bench step d baseline 200 --windows 3 --baseline-batch 4 "${ON[@]}" \
-  --stages loader/card loader/all baseline/light baseline/full
+  --stages loader/light loader/all baseline/light baseline/full
 bench step d baseline-train 200 --windows 3 --baseline-batch 4 --stages baseline/train "${ON[@]}"
 # The training's options one by one, each against part c's `train`: what does each of them give?
 bench cuda d compile 240 --stages model train --set train.compile=true "${ON[@]}"
 bench cuda d fp32 90 --stages model train --set train.precision=fp32 "${ON[@]}"
 bench cuda d contiguous 90 --stages model train --set train.channels_last=false "${ON[@]}"
 bench cuda d recompute 90 --stages model train --set train.activation_checkpointing=true "${ON[@]}"
-bench cuda d cpu-graph 120 --device cpu --stages loader/card loader/all "${ON[@]}"
+bench cuda d cpu-graph 120 --device cpu --stages loader/light loader/all "${ON[@]}"
 step d embed 90 "$PYTHON" benchmarks/embed.py --seconds 1 --json FOLDER/embed.json "${SMALL[@]}" "${EMBED[@]}" "${ON[@]}"
 bench step d soak 90 --soak "$SOAK" "${ON[@]}"
-bench step d seconds 120 --sweep seconds --stages loader/card "${ON[@]}"
+bench step d seconds 120 --sweep seconds --stages loader/light "${ON[@]}"
 bench step d threads 120 --sweep threads --stages loader/all "${ON[@]}"
-bench step d rate 200 --sweep rate --stages loader/card "${ANEW[@]}"
-bench step d codec 200 --sweep codec --stages loader/card "${ANEW[@]}"
+bench step d rate 200 --sweep rate --stages loader/light "${ANEW[@]}"
+bench step d codec 200 --sweep codec --stages loader/light "${ANEW[@]}"
 
 echo "== all in $((SECONDS - started)) s of $BUDGET, results in $OUT"
-if [ ${#skipped[@]} -gt 0 ]; then echo "skipped, no CUDA device: ${skipped[*]}"; fi
+if [ ${#skipped[@]} -gt 0 ]; then
+  echo "skipped, no CUDA device:"
+  printf '  %s\n' "${skipped[@]}"
+fi
 if [ ${#late[@]} -gt 0 ]; then echo "not begun, no time left (name them in ONLY): ${late[*]}"; fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

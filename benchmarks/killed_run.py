@@ -26,12 +26,13 @@ from typing import Any
 import machine
 from document import write
 
-from simsiam_dali import checkpoint, embeddings, factory
-from simsiam_dali import config as settings
+from simsiam_dali.common.distributed import choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import choose_device
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.profiling import WARM_UP
+from simsiam_dali.embedding.table import read_embeddings
+from simsiam_dali.training import checkpoint
+from simsiam_dali.training.profiling import WARM_UP
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "killed"
@@ -107,7 +108,7 @@ def own_shards(commands: Commands, folder: Path, songs: int, seconds: float) -> 
 
 def checked(run_dir: Path, total: int, before: int, resumed: str) -> None:
     """Raises UserError where the run did not go on from the step of its checkpoint, or its journal is not whole."""
-    if not re.search(rf"going on after step {before}\b", resumed):
+    if not re.search(rf"continuing after step {before}\b", resumed):
         raise UserError(f"the run did not go on after step {before}, that of its checkpoint")
     if (steps := steps_of(run_dir / "metrics.jsonl")) != list(range(1, total + 1)):
         raise UserError(f"the journal does not hold the steps 1 to {total}, each once: {steps}")
@@ -116,9 +117,9 @@ def checked(run_dir: Path, total: int, before: int, resumed: str) -> None:
 def measured(args: argparse.Namespace, commands: Commands, folder: Path) -> dict[str, Any]:
     """Train, kill, go on, embed; what came of it."""
     device = choose_device("auto")
-    file = args.config or factory.default_config_file(device)
+    file = args.config or default_config_file(device.type)
     shards: ShardSet = open_shards(args.shards or own_shards(commands, folder, args.songs, args.segment_seconds))
-    config = settings.load(file, {}, {}, [*args.assignments, f"data.shards={shards.root}"])
+    config = load_config(file, {}, {}, [*args.assignments, f"data.shards={shards.root}"])
     batch, count = config.encoder.batch_size, shards.count("train")
     while batch > 2 and LEAST_STEPS * batch > count:
         batch //= 2
@@ -150,7 +151,7 @@ def measured(args: argparse.Namespace, commands: Commands, folder: Path) -> dict
     checked(run_dir, total, before, commands.run("resume", [*again, "--profile", profiled]))
     table = folder / "embeddings.parquet"
     commands.run("embed", ["-m", "simsiam_dali.embed", "--checkpoint", run_dir, "--out", table])
-    embedded = len(embeddings.read(table).vectors)
+    embedded = len(read_embeddings(table).vectors)
     if embedded != len(shards.songs):
         raise UserError(f"{embedded} of {len(shards.songs)} songs have an embedding")
     for name in KEPT:

@@ -25,13 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from simsiam_dali.data.shards import SEGMENTS, SONGS, open_shards
-from simsiam_dali.errors import one_line_errors
+from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.data.format import SEGMENTS, SONGS
+from simsiam_dali.data.shards import open_shards
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import Cut, Job, Packed, PackSettings, Result
 from simsiam_dali.packing.segments import encode
 from simsiam_dali.packing.tags import Tags
+from simsiam_dali.training.data import create_loader, log_mel_settings
 
 RATE = 16000  # Hz
 SECONDS = 0.25  # of a generated segment
@@ -105,20 +107,17 @@ def measure_loading(folder: Path) -> dict[str, Any]:
     """Open what was packed there and read batches; seconds, table sizes and this process's peak memory."""
     import torch  # not above: the packer's memory is measured without it
 
-    from simsiam_dali import config as settings
-    from simsiam_dali import factory
-    from simsiam_dali.distributed import World
+    from simsiam_dali.common.distributed import World
+    from simsiam_dali.config.load import load_config
 
     before, began = memory("VmRSS"), time.monotonic()
     shards = open_shards(folder / "shards")
     opened = time.monotonic() - began
-    config = settings.load(
+    config = load_config(
         assignments=["data.threads=2", "encoder.batch_size=64", "encoder.simsiam.augmentation.spec_augment=false"]
     )
-    log_mel = factory.log_mel_settings(config)
-    loader = factory.create_loader(
-        config, shards, log_mel, World(0, 1, torch.device("cpu")), "train", "views", shuffled=True
-    )
+    log_mel = log_mel_settings(config)
+    loader = create_loader(config, shards, log_mel, World(0, 1, torch.device("cpu")), "train", "views", shuffled=True)
     batches = loader.endless()
     next(batches)
     first = time.monotonic() - began

@@ -23,8 +23,8 @@ import torch
 from machine import gpu_bytes_in_use, host_bytes, host_peak_bytes
 from torch import Tensor
 
-from simsiam_dali.clock import StepClock
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.training.throughput import StepClock
 
 WARM_UP_UNITS = 2
 """Least units of batches before the first window; it lasts a window's seconds in any case."""

@@ -24,7 +24,7 @@ not measured.
 """
 
 README_STAGES = {
-    "loader/card": "DALI loader: shift, gain, noise, SpecAugment",
+    "loader/light": "DALI loader: shift, gain, noise, SpecAugment",
     "baseline/light": "torch DataLoader, the same list",
     "baseline/gpu_light": "webdataset + torchaudio on the GPU, the same list",
     "loader/all": "DALI loader: all eight augmentations",
@@ -37,7 +37,7 @@ README_STAGES = {
     "baseline/gpu_train": "training on webdataset + torchaudio on the GPU",
 }
 RATIOS = {
-    "card_over_light": "loader/card over baseline/light",
+    "light_over_baseline": "loader/light over baseline/light",
     "all_over_full": "loader/all over baseline/full",
     "train_over_slower": "train over the slower of loader/train and model",
     "data_wait_share": "share of the training's time spent waiting for data",
@@ -137,9 +137,9 @@ def ratio_lines(doc: Doc) -> Iterator[str]:
     rate = {name: e["samples_per_s"] for name, e in doc["stages"].items()}
     if {"loader/all", "baseline/plain_pitch"} <= rate.keys():
         yield f"- loader/all over baseline/plain_pitch: {rate['loader/all'] / rate['baseline/plain_pitch']:.0f}"
-    if {"pack", "loader/card", "baseline/songs"} <= rate.keys():
-        ten_epochs = 10 / (1 / rate["pack"] + 10 / rate["loader/card"])
-        yield f"- packing and ten epochs of loader/card over baseline/songs: {ten_epochs / rate['baseline/songs']:.2f}"
+    if {"pack", "loader/light", "baseline/songs"} <= rate.keys():
+        ten_epochs = 10 / (1 / rate["pack"] + 10 / rate["loader/light"])
+        yield f"- packing and ten epochs of loader/light over baseline/songs: {ten_epochs / rate['baseline/songs']:.2f}"
 
 
 def section(name: str, doc: Doc) -> Iterator[str]:
@@ -166,7 +166,7 @@ def readme_table(docs: Mapping[str, Doc]) -> Iterator[str]:
         name: doc
         for name, doc in docs.items()
         # A sweep's stages have its value in their name; a run with packing is about whole songs.
-        if "loader/card" in doc["stages"] and "pack" not in doc["stages"]
+        if "loader/light" in doc["stages"] and "pack" not in doc["stages"]
     }
     if not shown:
         yield "Nothing has been measured yet."

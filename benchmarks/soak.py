@@ -23,11 +23,11 @@ import machine
 import torch
 from tqdm import tqdm
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory
+from simsiam_dali.common.distributed import World, choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World, choose_device
-from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.training.data import create_loader, log_mel_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 GROWTH = 1.05
@@ -72,11 +72,11 @@ class Watched:
 
 def load_for_ever(shards: Path, config_file: Path) -> None:
     """The loader alone, batch after batch, until killed; every tenth batch is told."""
-    config = settings.load(config_file, command_line={"data.shards": shards})
-    config = settings.changed(config, data__threads=1)
+    config = load_config(config_file, command_line={"data.shards": shards})
+    config = replace_settings(config, data__threads=1)
     opened = open_shards(shards)
     world = World(0, 1, choose_device("auto"))
-    loader = factory.create_loader(config, opened, factory.log_mel_settings(config), world, "train", "views", True)
+    loader = create_loader(config, opened, log_mel_settings(config), world, "train", "views", True)
     for n, _ in enumerate(loader.endless(), 1):
         if n % 10 == 0:
             print(n * config.encoder.batch_size, flush=True)
@@ -145,7 +145,7 @@ def main() -> None:
             metrics = (folder / "soak" / "metrics.jsonl").read_text().splitlines()
             samples = {
                 "loading": int((folder / "loading.log").read_text().split()[-1]),
-                "training": json.loads(metrics[-1])["step"] * settings.load(args.config).encoder.batch_size,
+                "training": json.loads(metrics[-1])["step"] * load_config(args.config).encoder.batch_size,
             }
         except (UserError, OSError, IndexError):
             for one in watched:

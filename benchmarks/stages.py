@@ -6,7 +6,7 @@
 | loader/decode | + DALI's decoder, always on the CPU |
 | loader/resample | + conversion to the front end's rate (none where the shards are at it), cut to the view's length |
 | loader/mel | + one log-mel, as in validation and embedding |
-| loader/card | two log-mels with shift, gain, noise and SpecAugment |
+| loader/light | two log-mels with shift, gain, noise and SpecAugment |
 | loader/all | two log-mels with all eight augmentations |
 | loader/train | the loader as the training's config asks for it: its view's length, mel bins, batch and threads |
 | model | forward, backward and step of the training's config, on a batch that already is on the device |
@@ -30,23 +30,24 @@ from baselines import BASELINES
 from measure import Stage, gpu_bytes_in_use
 from torch import Tensor
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory, micro_batch
-from simsiam_dali.clock import StepClock
-from simsiam_dali.config import Config
+from simsiam_dali.common.distributed import World, choose_device
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.dali import DataNode, OperatorConcurrency, build_on_cpu, fn, pipeline_def, types
+from simsiam_dali.data.graph import Source
 from simsiam_dali.data.loader import Batch, Single
-from simsiam_dali.data.pipeline import Source, read
+from simsiam_dali.data.pipeline import read
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import World, choose_device
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError
-from simsiam_dali.learner import Learner, groups
+from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
-from simsiam_dali.schedule import learning_rates
+from simsiam_dali.training import micro_batch
+from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
+from simsiam_dali.training.learner import Learner, groups, learning_rates
+from simsiam_dali.training.throughput import StepClock
 
-LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/card", "loader/all")
+LOADER = ("loader/read", "loader/decode", "loader/resample", "loader/mel", "loader/light", "loader/all")
 TRAINING = ("loader/train", "model", "train")
 
 BASELINE_OF_TRAIN = {"baseline/train": "baseline/full", "baseline/gpu_train": "baseline/gpu_full"}
@@ -54,8 +55,8 @@ BASELINE_OF_TRAIN = {"baseline/train": "baseline/full", "baseline/gpu_train": "b
 
 MODES: dict[str, Literal["raw", "clean"]] = {"loader/resample": "raw", "loader/mel": "clean"}
 
-CARD = {f"encoder.simsiam.augmentation.{name}_prob": 0.0 for name in ("time_stretch", "pitch_shift", "reverb")}
-"""What the card's list leaves out."""
+LIGHT = {f"encoder.simsiam.augmentation.{name}_prob": 0.0 for name in ("time_stretch", "pitch_shift", "reverb")}
+"""Augmentations that loader/light and its baseline leave out."""
 
 MEAN_DB, STD_DB = -20.0, 20.0
 """Statistics of the log-mel, which the trainer measures; no speed depends on them."""
@@ -84,9 +85,9 @@ def open_stage(spec: Spec) -> Stage:
 
 def _open(spec: Spec, world: World) -> Stage:
     config, shards = spec.config, open_shards(spec.config.data.shards)
-    log_mel = factory.with_statistics(factory.log_mel_settings(config), MEAN_DB, STD_DB)
+    log_mel = with_statistics(log_mel_settings(config), MEAN_DB, STD_DB)
     if spec.kind in TRAINING:
-        config = micro_batch.estimated(config, shards, world.device, say=lambda _: None)
+        config = micro_batch.choose_by_estimate(config, shards, world)
     if spec.kind.startswith("baseline/"):
         baseline = BASELINES[BASELINE_OF_TRAIN.get(spec.kind, spec.kind)]
         batches = baseline.batches(config, shards, log_mel, world.device, spec.workers)
@@ -99,9 +100,7 @@ def _open(spec: Spec, world: World) -> Stage:
         else:
             stage = Stage((batch.segment for batch in batches), world.device)
         stage.unit = spec.workers  # they give a batch each in turn
-        stage.bytes_to_device = baseline.bytes_to_device(
-            shards, log_mel, factory.view_seconds(config, shards), world.device
-        )
+        stage.bytes_to_device = baseline.bytes_to_device(shards, log_mel, view_seconds(config, shards), world.device)
         return stage
     if spec.kind in ("loader/read", "loader/decode"):
         front = Front(config, shards, decode=spec.kind == "loader/decode")
@@ -111,10 +110,10 @@ def _open(spec: Spec, world: World) -> Stage:
     if spec.kind == "model":
         batch = random_batch(config, shards, world.device)
         return trained(config, shards, world, itertools.repeat(batch), steps=100)
-    if spec.kind == "loader/card":
-        config = settings.load(base=config.model_dump(mode="json"), command_line=CARD)
+    if spec.kind == "loader/light":
+        config = load_config(base=config.model_dump(mode="json"), command_line=LIGHT)
     mode = encoder_type(config).batches if spec.kind in TRAINING else MODES.get(spec.kind, "views")
-    loader = factory.create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
+    loader = create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
     if spec.kind == "train":
         stage = trained(
             config, shards, world, loader.endless(), max(1, shards.count("train") // config.encoder.batch_size)
@@ -190,8 +189,8 @@ class Front:
 
 def random_batch(config: Config, shards: ShardSet, device: torch.device) -> Batch | Single:
     """A batch that has always been on the device; its segments are the first of the shards, going round."""
-    log_mel, size = factory.log_mel_settings(config), config.train.micro_batch_of(config.encoder.batch_size)
-    shapes = encoder_type(config).input_shapes(log_mel, factory.view_seconds(config, shards))
+    log_mel, size = log_mel_settings(config), config.train.micro_batch_of(config.encoder.batch_size)
+    shapes = encoder_type(config).input_shapes(log_mel, view_seconds(config, shards))
     data = [torch.randn(size, *shape, device=device) for shape in shapes]
     segment = torch.arange(size) % len(shards.segments)
     return Batch(*data, segment) if len(data) == 2 else Single(*data, segment)

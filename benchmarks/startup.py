@@ -15,16 +15,8 @@ from pathlib import Path
 import machine
 import torch
 
-from simsiam_dali.data.shards import (
-    FILES,
-    FORMAT_VERSION,
-    SEGMENTS,
-    SONGS,
-    Manifest,
-    write_manifest,
-    write_shard,
-    write_table,
-)  # fmt: skip
+from simsiam_dali.data.format import FILES, FORMAT_VERSION, SEGMENTS, SONGS, Manifest
+from simsiam_dali.packing.write import write_manifest, write_shard, write_table
 
 OPEN = """
 import sys, time

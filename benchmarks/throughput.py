@@ -21,17 +21,17 @@ from measure import interleaved, summary
 from report import terminal_table
 from stages import BASELINE_OF_TRAIN, KINDS, TRAINING, Spec, open_stage
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory
-from simsiam_dali.config import Config
+from simsiam_dali.common.distributed import choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import default_config_file, load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import choose_device
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training.data import log_mel_settings
 
 GROUPS = (
     ("loader/read", "loader/decode", "loader/resample", "loader/mel"),
-    ("loader/card", "baseline/light", "baseline/songs", "baseline/gpu_light"),
+    ("loader/light", "baseline/light", "baseline/songs", "baseline/gpu_light"),
     ("loader/all", "baseline/full", "baseline/gpu_full", "baseline/plain_pitch"),
     ("pack",),
     ("loader/train", "model", "train", "baseline/train", "baseline/gpu_train"),
@@ -45,11 +45,11 @@ OPTIONAL = ("pack", "baseline/songs", "baseline/plain_pitch", "baseline/train")
 GPU_ONLY = ("baseline/gpu_light", "baseline/gpu_full", "baseline/gpu_train")
 
 SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
-    "threads": ((1, 2, 4, 8, 16), ("loader/card", "loader/all")),
-    "batch": ((4, 16, 64), ("loader/card", "loader/all")),
-    "codec": (("flac", "wav", "ogg"), ("loader/decode", "loader/card", "baseline/light")),
-    "rate": ((16000, "native"), ("loader/resample", "loader/card", "baseline/light")),
-    "seconds": ((5.0, 15.0, 30.0, 60.0), ("loader/card", "loader/all")),
+    "threads": ((1, 2, 4, 8, 16), ("loader/light", "loader/all")),
+    "batch": ((4, 16, 64), ("loader/light", "loader/all")),
+    "codec": (("flac", "wav", "ogg"), ("loader/decode", "loader/light", "baseline/light")),
+    "rate": ((16000, "native"), ("loader/resample", "loader/light", "baseline/light")),
+    "seconds": ((5.0, 15.0, 30.0, 60.0), ("loader/light", "loader/all")),
 }
 """What a sweep changes: its values, and the stages it measures unless --stages says others."""
 
@@ -113,7 +113,7 @@ class Bench:
         self.cores = machine.cores()
         self.threads = args.threads or LOADER_THREADS
         self.workers = args.workers or self.threads
-        train = settings.load(args.config or factory.default_config_file(self.device), {}, {}, args.assignments)
+        train = load_config(args.config or default_config_file(self.device.type), {}, {}, args.assignments)
         self.train_batch = args.batch_size or train.encoder.batch_size
         self.loader_batch = args.batch_size or (LOADER_BATCH if self.device.type == "cpu" else self.train_batch)
         self.least = material.enough_segments(self.batch_sizes(), LEAST_BATCHES)
@@ -126,15 +126,15 @@ class Bench:
                 " of each epoch weighs more than on a large library"
             )
         view, plan = args.view_seconds or min(LOADER_SECONDS, segment), Config()
-        frames, mask = factory.log_mel_settings(plan).frames(view), plan.encoder.simsiam.augmentation.time_mask_param
-        self.loader_config = settings.load(command_line={
+        frames, mask = log_mel_settings(plan).frames(view), plan.encoder.simsiam.augmentation.time_mask_param
+        self.loader_config = load_config(command_line={
             "data.shards": self.shards.root,
             "data.threads": self.threads,
             "data.view_seconds": view,
             "encoder.batch_size": min(self.loader_batch, count),
             "encoder.simsiam.augmentation.time_mask_param": min(mask, frames // 2),  # for very short segments
         })  # fmt: skip
-        self.train_config = settings.load(base=train.model_dump(mode="json"), command_line={
+        self.train_config = load_config(base=train.model_dump(mode="json"), command_line={
             "data.shards": self.shards.root,
             "data.threads": args.threads,
             "data.view_seconds": args.view_seconds or min(train.data.view_seconds or segment, segment),
@@ -182,7 +182,7 @@ class Bench:
         if self.args.baseline_batch and kind.startswith("baseline/") and kind not in GPU_ONLY:
             over = {"encoder.batch_size": self.args.baseline_batch} | over
         if over:
-            config = settings.load(base=config.model_dump(mode="json"), command_line=over)
+            config = load_config(base=config.model_dump(mode="json"), command_line=over)
         return Spec(kind, config, "gpu" if self.device.type == "cuda" else "cpu", self.workers)
 
     def plan(self) -> Plan:
@@ -209,7 +209,7 @@ class Bench:
             "segment_seconds": shards.segment_seconds,
             "codec": shards.codec,
             "sample_rate": shards.sample_rate,
-            "model": f"{train.encoder.encoder_type} {encoder_type(train).variant(train)}",
+            "model": f"{train.encoder.encoder_type} {encoder_type(train).variant}",
             "precision": train.train.precision,
             "compile": train.train.compile,
             "sweep": self.args.sweep,

@@ -8,8 +8,8 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from simsiam_dali.config import AugmentationConfig
-from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.config.schema import AugmentationConfig
+from simsiam_dali.data.graph import LogMel
 
 PITCH_STEP = 500  # Hz; at 16 kHz about half a semitone
 

@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simsiam_dali.inference import load_encoder
+    from simsiam_dali.embedding.song_encoder import load_encoder
 
 __all__ = ["__version__", "load_encoder"]
 
@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def __getattr__(name: str) -> Any:
     if name == "load_encoder":  # imported when it is asked for: it takes torch along
-        from simsiam_dali.inference import load_encoder
+        from simsiam_dali.embedding.song_encoder import load_encoder
 
         return load_encoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,13 +6,11 @@ Each is also `python -m simsiam_dali.COMMAND`; only the one that is asked for is
 import argparse
 import importlib
 import sys
-from pathlib import Path
 
 import simsiam_dali
-from simsiam_dali import shipped
-from simsiam_dali.errors import one_line_errors
-
-PROGRAM = "simsiam-dali"
+from simsiam_dali.common import shipped
+from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.config.cli import PROGRAM
 
 COMMANDS = {
     "pack": "pack a folder of songs into WebDataset shards",
@@ -25,13 +23,6 @@ COMMANDS = {
     "export": "write a trained encoder as safetensors and ONNX",
     "benchmark": "measure samples/s of each stage on this machine",
 }
-
-
-def program(command: str) -> str:
-    """How `command` was started, for its usage line."""
-    called = Path(sys.argv[0]).name
-    is_named = called == "make_shards.py" or called.startswith(f"{PROGRAM} ")
-    return called if is_named else f"python -m simsiam_dali.{command}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,21 +1,45 @@
 """Pack a folder of songs into WebDataset shards: `simsiam-dali pack music/` or `python tools/make_shards.py music/`."""
 
 import argparse
+import math
 import os
-import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-from simsiam_dali.cli import program
-from simsiam_dali.data.shards import read_manifest, verify
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.packing import on_ray, workers
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.signals import raise_keyboard_interrupt
+from simsiam_dali.config.cli import program
+from simsiam_dali.data.format import read_manifest
+from simsiam_dali.data.verify import verify
+from simsiam_dali.packing import process_pool, ray_pool
 from simsiam_dali.packing.pack import PackSettings, Report, pack
 
 
+def _number(kind: type[int] | type[float], rule: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: a number that `accepts`."""
+
+    def number(text: str) -> int | float:
+        if not accepts(kind(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
+        return kind(text)
+
+    return number
+
+
+_count = _number(int, "at least 1", lambda n: n >= 1)
+_seed = _number(int, "at least 0", lambda n: n >= 0)
+_positive = _number(float, "above 0", lambda x: 0 < x < math.inf)
+_fraction = _number(float, "in 0 <= fraction < 1", lambda x: 0 <= x < 1)
+
+
+def _sample_rate(text: str) -> int | None:
+    return None if text == "native" else int(_count(text))
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; every default stands here."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog=program("pack"),
         description=(
@@ -59,15 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--split-by",
         choices=("album", "artist", "song"),
         default="album",
-        help=f"what is never torn between training and validation {default}",
+        help=f"what is kept together in training or validation {default}",
     )
-    add(
-        "--segments-per-shard",
-        metavar="N",
-        type=_count,
-        default=256,
-        help=f"segments in one tar {default}",
-    )
+    add("--segments-per-shard", metavar="N", type=_count, default=256, help=f"segments in one tar {default}")
     add("--workers", metavar="N", type=_count, help="decoding processes (default: one for each core)")
     add(
         "--executor",
@@ -87,11 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--ratings",
         metavar="FILE",
         type=Path,
-        help="ratings that win over those in the tags: a CSV with a header (rating, and path or title and artist; "
+        help="ratings that override those in the tags: a CSV with a header (rating, and path or title and artist; "
         "0..1 or 0..5), or the library database of Clementine or Strawberry, which is only read",
     )
-    add("--replace", action="store_true", help="write over shards of another folder, or files of the same names")
-    add("--verify", action="store_true", help="check every sum of the shards in --out (after packing MUSIC_DIR)")
+    add("--replace", action="store_true", help="overwrite shards of another folder, or files of the same names")
+    add("--verify", action="store_true", help="verify every checksum of the shards in --out (after packing MUSIC_DIR)")
     return parser
 
 
@@ -102,8 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.music_dir is None and not args.verify:
         parser.error("MUSIC_DIR is needed, unless --verify is given")
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
-        signal.signal(number, _stop)
+    raise_keyboard_interrupt()
     try:
         if args.music_dir is not None:
             settings = PackSettings(
@@ -117,20 +134,20 @@ def main() -> None:
                 seed=args.seed,
             )
             if args.executor == "ray":
-                executor, decoders = on_ray.run_all, args.workers or on_ray.cores()
+                executor, workers = ray_pool.run_all, args.workers or ray_pool.cores()
             else:
-                executor, decoders = workers.run_all, args.workers or len(os.sched_getaffinity(0))
-            report = pack(args.music_dir, args.out, settings, decoders, args.ratings, args.replace, executor=executor)
+                executor, workers = process_pool.run_all, args.workers or len(os.sched_getaffinity(0))
+            report = pack(args.music_dir, args.out, settings, workers, args.ratings, args.replace, executor=executor)
             summarise(report, args.out)
         if args.verify:
             check(args.out)
     except KeyboardInterrupt:
-        print(f"stopped: {args.out} is as it was; the same command goes on from here", file=sys.stderr)
+        print(f"stopped: {args.out} is unchanged; the same command continues from here", file=sys.stderr)
         sys.exit(130)
 
 
 def summarise(report: Report, out: Path) -> None:
-    """What was packed, what was not and why."""
+    """Print what was packed, and what was not and why."""
     for name, reason in report.refused:
         print(f"refused  {_shown(name)}: {reason}")
     for name, note in report.notes:
@@ -153,7 +170,7 @@ def summarise(report: Report, out: Path) -> None:
 
 
 def check(out: Path) -> None:
-    """Verify the set; problems go to the screen."""
+    """Verify the set; raises UserError with its problems."""
     if problems := verify(out):
         raise UserError("\nerror: ".join(problems))
     print(f"{out}: all {len(read_manifest(out).files)} files are as they were packed")
@@ -161,38 +178,6 @@ def check(out: Path) -> None:
 
 def _shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is given
-    raise KeyboardInterrupt
-
-
-def _sample_rate(text: str) -> int | None:
-    return None if text == "native" else _count(text)
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
-
-
-def _fraction(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0 <= fraction < 1")
-    return float(text)
 
 
 if __name__ == "__main__":

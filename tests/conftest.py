@@ -1,11 +1,18 @@
 """What the tests share: the `gpu` marker skips itself without CUDA; a small library, runs on it, an MLflow server."""
 
+import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from running import run_tool, train
+from helpers.running import run_tool, train
+
+torch.set_num_threads(1)  # the tests share the cores among themselves, and sums are the same in every process
+os.environ["OMP_NUM_THREADS"] = "1"
+# The processes that packing and the benchmarks' stages start here.
+multiprocessing.set_forkserver_preload(["helpers.preloaded"])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -25,7 +32,7 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server on loopback; it knows only what tests log to it."""
-    from logged_runs import mlflow_server  # here, for hosts without MLflow
+    from helpers.logged_runs import mlflow_server  # here, for hosts without MLflow
 
     with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
         yield uri

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def, types
-from signals import (
+from helpers.signals import (
     HOP,
     RATE,
     Array,
@@ -21,10 +20,11 @@ from signals import (
     song,
     tone,
 )
+from nvidia.dali import fn, pipeline_def, types
 
-from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import augment
-from simsiam_dali.data.pipeline import LogMel
+from simsiam_dali.data.graph import LogMel
 
 SECONDS = 6.0
 FRAMES = LogMel().frames(SECONDS)
@@ -92,7 +92,7 @@ def test_circular_slice_goes_round_the_end() -> None:
     ]
     starts, lengths = (list(np.int32(column)) for column in zip(*cases, strict=True))
     results = run_graph(
-        lambda x, start, length: augment.circular_slice(x, start, length, turns=3),
+        lambda x, start, length: augment.circular_slice(x, start, length, passes=3),
         {"x": [x] * len(cases), "start": starts, "length": lengths},
     )[0]
     for (start, length), result in zip(cases, results, strict=True):
@@ -105,7 +105,7 @@ def test_circular_slice_passes_over_what_the_end_repeats() -> None:
     cases = [(0, 10), (3, 10), (8, 10), (9, 10), (4, 20)]
     starts, lengths = (list(np.int32(column)) for column in zip(*cases, strict=True))
     results = run_graph(
-        lambda x, start, length: augment.circular_slice(x, start, length, turns=4, joint=1),
+        lambda x, start, length: augment.circular_slice(x, start, length, passes=4, overlap_frames=1),
         {"x": [x] * len(cases), "start": starts, "length": lengths},
     )[0]
     for (start, length), result in zip(cases, results, strict=True):
@@ -314,7 +314,7 @@ def test_draws_are_independent_of_each_other_between_samples_and_between_views()
     cfg = AugmentationConfig(**{f"{name}_prob": 1.0 for name in names})
     columns = []
     for number in (1, 2):
-        d = drawn(cfg, seed=augment.stream(7, f"view {number}"))
+        d = drawn(cfg, seed=augment.derive_seed(7, f"view {number}"))
         for axis, size in (("mel", 128), ("time", 1876)):
             # Where it starts depends on its width; which of the possible places it takes does not.
             d[f"{axis}_start"] /= size + 1 - d[f"{axis}_width"]
@@ -325,7 +325,7 @@ def test_draws_are_independent_of_each_other_between_samples_and_between_views()
     # Whether each augmentation is drawn at all.
     hits = []
     for number in (1, 2):
-        d = drawn(AugmentationConfig(spec_augment=True, time_shift_prob=0.5), augment.stream(7, f"view {number}"))
+        d = drawn(AugmentationConfig(spec_augment=True, time_shift_prob=0.5), augment.derive_seed(7, f"view {number}"))
         hits += [
             d[n] != 0 for n in ("shift", "semitones", "noisy", "gain_db", "reverberant", "mel_width", "time_width")
         ]

@@ -13,19 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from full_disk import fill, small_disk
+from helpers import fork_server
+from helpers.checkpoints import state
+from helpers.full_disk import fill, small_disk
 
-from simsiam_dali import checkpoint
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.training import checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def state(step: int, numbers: int = 10) -> Any:
-    """A checkpoint that holds every key; its weights are `step`, so that one tells from which save they are."""
-    whole: dict[str, Any] = dict.fromkeys(checkpoint.Checkpoint.__required_keys__)
-    weights = torch.full((numbers,), float(step))
-    return whole | {"format_version": checkpoint.FORMAT_VERSION, "step": step, "learner": {"encoder": {"w": weights}}}
 
 
 @pytest.fixture
@@ -63,14 +58,14 @@ def test_any_flipped_bit_and_any_cut_is_found(two):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         two.write_bytes(damaged)
-        assert not checkpoint.sound(two), place
+        assert not checkpoint.is_intact(two), place
     for length in (*range(0, len(content) - 100, 11), *range(len(content) - 100, len(content))):
         two.write_bytes(content[:length])
-        assert not checkpoint.sound(two), length
+        assert not checkpoint.is_intact(two), length
     two.write_bytes(content + b"\0")
-    assert not checkpoint.sound(two)
+    assert not checkpoint.is_intact(two)
     two.write_bytes(content)
-    assert checkpoint.sound(two)
+    assert checkpoint.is_intact(two)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "something else"])
@@ -83,7 +78,7 @@ def test_a_damaged_one_is_refused_by_name_and_the_one_before_offered(two, damage
     with pytest.raises(UserError) as e:
         checkpoint.load(two, "--checkpoint")
     assert f"checkpoint {two} is damaged" in str(e.value)
-    assert str(e.value).endswith(f"; the one before it is whole: --checkpoint {previous}")
+    assert str(e.value).endswith(f"; the checkpoint before it is intact: --checkpoint {previous}")
     assert "\n" not in str(e.value)
     assert checkpoint.find(str(previous), two.parent) == previous
     assert checkpoint.load(previous)["step"] == 1
@@ -142,7 +137,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, kind, with_sum
     if with_sum:
         content = path.read_bytes()
         path.write_bytes(content + b"\nsha256 " + hashlib.sha256(content).hexdigest().encode())
-        assert checkpoint.sound(path)
+        assert checkpoint.is_intact(path)
     with pytest.raises(UserError, match=r"c\.pt is (no checkpoint|damaged)"):
         checkpoint.load(path)
     assert not proof.exists()
@@ -158,7 +153,7 @@ def test_a_full_disk_keeps_the_last_good_one_and_says_so(tmp_path, numbers):
         with pytest.raises(UserError) as e:
             checkpoint.save(state(3, numbers), path)
         assert str(e.value) == (
-            f"cannot write the checkpoint {path} ([Errno 28] No space left on device); the one before is kept"
+            f"cannot write the checkpoint {path} ([Errno 28] No space left on device); the checkpoint before it is kept"
         )
         assert files(disk) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME, "filler"}
         assert checkpoint.load(path)["step"] == 2
@@ -174,7 +169,7 @@ def test_a_limit_on_file_sizes_does_the_same(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        with pytest.raises(UserError, match=r"File too large\); the one before is kept"):
+        with pytest.raises(UserError, match=r"File too large\); the checkpoint before it is kept"):
             checkpoint.save(state(2, 100_000), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -185,8 +180,8 @@ def test_a_limit_on_file_sizes_does_the_same(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from test_checkpoint import state
-from simsiam_dali import checkpoint
+from helpers.checkpoints import state
+from simsiam_dali.training import checkpoint
 step = int(sys.argv[2])
 while True:
     checkpoint.save(state(step, 10_000_000), Path(sys.argv[1]))
@@ -216,7 +211,7 @@ def test_killed_while_writing(tmp_path):
         assert torch.equal(saved["learner"]["encoder"]["w"], torch.full((10_000_000,), float(saved["step"])))
         step = saved["step"] + 1
     assert left >= 2  # the others had just been renamed
-    assert checkpoint.sound(path.with_name(checkpoint.PREVIOUS_NAME))
+    assert checkpoint.is_intact(path.with_name(checkpoint.PREVIOUS_NAME))
     checkpoint.save(state(step), path)
     assert files(tmp_path) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME}
 
@@ -230,10 +225,10 @@ def test_a_run_goes_on_on_its_kind_of_device_only(tmp_path, small_runs):
     words = [sys.executable, "-m", "simsiam_dali.train", "--resume", str(run_dir), "--device"]
 
     checkpoint.save({**saved, "device": "cuda"}, path)
-    done = subprocess.run([*words, "cpu"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = fork_server.run([*words, "cpu"], tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {run_dir} was saved on cuda and cannot go on on cpu")
+    assert line.startswith(f"error: {run_dir} was saved on cuda and cannot continue on cpu")
     assert line.endswith("resume with --device gpu, or start a new run")
     checkpoint.check_device({**saved, "device": "cuda"}, torch.device("cuda", 1), run_dir)
 
@@ -242,5 +237,5 @@ def test_a_run_goes_on_on_its_kind_of_device_only(tmp_path, small_runs):
     assert "device" not in checkpoint.load(path)
     for device in ("cpu", "cuda"):
         checkpoint.check_device(saved, torch.device(device), run_dir)
-    done = subprocess.run([*words, "auto"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = fork_server.run([*words, "auto"], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from simsiam_dali.clock import StepClock
+from simsiam_dali.training.throughput import StepClock
 
 NAP = 0.05  # s
 

@@ -1,25 +1,30 @@
 """The user's commands as the user would type them, and the demo: does it learn?"""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
-from running import ROOT, records, run_tool
+from helpers import fork_server
+from helpers.running import ROOT, records, run_tool
 from torch import Tensor
 
-from simsiam_dali import checkpoint, config, factory, monitor
+from simsiam_dali import cli, train
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import ENVIRONMENT, load_config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.labels import label_ids
+from simsiam_dali.evaluation.knn import knn_labels
+from simsiam_dali.models.labels import label_ids
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import checkpoint
+from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
 
 sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
+import throughput
 
 SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
 
@@ -34,12 +39,63 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ok(folder: Path, *command: object) -> str:
     """Run `python COMMAND` in `folder`; it must succeed. Returns what it printed."""
-    env = {k: v for k, v in os.environ.items() if k not in config.ENVIRONMENT}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True, env=env)
+    done = fork_server.run([sys.executable, *map(str, command)], folder, dict.fromkeys(ENVIRONMENT))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def short_songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `music/` of 20 songs of 6 to 8 s, packed into `shards/` by the command as typed."""
+    folder = tmp_path_factory.mktemp("short")
+    run_tool("make_demo_music.py", folder / "music", "--songs", 20, "--seconds", 6, 8)
+    assert "20 songs" in ok(folder, ROOT / "tools/make_shards.py", "music/")
+    return folder
+
+
+def test_training_with_an_encoder_type_and_nothing_else(short_songs, monkeypatch):
+    """The settings of configs/cpu.yaml, and a run in the current folder; one epoch of them here."""
+    monkeypatch.chdir(short_songs)
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    words = ["--encoder-type", "simsiam"]
+    chosen = train.new_run(train.build_parser().parse_args([*words, "--device", "cpu"]))[0]
+    assert chosen == load_config(ROOT / "configs/cpu.yaml", command_line={"train.device": "cpu"})
+    trained = ok(short_songs, "-m", "simsiam_dali.train", *words, "--epochs", 1)
+    assert "simsiam resnet18 on cpu" in trained or "simsiam resnet50 on cuda" in trained
+    assert (short_songs / "mlflow.db").exists()
+    (run_dir,) = (short_songs / "runs").iterdir()
+    assert (run_dir / "checkpoint.pt").exists()
+
+
+def test_the_benchmark_without_options_measures_the_shards_beside_it(short_songs, monkeypatch):
+    """All stages that a CPU has, 60 s segments, five windows of 4 s; the command itself with two stages and 0.1 s."""
+    monkeypatch.chdir(short_songs)
+    args = throughput.build_parser().parse_args([])
+    assert (args.device, args.windows, args.seconds) == ("auto", 5, 4.0)
+    args.device = "cpu"
+    plan = throughput.Bench(args).plan()
+    assert [list(group) for group in plan] == [
+        ["loader/read", "loader/decode", "loader/resample", "loader/mel"],
+        ["loader/light", "baseline/light"],
+        ["loader/all", "baseline/full"],
+        ["loader/train", "model", "train"],
+    ]
+    sizes = {}
+    for name, spec in {name: spec for group in plan for name, spec in group.items()}.items():
+        data = spec.config.data
+        assert data.shards.resolve() == short_songs / "shards"
+        sizes[name] = data.view_seconds, spec.config.encoder.batch_size, data.threads
+    training = {name: sizes.pop(name) for name in ("loader/train", "model", "train")}
+    assert set(sizes.values()) == {(60.0, 16, 2)}
+    assert set(training.values()) == {(5.0, 16, 2)}
+    quick = ("--stages", "loader/all", "train", "--seconds", 0.1, "--windows", 2, "--batch-size", 4)
+    measured = ok(short_songs, ROOT / "benchmarks/throughput.py", *quick)
+    assert re.search(r"loader/all\s.*\d", measured)
+    assert re.search(r"train\s.*\d", measured)
+
+
+@pytest.mark.faults  # ten minutes: the benchmark measures all its stages, four seconds a window
 def test_the_three_named_commands(home):
     """Nothing beyond the arguments the user wrote, in a folder that holds only `music/`."""
     packed = ok(home, ROOT / "tools/make_shards.py", "music/")
@@ -98,9 +154,9 @@ def test_the_demo_convinces(tmp_path):
     assert all(Path(path).stat().st_size for path in paths.values())
 
     epochs = [r for r in records(Path(paths["playlist"]).parent) if "epoch" in r]
-    d = config.load(ROOT / "configs/demo.yaml").encoder.simsiam.projection_dim
+    d = load_config(ROOT / "configs/demo.yaml").encoder.simsiam.projection_dim
     assert min(r["encoder/z_std"] for r in epochs[1:]) >= 0.5 / d**0.5
-    # Batch norm keeps z-std up even in a collapse to a few directions; the rank sees that (monitor.LOW_RANK).
+    # Batch norm keeps z-std up even in a collapse to a few directions; the rank sees that (LOW_RANK).
     assert min(r["encoder/effective_rank"] for r in epochs[1:]) >= 16
 
 
@@ -117,15 +173,15 @@ def embedded(run_dir: Path, folder: Path, trained: bool, split: Literal["train",
     saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
     shards = open_shards(folder)
     whole = {"data.shards": folder, "data.view_seconds": shards.segment_seconds}
-    settings = config.load(base=saved["config"], command_line=whole)
-    log_mel = factory.with_statistics(factory.log_mel_settings(settings), **saved["log_mel"])
+    settings = load_config(base=saved["config"], command_line=whole)
+    log_mel = with_statistics(log_mel_settings(settings), **saved["log_mel"])
     torch.manual_seed(settings.train.seed)
-    encoder = factory.create_encoder(settings).eval()
+    encoder = encoder_type(settings).create().eval()
     if trained:
         encoder.load_state_dict(saved["learner"]["encoder"])
     here = World(0, 1, torch.device("cpu"))
     mode = encoder_type(settings).embeds
-    batches = list(factory.create_loader(settings, shards, log_mel, here, split, mode))
+    batches = list(create_loader(settings, shards, log_mel, here, split, mode))
     song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
     return torch.cat([encoder.embed(b.data) for b in batches]), song_of[torch.cat([b.segment for b in batches])]
 
@@ -134,7 +190,36 @@ def unseen_segments_of_the_artist(run_dir: Path, folder: Path, trained: bool) ->
     """Accuracy of 5-NN among the training segments for the artist of each validation segment."""
     artist = label_ids(open_shards(folder).songs, "artists")
     (bank, bank_songs), (query, query_songs) = (embedded(run_dir, folder, trained, split) for split in SPLITS)
-    return monitor.knn_labels(bank, artist[bank_songs], query, artist[query_songs], k=5)
+    return knn_labels(bank, artist[bank_songs], query, artist[query_songs], k=5)
+
+
+REFUSED = {
+    "pack": ("nowhere",),
+    "train": ("--shards", "nowhere"),
+    "hpo": ("--shards", "nowhere"),
+    "embed": ("--checkpoint", "nowhere"),
+    "evaluate": ("--embeddings", "nowhere.parquet"),
+    "compare": ("--tracking-uri", "sqlite:///nowhere.db"),
+    "recommend": ("--embeddings", "nowhere.parquet", "--top"),
+    "export": ("--checkpoint", "nowhere"),
+    "benchmark": ("--shards", "nowhere"),
+}
+
+
+def test_each_command_has_its_refusal():
+    assert REFUSED.keys() == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_a_refusal_is_status_1_and_one_line_of_a_process(command, tmp_path):
+    """What the tests of each command take for granted where they call its `main`."""
+    start = [ROOT / "benchmarks/throughput.py"] if command == "benchmark" else ["-m", f"simsiam_dali.{command}"]
+    done = fork_server.run([sys.executable, *start, *REFUSED[command]], tmp_path, dict.fromkeys(ENVIRONMENT))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "nowhere" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
-"""The A/B comparison on runs whose numbers are known: what it picks, says, writes and refuses."""
+"""The A/B comparison on runs whose numbers are known: what it selects, prints, writes and refuses."""
 
 import csv
-import os
 import socket
 import subprocess
 import sys
@@ -9,11 +8,12 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from logged_runs import log_run
+from helpers import fork_server
+from helpers.logged_runs import log_run
 from mlflow import MlflowClient
 
 from simsiam_dali import compare
-from simsiam_dali.comparison import METRICS, Metric, spread
+from simsiam_dali.evaluation.compare_runs import METRICS, Metric, spread
 
 SCORES = {"knn/artist": 0.5, "knn/artist_chance": 0.1, "encoder/train_loss": -0.9, "training_time_hours": 0.25}
 
@@ -45,11 +45,11 @@ class Home:
         with pytest.raises(SystemExit) as e:
             self.type(*args, uri=uri)
         assert e.value.code == 1
-        said = self.capsys.readouterr()
-        assert said.out == ""
-        assert said.err.count("\n") == 1
-        assert said.err.startswith("error: ")
-        return said.err
+        printed = self.capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+        assert printed.err.startswith("error: ")
+        return printed.err
 
     def rows(self, name: str = "runs/compare.csv") -> list[dict[str, str]]:
         with (self.folder / name).open() as file:
@@ -86,19 +86,19 @@ def test_the_best_of_each_type_by_artist_until_there_is_a_rating_error(home):
     home.log("simsiam", SCORES | {"knn/artist": 0.4})
     best = home.log("simsiam", SCORES | {"knn/artist": 0.6, "knn/rating_mae": 0.3})
     other = home.log("simple", SCORES | {"knn/artist": 0.3})
-    said = home.type()
+    printed = home.type()
     assert {row["run_id"] for row in home.rows()} == {best, other}
-    assert "best by knn/artist, higher is better, since no run has classifier/val_mse yet" in said
-    assert line(said, "knn/artist").split() == ["knn/artist", "0.6", "0.3", "higher", "simsiam"]
-    assert line(said, "runs").split() == ["runs", "1", "of", "2", "1", "of", "1"]
+    assert "best by knn/artist, higher is better, since no run has classifier/val_mse yet" in printed
+    assert line(printed, "knn/artist").split() == ["knn/artist", "0.6", "0.3", "higher", "simsiam"]
+    assert line(printed, "runs").split() == ["runs", "1", "of", "2", "1", "of", "1"]
 
     rated = home.log("simsiam", {"classifier/val_mse": 0.02, "knn/artist": 0.1})
     worse = home.log("simsiam", {"classifier/val_mse": 0.03, "knn/artist": 0.9})
-    said = home.type()
+    printed = home.type()
     assert {row["run_id"] for row in home.rows()} == {rated, other}
-    assert "best by classifier/val_mse, lower is better" in said
-    assert "no simple run has classifier/val_mse: its newest are shown" in said
-    assert "the best of more runs is better by luck alone" in said
+    assert "best by classifier/val_mse, lower is better" in printed
+    assert "no simple run has classifier/val_mse: its newest are shown" in printed
+    assert "the best of more runs is better by chance alone" in printed
     home.type("--by", "knn/artist")
     assert {row["run_id"] for row in home.rows()} == {worse, other}
 
@@ -110,11 +110,11 @@ def test_each_metric_has_the_right_direction(home, metric: Metric):
     }  # fmt: skip
     low, high = home.log("simsiam", {metric.name: 0.25}), home.log("simsiam", {metric.name: 0.75})
     home.log("simple", {metric.name: 0.5})
-    said = home.type("--by", metric.name)
+    printed = home.type("--by", metric.name)
     best = low if metric.name in lower_is_better else high
     assert [row["run_id"] for row in home.rows() if row["encoder_type"] == "simsiam"] == [best]
-    assert line(said, metric.name).split()[-1] == "simsiam"
-    assert line(said, metric.name).split()[-2] == ("lower" if best == low else "higher")
+    assert line(printed, metric.name).split()[-1] == "simsiam"
+    assert line(printed, metric.name).split()[-2] == ("lower" if best == low else "higher")
 
 
 def test_unfinished_failed_nested_and_foreign_runs_are_left_out(home):
@@ -125,11 +125,11 @@ def test_unfinished_failed_nested_and_foreign_runs_are_left_out(home):
     home.log("simsiam", {"somebody/elses": 0.9})
     home.log(None, SCORES | {"knn/artist": 0.9})
     trial = home.log("simsiam", SCORES | {"knn/artist": 0.8}, **{"mlflow.parentRunId": good})
-    said = home.type()
+    printed = home.type()
     assert home.rows()[0]["run_id"] == good
-    assert "left out: 2 runs not finished" in said
-    assert "left out: 1 run nested, such as HPO's trials (--include-trials takes them)" in said
-    assert "left out: 1 run without a metric of this table" in said
+    assert "excluded: 2 runs not finished" in printed
+    assert "excluded: 1 run nested in another, such as HPO's trials (include them with --include-trials)" in printed
+    assert "excluded: 1 run without any metric of this table" in printed
     home.type("--include-trials")
     assert home.rows()[0]["run_id"] == trial
 
@@ -139,19 +139,19 @@ def test_only_runs_on_the_same_shards(home):
     for start, (encoder_type, shards) in enumerate([("simsiam", old), ("simple", old), ("simple", new)]):
         home.log(encoder_type, SCORES | {"knn/artist": 0.9 - start / 10}, shards=shards, start=start)
     newest = home.log("simsiam", SCORES, shards=new, start=9)
-    said = home.type()
+    printed = home.type()
     assert {row["shards"] for row in home.rows()} == {new}
     assert home.rows()[0]["run_id"] == newest
-    assert f"left out: runs on other shards than {new[:12]}: 1 simple, 1 simsiam" in said
-    assert f"(--shard-set {old[:12]} takes them)" in said
+    assert f"excluded: runs on other shards than {new[:12]}: 1 simple, 1 simsiam" in printed
+    assert f"(compare them with --shard-set {old[:12]})" in printed
     home.type("--shard-set", old[:12])
     assert {row["shards"] for row in home.rows()} == {old}
     refused = home.refused("--shard-set", "ccc")
-    assert f"no run is on shards ccc; known here: {new[:12]}, {old[:12]}" in refused
+    assert f"no run is on shards ccc; there are runs on {new[:12]}, {old[:12]}" in refused
 
     home.log("simple", SCORES | {"knn/artist": 1.0})
-    said = home.type()
-    assert "1 run without the tag shards: whether on the same songs is not known" in said
+    printed = home.type()
+    assert "1 run without the tag shards: possibly on other songs" in printed
     assert [row["shards"] for row in home.rows()] == [new, ""]
 
 
@@ -164,17 +164,17 @@ def test_every_page_of_a_large_experiment_is_read(home, monkeypatch):
     assert line(home.type("--runs", 0), "runs").split() == ["runs", "3", "of", "3", "1", "of", "1"]
 
 
-# --- what is said
+# --- what is printed
 
 
 def test_the_last_value_the_untrained_one_and_the_guess(home):
     untrained = {"knn/artist": 0.25, "knn/artist_chance": 0.1}
     home.log("simsiam", SCORES, untrained=untrained, params={"train.seed": 7})
     home.log("simple", {"training_time_hours": 1}, untrained=untrained | {"knn/artist": 0.3})  # scored only once
-    said = home.type()
-    assert line(said, "knn/artist").split() == ["knn/artist", "0.5", "0.3", "higher", "simsiam"]
-    assert line(said, "  a guess").split() == ["a", "guess", "0.1", "0.1"]
-    assert line(said, "  untrained").split() == ["untrained", "0.25", "-"]
+    printed = home.type()
+    assert line(printed, "knn/artist").split() == ["knn/artist", "0.5", "0.3", "higher", "simsiam"]
+    assert line(printed, "  chance").split() == ["chance", "0.1", "0.1"]
+    assert line(printed, "  untrained").split() == ["untrained", "0.25", "-"]
     simsiam, simple = home.rows()
     assert simsiam["knn/artist"] == "0.5"
     assert simsiam["knn/artist_untrained"] == "0.25"
@@ -185,13 +185,13 @@ def test_the_last_value_the_untrained_one_and_the_guess(home):
     assert simple["knn/artist_untrained"] == ""
 
 
-def test_missing_metrics_are_named_with_what_makes_them(home):
+def test_missing_metrics_are_listed_with_the_command_that_logs_them(home):
     home.log("simsiam", {m.name: 0.5 for m in METRICS}, **{"mlflow.runName": "whole"})
     home.log("simple", {"knn/artist": 0.5, "training_time_hours": 1}, **{"mlflow.runName": "poor"})
     missing = [row for row in home.type().splitlines() if row.startswith("missing: ")]
     assert missing[0] == (
         "missing: classifier/val_mse, classifier/val_mae, classifier/val_correlation in poor"
-        " (made by python -m simsiam_dali.evaluate)"
+        " (logged by python -m simsiam_dali.evaluate)"
     )
     named = {name for row in missing for name in row.removeprefix("missing: ").partition(" in ")[0].split(", ")}
     assert named == {m.name for m in METRICS} - {"knn/artist", "training_time_hours"}
@@ -206,46 +206,46 @@ def test_losses_are_shown_and_not_compared(home):
     assert row.endswith("not comparable between types")
 
 
-def test_numbers_that_are_none_are_told_and_never_the_best(home):
+def test_values_that_are_not_finite_are_reported_and_never_the_best(home):
     for value in (float("nan"), float("inf")):
         home.log("simsiam", {"knn/artist": value}, **{"mlflow.runName": f"broken-{value}"})
     good = home.log("simsiam", {"knn/artist": 0.1})
     home.log("simple", {"knn/artist": 0.2, "knn/genre": float("nan")}, **{"mlflow.runName": "half"})
-    said = home.type()
+    printed = home.type()
     assert home.rows()[0]["run_id"] == good
-    assert "not a number: knn/genre in half" in said
+    assert "not finite: knn/genre in half" in printed
     assert home.rows()[1]["knn/genre"] == ""
-    said = home.type("--runs", 0)
-    assert "  0.1, n=1  " in line(said, "knn/artist")
-    assert "not a number: knn/artist in broken-inf" in said
+    printed = home.type("--runs", 0)
+    assert "  0.1, n=1  " in line(printed, "knn/artist")
+    assert "not finite: knn/artist in broken-inf" in printed
 
 
 def test_one_run_each_is_no_result_and_several_seeds_have_mean_range_and_number(home):
     for value in (0.5, 0.6, 0.7):
         home.log("simsiam", {"knn/artist": value, "knn/genre": value, "knn/rating_mae": value})
     home.log("simple", {"knn/artist": 0.4, "knn/genre": 0.4, "knn/rating_mae": 0.2})
-    assert "one run each: a difference this size may be chance" in home.type()
-    said = home.type("--runs", 0)
-    assert "one run of simple: a difference this size may be chance" in said
-    assert "0.6 (0.5 to 0.7)" in line(said, "knn/artist")
-    assert "ranges" not in line(said, "knn/artist")
+    assert "one run each: the difference may be chance" in home.type()
+    printed = home.type("--runs", 0)
+    assert "one run of simple: the difference may be chance" in printed
+    assert "0.6 (0.5 to 0.7)" in line(printed, "knn/artist")
+    assert "ranges" not in line(printed, "knn/artist")
 
     home.log("simple", {"knn/artist": 0.2, "knn/genre": 0.65, "knn/rating_mae": 0.55, "classifier/val_mae": 0.5})
-    said = home.type("--runs", 0)
-    assert "may be chance" not in said
-    assert line(said, "runs").split() == ["runs", "3", "of", "3", "2", "of", "2"]
-    assert "0.3 (0.2 to 0.4)" in line(said, "knn/artist  ")
-    assert line(said, "knn/artist  ").endswith("simsiam, ranges apart")
-    assert line(said, "knn/genre").endswith("simsiam, ranges overlap")
-    assert line(said, "knn/rating_mae").endswith("simple, ranges overlap")
-    # Of the 10 ways to pick which 2 of 5 runs are simple's, 2 leave the types apart.
-    assert "those of 3 and 2 runs of equal types are too in 20.0% of cases" in said
-    assert "the ranges overlap, so these runs do not tell" in home.type("--runs", 0, "--by", "knn/genre")
-    assert "of cases" not in home.type("--runs", 2)
+    printed = home.type("--runs", 0)
+    assert "may be chance" not in printed
+    assert line(printed, "runs").split() == ["runs", "3", "of", "3", "2", "of", "2"]
+    assert "0.3 (0.2 to 0.4)" in line(printed, "knn/artist  ")
+    assert line(printed, "knn/artist  ").endswith("simsiam, ranges disjoint")
+    assert line(printed, "knn/genre").endswith("simsiam, ranges overlap")
+    assert line(printed, "knn/rating_mae").endswith("simple, ranges overlap")
+    # Of the 10 ways to pick which 2 of 5 runs are simple's, 2 have disjoint ranges.
+    assert "the ranges of 3 and 2 runs are disjoint, which has probability 20.0% for two equal types" in printed
+    assert "the ranges overlap, so these runs do not show" in home.type("--runs", 0, "--by", "knn/genre")
+    assert "probability" not in home.type("--runs", 2)
     assert len(home.rows()) == 4
     home.log("simple", {"knn/rating_mae": 0.1, "knn/genre": 0.2})
     assert "ranges overlap" in line(home.type("--runs", 0), "knn/rating_mae")
-    assert line(home.type("--runs", 2, "--by", "knn/rating_mae"), "knn/rating_mae").endswith("simple, ranges apart")
+    assert line(home.type("--runs", 2, "--by", "knn/rating_mae"), "knn/rating_mae").endswith("simple, ranges disjoint")
 
 
 def test_a_spread_is_of_the_finite_values():
@@ -253,7 +253,7 @@ def test_a_spread_is_of_the_finite_values():
     assert spread([]).n == 0
 
 
-def test_equal_types_have_nobody_ahead(home):
+def test_no_type_is_ahead_of_an_equal_one(home):
     home.log("simsiam", {"knn/artist": 0.5})
     home.log("simple", {"knn/artist": 0.5})
     assert line(home.type(), "knn/artist").split()[-1] == "higher"
@@ -263,36 +263,36 @@ def test_runs_without_any_score_are_the_newest(home):
     home.log("simsiam", {"encoder/train_loss": -0.99}, start=1)
     newest = home.log("simsiam", {"encoder/train_loss": -0.5}, start=2)
     home.log("simple", {"encoder/train_loss": 3.0})
-    assert "newest runs: none has classifier/val_mse or knn/artist to tell the best by" in home.type()
+    assert "newest runs: none has classifier/val_mse or knn/artist to select the best by" in home.type()
     assert home.rows()[0]["run_id"] == newest
 
 
 def test_the_filters_find_in_mlflow_what_the_table_shows(home):
     ids = [home.log("simsiam", SCORES), home.log("simple", SCORES)]
     more = home.log("simple", SCORES | {"knn/artist": 0.1})
-    said = home.type()
+    printed = home.type()
     experiment_id = home.client.get_experiment_by_name(home.experiment).experiment_id
 
     def found(text: str) -> set[str]:
         return {run.info.run_id for run in home.client.search_runs([experiment_id], text)}
 
-    assert found(line(said, "filter").removeprefix("filter").strip()) == set(ids)
-    assert found(line(said, '       or  tags.encoder_type = "simple"').removeprefix("       or")) == {ids[1], more}
-    assert f"mlflow ui --backend-store-uri {home.uri}" in said
+    assert found(line(printed, "filter").removeprefix("filter").strip()) == set(ids)
+    assert found(line(printed, '       or  tags.encoder_type = "simple"').removeprefix("       or")) == {ids[1], more}
+    assert f"mlflow ui --backend-store-uri {home.uri}" in printed
 
 
 def test_one_type_alone_names_the_command_for_the_other(home):
     home.log("simsiam", SCORES)
-    said = home.type()
-    assert "only simsiam so far; for the other side: python -m simsiam_dali.train --encoder-type simple" in said
-    assert "may be chance" not in said
+    printed = home.type()
+    assert "no simple run to compare with simsiam: python -m simsiam_dali.train --encoder-type simple" in printed
+    assert "may be chance" not in printed
     assert len(home.rows()) == 1
 
 
 # --- files
 
 
-def test_the_picture_is_one_and_has_a_panel_for_each_metric(home):
+def test_the_plot_has_a_panel_for_each_metric(home):
     home.log("simsiam", {m.name: 0.5 for m in METRICS} | {"knn/artist_chance": 0.1}, untrained={"knn/artist": 0.2})
     home.log("simple", {"encoder/train_loss": 2.0, "knn/artist": 0.4})
     home.type("--runs", 0)
@@ -305,7 +305,7 @@ def test_the_picture_is_one_and_has_a_panel_for_each_metric(home):
     assert sorted(p.name for p in (home.folder / "runs").iterdir()) == ["compare.csv", "compare.png"]
 
 
-def test_our_files_are_replaced_and_others_are_not(home):
+def test_files_of_this_command_are_replaced_and_others_are_not(home):
     home.log("simsiam", SCORES)
     home.log("simple", SCORES)
     home.type("--csv", "mine.csv", "--png", "deep/er/mine.png")
@@ -316,7 +316,7 @@ def test_our_files_are_replaced_and_others_are_not(home):
     for option in ("--csv", "--png"):
         theirs = home.folder / f"ratings{option}"
         theirs.write_text("song,rating\n")
-        assert f"{theirs} exists and is no comparison" in home.refused(option, theirs)
+        assert f"{theirs} exists and is not a comparison" in home.refused(option, theirs)
         assert theirs.read_text() == "song,rating\n"
     assert "choose another file" in home.refused("--csv", home.folder)
     assert "choose two files" in home.refused("--csv", "same", "--png", "same")
@@ -326,7 +326,7 @@ def test_our_files_are_replaced_and_others_are_not(home):
     assert "error: cannot write file/x.csv" in home.capsys.readouterr().err
 
 
-def test_settings_say_where(home, monkeypatch):
+def test_the_settings_name_the_experiment_and_the_folder(home, monkeypatch):
     home.experiment = "other"
     home.log("simsiam", SCORES)
     home.log("simple", SCORES)
@@ -344,30 +344,30 @@ def test_settings_say_where(home, monkeypatch):
 
 def test_a_loss_cannot_choose(home):
     for name in ("encoder/val_loss", "encoder/train_loss", "train_loss"):
-        assert f"--by {name} is refused: a loss cannot tell" in home.refused("--by", name)
-    assert "--by knn/beauty is no metric of the comparison; choose by classifier/val_mse" in home.refused(
+        assert f"--by {name} is refused: a loss cannot show" in home.refused("--by", name)
+    assert "--by knn/beauty is not a metric of the comparison; use one of classifier/val_mse" in home.refused(
         "--by", "knn/beauty"
     )
     home.log("simsiam", SCORES)
-    assert "no run has classifier/val_mae yet (made by python -m simsiam_dali.evaluate)" in home.refused(
+    assert "no run has classifier/val_mae yet (logged by python -m simsiam_dali.evaluate)" in home.refused(
         "--by", "classifier/val_mae"
     )
 
 
 def test_no_experiment_and_no_runs(home):
-    assert "no experiment 'music_recommendation', it knows Default" in home.refused()
+    assert "no experiment 'music_recommendation'; it has Default" in home.refused()
     home.log(None, SCORES)
     assert "no finished run tagged encoder_type: train first" in home.refused()
     home.log("simsiam", SCORES, status="KILLED")
-    assert "no finished run tagged encoder_type; left out: 1 run not finished" in home.refused()
+    assert "no finished run tagged encoder_type; excluded: 1 run not finished" in home.refused()
     assert not (home.folder / "runs").exists()
 
 
-def test_no_database_is_made_where_none_was(home):
+def test_a_missing_database_is_not_created(home):
     assert "there is no MLflow database nowhere.db: train first" in home.refused(uri="sqlite:///nowhere.db")
     assert not (home.folder / "nowhere.db").exists()
     (home.folder / "text.db").write_text("no database")
-    assert "MLflow cannot read sqlite:///text.db: " in home.refused(uri="sqlite:///text.db")
+    assert "MLflow cannot use sqlite:///text.db (" in home.refused(uri="sqlite:///text.db")
 
 
 def test_a_server_that_does_not_answer(home):
@@ -393,13 +393,8 @@ def test_the_command_against_a_server(home, mlflow_uri):
     best = log_run(client, "music_recommendation", "simsiam", SCORES | {"knn/artist": 0.8}, {"knn/artist": 0.3})
     log_run(client, "music_recommendation", "simsiam", SCORES)
     log_run(client, "music_recommendation", "simple", SCORES)
-    done = subprocess.run(
-        [sys.executable, "-m", "simsiam_dali.compare"],
-        cwd=home.folder,
-        env=os.environ | {"MLFLOW_TRACKING_URI": mlflow_uri},
-        capture_output=True,
-        text=True,
-    )
+    words = [sys.executable, "-m", "simsiam_dali.compare"]
+    done = fork_server.run(words, home.folder, {"MLFLOW_TRACKING_URI": mlflow_uri})
     assert done.returncode == 0, done.stderr
     assert line(done.stdout, "knn/artist").split() == ["knn/artist", "0.8", "0.5", "higher", "simsiam"]
     assert line(done.stdout, "  untrained").split() == ["untrained", "0.3", "-"]
@@ -411,5 +406,5 @@ def test_the_command_against_a_server(home, mlflow_uri):
 def test_help_needs_neither_mlflow_nor_torch():
     code = "import sys, simsiam_dali.compare as c; c.build_parser().format_help(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "simsiam_dali.comparison" in loaded
+    assert "simsiam_dali.evaluation.compare_runs" in loaded
     assert not {"mlflow", "torch", "matplotlib", "pandas"} & set(loaded)

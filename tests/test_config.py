@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simsiam_dali import config
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config, sources_of
+from simsiam_dali.config.schema import Config, setting_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def attributes_read() -> set[str]:
-    """Names of all attributes the package reads, config.py itself left out."""
+    """Names of all attributes the package reads, the schema itself left out."""
     names: set[str] = set()
     for path in (ROOT / "simsiam_dali").rglob("*.py"):
-        if path.name != "config.py":
+        if path.name != "schema.py":
             tree = ast.parse(path.read_text())
             names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     return names
@@ -24,21 +25,21 @@ def attributes_read() -> set[str]:
 
 def test_every_setting_is_read_by_some_code():
     read = attributes_read()
-    unread = [key for key, _ in config.fields() if key.rsplit(".", 1)[-1] not in read]
+    unread = [key for key, _ in setting_fields() if key.rsplit(".", 1)[-1] not in read]
     assert unread == []
 
 
 def test_every_setting_is_described():
-    assert [key for key, field in config.fields() if not field.description] == []
+    assert [key for key, field in setting_fields() if not field.description] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_yaml_loads(path):
-    config.load(path)
+    load_config(path)
 
 
 def test_gpu_yaml_holds_the_plan_s_values():
-    loaded = config.load(ROOT / "configs" / "gpu.yaml")
+    loaded = load_config(ROOT / "configs" / "gpu.yaml")
     simsiam, augmentation = loaded.encoder.simsiam, loaded.encoder.simsiam.augmentation
     assert (simsiam.backbone, simsiam.projection_dim, simsiam.predictor_hidden_dim) == ("resnet50", 2048, 512)
     assert (simsiam.n_mels, simsiam.n_fft, simsiam.hop_length) == (128, 2048, 512)
@@ -67,7 +68,7 @@ def test_later_sources_win(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("encoder: {epochs: 3, batch_size: 8}\nmlflow: {tracking_uri: 'sqlite:///file.db'}\n")
     environment = {"MLFLOW_TRACKING_URI": "sqlite:///env.db", "ENCODER_TYPE": "simsiam", "UNRELATED": "1"}
-    loaded = config.load(
+    loaded = load_config(
         file, environment, {"encoder.epochs": 4, "train.seed": None}, ["encoder.epochs=5", "train.run_name=a"]
     )
     assert loaded.encoder.batch_size == 8  # the file's
@@ -80,17 +81,17 @@ def test_every_source_that_sets_a_key_is_told(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("encoder: {encoder_type: simsiam}\n")
     sources = (file, {"ENCODER_TYPE": "simple"}, {"encoder.encoder_type": None}, ["encoder.encoder_type=third"])
-    assert config.said_of("encoder.encoder_type", *sources) == [
+    assert sources_of("encoder.encoder_type", *sources) == [
         (str(file), "simsiam"),
         ("environment ENCODER_TYPE", "simple"),
         ("--set encoder.encoder_type=third", "third"),
     ]
-    assert config.said_of("encoder.epochs", *sources) == []
+    assert sources_of("encoder.epochs", *sources) == []
 
 
 def test_yaml_round_trip():
-    loaded = config.load(assignments=["data.view_seconds=2.5", "encoder.simsiam.pretrained_backbone=weights.pt"])
-    assert config.Config.model_validate(yaml.safe_load(loaded.to_yaml())) == loaded
+    loaded = load_config(assignments=["data.view_seconds=2.5", "encoder.simsiam.pretrained_backbone=weights.pt"])
+    assert Config.model_validate(yaml.safe_load(loaded.to_yaml())) == loaded
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_yaml_round_trip():
 )  # fmt: skip
 def test_refusals_name_the_key_and_what_is_allowed(assignment, expected):
     with pytest.raises(UserError) as e:
-        config.load(assignments=[assignment])
+        load_config(assignments=[assignment])
     assert expected in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -126,9 +127,9 @@ def test_refusals_name_their_source(tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("encoder: {epoch: 3}")
     with pytest.raises(UserError, match=r"bad\.yaml: unknown setting encoder\.epoch; did you mean encoder\.epochs"):
-        config.load(bad)
+        load_config(bad)
     with pytest.raises(UserError, match=r"command line: encoder\.batch_size = 1 "):
-        config.load(command_line={"encoder.batch_size": 1})
+        load_config(command_line={"encoder.batch_size": 1})
     for content, words in (
         ("[1, 2]", "holds no settings"),
         ("a: [", "not readable YAML"),
@@ -136,11 +137,11 @@ def test_refusals_name_their_source(tmp_path):
     ):
         bad.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError, match=words):
-            config.load(bad)
+            load_config(bad)
     with pytest.raises(UserError, match="no config file"):
-        config.load(tmp_path / "absent.yaml")
+        load_config(tmp_path / "absent.yaml")
 
 
 def test_an_empty_file_is_the_defaults(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert config.load(tmp_path / "empty.yaml") == config.Config()
+    assert load_config(tmp_path / "empty.yaml") == Config()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_demo_music as demo

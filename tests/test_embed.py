@@ -1,9 +1,7 @@
-"""The embed command: every song once, the same by hand, killed and gone on with the same bytes, refused in one line."""
+"""The embed command: every song once, the same by hand, killed and continued to the same bytes, refused in a line."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,22 +9,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import ROOT
-from small_music import write_song
+from helpers import fork_server
+from helpers.running import forked_stages
+from helpers.small_music import write_song
 
-from simsiam_dali import embed, embeddings, factory, monitor, trained
+from simsiam_dali import embed
+from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError
+from simsiam_dali.embedding import write
+from simsiam_dali.embedding.resumable import PartialResults
+from simsiam_dali.embedding.run import TrainedRun, read_run
+from simsiam_dali.embedding.table import Embeddings, read_embeddings, read_provenance
+from simsiam_dali.models.encoder import song_embeddings
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
 
 KINDS = ("simsiam", "simple")
 
 
-def run(run_dir: Path, out: Path, *options: object) -> embeddings.Embeddings:
+def run(run_dir: Path, out: Path, *options: object) -> Embeddings:
     """Embed in this process; the table."""
     embed.run(parsed(run_dir, out, *options))
-    return embeddings.read(out)
+    return read_embeddings(out)
 
 
 def parsed(run_dir: Path, out: Path, *options: object):
@@ -36,22 +42,22 @@ def parsed(run_dir: Path, out: Path, *options: object):
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory, small_runs) -> dict[str, Path]:
-    """Each encoder type's table of `small_shards`, and the floors beside simsiam's."""
+    """Each encoder type's table of `small_shards`, and the baselines beside simsiam's."""
     folder = tmp_path_factory.mktemp("embedded")
     for kind in KINDS:
-        run(small_runs[kind], folder / f"{kind}.parquet", *(["--floors"] if kind == "simsiam" else []))
+        run(small_runs[kind], folder / f"{kind}.parquet", *(["--baselines"] if kind == "simsiam" else []))
     return {path.stem: path for path in sorted(folder.rglob("*.parquet"))}
 
 
 def by_hand(run_dir: Path, shards_dir: Path, song: int) -> torch.Tensor:
     """One song's embedding: its segments one by one through the encoder, whole, then the mean of the unit vectors."""
-    one = trained.read(str(run_dir))
+    one = read_run(str(run_dir))
     one = one.with_settings(data__view_seconds=3.0, encoder__simsiam__augmentation__spec_augment=False)
     shards, kind = open_shards(shards_dir), encoder_type(one.config)
-    log_mel = factory.with_statistics(factory.log_mel_settings(one.config), **one.statistics)
+    log_mel = with_statistics(log_mel_settings(one.config), **one.statistics)
     encoder, here, units = one.encoder(), World(0, 1, torch.device("cpu")), []
     for split in ("train", "val"):
-        for batch in factory.create_loader(one.config, shards, log_mel, here, split, kind.embeds):
+        for batch in create_loader(one.config, shards, log_mel, here, split, kind.embeds):
             for data, segment in zip(batch.data, batch.segment.tolist(), strict=True):
                 if shards.segments["song"][segment] == song:
                     with torch.no_grad():
@@ -61,11 +67,11 @@ def by_hand(run_dir: Path, shards_dir: Path, song: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_song_once_with_its_own_embedding(tables, small_shards, small_runs, kind):
-    table, shards = embeddings.read(tables[kind]), open_shards(small_shards)
+    table, shards = read_embeddings(tables[kind]), open_shards(small_shards)
     assert table.table["song"].tolist() == list(range(len(shards.songs)))
     assert table.table["path"].tolist() == shards.songs["path"].tolist()
     assert set(table.table["split"]) == {"train", "val"}
-    assert table.vectors.shape == (len(shards.songs), 512 if kind == "simsiam" else 24)
+    assert table.vectors.shape == (len(shards.songs), 8 * 8 if kind == "simsiam" else 24)
     for song in (0, 7, 15):
         np.testing.assert_allclose(table.vectors[song], by_hand(small_runs[kind], small_shards, song), atol=1e-5)
     # Rows are told apart: no other song's embedding is as near as that.
@@ -73,23 +79,23 @@ def test_every_song_once_with_its_own_embedding(tables, small_shards, small_runs
     assert apart[~np.eye(len(apart), dtype=bool)].min() > 1e-3
 
 
-def test_about_says_where_the_vectors_come_from(tables, small_shards, small_runs):
+def test_provenance_tells_where_the_vectors_come_from(tables, small_shards, small_runs):
     shards = open_shards(small_shards)
-    about = embeddings.read_about(tables["simsiam"])
-    assert about == {
+    provenance = read_provenance(tables["simsiam"])
+    assert provenance == {
         "features": "checkpoint",
         "rows": "songs",
         "encoder_type": "simsiam",
         "embedding": "backbone",
         "checkpoint": str(small_runs["simsiam"] / "checkpoint.pt"),
-        "checkpoint_sha256": trained.read(str(small_runs["simsiam"])).sha256,
+        "checkpoint_sha256": read_run(str(small_runs["simsiam"])).sha256,
         "music": shards.manifest.music,
         "shards": shards.fingerprint,
         "view_seconds": "3",
         "mlflow_run": "",
-        "tracking_uri": about["tracking_uri"],
+        "tracking_uri": provenance["tracking_uri"],
     }
-    assert embeddings.read_about(tables["simple"])["encoder_type"] == "simple"
+    assert read_provenance(tables["simple"])["encoder_type"] == "simple"
 
 
 def test_segments_have_their_start_and_make_up_their_song(tables, small_shards, small_runs, tmp_path):
@@ -97,33 +103,32 @@ def test_segments_have_their_start_and_make_up_their_song(tables, small_shards, 
     assert each.table["segment"].tolist() == list(range(len(shards.segments)))
     for name in ("song", "start", "split"):
         assert each.table[name].tolist() == shards.segments[name].tolist()
-    _, means = monitor.song_embeddings(torch.tensor(each.vectors), torch.tensor(each.table["song"]))
-    np.testing.assert_array_equal(means, embeddings.read(tables["simsiam"]).vectors)
+    _, means = song_embeddings(torch.tensor(each.vectors), torch.tensor(each.table["song"]))
+    np.testing.assert_array_equal(means, read_embeddings(tables["simsiam"]).vectors)
 
 
 def test_projection_and_the_middle_of_each_segment(small_runs, tmp_path):
     projection = run(small_runs["simsiam"], tmp_path / "p.parquet", "--embedding", "projection")
     assert projection.vectors.shape[1] == 32
-    assert projection.about["embedding"] == "projection"
+    assert projection.provenance["embedding"] == "projection"
     middle = run(small_runs["simsiam"], tmp_path / "m.parquet", "--view-seconds", 0.5)
-    assert middle.about["view_seconds"] == "0.5"
+    assert middle.provenance["view_seconds"] == "0.5"
 
 
-def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes(tables, small_runs, tmp_path):
+def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(tables, small_runs, tmp_path):
     """Killed twice; each batch of four is a part, so that is inside the training split and near or behind its end."""
     out, parts = tmp_path / "e.parquet", tmp_path / ".e.parquet.partial"
     slow = (
-        "import time, simsiam_dali.embed as e, simsiam_dali.features as f; e.PART_SECONDS = 0\n"
+        "import time, simsiam_dali.embed as e, simsiam_dali.embedding.write as w; w.PART_SECONDS = 0\n"
         "make = e.create_features\n"
         "def late(*a):\n"
         "    import dataclasses; made = make(*a)\n"
-        "    return dataclasses.replace(made, of=lambda x: (time.sleep(0.3), made.of(x))[1])\n"
+        "    return dataclasses.replace(made, compute=lambda x: (time.sleep(0.3), made.compute(x))[1])\n"
         "e.create_features = late; e.main()"
     )
     options = [sys.executable, "-c", slow, "--checkpoint", small_runs["simsiam"], "--out", out, "--batch-size", "4"]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for wanted in (2, 6):
-        child = subprocess.Popen([*map(str, options), "--device", "cpu"], env=env, stdout=subprocess.PIPE)
+        child = fork_server.start([*options, "--device", "cpu"])
         while len(list(parts.glob("*.pt"))) < wanted:
             assert child.poll() is None
             time.sleep(0.01)
@@ -134,9 +139,9 @@ def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes(tables, small_
     (parts / f"{len(kept) - 1:06d}.pt").write_bytes(b"cut short")  # as after a power failure
     done = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*.pt"))[:-1]}
     seen: list[dict[Path, int]] = []
-    remove = embed.Parts.remove
+    remove = PartialResults.remove
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embed.Parts, "remove", lambda self: (seen.append(stamps(parts)), remove(self)))
+        patch.setattr(PartialResults, "remove", lambda self: (seen.append(stamps(parts)), remove(self)))
         run(small_runs["simsiam"], out, "--batch-size", 4)
     assert done.items() <= seen[0].items()  # nothing was done twice
     assert not parts.exists()
@@ -154,7 +159,7 @@ def test_parts_of_other_settings_are_not_mixed_in(small_runs, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(embeddings, "write", killed)
+        patch.setattr(write, "write_embeddings", killed)
         with pytest.raises(KeyboardInterrupt):
             run(small_runs["simsiam"], out, "--view-seconds", 1)
     assert list((tmp_path / ".e.parquet.partial").glob("*.pt"))
@@ -167,31 +172,31 @@ def test_an_output_is_kept_unless_it_may_be_replaced(small_runs, tmp_path, capsy
     out = tmp_path / "e.parquet"
     first = run(small_runs["simsiam"], out)
     before = out.read_bytes()
-    assert run(small_runs["simsiam"], out).about == first.about
+    assert run(small_runs["simsiam"], out).provenance == first.provenance
     assert "is up to date" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"holds embeddings of other checkpoint.*--replace"):
         run(small_runs["simple"], out)
     with pytest.raises(UserError, match="other rows"):
         run(small_runs["simsiam"], out, "--per-segment")
     assert out.read_bytes() == before
-    assert run(small_runs["simple"], out, "--replace").about["encoder_type"] == "simple"
+    assert run(small_runs["simple"], out, "--replace").provenance["encoder_type"] == "simple"
     out.write_text("my notes")
-    with pytest.raises(UserError, match="is no table of embeddings"):
+    with pytest.raises(UserError, match="is not a table of embeddings"):
         run(small_runs["simple"], out)
     assert out.read_text() == "my notes"
 
 
-def test_floors_hear_the_same_songs(tables, small_shards):
+def test_baselines_are_of_the_same_songs(tables, small_shards):
     songs = len(open_shards(small_shards).songs)
-    widths = {"untrained": 512, "mfcc": 2 * 16, "log-mel": 2 * 16}  # 16 mel bins have only 16 cepstral coefficients
+    widths = {"untrained": 8 * 8, "mfcc": 2 * 16, "log-mel": 2 * 16}  # 16 mel bins have only 16 cepstral coefficients
     for name, width in widths.items():
-        floor = embeddings.read(tables[name])
-        assert tables[name].parent == tables["simsiam"].parent / "floors"
-        assert floor.about["features"] == name
-        assert floor.vectors.shape == (songs, width)
-        assert floor.table["song"].tolist() == list(range(songs))
-    trained_vectors = embeddings.read(tables["simsiam"]).vectors
-    assert np.abs(embeddings.read(tables["untrained"]).vectors - trained_vectors).max() > 1e-3
+        baseline = read_embeddings(tables[name])
+        assert tables[name].parent == tables["simsiam"].parent / "baselines"
+        assert baseline.provenance["features"] == name
+        assert baseline.vectors.shape == (songs, width)
+        assert baseline.table["song"].tolist() == list(range(songs))
+    trained_vectors = read_embeddings(tables["simsiam"]).vectors
+    assert np.abs(read_embeddings(tables["untrained"]).vectors - trained_vectors).max() > 1e-3
 
 
 def test_log_mel_and_mfcc_are_those_of_torchaudio(tables, small_shards):
@@ -217,27 +222,27 @@ def test_log_mel_and_mfcc_are_those_of_torchaudio(tables, small_shards):
             x = transform(torch.from_numpy(wave))
             expected[name].append(torch.cat([x.mean(dim=1), x.std(dim=1, correction=0)]))
     for name, of_segments in expected.items():
-        own = embeddings.read(tables[name]).vectors[song]
+        own = read_embeddings(tables[name]).vectors[song]
         np.testing.assert_allclose(own, torch.stack(of_segments).mean(dim=0), rtol=1e-4, atol=2e-2)  # dB
 
 
-def test_the_untrained_floor_is_epoch_0_of_the_run(tables, small_shards, small_runs):
-    one = trained.read(str(small_runs["simsiam"]))
+def test_the_untrained_baseline_is_epoch_0_of_the_run(tables, small_shards, small_runs):
+    one = read_run(str(small_runs["simsiam"]))
     torch.manual_seed(one.config.train.seed)
-    fresh = factory.create_encoder(one.config)
+    fresh = encoder_type(one.config).create()
     assert any(not torch.equal(fresh.state_dict()[name], weight) for name, weight in one.weights.items())
     patched = pytest.MonkeyPatch()
     with patched.context() as patch:
-        patch.setattr(trained.Trained, "encoder", lambda self: fresh.eval())  # noqa: ARG005
+        patch.setattr(TrainedRun, "encoder", lambda self: fresh.eval())  # noqa: ARG005
         expected = by_hand(small_runs["simsiam"], small_shards, 5)
-    np.testing.assert_allclose(embeddings.read(tables["untrained"]).vectors[5], expected, atol=1e-5)
+    np.testing.assert_allclose(read_embeddings(tables["untrained"]).vectors[5], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_songs_in_no_shard(small_runs, small_shards, tables, tmp_path, capsys, kind):
     """A folder, a file of it again, and one elsewhere; what cannot be read is listed, and the rest goes on."""
     music = Path(open_shards(small_shards).manifest.music)
-    known = embeddings.read(tables[kind])
+    known = read_embeddings(tables[kind])
     folder = tmp_path / "new"
     write_song(folder / "a/one.flac", 1, title="One")
     (folder / "broken.mp3").write_bytes(b"no music at all")
@@ -246,7 +251,7 @@ def test_songs_in_no_shard(small_runs, small_shards, tables, tmp_path, capsys, k
     table = run(small_runs[kind], out, "--music", folder, folder / "a/one.flac", packed)
     said = capsys.readouterr().out
     assert "broken.mp3: does not open as audio" in said
-    root = Path(table.about["music"])
+    root = Path(table.provenance["music"])
     assert sorted(root / path for path in table.table["path"]) == sorted([folder / "a/one.flac", packed])
     assert set(table.table["split"]) == {""}
     (row,) = np.flatnonzero([root / path == packed for path in table.table["path"]])
@@ -287,20 +292,20 @@ def test_simple_has_no_projection(small_runs, tmp_path):
 
 
 def test_a_batch_holds_no_more_audio_than_four_of_the_training():
-    config = trained.settings.Config()
+    config = Config()
     assert config.encoder.batch_size == 128
-    assert embed.batch_size(config, 60.0, 60.0) == 128
-    assert embed.batch_size(config, 60.0, 5.0) == 42
-    assert embed.batch_size(config, 6000.0, 5.0) == 2  # the least that a config may say
+    assert write.batch_size(config, 60.0, 60.0) == 128
+    assert write.batch_size(config, 60.0, 5.0) == 42
+    assert write.batch_size(config, 6000.0, 5.0) == 2  # the least that a config may say
 
 
 def test_the_benchmark_times_loader_model_and_both(small_shards, tmp_path):
     out = tmp_path / "b.json"
     tiny = ("encoder.simsiam.n_mels=16", "train.channels_last=false")
     sets = [word for setting in tiny for word in ("--set", setting)]
-    command = [sys.executable, ROOT / "benchmarks/embed.py", "--shards", small_shards, "--device", "cpu", *sets]
+    command = [*forked_stages("embed.py"), "--shards", small_shards, "--device", "cpu", *sets]
     windows = ["--seconds", "0.2", "--windows", "2", "--batch-size", "4", "--json", out]
-    done = subprocess.run([*map(str, [*command, *windows])], capture_output=True, text=True)
+    done = fork_server.run([*command, *windows])
     assert done.returncode == 0, done.stderr[-2000:]
     doc = json.loads(out.read_text())
     rate = {kind: stage["samples_per_s"] for kind, stage in doc["stages"].items()}
@@ -316,5 +321,5 @@ def test_the_benchmark_times_loader_model_and_both(small_shards, tmp_path):
 def test_on_the_gpu_the_same(small_runs, tables, tmp_path, kind):
     table = run(small_runs[kind], tmp_path / "e.parquet", "--device", "gpu", "--precision", "fp32")
     own, other = (torch.nn.functional.normalize(torch.tensor(v), dim=1) for v in
-                  (table.vectors, embeddings.read(tables[kind]).vectors))  # fmt: skip
+                  (table.vectors, read_embeddings(tables[kind]).vectors))  # fmt: skip
     assert (1 - (own * other).sum(dim=1)).max() <= 1e-4

@@ -4,30 +4,30 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from simsiam_dali import embeddings
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.errors import UserError
+from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
 
 
 def test_round_trip(small_shards, tmp_path):
     shards = open_shards(small_shards)
     rows = np.arange(len(shards.songs))[::-1]
     vectors = np.random.default_rng(0).standard_normal((len(rows), 7)).astype(np.float32)
-    written = embeddings.of_songs(shards.songs, rows, vectors, {"encoder_type": "simple", "music": "/music"})
-    embeddings.write(tmp_path / "new/e.parquet", written)
-    read = embeddings.read(tmp_path / "new/e.parquet")
+    written = Embeddings.of_songs(shards.songs, rows, vectors, {"encoder_type": "simple", "music": "/music"})
+    write_embeddings(tmp_path / "new/e.parquet", written)
+    read = read_embeddings(tmp_path / "new/e.parquet")
     np.testing.assert_array_equal(read.vectors, vectors)
     pd.testing.assert_frame_equal(read.table, written.table)
-    assert read.about == written.about
+    assert read.provenance == written.provenance
     assert read.table["path"].tolist() == shards.songs["path"].tolist()[::-1]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["e.parquet"]
 
 
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="no embeddings"):
-        embeddings.read(tmp_path / "none.parquet")
+        read_embeddings(tmp_path / "none.parquet")
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "other.parquet").read_bytes()[:50])
     for name in ("other", "cut"):
         with pytest.raises(UserError, match="damaged or holds no embeddings"):
-            embeddings.read(tmp_path / f"{name}.parquet")
+            read_embeddings(tmp_path / f"{name}.parquet")

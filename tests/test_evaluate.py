@@ -8,17 +8,18 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_tables import planted, song_table
+from helpers.evaluation_tables import planted, song_table
 
-from simsiam_dali import embeddings, evaluate, maps, report
-from simsiam_dali.embeddings import Embeddings
-from simsiam_dali.evaluation import Evaluation, Options
+from simsiam_dali import evaluate
+from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
+from simsiam_dali.evaluation import maps, report
+from simsiam_dali.evaluation.plan import Evaluation, Options
 
-ABOUT = {"encoder_type": "simsiam", "shards": "fingerprint", "checkpoint": "runs/<b>bold</b>/checkpoint.pt"}
+PROVENANCE = {"encoder_type": "simsiam", "shards": "fingerprint", "checkpoint": "runs/<b>bold</b>/checkpoint.pt"}
 
 
-def store(path: Path, table: pd.DataFrame, vectors: np.ndarray, **about: str) -> Path:
-    embeddings.write(path, Embeddings(table, vectors, ABOUT | about))
+def store(path: Path, table: pd.DataFrame, vectors: np.ndarray, **provenance: str) -> Path:
+    write_embeddings(path, Embeddings(table, vectors, PROVENANCE | provenance))
     return path
 
 
@@ -54,7 +55,7 @@ def test_everything_is_written_and_nothing_written_over(library, monkeypatch, ca
         assert (made / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (made / "report.html").read_text()
     assert "held back from the encoder" in page
-    assert "The only floor here is a guess" in page
+    assert "The only baseline here is a guess" in page
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
     assert "<b>bold</b>" not in page
     before = (made / "report.html").stat().st_mtime_ns
@@ -65,13 +66,14 @@ def test_everything_is_written_and_nothing_written_over(library, monkeypatch, ca
     assert (made / "report.html").stat().st_mtime_ns != before
 
 
-def test_floors_are_matched_by_song(library, monkeypatch, capsys):
-    """The same vectors as a floor, their rows in another order: the same figures."""
-    songs = embeddings.read(library / "embeddings.parquet")
+@pytest.mark.parametrize("folder", ["baselines", "floors"])
+def test_baselines_are_matched_by_song(library, monkeypatch, capsys, folder):
+    """The same vectors as a baseline, their rows in another order: the same figures."""
+    songs = read_embeddings(library / "embeddings.parquet")
     order = np.random.default_rng(0).permutation(40)
     shuffled = songs.table.iloc[order].reset_index(drop=True)
-    store(library / "floors/same.parquet", shuffled, songs.vectors[order], features="same")
-    store(library / "floors/noise.parquet", shuffled, np.random.default_rng(1).standard_normal((40, 3)))
+    store(library / folder / "same.parquet", shuffled, songs.vectors[order], features="same")
+    store(library / folder / "noise.parquet", shuffled, np.random.default_rng(1).standard_normal((40, 3)))
     run(monkeypatch, capsys, "--no-maps")
     figures = json.loads((library / "evaluation/metrics.json").read_text())["figures"]
     assert figures
@@ -80,20 +82,20 @@ def test_floors_are_matched_by_song(library, monkeypatch, capsys):
         same = figure["floors"]["same"]
         if figure["probe"] != "mlp":  # whose weights start in an order of the dimensions, which is the same
             assert same["value"] == pytest.approx(figure["value"], abs=1e-6)
-        assert "better than every floor" not in figure["verdict"]
+        assert "better than every baseline" not in figure["verdict"]
     by_name = {figure["name"]: figure for figure in figures}
-    assert by_name["eval/artist/knn_accuracy/album_split"]["verdict"] == "not told apart from same"
+    assert by_name["eval/artist/knn_accuracy/album_split"]["verdict"] == "no clear difference from same"
     assert by_name["eval/artist/knn_accuracy/album_split"]["value"] > 0.8
     assert by_name["eval/artist/knn_accuracy/album_split"]["floors"]["noise"]["value"] < 0.5
 
 
 def test_what_does_not_fit_is_refused_in_one_line(library, monkeypatch, capsys):
-    songs = embeddings.read(library / "embeddings.parquet")
+    songs = read_embeddings(library / "embeddings.parquet")
     others = store(library / "other.parquet", songs.table, songs.vectors, shards="another")
-    assert "is of other shards" in run(monkeypatch, capsys, "--floor", f"mfcc={others}")
+    assert "is of other shards" in run(monkeypatch, capsys, "--baseline", f"mfcc={others}")
     fewer = store(library / "fewer.parquet", songs.table[:30], songs.vectors[:30])
     assert "has 30 songs, not the 40" in run(monkeypatch, capsys, "--floor", f"mfcc={fewer}")
-    assert "expected NAME=FILE" in run(monkeypatch, capsys, "--floor", str(fewer))
+    assert "expected NAME=FILE" in run(monkeypatch, capsys, "--baseline", str(fewer))
     twice = store(library / "twice.parquet", songs.table.assign(song=0), songs.vectors)
     assert "row for each segment" in run(monkeypatch, capsys, "--embeddings", twice)
     broken = store(library / "broken.parquet", songs.table, songs.vectors * math.nan)
@@ -134,7 +136,7 @@ def test_mlflow_gets_the_figures_where_the_run_is(library, monkeypatch, capsys):
     run_id = client.create_run(experiment, run_name="trained").info.run_id
     client.set_terminated(run_id, "FINISHED")
     ended = client.get_run(run_id).info.end_time
-    songs = embeddings.read(library / "embeddings.parquet")
+    songs = read_embeddings(library / "embeddings.parquet")
     store(library / "embeddings.parquet", songs.table, songs.vectors, mlflow_run=run_id, tracking_uri=uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
     assert "elsewhere.db has no run" in run(monkeypatch, capsys, "--no-maps")
@@ -158,7 +160,7 @@ def test_without_a_run_nothing_is_logged_and_no_database_made(library, monkeypat
     assert "the embeddings name no run" in run(monkeypatch, capsys, "--no-maps")
     replace = ("--no-maps", "--replace")
     assert "has no run 123" in run(monkeypatch, capsys, *replace, "--run-id", "123")
-    songs = embeddings.read(library / "embeddings.parquet")
+    songs = read_embeddings(library / "embeddings.parquet")
     store(library / "embeddings.parquet", songs.table, songs.vectors, mlflow_run="123")
     assert "not logged to MLflow: sqlite:///mlflow.db has no run 123" in run(monkeypatch, capsys, *replace)
     assert "switched off" in run(monkeypatch, capsys, *replace, "--no-mlflow")
@@ -200,4 +202,4 @@ def test_a_report_of_nothing():
     nothing = Evaluation([], {target: ["Not evaluated."] for target in ("rating", "artist", "album", "genre")})
     provenance = {"songs": 1, "held back": 1, "dimensions": 2, "date": "today"}
     assert "Not evaluated." in report.page(nothing, provenance, Options(), {}, None)
-    assert list(report.terminal_table(nothing)) == [f"{t}: Not evaluated." for t in nothing.statements]
+    assert list(report.terminal_table(nothing)) == [f"{t}: Not evaluated." for t in nothing.notes]

@@ -11,16 +11,21 @@ import onnxruntime
 import pytest
 import safetensors
 import torch
-from running import run_tool
-from signals import noise, reference_log_mel, song
-from small_music import repeat_headers, write_audio, write_song
+from helpers.running import run_tool
+from helpers.signals import noise, reference_log_mel, song
+from helpers.small_music import repeat_headers, write_audio, write_song
 
 import simsiam_dali
-from simsiam_dali import embed, embeddings, export, inference, recipe, trained
-from simsiam_dali.data.pipeline import LogMel
-from simsiam_dali.errors import UserError
+from simsiam_dali import embed
+from simsiam_dali import export as command
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.data.graph import LogMel
+from simsiam_dali.embedding import export, song_encoder
+from simsiam_dali.embedding.export_config import CONFIG, ExportConfig
+from simsiam_dali.embedding.run import read_run
+from simsiam_dali.embedding.table import read_embeddings
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
-from simsiam_dali.packing.songs import NotDecodable
+from simsiam_dali.packing.song_audio import NotDecodable
 
 KINDS = ("simsiam", "simple")
 SOURCES = {
@@ -37,8 +42,8 @@ SOURCES = {
 def exported(tmp_path_factory, small_runs) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exported")
     for kind in KINDS:
-        run = trained.read(str(small_runs[kind]))
-        export.export(run, recipe.of_run(run), folder / kind, replace=False)
+        run = read_run(str(small_runs[kind]))
+        export.export(run, ExportConfig.of_run(run), folder / kind, replace=False)
     return {kind: folder / kind for kind in KINDS}
 
 
@@ -55,7 +60,7 @@ def through_the_shards(songs: Path, run_dir: Path, folder: Path, *packing: objec
     run_tool("make_shards.py", songs, "--out", folder / "shards", "--segment-seconds", 3, "--val-fraction", 0, *packing)
     words = ["--checkpoint", run_dir, "--shards", folder / "shards", "--out", folder / "e.parquet", "--device", "cpu"]
     embed.run(embed.build_parser().parse_args([str(word) for word in words]))
-    table = embeddings.read(folder / "e.parquet")
+    table = read_embeddings(folder / "e.parquet")
     return dict(zip(table.table["path"], table.vectors, strict=True))
 
 
@@ -110,10 +115,10 @@ def test_importing_the_package_stays_light():
 
 
 def test_the_front_end_in_torch_is_the_reference(small_runs):
-    of = recipe.of_run(trained.read(str(small_runs["simsiam"])))
+    of = ExportConfig.of_run(read_run(str(small_runs["simsiam"])))
     wave = noise(3.0)
     expected = reference_log_mel(wave, LogMel(n_mels=16))
-    own = inference.LogMel(of)(torch.from_numpy(wave)[None])[0].numpy()
+    own = song_encoder.LogMel(of)(torch.from_numpy(wave)[None])[0].numpy()
     # 1e-4 of the power is 4.3e-4 dB
     np.testing.assert_allclose(own * of.statistics["std"] + of.statistics["mean"], expected, atol=1e-3)
 
@@ -150,8 +155,8 @@ def test_a_file_that_ffmpeg_refuses_embeds_too(small_runs, tmp_path):
 
 def test_a_long_song_in_several_batches_and_a_short_one_repeated(small_runs):
     encoder = simsiam_dali.load_encoder(small_runs["simsiam"])
-    wave = song(3 * (inference.SEGMENTS_AT_ONCE + 2), 1)
-    parts = [encoder.embed_wave(part, 16000) for part in np.split(wave, inference.SEGMENTS_AT_ONCE + 2)]
+    wave = song(3 * (song_encoder.SEGMENTS_AT_ONCE + 2), 1)
+    parts = [encoder.embed_wave(part, 16000) for part in np.split(wave, song_encoder.SEGMENTS_AT_ONCE + 2)]
     np.testing.assert_allclose(encoder.embed_wave(wave, 16000), np.mean(parts, axis=0), atol=1e-5)
     short = wave[:16000]
     np.testing.assert_allclose(encoder.embed_wave(short, 16000), encoder.embed_wave(np.tile(short, 3), 16000))
@@ -162,7 +167,7 @@ def test_the_middle_of_each_segment(songs, small_runs, tmp_path):
     words = ["--checkpoint", small_runs["simsiam"], "--music", songs, "--view-seconds", 1, "--out", table]
     embed.run(embed.build_parser().parse_args([str(word) for word in [*words, "--device", "cpu"]]))
     encoder = simsiam_dali.load_encoder(small_runs["simsiam"], view_seconds=1)
-    read = embeddings.read(table)
+    read = read_embeddings(table)
     for name, vector in zip(read.table["path"], read.vectors, strict=True):
         assert distance(encoder.embed_file(songs / name), vector) <= 1e-6
     with pytest.raises(UserError, match="segments are 3 s long"):
@@ -172,24 +177,24 @@ def test_the_middle_of_each_segment(songs, small_runs, tmp_path):
 
 
 def test_songs_are_cut_as_those_of_the_training_also_without_their_shards(small_runs):
-    run = trained.read(str(small_runs["simsiam"])).with_settings(data__shards="gone")
-    assert recipe.of_run(run).segment_seconds == 3
+    run = read_run(str(small_runs["simsiam"])).with_settings(data__shards="gone")
+    assert ExportConfig.of_run(run).segment_seconds == 3
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "projection"])
 def test_onnxruntime_agrees_with_torch_for_any_batch_and_length(exported, small_runs, tmp_path, kind):
     folder = exported.get(kind, tmp_path / kind)
-    run = trained.read(str(small_runs["simple" if kind == "simple" else "simsiam"]))
+    run = read_run(str(small_runs["simple" if kind == "simple" else "simsiam"]))
     if kind == "projection":
         run = run.with_embedding("projection")
-        export.export(run, recipe.of_run(run), folder, replace=False)
+        export.export(run, ExportConfig.of_run(run), folder, replace=False)
     onnx.checker.check_model(folder / export.ONNX, full_check=True)
     session = onnxruntime.InferenceSession(folder / export.ONNX, providers=["CPUExecutionProvider"])
     (name,) = (i.name for i in session.get_inputs())
-    assert name == json.loads((folder / recipe.CONFIG).read_text())["input"]
+    assert name == json.loads((folder / CONFIG).read_text())["input"]
     encoder = run.encoder()
     for batch, seconds in ((1, 1.0), (5, 3.0), (2, 9.7)):
-        x = export.example(recipe.of_run(run), batch, round(16000 * seconds))
+        x = export.example_input(ExportConfig.of_run(run), batch, round(16000 * seconds))
         (theirs,) = session.run(None, {name: x.numpy()})
         with torch.no_grad():
             ours = encoder.embed(x).numpy()
@@ -199,31 +204,31 @@ def test_onnxruntime_agrees_with_torch_for_any_batch_and_length(exported, small_
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_safetensors_hold_every_weight_and_the_config_no_path(exported, small_runs, kind):
-    run = trained.read(str(small_runs[kind]))
-    with safetensors.safe_open(exported[kind] / inference.WEIGHTS, "pt") as file:
+    run = read_run(str(small_runs[kind]))
+    with safetensors.safe_open(exported[kind] / song_encoder.WEIGHTS, "pt") as file:
         assert set(file.keys()) == set(run.weights)
         assert all(torch.equal(file.get_tensor(name), weight) for name, weight in run.weights.items())
-    text = (exported[kind] / recipe.CONFIG).read_text()
+    text = (exported[kind] / CONFIG).read_text()
     content = json.loads(text)
     assert content["encoder_type"] == kind
     assert content["embedding_dim"] == run.encoder().embedding_dim
     assert content["segment_seconds"] == 3
     assert content["checkpoint_sha256"] == run.sha256
     assert "/" not in text
-    assert recipe.read(exported[kind]).to_json().items() <= content.items()
+    assert ExportConfig.read(exported[kind]).to_json().items() <= content.items()
 
 
 def test_nothing_else_is_written_over(exported, small_runs, tmp_path):
-    run = trained.read(str(small_runs["simple"]))
-    of = recipe.of_run(run)
+    run = read_run(str(small_runs["simple"]))
+    of = ExportConfig.of_run(run)
     with pytest.raises(UserError, match="--replace"):
         export.export(run, of, exported["simple"], replace=False)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="no exported encoder"):
+    with pytest.raises(UserError, match="not an exported encoder"):
         export.export(run, of, tmp_path, replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     export.export(run, of, tmp_path / "e", replace=False)
-    (tmp_path / "e" / inference.WEIGHTS).write_bytes(b"damaged")
+    (tmp_path / "e" / song_encoder.WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(UserError, match="export again"):
         simsiam_dali.load_encoder(tmp_path / "e")
     export.export(run, of, tmp_path / "e", replace=True)
@@ -232,7 +237,7 @@ def test_nothing_else_is_written_over(exported, small_runs, tmp_path):
 
 
 def test_an_onnx_file_that_computes_something_else_is_not_written(small_runs, tmp_path, monkeypatch):
-    run = trained.read(str(small_runs["simple"]))
+    run = read_run(str(small_runs["simple"]))
 
     class Wrong(onnxruntime.InferenceSession):
         def run(self, *arguments):
@@ -240,16 +245,16 @@ def test_an_onnx_file_that_computes_something_else_is_not_written(small_runs, tm
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
     with pytest.raises(UserError, match="onnxruntime's values"):
-        export.export(run, recipe.of_run(run), tmp_path / "e", replace=False)
+        export.export(run, ExportConfig.of_run(run), tmp_path / "e", replace=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command(small_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["export", "--checkpoint", str(small_runs["simple"]), "--out", "e"])
-    export.main()
+    command.main()
     assert "segments of 3 s" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["export", "--checkpoint", "nowhere"])
     with pytest.raises(SystemExit, match="1"):
-        export.main()
+        command.main()
     assert capsys.readouterr().err.startswith("error: --checkpoint nowhere")

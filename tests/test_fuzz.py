@@ -12,17 +12,19 @@ import mutagen
 import numpy as np
 import pytest
 import yaml
+from helpers.small_music import repeat_headers, sound, write_audio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_music import repeat_headers, sound, write_audio
 
-from simsiam_dali import config, journal
+from simsiam_dali.common.errors import UserError, printable
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import setting_fields
 from simsiam_dali.data.commit import MANIFEST
-from simsiam_dali.data.shards import index_text, read_index, read_manifest
-from simsiam_dali.errors import UserError, printable
+from simsiam_dali.data.format import index_text, read_index, read_manifest
 from simsiam_dali.packing.decode import decode
-from simsiam_dali.packing.songs import BadSong
-from simsiam_dali.packing.tags import LONGEST, MOST, Tags, clean, read_tags
+from simsiam_dali.packing.song_audio import BadSong
+from simsiam_dali.packing.tags import MAX_CHARACTERS, MAX_VALUES, Tags, clean, read_tags
+from simsiam_dali.training import journal
 
 RUNS = [100, pytest.param(10_000, marks=pytest.mark.faults)]
 
@@ -63,7 +65,7 @@ def changed(contents: list[bytes]) -> st.SearchStrategy[bytes]:
     return damaged() | st.binary(max_size=300)
 
 
-KEYS = [key for key, _ in config.fields()]
+KEYS = [key for key, _ in setting_fields()]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
@@ -75,7 +77,7 @@ json_values = st.recursive(
 def test_config_files(tmp_path: Path, runs: int) -> None:
     """Settings of any value under known and unknown names, as YAML; and YAML that was damaged, or never was any."""
     path = tmp_path / "c.yaml"
-    whole = config.load().to_yaml().encode()
+    whole = load_config().to_yaml().encode()
     parts = [whole[:600], whole[whole.index(b"train:") : whole.index(b"hpo:")]]
 
     def tree(settings: dict[str, Any]) -> bytes:
@@ -93,9 +95,9 @@ def test_config_files(tmp_path: Path, runs: int) -> None:
 
     def test(content: bytes) -> None:
         path.write_bytes(content)
-        found = read_or_refused(lambda: config.load(path))
+        found = read_or_refused(lambda: load_config(path))
         if found is not None:
-            assert config.load(base=found.model_dump(mode="json")) == found
+            assert load_config(base=found.model_dump(mode="json")) == found
 
     fuzzed(runs, test, content=trees | changed(parts) | st.text(max_size=60).map(str.encode))
 
@@ -116,10 +118,10 @@ def test_config_files_that_are_known_to_hurt(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError) as e:
-        config.load(path)
+        load_config(path)
     assert len(str(e.value)) < 1000
     with pytest.raises(UserError):
-        config.load(assignments=[f"data={text}"])
+        load_config(assignments=[f"data={text}"])
 
 
 @pytest.mark.parametrize("runs", RUNS)
@@ -128,18 +130,18 @@ def test_assignments_and_environment(runs: int) -> None:
     texts = st.text(max_size=20) | json_values.map(lambda value: json.dumps(value))
 
     def test(name: str, text: str, given: Any) -> None:
-        read_or_refused(lambda: config.load(assignments=[f"{name}={text}"]))
-        read_or_refused(lambda: config.load(assignments=[text]))
-        read_or_refused(lambda: config.load(environment={"ENCODER_TYPE": text, "MLFLOW_TRACKING_URI": name}))
-        read_or_refused(lambda: config.load(command_line={name: given}))
+        read_or_refused(lambda: load_config(assignments=[f"{name}={text}"]))
+        read_or_refused(lambda: load_config(assignments=[text]))
+        read_or_refused(lambda: load_config(environment={"ENCODER_TYPE": text, "MLFLOW_TRACKING_URI": name}))
+        read_or_refused(lambda: load_config(command_line={name: given}))
 
     fuzzed(runs, test, name=names, text=texts, given=json_values)
 
 
 def is_fit_for_a_table(tags: Tags) -> None:
     texts = [tags.title, tags.album_artist, *tags.artists, *tags.albums, *tags.genres]
-    assert all(len(text) <= LONGEST for text in texts)
-    assert max(len(tags.artists), len(tags.albums), len(tags.genres)) <= MOST
+    assert all(len(text) <= MAX_CHARACTERS for text in texts)
+    assert max(len(tags.artists), len(tags.albums), len(tags.genres)) <= MAX_VALUES
     for text in texts:
         text.encode()  # no lone surrogate
         assert not any(ord(c) < 32 or 127 <= ord(c) < 160 or 0x202A <= ord(c) <= 0x202E for c in text)

@@ -4,14 +4,15 @@ import sys
 from typing import Any
 
 import pytest
-from running import ROOT
+from helpers.running import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import gpu_tables
 
-from simsiam_dali import config as settings
-from simsiam_dali import memory
-from simsiam_dali.data.pipeline import Epoch, Graph
+from simsiam_dali.config.load import load_config
+from simsiam_dali.data.graph import Epoch, Graph
+from simsiam_dali.data.pipeline import Settings, define
+from simsiam_dali.training import memory
 
 GRAPHS: dict[str, dict[str, Any]] = {
     "all there is": {},
@@ -58,6 +59,15 @@ def test_the_decoder_runs_on_the_cpu_and_all_that_makes_views_on_the_gpu() -> No
     assert device["decoders__Audio"] == device["ExternalSource"] == "cpu"
 
 
+@pytest.mark.parametrize("mode", ["views", "clean", "raw"])
+def test_the_data_come_on_the_gpu_and_what_the_host_reads_on_the_cpu(mode: str) -> None:
+    """Rows, sums and lengths are read each batch: on the GPU each would make the host wait."""
+    pipeline = define(changed(mode=mode), Settings(batch_size=4, threads=1, prefetch=1, seed=0, gpu=0))
+    pipeline._build_graph()
+    views = 2 if mode == "views" else 1
+    assert [x.device for x in pipeline._graph_outputs] == ["gpu"] * views + ["cpu"] * 3
+
+
 def test_both_devices_have_the_same_operators() -> None:
     """One definition: nothing is there for one of them only, but copies, which DALI adds when it builds."""
     names = [[each.name for each in gpu_tables.operators(gpu_tables.gpu_graph(), gpu=gpu)] for gpu in (None, 0)]
@@ -66,7 +76,7 @@ def test_both_devices_have_the_same_operators() -> None:
 
 def test_what_a_card_is_said_to_hold_is_what_the_command_takes() -> None:
     """Up to the batch there is, more memory holds no less; and no row says more than the card has."""
-    config = settings.load(ROOT / "configs" / "gpu.yaml")
+    config = load_config(ROOT / "configs" / "gpu.yaml")
     found = [gpu_tables.fit(config, card * 1e9) for card in gpu_tables.CARDS]
     sizes = [each.size if each else 0 for each in found]
     assert sizes == sorted(sizes)

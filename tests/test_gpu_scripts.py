@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, TINY
+from helpers.running import ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import killed_run
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 
 def test_a_step_s_sizes_are_measured_one_by_one_and_what_needs_cuda_is_named(
@@ -41,11 +41,11 @@ def journal(folder: Path, steps: list[int]) -> None:
 @pytest.mark.parametrize(
     ("steps", "said", "refused"),
     [
-        ([1, 2, 3, 4], "run r, going on after step 2", None),
-        ([1, 2, 4], "run r, going on after step 2", "each once"),
-        ([1, 2, 2, 3, 4], "run r, going on after step 2", "each once"),
-        ([1, 2, 3, 4], "run r", "did not go on after step 2"),
-        ([1, 2, 3, 4], "run r, going on after step 22", "did not go on after step 2"),
+        ([1, 2, 3, 4], "run r, continuing after step 2", None),
+        ([1, 2, 4], "run r, continuing after step 2", "each once"),
+        ([1, 2, 2, 3, 4], "run r, continuing after step 2", "each once"),
+        ([1, 2, 3, 4], "run r", "did not continue after step 2"),
+        ([1, 2, 3, 4], "run r, continuing after step 22", "did not continue after step 2"),
     ],
 )
 def test_a_resumed_run_that_lost_or_repeated_steps_is_refused(

@@ -1,4 +1,4 @@
-"""The search for settings: what is refused, drawn and given up, and that it outlives kills and is shared."""
+"""The search for settings: what is refused, sampled and pruned, and that a study survives kills and is shared."""
 
 import csv
 import math
@@ -14,23 +14,24 @@ from typing import Any
 import mlflow
 import optuna
 import pytest
+from helpers.running import TINY, command, run, start
 from optuna.trial import TrialState
-from running import TINY, command, run, start
 
-from simsiam_dali import config as settings
 from simsiam_dali import hpo
-from simsiam_dali.errors import UserError
-from simsiam_dali.search import report, trial
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
+from simsiam_dali.search import loop, report, trial
+from simsiam_dali.search.mlflow_run import StudyRun
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
-from simsiam_dali.search.study_run import StudyRun
-from simsiam_dali.search.trial import Ending, Job
+from simsiam_dali.search.trial import Job, TrialResult
 
 ONE = {"encoder.simsiam.learning_rate": {"low": 0.01, "high": 1.0, "log": True}}
 RUNNING = SimpleNamespace(signal=0)
 
 
-def make_config(folder: Path, space: dict[str, Any] | None = None, **over: object) -> settings.Config:
+def make_config(folder: Path, space: dict[str, Any] | None = None, **over: object) -> Config:
     """Tiny settings without MLflow, everything written below `folder`."""
     values = {
         **TINY,
@@ -41,10 +42,10 @@ def make_config(folder: Path, space: dict[str, Any] | None = None, **over: objec
         "hpo.space.simsiam": ONE if space is None else space,
         **{k.replace("__", "."): v for k, v in over.items()},
     }
-    return settings.load(command_line=values)
+    return load_config(command_line=values)
 
 
-def make_study(config: settings.Config, fingerprint: str = "0123456789abcdef") -> Study:
+def make_study(config: Config, fingerprint: str = "0123456789abcdef") -> Study:
     return Study(config, fingerprint, Space(config))
 
 
@@ -52,24 +53,26 @@ Scores = Callable[[Job], list[float]]
 
 
 def fake_training(monkeypatch: pytest.MonkeyPatch, scores: Scores, metric: str = "knn/artist") -> list[Job]:
-    """Trials that only report what `scores` gives for their epochs; returns the jobs as they come."""
+    """Replace training: a trial reports the scores that `scores` returns; returns the list of jobs, which fills up."""
     jobs: list[Job] = []
 
-    def run(job: Job, on_epoch: Callable[[dict], Ending | None], asked_to_stop: Callable[[], bool]) -> Ending:
+    def run(
+        job: Job, on_epoch: Callable[[dict], TrialResult | None], stop_requested: Callable[[], bool]
+    ) -> TrialResult:
         jobs.append(job)
         for epoch, score in enumerate([0.9, *scores(job)]):  # the untrained encoder's comes first
-            if ending := on_epoch({"epoch": epoch, metric: score}):
-                return ending
-        return Ending("interrupted", "interrupted") if asked_to_stop() else Ending("complete")
+            if result := on_epoch({"epoch": epoch, metric: score}):
+                return result
+        return TrialResult("interrupted", "interrupted") if stop_requested() else TrialResult("complete")
 
     monkeypatch.setattr(trial, "run", run)
     return jobs
 
 
-def search(config: settings.Config) -> Study:
-    """All that is left of the study, in this process."""
+def search(config: Config) -> Study:
+    """Run the remaining trials of the study, in this process."""
     study = make_study(config)
-    hpo.search(study, StudyRun(config, study), RUNNING)
+    loop.search(study, StudyRun(config, study), RUNNING)
     return study
 
 
@@ -89,12 +92,12 @@ def search(config: settings.Config) -> Study:
         ({"encoder.simsiam.learning_rate": {"low": 0.1}}, "high is None"),
         ({"encoder.simsiam.learning_rate": {"low": 0.1, "high": "x"}}, "high is 'x'"),
         ({"encoder.simsiam.learning_rate": {"low": 0.2, "high": 0.1}}, "low 0.2 is not below high 0.1"),
-        ({"encoder.simsiam.weight_decay": {"low": 0, "high": 1, "log": True}}, "begins above 0"),
-        ({"encoder.simsiam.weight_decay": {"low": 0.1, "high": 1, "log": "yes"}}, "log is true or false"),
-        ({"encoder.simsiam.weight_decay": {"low": 0.1, "hihg": 1}}, "unknown hihg; known are low, high"),
-        ({"encoder.simsiam.weight_decay": {"choices": []}}, "choices is a list"),
-        ({"encoder.simsiam.weight_decay": {"choices": [1], "low": 0}}, "stands alone"),
-        ({"encoder.simple.base_channels": {"low": 8, "high": 64}}, "changes nothing"),
+        ({"encoder.simsiam.weight_decay": {"low": 0, "high": 1, "log": True}}, "must be above 0"),
+        ({"encoder.simsiam.weight_decay": {"low": 0.1, "high": 1, "log": "yes"}}, "log must be true or false"),
+        ({"encoder.simsiam.weight_decay": {"low": 0.1, "hihg": 1}}, "unknown hihg; allowed are low, high"),
+        ({"encoder.simsiam.weight_decay": {"choices": []}}, "choices must be a list"),
+        ({"encoder.simsiam.weight_decay": {"choices": [1], "low": 0}}, "the only key"),
+        ({"encoder.simple.base_channels": {"low": 8, "high": 64}}, "has no effect"),
         ({"encoder.epochs": {"low": 8, "high": 64}}, "trials are of one length, hpo.epochs"),
         ({"train.seed": {"low": 0, "high": 64}}, "only settings of data. and encoder."),
         ({}, "hpo.space.simsiam is empty"),
@@ -109,19 +112,19 @@ def test_a_space_that_cannot_be_searched_is_refused(tmp_path, space, expected):
 
 
 def test_a_learning_rate_that_another_setting_overrules_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"encoder\.learning_rate is set and wins over"):
+    with pytest.raises(UserError, match=r"encoder\.learning_rate is set and overrides"):
         Space(make_config(tmp_path, encoder__learning_rate=0.1))
 
 
 @pytest.mark.parametrize("encoder_type", ["simsiam", "simple"])
 def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type):
-    space = Space(settings.load(assignments=[f"encoder.encoder_type={encoder_type}"]))
+    space = Space(load_config(assignments=[f"encoder.encoder_type={encoder_type}"]))
     assert f"encoder.{encoder_type}.learning_rate" in space.dimensions
     assert f"encoder.{encoder_type}.weight_decay" in space.dimensions
 
 
 @pytest.mark.parametrize("metric", ["encoder/val_loss", "encoder/train_loss"])
-def test_a_loss_is_no_yardstick(metric):
+def test_a_loss_is_refused_as_the_metric(metric):
     with pytest.raises(UserError) as e:
         hpo.configure(hpo.build_parser().parse_args(["--device", "cpu", "--metric", metric]))
     assert f"command line: hpo.metric = '{metric}' is refused" in str(e.value)
@@ -129,10 +132,10 @@ def test_a_loss_is_no_yardstick(metric):
     assert "allowed: knn/artist | knn/genre" in str(e.value)
 
 
-# --- what is drawn
+# --- what is sampled
 
 
-def test_draws_become_settings_of_the_right_kind(tmp_path):
+def test_sampled_values_become_settings_of_the_right_type(tmp_path):
     augmentation = "encoder.simsiam.augmentation"
     space = Space(
         make_config(
@@ -148,46 +151,46 @@ def test_draws_become_settings_of_the_right_kind(tmp_path):
     )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(10):
-        drawn = study.ask(space.distributions).params
-        simsiam = space.config(drawn, encoder__epochs=7).encoder.simsiam
-        assert simsiam.predictor_hidden_dim == drawn["encoder.simsiam.predictor_hidden_dim"]
-        assert simsiam.weight_decay == drawn["encoder.simsiam.weight_decay"]
+        params = study.ask(space.distributions).params
+        simsiam = space.config(params, encoder__epochs=7).encoder.simsiam
+        assert simsiam.predictor_hidden_dim == params["encoder.simsiam.predictor_hidden_dim"]
+        assert simsiam.weight_decay == params["encoder.simsiam.weight_decay"]
         low, high = simsiam.augmentation.pitch_shift_range
         assert low + high == pytest.approx(1)
         assert 2 <= high - low <= 8
         assert simsiam.augmentation.noise_snr_range in [(15, 30), (5, 30)]
         assert simsiam.pretrained_backbone in [True, False, Path("weights.pt")]
-    assert space.config(drawn, encoder__epochs=7).encoder.epochs == 7
+    assert space.config(params, encoder__epochs=7).encoder.epochs == 7
     distribution = space.distributions["encoder.simsiam.predictor_hidden_dim"]
     assert isinstance(distribution, optuna.distributions.IntDistribution)
 
 
-def test_a_search_comes_out_the_same_stopped_or_not_and_every_draw_is_new(tmp_path, monkeypatch):
+def test_a_search_is_reproducible_when_stopped_and_continued_and_never_samples_twice(tmp_path, monkeypatch):
     fake_training(monkeypatch, lambda job: [job.config.encoder.simsiam.learning_rate] * 4)
-    draws = []
+    sampled = []
     for name, totals in (("whole", [14]), ("pieces", [1, 5, 12, 14])):
         for total in totals:
             study = search(make_config(tmp_path / name, hpo__trials=total))
-        draws.append([t.params["encoder.simsiam.learning_rate"] for t in study.trials()])
-    assert draws[0] == draws[1]
-    assert len(set(draws[0])) == 14
+        sampled.append([t.params["encoder.simsiam.learning_rate"] for t in study.trials()])
+    assert sampled[0] == sampled[1]
+    assert len(set(sampled[0])) == 14
     other = search(make_config(tmp_path / "other", hpo__trials=3, train__seed=1))
-    assert not {t.params["encoder.simsiam.learning_rate"] for t in other.trials()} & set(draws[0])
+    assert not {t.params["encoder.simsiam.learning_rate"] for t in other.trials()} & set(sampled[0])
 
 
-def test_draws_that_were_tried_are_not_trained_again(tmp_path, monkeypatch):
+def test_settings_that_were_tried_are_not_trained_again(tmp_path, monkeypatch):
     space = {"encoder.simsiam.projection_layers": {"choices": [2, 3]}}
     jobs = fake_training(monkeypatch, lambda job: [0.1 * job.config.encoder.simsiam.projection_layers] * 4)
     study = search(make_config(tmp_path, space, hpo__trials=8))
     assert sorted(job.config.encoder.simsiam.projection_layers for job in jobs) == [2, 3]
     assert len(study.trials()) == 8
-    assert all("the same draws as trial" in t.user_attrs["reason"] for t in study.trials(TrialState.FAIL))
+    assert all("the same settings as trial" in t.user_attrs["reason"] for t in study.trials(TrialState.FAIL))
 
 
-# --- what a trial is worth, and when it is given up
+# --- the value of a trial, and pruning
 
 
-def test_a_trial_is_worth_the_mean_of_its_last_epochs(tmp_path, monkeypatch):
+def test_the_value_of_a_trial_is_the_mean_of_its_last_epochs(tmp_path, monkeypatch):
     fake_training(monkeypatch, lambda _: [1.0, 0.2, 0.3, 0.4])
     study = search(make_config(tmp_path, hpo__trials=1, hpo__mean_epochs=3))
     (done,) = study.trials()
@@ -203,12 +206,12 @@ def test_the_best_is_the_highest_score_or_the_lowest_error(tmp_path, monkeypatch
     found = study.best()
     assert found is not None
     assert found.number == best
-    chosen = settings.load(study.folder / report.BEST)
+    chosen = load_config(study.folder / report.BEST)
     assert chosen.encoder.simsiam.learning_rate == found.params["encoder.simsiam.learning_rate"]
     assert chosen.encoder.epochs == 50  # final_training_epochs
 
 
-def test_a_trial_below_the_median_is_given_up_after_the_warm_up(tmp_path, monkeypatch):
+def test_a_trial_below_the_median_is_pruned_after_the_warm_up(tmp_path, monkeypatch):
     values = iter([0.4, 0.5, 0.6, 0.1, 0.7])
     fake_training(monkeypatch, lambda _: [next(values)] * 4)
     pruner = {"hpo__pruner__startup_trials": 3, "hpo__pruner__warmup_epochs": 2}
@@ -223,7 +226,7 @@ def test_a_trial_below_the_median_is_given_up_after_the_warm_up(tmp_path, monkey
 # --- failures
 
 
-def test_a_failing_trial_does_not_end_the_search_but_nothing_else_does(tmp_path, monkeypatch):
+def test_the_search_survives_failed_trials_while_some_succeed(tmp_path, monkeypatch):
     fates = iter([None, None, 0.3, None, None, None, 0.4])
 
     def scores(_: Job) -> list[float]:
@@ -241,9 +244,11 @@ def test_a_failing_trial_does_not_end_the_search_but_nothing_else_does(tmp_path,
     assert rows[0]["reason"] == "the loss is not finite"
 
 
-def test_nothing_but_failures_ends_the_search_with_their_reason(tmp_path, monkeypatch):
+def test_failures_alone_end_the_search_with_their_reason(tmp_path, monkeypatch):
     jobs = fake_training(monkeypatch, lambda _: [math.nan] * 4)
-    with pytest.raises(UserError, match=r"3 trials failed and none succeeded.* there is no knn/artist on these shards"):
+    with pytest.raises(
+        UserError, match=r"3 trials failed and none succeeded.* knn/artist has no value on these shards"
+    ):
         search(make_config(tmp_path, hpo__trials=7))
     assert len(jobs) == 3
 
@@ -251,23 +256,23 @@ def test_nothing_but_failures_ends_the_search_with_their_reason(tmp_path, monkey
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL (the system does that when memory runs out)"),
-        ("import sys; sys.exit(3)", "ended with status 3"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL (the system does that when memory runs out)"),
+        ("import sys; sys.exit(3)", "exited with status 3"),
     ],
 )
 def test_a_training_process_that_dies_is_a_failed_trial(tmp_path, monkeypatch, code, expected):
     monkeypatch.setattr(trial, "CHILD", code)
     with (tmp_path / "lock").open("w") as lock:
         job = Job(make_config(tmp_path), tmp_path / "t", {}, lock.fileno())
-        ending = trial.run(job, lambda _: None, lambda: False)
-    assert ending.state == "failed"
-    assert expected in ending.reason
+        result = trial.run(job, lambda _: None, lambda: False)
+    assert result.state == "failed"
+    assert expected in result.reason
 
 
 # --- the study in its database
 
 
-def test_a_running_trial_counts_as_killed_only_when_nobody_holds_its_lock(tmp_path):
+def test_a_running_trial_counts_as_killed_only_when_its_lock_is_free(tmp_path):
     config = make_config(tmp_path, hpo__trials=3)
     ours, theirs = make_study(config), make_study(config)
     first, second = ours.claim(), theirs.claim()
@@ -285,7 +290,7 @@ def test_a_running_trial_counts_as_killed_only_when_nobody_holds_its_lock(tmp_pa
     assert theirs.claim() is None  # three in all, the killed one counted
 
 
-def test_a_trial_that_ends_while_others_look_for_killed_ones_is_not_one(tmp_path, monkeypatch):
+def test_a_trial_that_ends_while_killed_ones_are_looked_for_is_not_killed(tmp_path, monkeypatch):
     config = make_config(tmp_path, hpo__trials=3)
     ours, theirs = make_study(config), make_study(config)
     claim = ours.claim()
@@ -295,7 +300,7 @@ def test_a_trial_that_ends_while_others_look_for_killed_ones_is_not_one(tmp_path
     def ends_after_it_was_asked_for(*states):
         found = asked(*states)
         if states == (TrialState.RUNNING,):
-            ours.tell(claim.trial, Ending("complete", ""), [0.5])
+            ours.record_result(claim.trial, TrialResult("complete", ""), [0.5])
             claim.lock.close()
         return found
 
@@ -304,11 +309,11 @@ def test_a_trial_that_ends_while_others_look_for_killed_ones_is_not_one(tmp_path
     assert [t.state for t in asked()] == [TrialState.COMPLETE]
 
 
-def test_a_study_takes_no_trials_that_would_not_compare(tmp_path):
+def test_a_study_refuses_settings_whose_trials_would_not_compare(tmp_path):
     make_study(make_config(tmp_path))
     make_study(make_config(tmp_path, hpo__trials=99, data__threads=2, encoder__final_training_epochs=3))
     for over, words in (
-        ({"hpo__epochs": 5}, r"hpo\.epochs = 4, and now it is 5"),
+        ({"hpo__epochs": 5}, r"hpo\.epochs = 4, now it is 5"),
         ({"encoder__batch_size": 8}, r"encoder\.batch_size = 4"),
         ({"space": {"encoder.simsiam.learning_rate": {"low": 0.02, "high": 1.0, "log": True}}}, "low=0.01"),
     ):
@@ -323,13 +328,13 @@ def test_a_study_takes_no_trials_that_would_not_compare(tmp_path):
         make_study(make_config(tmp_path, hpo__study_name="a/b"))
 
 
-def test_files_of_a_study_that_the_database_does_not_know_stay_as_they_are(tmp_path, monkeypatch):
+def test_files_of_a_study_that_is_not_in_the_database_are_kept(tmp_path, monkeypatch):
     fake_training(monkeypatch, lambda _: [0.5] * 4)
     study = search(make_config(tmp_path, hpo__trials=1))
     kept = study.trial_folder(0) / "metrics.jsonl"
     kept.write_text("kept")
     (tmp_path / "hpo.db").unlink()
-    with pytest.raises(UserError, match=r"the database knows no trial 0: move"):
+    with pytest.raises(UserError, match=r"the database has no trial 0: move"):
         search(make_config(tmp_path, hpo__trials=1))
     assert kept.read_text() == "kept"
 
@@ -356,29 +361,29 @@ import sys, time
 from simsiam_dali import hpo
 from simsiam_dali.search import trial
 
-def run(job, on_epoch, asked_to_stop):
+def run(job, on_epoch, stop_requested):
     time.sleep(0.02)
     score = job.config.encoder.simsiam.learning_rate
-    ending = on_epoch({"epoch": 0, "knn/artist": score}) or on_epoch({"epoch": 1, "knn/artist": score})
-    return ending or trial.Ending("complete")
+    result = on_epoch({"epoch": 0, "knn/artist": score}) or on_epoch({"epoch": 1, "knn/artist": score})
+    return result or trial.TrialResult("complete")
 
 trial.run = run
 hpo.main()
 """
 
 
-def test_processes_that_share_a_study_repeat_no_trial_and_end_at_the_number_asked_for(tmp_path, small_shards):
+def test_processes_that_share_a_study_repeat_no_trial_and_stop_at_the_requested_number(tmp_path, small_shards):
     """Real processes and a real database, and trials so quick that they meet all the time."""
     args = hpo_command(tmp_path, small_shards, "--trials", "12", "--no-final", mlflow__enabled="false")
     processes = [start([sys.executable, "-c", SPAWNED, *args[3:]], tmp_path) for _ in range(2)]
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     (folder,) = (tmp_path / "runs/hpo").glob("simsiam-*")
     study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{tmp_path}/hpo.db")
     assert [t.number for t in study.trials] == list(range(12))
     assert all(t.state.is_finished() for t in study.trials)
     assert len({tuple(t.params.items()) for t in study.trials}) == 12
-    ran = [sum(line.startswith("trial ") for line in out.splitlines()) for out, _ in said]
+    ran = [sum(line.startswith("trial ") for line in out.splitlines()) for out, _ in outputs]
     assert sum(ran) == 12
     assert min(ran) > 0
 
@@ -391,7 +396,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_killed_it_goes_on_with_the_next_trial_and_trains_the_best_at_the_end(tmp_path, small_shards):
+def test_killed_it_continues_with_the_next_trial_and_trains_the_best_at_the_end(tmp_path, small_shards):
     name = {"hpo__study_name": "mine", "encoder__final_training_epochs": 2}
     args = hpo_command(tmp_path, small_shards, "--trials", "3", **name)
     process = start(args, tmp_path)
@@ -408,10 +413,10 @@ def test_killed_it_goes_on_with_the_next_trial_and_trains_the_best_at_the_end(tm
     assert len({tuple(t.params.items()) for t in study.trials}) == 3
 
     best = study.best_trial
-    chosen = settings.load(tmp_path / "runs/hpo/mine/best.yaml")
+    chosen = load_config(tmp_path / "runs/hpo/mine/best.yaml")
     assert chosen.encoder.simsiam.learning_rate == best.params["encoder.simsiam.learning_rate"]
     final = tmp_path / f"runs/hpo-mine-trial-{best.number:04d}"
-    trained = settings.load(final / "config.yaml")
+    trained = load_config(final / "config.yaml")
     assert trained.encoder == chosen.encoder
     assert trained.encoder.epochs == 2
     assert (final / "checkpoint.pt").exists()
@@ -433,23 +438,23 @@ def test_killed_it_goes_on_with_the_next_trial_and_trains_the_best_at_the_end(tm
 
     again = run(args, tmp_path)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert f"the best settings are trained already: runs/{final.name}" in again.stdout.replace(f"{tmp_path}/", "")
+    assert f"the best settings are already trained: runs/{final.name}" in again.stdout.replace(f"{tmp_path}/", "")
 
 
-def test_a_signal_ends_the_trial_and_says_how_to_go_on(tmp_path, small_shards):
+def test_a_signal_ends_the_trial_and_prints_how_to_continue(tmp_path, small_shards):
     args = hpo_command(tmp_path, small_shards, hpo__study_name="mine", hpo__epochs=1000, mlflow__enabled="false")
     process = start(args, tmp_path)
     wait_for(tmp_path / "runs/hpo/mine/trial-0000/metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
-    assert "stopped: go on with trial 1 by the same command: python -m simsiam_dali.hpo" in out
+    assert "stopped: the same command continues with trial 1: python -m simsiam_dali.hpo" in out
     (stopped,) = optuna.load_study(study_name="mine", storage=f"sqlite:///{tmp_path}/hpo.db").trials
     assert (stopped.state, stopped.user_attrs["reason"]) == (TrialState.FAIL, "interrupted")
 
 
 @pytest.mark.parametrize("store", ["file", "server"])
-def test_one_mlflow_run_is_above_all_trials_whatever_processes_come_and_go(tmp_path, monkeypatch, request, store):
+def test_one_mlflow_run_is_the_parent_of_all_trials_of_all_processes(tmp_path, monkeypatch, request, store):
     uri = f"sqlite:///{tmp_path}/mlflow.db" if store == "file" else request.getfixturevalue("mlflow_uri")
     client = mlflow.MlflowClient(uri)
     values = iter([0.5, 0.75, 0.625])
@@ -457,13 +462,13 @@ def test_one_mlflow_run_is_above_all_trials_whatever_processes_come_and_go(tmp_p
     tracked = {"mlflow__enabled": True, "mlflow__tracking_uri": uri, "hpo__study_name": "mine"}
     tracked["mlflow__experiment_name"] = "search"  # other tests look at all runs of the default one
     ids = set()
-    for total in (1, 3):  # the second process goes on
+    for total in (1, 3):  # the second process continues
         config = make_config(tmp_path, hpo__trials=total, **tracked)
         study = make_study(config)
         parent = StudyRun(config, study)
         ids.add(parent.run_id)
-        hpo.search(study, parent, RUNNING)
-        hpo.close(config, study, parent, "FINISHED")
+        loop.search(study, parent, RUNNING)
+        loop.close(config, study, parent, "FINISHED")
     (run_id,) = ids
     assert run_id
     assert {job.tags["mlflow.parentRunId"] for job in jobs} == ids
@@ -486,24 +491,24 @@ def test_one_mlflow_run_is_above_all_trials_whatever_processes_come_and_go(tmp_p
     assert claim
     left = client.create_run(found.info.experiment_id, tags=parent.trial_tags(3)).info.run_id
     claim.lock.close()  # as when its process is killed
-    hpo.search(study, StudyRun(config, study), RUNNING)
+    loop.search(study, StudyRun(config, study), RUNNING)
     assert client.get_run(left).info.status == "KILLED"
 
 
-def test_a_trial_given_up_is_no_failed_run_in_mlflow(tmp_path, small_shards):
+def test_a_pruned_trial_is_a_killed_run_in_mlflow(tmp_path, small_shards):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = make_config(
         tmp_path, data__shards=small_shards, mlflow__enabled=True, mlflow__tracking_uri=uri, train__seed=3
     )
     records: list[dict[str, Any]] = []
 
-    def on_epoch(record: dict[str, Any]) -> Ending | None:
+    def on_epoch(record: dict[str, Any]) -> TrialResult | None:
         records.append(record)
-        return Ending("pruned", "after epoch 0")
+        return TrialResult("pruned", "after epoch 0")
 
     with (tmp_path / "lock").open("w") as lock:
         job = Job(config, tmp_path / "trial", {"hpo.trial": "5"}, lock.fileno())
-        assert trial.run(job, on_epoch, lambda: False) == Ending("pruned", "after epoch 0")
+        assert trial.run(job, on_epoch, lambda: False) == TrialResult("pruned", "after epoch 0")
     assert [r["epoch"] for r in records] == [0]
     client = mlflow.MlflowClient(uri)
     (found,) = client.search_runs([client.get_experiment_by_name("music_recommendation").experiment_id])

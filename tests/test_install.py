@@ -9,9 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from helpers.running import ROOT
 
-from simsiam_dali import cli, config
+from simsiam_dali import cli
+from simsiam_dali.config.load import ENVIRONMENT
 
 FOLDERS = ("simsiam_dali", "configs", "benchmarks", "tools")
 TINY = (
@@ -33,7 +34,7 @@ sys.meta_path.insert(0, NoDali())
 
 def finished(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command in an environment that leads neither to the checkout nor to other settings."""
-    hidden = {"PYTHONPATH", "PYTHONHOME", *config.ENVIRONMENT}
+    hidden = {"PYTHONPATH", "PYTHONHOME", *ENVIRONMENT}
     env = {k: v for k, v in os.environ.items() if k not in hidden} | variables
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=env)
 
@@ -143,7 +144,7 @@ def test_the_help_lists_every_command(monkeypatch, capsys):
 
 
 def test_a_config_file_may_be_named_without_its_folder(tmp_path, monkeypatch):
-    from simsiam_dali.shipped import config_file
+    from simsiam_dali.common.shipped import config_file
 
     assert config_file("cpu") == ROOT / "configs" / "cpu.yaml"
     assert config_file("configs/cpu") == Path("configs/cpu")

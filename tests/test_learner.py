@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
-from simsiam_dali import config as settings
-from simsiam_dali.distributed import World
-from simsiam_dali.encoders import ENCODERS
-from simsiam_dali.labels import SongLabels
-from simsiam_dali.learner import Learner, autocast_dtype
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import load_config
+from simsiam_dali.models.labels import SongLabels
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training.learner import Learner, autocast_dtype
 
 GPU = torch.device("cuda", 0)
 
@@ -53,17 +53,17 @@ def test_the_host_does_not_wait_for_the_segments_of_a_batch(monkeypatch, device,
     songs = pd.DataFrame({"artists": [["A"], ["B"]], "albums": [[], []], "album_artist": "", "year": [1990, 2020]})
     shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0, 0, 1, 1]}))
     monkeypatch.setattr(SongLabels, "to", lambda self, _: self)
-    config = settings.load(assignments=["encoder.encoder_type=simple"])
-    score = ENCODERS["simple"].create_loss_fn(config, shards, torch.device(device))
+    config = load_config(assignments=["encoder.encoder_type=simple"])
+    score = encoder_type(config).create_loss_fn(shards, torch.device(device))
     moves.clear()
     scored = score(torch.randn(4, 8), torch.arange(4).as_subclass(Rows))
-    assert scored.counts
+    assert scored.has_loss
     assert moves == expected
 
 
-def test_a_run_in_bf16_goes_on_where_there_is_only_fp16():
-    """Its checkpoint has no state for a gradient scaler, which begins anew."""
-    config = settings.load(assignments=["encoder.encoder_type=simple", "encoder.simple.base_channels=4"])
+def test_a_run_in_bf16_continues_where_there_is_only_fp16():
+    """Its checkpoint has no state for a gradient scaler, which starts anew."""
+    config = load_config(assignments=["encoder.encoder_type=simple", "encoder.simple.base_channels=4"])
     songs = pd.DataFrame({"artists": [["A"]], "albums": [["B"]], "album_artist": "", "year": [1990]})
     shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0]}))
     saved = Learner(config, shards, World(0, 1, torch.device("cpu"))).state_dict()

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from signals import Array, noise, reference_log_mel, song, write_shards
+from helpers.signals import Array, noise, reference_log_mel, song, write_shards
 
-from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import dali
+from simsiam_dali.data.graph import Graph, LogMel, Source
 from simsiam_dali.data.loader import Batch, Loader, Single, measure_log_mel
-from simsiam_dali.data.pipeline import Graph, LogMel, Source
-from simsiam_dali.errors import UserError
 
 SECONDS = 0.5
 SEGMENTS = 23  # no multiple of any batch below

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from signals import RATE, clicks, noise, reference_log_mel, reference_mel, run_graph, song, tone
+from helpers.signals import RATE, clicks, noise, reference_log_mel, reference_mel, run_graph, song, tone
 
-from simsiam_dali.data.pipeline import FLOOR_DB, LogMel, clean_view, mel_power, power_spectrogram
+from simsiam_dali.data.graph import LogMel
+from simsiam_dali.data.views import FLOOR_DB, clean_view, mel_power, power_spectrogram
 
 WAVES = {
     "noise": noise(4.0),

@@ -18,14 +18,16 @@ import mutagen
 import numpy as np
 import pandas as pd
 import pytest
-from small_music import command, environment, make_shards, repeat_headers, said, sound, write_audio, write_song
+from helpers.small_music import command, environment, make_shards, repeat_headers, said, sound, write_audio, write_song
 
-from simsiam_dali.data.shards import open_shards, read_index, read_table, verify
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.data.format import read_index, read_table
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.data.verify import verify
 from simsiam_dali.pack import build_parser, main
 from simsiam_dali.packing.find import find_songs
 from simsiam_dali.packing.pack_song import DecodeSettings, Packed, Refused
-from simsiam_dali.packing.reuse import Known
+from simsiam_dali.packing.reuse import PackedBefore
 from simsiam_dali.packing.segments import without_ogg_serial
 
 SHORT = ("--segment-seconds", "4", "--workers", "2")
@@ -474,7 +476,7 @@ def test_a_file_that_did_not_open_is_tried_again(music: Path, pack: Pack) -> Non
     write_song(music / "one second.ogg", 1, 1.0)
     pack(music)
     shards = open_shards(music.parent / "shards")
-    known = Known(shards, DecodeSettings(segment_seconds=shards.manifest.settings["segment_seconds"]), set())
+    known = PackedBefore(shards, DecodeSettings(segment_seconds=shards.manifest.settings["segment_seconds"]), set())
     outcomes = {file.name: type(known.of(file)) for file in find_songs(music)[0]}
     assert outcomes.pop("text.mp3") is type(None)
     assert outcomes.pop("one second.ogg") is Refused

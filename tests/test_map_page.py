@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_tables import planted, song_table
+from helpers.evaluation_tables import planted, song_table
 
-from simsiam_dali import maps, report
-from simsiam_dali.evaluation import Evaluation, Options
+from simsiam_dali.evaluation import maps, report
+from simsiam_dali.evaluation.plan import Evaluation, Options
 
 webdriver = pytest.importorskip("selenium.webdriver")
 By = pytest.importorskip("selenium.webdriver.common.by").By

@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from simsiam_dali import config, factory, memory
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import memory
+from simsiam_dali.training.data import log_mel_settings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
-    encoder = factory.create_encoder(config.load(assignments=["encoder.simsiam.backbone=resnet18"]))
+    encoder = encoder_type(load_config(assignments=["encoder.simsiam.backbone=resnet18"])).create()
     monkeypatch.setattr(memory, "free_bytes", lambda _: 4 << 30)
     shapes = [(128, 1876)] * 2
     with pytest.raises(UserError, match=r"a batch of 512 needs about .* use --batch-size \d+ or less") as e:
@@ -29,10 +31,10 @@ def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
 @pytest.fixture(scope="module")
 def gpu_settings():
     """The encoder of configs/gpu.yaml, on meta tensors, and its inputs' shapes for a view of 60 s."""
-    settings = config.load(Path(__file__).parents[1] / "configs" / "gpu.yaml")
+    settings = load_config(Path(__file__).parents[1] / "configs" / "gpu.yaml")
     with torch.device("meta"):
-        encoder = factory.create_encoder(settings, pretrained=False)
-    return encoder, encoder_type(settings).input_shapes(factory.log_mel_settings(settings), 60.0)
+        encoder = encoder_type(settings).create(pretrained=False)
+    return encoder, encoder_type(settings).input_shapes(log_mel_settings(settings), 60.0)
 
 
 @pytest.mark.parametrize(("gigabytes", "outcome"), [(141, "fits"), (84, "warned"), (60, "refused")])

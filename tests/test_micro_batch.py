@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from running import command, losses, run, start, train, wait_for_step
+from helpers.running import command, losses, run, start, train, wait_for_step
 from torch import Tensor, nn
 
-from simsiam_dali import checkpoint, factory, memory, micro_batch
-from simsiam_dali import config as settings
+from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.errors import UserError
-from simsiam_dali.learner import Learner, groups
+from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.models.simsiam import SimSiam
+from simsiam_dali.training import checkpoint, data, loop, memory, micro_batch
+from simsiam_dali.training.data import log_mel_settings
+from simsiam_dali.training.learner import Learner, groups
 
 CPU = torch.device("cpu")
 HERE = World(0, 1, CPU)
@@ -47,8 +50,8 @@ def shards(small_shards: Path) -> ShardSet:
     return open_shards(small_shards)
 
 
-def config(**over: object) -> settings.Config:
-    return settings.load(command_line={**SMALL, **{k.replace("__", "."): v for k, v in over.items()}})
+def config(**over: object) -> Config:
+    return load_config(command_line={**SMALL, **{k.replace("__", "."): v for k, v in over.items()}})
 
 
 def batch(size: int) -> Batch:
@@ -180,10 +183,10 @@ def test_candidates_divide_the_batch():
         micro_batch.candidates(config(encoder__encoder_type="simple", train__micro_batch=4))
 
 
-def test_the_largest_that_fits_by_the_estimate_is_taken(shards, monkeypatch):
+def test_the_largest_that_fits_by_the_estimate_is_chosen(shards, monkeypatch, capsys):
     chosen = config()
-    encoder = factory.create_encoder(chosen, pretrained=False)
-    shapes = [(32, factory.log_mel_settings(chosen).frames(1.5))] * 2
+    encoder = encoder_type(chosen).create(pretrained=False)
+    shapes = [(32, log_mel_settings(chosen).frames(1.5))] * 2
 
     def free(segments: float) -> int:
         """Memory for so many segments, by the estimate itself."""
@@ -191,16 +194,15 @@ def test_the_largest_that_fits_by_the_estimate_is_taken(shards, monkeypatch):
         weights = memory.BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
         return int((memory.RUNTIME_BYTES + weights + segments * each) / (1 - memory.HEADROOM))
 
-    said: list[str] = []
     for segments, expected in ((16.5, 16), (15.5, 8), (8.5, 8), (7.5, 4), (2.5, 2)):
         monkeypatch.setattr(memory, "free_bytes", lambda _, n=segments: free(n))
-        found = micro_batch.estimated(chosen, shards, CPU, said.append)
+        found = micro_batch.choose_by_estimate(chosen, shards, HERE)
         assert found.train.micro_batch == expected
         assert found.encoder.batch_size == 16
     monkeypatch.setattr(memory, "free_bytes", lambda _: free(1.5))
     with pytest.raises(UserError, match="a batch of 16 needs about"):
-        micro_batch.estimated(chosen, shards, CPU, said.append)
-    assert not said
+        micro_batch.choose_by_estimate(chosen, shards, HERE)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture
@@ -220,21 +222,77 @@ def runs_out_above(monkeypatch: pytest.MonkeyPatch) -> Any:
     return limit
 
 
-def test_a_rehearsal_walks_down_and_leaves_no_trace(shards, runs_out_above):
+def test_a_trial_step_walks_down_and_leaves_no_trace(shards, runs_out_above):
     learner = Learner(config(), shards, HERE)
     before = {name: x.clone() for name, x in learner.encoder.state_dict().items()}
     runs_out_above(5)
-    assert micro_batch.rehearsed(config(train__micro_batch=16), learner, shards, HERE).train.micro_batch == 4
+    assert micro_batch.choose_by_trial_step(config(train__micro_batch=16), learner, shards, HERE).train.micro_batch == 4
     assert all(torch.equal(x, before[name]) for name, x in learner.encoder.state_dict().items())
     assert all(p.grad is None for p in learner.encoder.parameters())
     runs_out_above(1)
     with pytest.raises(UserError, match="out of memory on cpu with 2 segments at once"):
-        micro_batch.rehearsed(config(train__micro_batch=16), learner, shards, HERE)
+        micro_batch.choose_by_trial_step(config(train__micro_batch=16), learner, shards, HERE)
+
+
+class OneOfTwo(World):
+    """A rank whose only peer always gives the same."""
+
+    peer: Any = None
+
+    def gather(self, thing: Any) -> list[Any]:
+        return [thing, self.peer]
+
+
+def test_all_ranks_use_the_micro_batch_that_fits_on_each(shards, monkeypatch):
+    """GPUs of one host may have unequal memory free, and their steps must be equal."""
+    rank = OneOfTwo(0, 2, CPU)
+    for peer, expected in (((16, ""), 16), ((4, "16 do not fit"), 4)):
+        monkeypatch.setattr(OneOfTwo, "peer", peer)
+        assert micro_batch.choose_by_estimate(config(), shards, rank).train.micro_batch == expected
+    monkeypatch.setattr(OneOfTwo, "peer", (0, "not even 2 fit there"))
+    with pytest.raises(UserError, match=r"^not even 2 fit there$"):
+        micro_batch.choose_by_estimate(config(), shards, rank)
+    monkeypatch.setattr(OneOfTwo, "peer", False)
+    with pytest.raises(UserError, match="with 2 segments at once"):
+        micro_batch.choose_by_trial_step(config(), Learner(config(), shards, HERE), shards, rank)
+
+
+def test_a_resumed_run_keeps_its_micro_batch_or_is_refused(shards, runs_out_above):
+    """Another one would change the loader's position and the batch norm."""
+    learner = Learner(config(), shards, HERE)
+    runs_out_above(8)
+    assert (
+        micro_batch.choose_by_trial_step(
+            config(train__micro_batch=8), learner, shards, HERE, keep=True
+        ).train.micro_batch
+        == 8
+    )
+    runs_out_above(4)
+    with pytest.raises(UserError, match="with 8 segments at once, and a resumed run keeps its micro-batches"):
+        micro_batch.choose_by_trial_step(config(train__micro_batch=8), learner, shards, HERE, keep=True)
+
+
+def test_a_trial_step_leaves_room_for_dali_and_the_momentum(shards):
+    """DALI's buffers grow with the micro-batch, the momentum does not."""
+    learner = Learner(config(), shards, HERE)
+    one, two = (micro_batch.bytes_beside(learner, shards, size) for size in (1, 2))
+    assert two - one == pytest.approx(memory.DALI_BYTES * shards.segment_seconds, abs=1)
+    assert 2 * one - two == pytest.approx(4 * sum(p.numel() for p in learner.encoder.parameters()), abs=1)
+
+
+def test_memory_is_checked_before_threads_are_tried(small_shards, tmp_path, monkeypatch):
+    """A batch that cannot fit is refused at once, not after half a minute of measuring."""
+    monkeypatch.setattr(data, "with_threads", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2**30)
+    asked = config(data__shards=small_shards, data__threads="auto", mlflow__enabled="false")
+    with pytest.raises(UserError, match="a batch of 16 needs about"):
+        loop.train(asked, HERE, None, tmp_path)
 
 
 SCRIPT = """
 import sys
-from simsiam_dali import memory, train
+from simsiam_dali import train
+from simsiam_dali.training import memory
 fits = memory.check_fits
 def check_fits(encoder, batch, *rest):
     if batch > 4:
@@ -252,7 +310,7 @@ def test_a_batch_that_does_not_fit_is_trained_in_parts(tmp_path, small_shards):
     args = command(tmp_path / "whole", small_shards, "--run-name", "a", mlflow__enabled="false", **over)
     done = run([args[0], "-c", SCRIPT, *args[3:]], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "each step adds up the gradients of 2 micro-batches of 4 segments" in done.stdout
+    assert "each step accumulates the gradients of 2 micro-batches of 4 segments" in done.stdout
     run_dir = tmp_path / "whole" / "runs" / "a"
     saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
     assert saved["config"]["train"]["micro_batch"] == 4
@@ -263,6 +321,34 @@ def test_a_batch_that_does_not_fit_is_trained_in_parts(tmp_path, small_shards):
     (tmp_path / "explicit").mkdir()
     explicit = train(tmp_path / "explicit", small_shards, train__micro_batch=4, **over)
     assert losses(explicit) == losses(run_dir)
+
+
+OUT_OF_MEMORY = """
+import sys
+import torch
+from simsiam_dali import train
+from simsiam_dali.models.simsiam import SimSiam
+from simsiam_dali.training import micro_batch
+micro_batch.TRIED_ON = ("cpu",)
+forward = SimSiam.forward
+def limited(self, view1, view2):
+    if self.training and len(view1) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return forward(self, view1, view2)
+SimSiam.forward = limited
+sys.exit(train.main())
+"""
+
+
+def test_a_run_that_runs_out_of_memory_halves_the_micro_batch_and_trains(tmp_path, small_shards):
+    """What the estimate lets through and the device does not: 8, then 4, then 2, of which steps of 8 are made."""
+    args = command(tmp_path, small_shards, mlflow__enabled="false", encoder__batch_size=8, encoder__epochs=1)
+    done = run([args[0], "-c", OUT_OF_MEMORY, *args[3:]], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "each step accumulates the gradients of 4 micro-batches of 2 segments" in done.stdout
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert checkpoint.load(run_dir / checkpoint.FILE_NAME)["config"]["train"]["micro_batch"] == 2
+    assert list(losses(run_dir)) == list(range(1, open_shards(small_shards).count("train") // 8 + 1))
 
 
 def test_steps_in_parts_are_resumed_bit_for_bit(tmp_path, small_shards):

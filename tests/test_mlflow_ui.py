@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from logged_runs import log_run
+from helpers.logged_runs import log_run
 from mlflow import MlflowClient
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -13,9 +13,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.ui import WebDriverWait
 
-from simsiam_dali import mlflow_runs
-from simsiam_dali.comparison import choose
-from simsiam_dali.comparison_report import filters
+from simsiam_dali.evaluation.compare_report import mlflow_filters
+from simsiam_dali.evaluation.compare_runs import encoder_runs, select
+from simsiam_dali.tracking.history import Experiment
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -101,6 +101,6 @@ def test_the_filter_of_a_type_shows_its_runs_and_no_others(runs_page, encoder_ty
 
 
 def test_the_filter_of_a_comparison_shows_the_compared_runs(runs_page, mlflow_uri):
-    best = choose(mlflow_runs.Store(mlflow_uri, EXPERIMENT).runs(), None, 1, False, None)
-    search(runs_page, filters(best)[0])
+    runs = encoder_runs(Experiment(mlflow_uri, EXPERIMENT).runs())
+    search(runs_page, mlflow_filters(select(runs, None, 1, False, None))[0])
     wait_for_runs(runs_page, {"simsiam-2", "simple-2"})

@@ -8,17 +8,9 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor
 
-from simsiam_dali import monitor
-from simsiam_dali.monitor import (
-    collapse_advice,
-    effective_rank,
-    knn_labels,
-    knn_rating,
-    label_chance,
-    rating_chance,
-    song_embeddings,
-    z_std,
-)
+from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE, knn_labels, knn_rating, label_chance, rating_chance
+from simsiam_dali.models.encoder import song_embeddings
+from simsiam_dali.training.collapse import collapse_advice, effective_rank, z_std
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -126,7 +118,7 @@ def test_labels_equal_scikit_learn(k: int) -> None:
         n_neighbors=k,
         metric="cosine",
         algorithm="brute",
-        weights=lambda distance: np.exp((1 - distance) / monitor.VOTE_TEMPERATURE),
+        weights=lambda distance: np.exp((1 - distance) / VOTE_TEMPERATURE),
     ).fit(bank.numpy(), labels.numpy())
     expected = reference.score(query.numpy(), query_labels.numpy())
     assert 0.3 < expected < 0.99
@@ -177,7 +169,7 @@ def test_label_chance_of_an_uneven_bank() -> None:
 def test_many_queries_are_scored_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, query = clusters(100, seed=1, spread=2), clusters(90, seed=2, spread=2)
     at_once = knn_labels(*bank, *query, k=5)
-    monkeypatch.setattr(monitor, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr("simsiam_dali.evaluation.knn.BLOCK", 7)
     assert knn_labels(*bank, *query, k=5) == at_once
 
 

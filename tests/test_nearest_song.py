@@ -7,13 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evaluation_tables import planted, song_table
-from running import command, run
+from helpers.evaluation_tables import planted, song_table
+from helpers.running import command, run
 
-from simsiam_dali import features, nearest_song, outcome, trained
+from simsiam_dali.common.distributed import World
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.nearest_song import nearest_shares, sentence
+from simsiam_dali.embedding import closing_score as outcome
+from simsiam_dali.embedding import features
+from simsiam_dali.embedding.run import read_run
+from simsiam_dali.evaluation import nearest_song
+from simsiam_dali.evaluation.nearest_song import nearest_shares, sentence
 
 HERE = World(0, 1, torch.device("cpu"))
 
@@ -89,7 +92,7 @@ def test_the_sentence_says_the_counts():
 
 
 def test_the_interval_is_of_the_paired_differences():
-    """100 songs, of which the floor finds all but 40 of ours: the difference of each draw is binomial, n 100, p 0.4."""
+    """100 songs, of which the baseline finds all but 40: the difference of each draw is binomial, n 100, p 0.4."""
     artist = np.repeat(np.arange(50), 2)
     songs = table([[f"Artist {a}"] for a in artist])
     x = planted(artist, width=64, noise=0.01)
@@ -137,7 +140,7 @@ def test_a_training_ends_with_the_sentence_and_evaluate_says_the_same(kind, smal
     )
     (run_dir,) = (tmp_path / "runs").iterdir()
     python = command(tmp_path, small_shards)[0]
-    embedded = run([python, "-m", "simsiam_dali.embed", "--checkpoint", str(run_dir), "--floors"], tmp_path)
+    embedded = run([python, "-m", "simsiam_dali.embed", "--checkpoint", str(run_dir), "--baselines"], tmp_path)
     assert embedded.returncode == 0, embedded.stderr[-2000:]
     evaluated = run([python, "-m", "simsiam_dali.evaluate", "--no-maps", "--no-mlflow"], tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
@@ -148,7 +151,7 @@ def test_of_a_large_set_whole_artists_are_drawn(small_runs, small_shards, monkey
     """The part holds all songs of its artists, with the vectors that they have in the whole set."""
     shards = open_shards(small_shards)
     half = len(shards.segments) // 2
-    with outcome.some_songs(shards, half, seed=0) as part:
+    with outcome.sample_songs(shards, half, seed=0) as part:
         read = {split: part.count(split) for split in ("train", "val")}
         assert 0 < sum(read.values()) <= half
         songs, vectors = embedded(small_runs["simsiam"], part)
@@ -158,16 +161,16 @@ def test_of_a_large_set_whole_artists_are_drawn(small_runs, small_shards, monkey
     rows = np.searchsorted(every_song, songs)
     for name, x in vectors.items():
         assert np.allclose(x, everything[name][rows], rtol=1e-4, atol=1e-5), name
-    assert outcome.of_run(small_runs["simsiam"], HERE).count(f"of {len(every_song)} songs;") == 1
-    monkeypatch.setattr(outcome, "MOST_SEGMENTS", half)
-    assert f"of {len(songs)} songs, drawn from {len(every_song)};" in outcome.of_run(small_runs["simsiam"], HERE)
+    assert outcome.closing_score(small_runs["simsiam"], HERE).count(f"of {len(every_song)} songs;") == 1
+    monkeypatch.setattr(outcome, "MAX_SEGMENTS", half)
+    assert f"of {len(songs)} songs, drawn from {len(every_song)};" in outcome.closing_score(small_runs["simsiam"], HERE)
 
 
 def embedded(run_dir: Path, shards: outcome.ShardSet) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """What `outcome.of_run` embeds, for a run on the small shards."""
-    of_run = trained.read(str(run_dir))
+    """What `closing_score` embeds, for a run on the small shards."""
+    of_run = read_run(str(run_dir))
     config = outcome.embedding_config(of_run.config, shards.segment_seconds)
-    log_mel = outcome.factory.with_statistics(outcome.factory.log_mel_settings(config), **of_run.statistics)
+    views = outcome.CleanViews.open(config, shards, of_run.statistics, HERE)
     names = (features.CHECKPOINT, *nearest_song.BASELINES)
-    made = [features.create_features(name, of_run, log_mel, HERE.device) for name in names]
-    return outcome.embed_songs(made, config, shards, log_mel, HERE)
+    made = [features.create_features(name, of_run, views.log_mel, HERE.device) for name in names]
+    return outcome.embed_songs(made, views)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_music import command, environment, make_shards, write_song
-from test_workers import work
+from helpers.small_music import command, environment, make_shards, write_song
+from helpers.tasks import work
 
-from simsiam_dali.errors import UserError
-from simsiam_dali.packing import on_ray
-from simsiam_dali.packing.workers import Died
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.packing import ray_pool
+from simsiam_dali.packing.process_pool import Died
 
 OPTIONS = ("--segment-seconds", "3", "--min-seconds", "2", "--workers", "2", "--codec", "ogg")
 
@@ -58,18 +58,18 @@ def test_a_cluster_packs_the_same_bytes(music, expected, tmp_path):
 def test_without_ray_one_line_tells_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"^--executor ray needs Ray: pip install 'simsiam-dali\[ray\]'$"):
-        list(on_ray.run_all(work, [1], 1))
+        list(ray_pool.run_all(work, [1], 1))
 
 
 @pytest.mark.faults
 def test_results_exceptions_and_deaths(monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Ray's workers have to find test_workers
-    assert sorted(on_ray.run_all(work, [0, 5, 1, 7, 4], 2), key=lambda answer: answer[0]) == [
+    assert sorted(ray_pool.run_all(work, [0, 5, 1, 7, 4], 2), key=lambda answer: answer[0]) == [
         *((0, 0), (1, 1), (4, 16), (5, Died(None)), (7, Died(None)))
     ]
     with pytest.raises(OSError, match="No space left") as caught:
-        list(on_ray.run_all(work, [1, 3, 2], 2))
+        list(ray_pool.run_all(work, [1, 3, 2], 2))
     assert caught.value.errno == 28
 
 

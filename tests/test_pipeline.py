@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from signals import (
+from helpers.signals import (
     RATE,
     Array,
     frequency,
@@ -17,8 +17,9 @@ from signals import (
 )
 from torchaudio.functional import resample
 
-from simsiam_dali.config import AugmentationConfig
-from simsiam_dali.data.pipeline import Epoch, Graph, LogMel, Source, build
+from simsiam_dali.config.schema import AugmentationConfig
+from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
+from simsiam_dali.data.pipeline import Settings, build
 
 NAMES = ("time_shift", "time_stretch", "pitch_shift", "noise", "gain", "reverb", "frequency_mask", "time_mask")
 OFF = AugmentationConfig(**{f"{name}_prob": 0.0 for name in NAMES})
@@ -44,7 +45,7 @@ def graph(
 
 def outputs(graph: Graph, batch_size: int, seed: int = 0, gpu: int | None = None, batches: int = 1) -> list[Array]:
     """The outputs of some batches, one after the other: each output `(batches * batch_size, ...)`."""
-    pipeline = build(graph, batch_size, threads=2, prefetch=1, seed=seed, gpu=gpu, state=None)
+    pipeline = build(graph, Settings(batch_size, threads=2, prefetch=1, seed=seed, gpu=gpu))
     runs = [[np.array(x.as_cpu().as_array()) for x in pipeline.run()[:-2]] for _ in range(batches)]
     whole = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
     return whole if graph.mode == "raw" else [*(x.transpose(0, 2, 1) for x in whole[:-1]), whole[-1]]
@@ -248,8 +249,8 @@ def test_the_gpu_gives_what_the_cpu_gives_of_a_minute_at_44_1_khz(crops: str, se
 @pytest.mark.gpu
 def test_a_batch_outside_an_epoch_is_not_decoded_on_a_gpu_either(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [song(SECONDS, seed) for seed in range(4)], (RATE,) * 4)
-    one = graph(shards, "views", AugmentationConfig(), epoch=Epoch(used=1, turn=2))
-    pipeline = build(one, 2, threads=2, prefetch=1, seed=0, gpu=0, state=None)
+    one = graph(shards, "views", AugmentationConfig(), epoch=Epoch(used=1, reader_batches=2))
+    pipeline = build(one, Settings(2, threads=2, prefetch=1, seed=0, gpu=0))
     shapes = [tuple(np.array(pipeline.run()[0].as_cpu().as_array()).shape) for _ in range(4)]
     assert shapes == [(2, FRAMES, LogMel().n_mels), (2, 1, 1)] * 2
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from helpers.running import ROOT
 
 SCRIPT = ROOT / "run_music_pipeline.sh"
 STAGES = ("all", "shards", "encoder", "classifier", "recommend", "hpo", "compare", "demo")
@@ -149,7 +149,7 @@ def test_the_classifier_embeds_and_evaluates_the_newest_run_of_the_type(shell):
     def expected(run: str, embed: tuple[str, ...] = (), evaluate: tuple[str, ...] = ()) -> list[list[str]]:
         table = f"{run}/embeddings.parquet"
         return [
-            ["simsiam_dali.embed", "--checkpoint", run, "--out", table, "--floors", f"{run}/floors", *embed],
+            ["simsiam_dali.embed", "--checkpoint", run, "--out", table, "--baselines", f"{run}/baselines", *embed],
             ["simsiam_dali.evaluate", "--embeddings", table, "--out", f"{run}/evaluation", *evaluate],
         ]
 
@@ -187,8 +187,8 @@ def test_all_runs_the_stages_in_their_order_and_does_without_ratings(shell):
     assert modules == [
         ["tools/make_shards.py", "music"],
         ["simsiam_dali.train", "--encoder-type", "simple", "--epochs", "2"],
-        ["simsiam_dali.embed", "--checkpoint", "runs/trained", "--out", "runs/trained/embeddings.parquet", "--floors",
-         "runs/trained/floors"],
+        ["simsiam_dali.embed", "--checkpoint", "runs/trained", "--out", "runs/trained/embeddings.parquet",
+         "--baselines", "runs/trained/baselines"],
         ["simsiam_dali.evaluate", "--embeddings", "runs/trained/embeddings.parquet", "--out",
          "runs/trained/evaluation"],
         ["simsiam_dali.recommend", "--embeddings", "runs/trained/embeddings.parquet", "--top"],

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_tables import planted, song_table
+from helpers.evaluation_tables import planted, song_table
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, f1_score
@@ -15,8 +15,11 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.neural_network import MLPRegressor
 from sklearn.preprocessing import StandardScaler
 
-from simsiam_dali import evaluation, probes, scores, splits
-from simsiam_dali.monitor import VOTE_TEMPERATURE
+from simsiam_dali.evaluation import folds as splits
+from simsiam_dali.evaluation import knn, probes
+from simsiam_dali.evaluation import metrics as scores
+from simsiam_dali.evaluation import plan as evaluation
+from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
 
 RNG = np.random.default_rng(7)
 
@@ -136,13 +139,13 @@ def test_mlp_agrees_with_scikit_learn_by_hand():
 
 
 def test_knn_agrees_with_scikit_learn_by_hand(monkeypatch):
-    monkeypatch.setattr(probes, "BLOCK", 17)  # blocks that do not divide the rows
+    monkeypatch.setattr(knn, "BLOCK", 17)  # blocks that do not divide the rows
     classes = np.arange(50) % 5
     x = planted(classes, noise=1.2)
     y = RNG.random(50)
     group = np.arange(50) // 2
-    near, cosine = probes.neighbours(x, group, 4)
-    vote, mean = probes.knn_vote(classes, near, cosine), probes.knn_mean(y, near)
+    near, cosine = knn.nearest_others(x, group, 4)
+    vote, mean = knn.vote(classes, near, cosine), probes.knn_mean(y, near)
     scaled = StandardScaler().fit_transform(x)
     for row in range(50):
         others = np.flatnonzero(group != group[row])
@@ -166,17 +169,17 @@ def test_knn_is_right_on_planted_clusters_and_at_chance_on_shuffled_labels():
     found = {f.name: f for f in evaluation.evaluate(table, x, options).figures}
     shuffled = found["eval/artist/knn_accuracy/song_split"]
     assert shuffled.score.low <= 1 / 6 <= shuffled.score.high
-    assert shuffled.verdict == "not told apart from guess"
+    assert shuffled.verdict == "no clear difference from guess"
 
 
 def test_rows_without_neighbours_are_not_predicted():
-    near, cosine = probes.neighbours(RNG.standard_normal((3, 2)), np.array([0, 0, 1]), 5)
+    near, cosine = knn.nearest_others(RNG.standard_normal((3, 2)), np.array([0, 0, 1]), 5)
     assert (near[:, 2:] == -1).all()
     assert (near[2, :2] >= 0).all()
     assert near[0].tolist() == [2, -1, -1, -1, -1]
-    alone, cosine = probes.neighbours(RNG.standard_normal((2, 2)), np.array([0, 0]), 2)
+    alone, cosine = knn.nearest_others(RNG.standard_normal((2, 2)), np.array([0, 0]), 2)
     assert (alone == -1).all()
-    assert probes.knn_vote(np.array([0, 1]), alone, cosine).tolist() == [-1, -1]
+    assert knn.vote(np.array([0, 1]), alone, cosine).tolist() == [-1, -1]
     assert probes.knn_mean(np.array([0.2, 0.4]), alone) == pytest.approx([0.3, 0.3])
 
 
@@ -234,12 +237,12 @@ def test_the_verdict_is_about_paired_differences():
 
     ours, little_worse = error(1.0), error(1.05)
     assert ours.low < little_worse.value < ours.high  # the intervals overlap, the pairs do not
-    assert scores.verdict(metric, ours, {"a": little_worse, "b": error(2)}) == "better than every floor"
+    assert scores.verdict(metric, ours, {"a": little_worse, "b": error(2)}) == "better than every baseline"
     assert scores.verdict(metric, ours, {"a": little_worse, "b": error(0.9)}) == "worse than b"
-    assert scores.verdict(metric, ours, {"a": little_worse, "b": ours}) == "not told apart from b"
+    assert scores.verdict(metric, ours, {"a": little_worse, "b": ours}) == "no clear difference from b"
     constant = scores.score(scores.METRICS["correlation"], (truth, np.ones(200)), 50, 0)
     assert math.isnan(constant.value)
-    assert scores.verdict(metric, ours, {"a": constant}) == "no floor to compare with"
+    assert scores.verdict(metric, ours, {"a": constant}) == "no baseline to compare with"
     assert scores.verdict(metric, constant, {"a": ours}) == "undefined: constant"
 
 
@@ -278,10 +281,10 @@ def test_classes_too_small_or_on_one_album_are_left_out_and_counted():
     done = evaluation.evaluate(table, {"e": planted(np.arange(40) % 4)}, evaluation.Options(resamples=20))
     sizes = {f.n for f in done.figures if f.name.startswith("eval/artist/knn")}
     assert sizes == {38}
-    assert any("leaves out 2 songs of 2 artists" in said for said in done.statements["artist"])
+    assert any("leaves out 2 songs of 2 artists" in said for said in done.notes["artist"])
     table["albums"] = [["One"]] * 40
     done = evaluation.evaluate(table, {"e": planted(np.arange(40) % 4)}, evaluation.Options(resamples=20))
-    assert any(said.startswith("Not classified, split by album") for said in done.statements["artist"])
+    assert any(said.startswith("Not classified, split by album") for said in done.notes["artist"])
     assert not [f for f in done.figures if f.target == "artist" and f.split == "album" and f.probe == "knn"]
 
 
@@ -307,7 +310,7 @@ def test_what_cannot_be_evaluated_is_said_and_the_rest_is_there(column, value, s
     table[column] = [value] * 30
     done = evaluation.evaluate(table, {"e": planted(np.arange(30) % 6)}, evaluation.Options(resamples=20))
     target = {"rating": "rating", "artists": "artist", "genres": "genre", "albums": "album"}[column]
-    assert said in done.statements[target]
+    assert said in done.notes[target]
     assert {f.target for f in done.figures} == set(evaluation.TARGETS) - {target}
 
 
@@ -315,4 +318,17 @@ def test_what_cannot_be_evaluated_is_said_and_the_rest_is_there(column, value, s
 def test_tiny_libraries(n):
     table = song_table(n)
     done = evaluation.evaluate(table, {"e": planted(np.arange(n) % 6)}, evaluation.Options(resamples=20))
-    assert all(done.statements[target] for target in evaluation.TARGETS if n < 11)
+    assert all(done.notes[target] for target in evaluation.TARGETS if n < 11)
+
+
+def test_of_equally_near_songs_the_first_comes_first(monkeypatch):
+    """As a stable sort of all cosines has it, also where more songs are equally near than are asked for."""
+    monkeypatch.setattr(knn, "BLOCK", 7)
+    bank = knn.unit(RNG.integers(-1, 2, (60, 3)) + 0.5, standardise=False)
+    query = knn.unit(RNG.integers(-1, 2, (20, 3)) + 0.5, standardise=False)
+    cosine = np.concatenate([block.copy() for _, block in knn.cosine_blocks(query, bank)])
+    expected = np.argsort(-cosine, axis=1, kind="stable")
+    for k in (1, 5, 60):
+        found, near = knn.nearest(query, bank, k)
+        np.testing.assert_array_equal(found, expected[:, :k])
+        np.testing.assert_array_equal(near, np.take_along_axis(cosine, expected[:, :k], axis=1))

@@ -15,19 +15,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import running
 import torch
+from helpers import running
+from helpers.signals import Array, noise, write_shards
 from mlflow import MlflowClient
-from signals import Array, noise, write_shards
 
-from simsiam_dali import embed, embeddings
-from simsiam_dali.config import AugmentationConfig
+from simsiam_dali import embed
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import loader as loader_module
+from simsiam_dali.data.format import FileSum, Manifest
+from simsiam_dali.data.graph import Graph, LogMel, Source
 from simsiam_dali.data.loader import Loader
-from simsiam_dali.data.pipeline import Graph, LogMel, Source
 from simsiam_dali.data.quarantine import COLUMNS, Quarantine
-from simsiam_dali.data.shards import FileSum, Manifest, ShardSet, open_shards
-from simsiam_dali.errors import UserError
+from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.embedding.table import read_embeddings
 
 SECONDS = 0.5
 SEGMENTS = 23
@@ -124,6 +126,15 @@ def test_all_others_come_as_if_nothing_had_been(tmp_path, capsys, mode, shuffle_
     assert "train-000001.tar 000000011 (song 11.mp3)" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
+def test_all_others_come_as_if_nothing_had_been_on_the_device(tmp_path):
+    shards = small_set(tmp_path)
+    expected = [batch.segment.tolist() for batch in islice(load(shards, gpu=0).endless(), 17)]
+    damage(shards, 11)
+    found = [batch.segment.tolist() for batch in islice(load(shards, gpu=0).endless(), 17)]
+    assert found == [[row for row in batch if row != 11] for batch in expected]
+
+
 def test_a_whole_shard_at_once(tmp_path):
     shards = small_set(tmp_path)
     expected = samples(load(shards, batch_size=11), 6)
@@ -171,7 +182,7 @@ def test_what_is_listed_is_left_out_from_the_start(tmp_path, monkeypatch):
     expected = samples(load(shards), 7)
     damage(shards, 11)
     samples(load(shards), 6)
-    monkeypatch.setattr(loader_module, "damaged", None)  # nobody has to look
+    monkeypatch.setattr(loader_module, "find_undecodable", None)  # nobody has to look
     assert samples(load(shards), 7) == without(expected, {11})
     assert len(listed(shards)) == 1
 
@@ -239,10 +250,10 @@ def test_a_fault_that_passes_leaves_nothing_out(tmp_path, monkeypatch):
         return {}
 
     damage(shards, 11)
-    monkeypatch.setattr(loader_module, "damaged", passes)
+    monkeypatch.setattr(loader_module, "find_undecodable", passes)
     assert samples(load(shards), 12) == expected
     damage(shards, 11)
-    monkeypatch.setattr(loader_module, "damaged", lambda *_: {})
+    monkeypatch.setattr(loader_module, "find_undecodable", lambda *_: {})
     with pytest.raises(UserError, match=r"^the data graph stopped \(Error decoding file"):
         samples(load(shards), 12)
 
@@ -300,9 +311,7 @@ def test_a_run_and_its_embedding_go_on_without_them(tmp_path, small_shards, caps
     assert run.data.metrics["data/quarantined"] == 2
 
     again = running.run(running.command(tmp_path, shards.root, "--run-name", "again", **over), tmp_path)
-    assert (
-        f"2 segments that did not decode are left out from the start: see {shards.root}/quarantine.csv" in again.stdout
-    )
+    assert f"skipping 2 segments that did not decode: see {shards.root}/quarantine.csv" in again.stdout
     assert running.losses(tmp_path / "runs/again") == running.losses(run_dir)
 
     table = tmp_path / "e.parquet"
@@ -310,7 +319,7 @@ def test_a_run_and_its_embedding_go_on_without_them(tmp_path, small_shards, caps
     monkeypatch.setattr(sys, "argv", words)
     embed.main()
     assert "without 2 segments that do not decode" in capsys.readouterr().out
-    rows = embeddings.read(table).table["segment"]
+    rows = read_embeddings(table).table["segment"]
     assert list(rows) == [row for row in range(len(shards.segments)) if row not in bad]
 
 

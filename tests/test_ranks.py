@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_worker
 import torch
 import torch.distributed as dist
-from running import command, epochs, losses, mark_damaged, run, start, wait_for_step
+from helpers import rank_worker
+from helpers.running import command, epochs, losses, mark_damaged, run, run_ranks, start, wait_for_step
 
-from simsiam_dali import checkpoint, config, distributed
+from simsiam_dali.common import distributed
+from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.errors import UserError
-from simsiam_dali.ranks import shared_anew
-from simsiam_dali.schedule import learning_rates
+from simsiam_dali.training import checkpoint
+from simsiam_dali.training.learner import learning_rates
+from simsiam_dali.training.world_size import rescale_batch_size
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-HERE = Path(__file__).parent
+WORKER = Path(rank_worker.__file__)
 
 
 def launched(processes: int, args: list[str]) -> list[str]:
@@ -42,9 +44,9 @@ def alone(small_shards: Path) -> dict[str, Any]:
 def ranks(request: pytest.FixtureRequest, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What several do, with equal parts of it each."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = [sys.executable, str(HERE / "rank_worker.py"), str(small_shards), str(folder / "out.pt")]
-    done = run(launched(request.param, script), folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = [sys.executable, str(WORKER), str(small_shards), str(folder / "out.pt")]
+    for done in run_ranks(request.param, script, folder):
+        assert done.returncode == 0, done.stderr[-3000:]
     return request.param, torch.load(folder / "out.pt", weights_only=True)
 
 
@@ -111,7 +113,7 @@ def check_whole(run_dir: Path, processes: int) -> None:
     assert list(losses(run_dir)) == list(range(1, total + 1))
     assert [record["epoch"] for record in epochs(run_dir)] == [0, 1, 2, 3]
     assert len(saved["loaders"]) == processes
-    settings = config.load(run_dir / "config.yaml")
+    settings = load_config(run_dir / "config.yaml")
     assert settings.encoder.batch_size * processes == 8
     decayed, fixed = (group["lr"] for group in saved["learner"]["optimizer"]["param_groups"])
     assert (decayed, fixed) == pytest.approx(learning_rates(settings, total - 1, total // 3, 8))
@@ -127,7 +129,7 @@ def test_on_gpus_tensors_of_the_cpu_are_exchanged_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(dist, "init_process_group", joined.append)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    with distributed.world("gpu") as world:
+    with distributed.process_group("gpu") as world:
         assert (world.rank, world.size, world.gpu) == (1, 2, 1)
     (backend,) = joined
     assert dict(part.split(":") for part in backend.split(",")) == {"cpu": "gloo", "cuda": "nccl"}
@@ -148,10 +150,10 @@ def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_s
     saved["epoch"], saved["step"] = 1, steps + 2
     checkpoint.save(saved, run_dir / checkpoint.FILE_NAME)
     resume = [sys.executable, "-m", "simsiam_dali.train", "--resume", str(run_dir)]
-    refused = run(launched(3, resume), tmp_path)
-    assert refused.returncode == 1
-    assert [line for line in refused.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: a step of this run has 8 segments, which 3 processes cannot share evenly, 2 or more each: go on with"
+    refused = run_ranks(3, resume, tmp_path)
+    assert [rank.returncode for rank in refused] == [1, 1, 1]
+    assert [line for rank in refused for line in rank.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: a step of this run has 8 segments, which 3 processes cannot share evenly, 2 or more each: continue with"
         " 1, 2, 4"
     ]
     done = run(resume, tmp_path)
@@ -162,13 +164,13 @@ def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_s
 
 
 def test_a_step_keeps_its_segments():
-    settings = config.load(assignments=["encoder.batch_size=6"])
-    assert shared_anew(settings, before=2, now=1).encoder.batch_size == 12
-    assert shared_anew(settings, before=2, now=6).encoder.batch_size == 2
+    settings = load_config(assignments=["encoder.batch_size=6"])
+    assert rescale_batch_size(settings, before=2, now=1).encoder.batch_size == 12
+    assert rescale_batch_size(settings, before=2, now=6).encoder.batch_size == 2
     with pytest.raises(UserError, match="12 segments, which 8 processes cannot share evenly"):
-        shared_anew(settings, before=2, now=8)
-    with pytest.raises(UserError, match=r"go on with 1, 2, 3, 4, 6$"):
-        shared_anew(settings, before=2, now=12)  # one segment has no batch statistics
+        rescale_batch_size(settings, before=2, now=8)
+    with pytest.raises(UserError, match=r"continue with 1, 2, 3, 4, 6$"):
+        rescale_batch_size(settings, before=2, now=12)  # one segment has no batch statistics
 
 
 def worker(launcher: int, rank: int) -> int:
@@ -234,7 +236,7 @@ def test_a_killed_rank_ends_all_with_one_error_and_any_number_goes_on(tmp_path, 
         _, err = launcher.communicate(timeout=120)
         assert launcher.returncode == 1
         (said,) = (line for line in err.splitlines() if line.startswith("error: "))
-        assert "another process of this run has ended without a word" in said
+        assert "another rank died" in said
         assert err.count("Traceback") == 1  # torchrun's own, of its report
         assert err.index("error: ") < err.index("Traceback") < err.index("ChildFailedError")
         assert "(SIGKILL)" in err

@@ -1,7 +1,6 @@
 """The experiment on real music: halves without overlap, scores that can be checked by hand, a peer that is one."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from running import ROOT
+from helpers import fork_server
+from helpers.running import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
 import experiments
@@ -19,11 +19,13 @@ import map as song_map
 import peer
 import run
 
-from simsiam_dali import config as settings
-from simsiam_dali import embeddings, factory
-from simsiam_dali.config import Config
-from simsiam_dali.distributed import World
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
+from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
 from simsiam_dali.models.losses import SimSiamLoss
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training.data import log_mel_settings
 
 TINY = {
     "data.view_seconds": 1.0,
@@ -58,8 +60,8 @@ def write_table(path: Path, songs: list[tuple[str, list[str]]], vectors: np.ndar
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    embeddings.write(
-        path, embeddings.of_songs(frame, np.arange(n), vectors, {"rows": "songs", "features": "checkpoint"})
+    write_embeddings(
+        path, Embeddings.of_songs(frame, np.arange(n), vectors, {"rows": "songs", "features": "checkpoint"})
     )
     return path
 
@@ -166,7 +168,7 @@ def test_each_row_changes_the_recipe(row):
 
     def config(name: str) -> Config:
         (job, *_) = experiments.plan(2, 5, {name: experiments.ROWS[name]}, base)
-        return settings.load(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
+        return load_config(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
 
     changed = config(row)
     assert changed.encoder.epochs == 5
@@ -180,9 +182,9 @@ def test_the_experiments_page_holds_the_newest_results():
 
 
 def test_the_peer_begins_as_simsiam_does_and_has_its_loss():
-    config = settings.load(CPU_FILE, command_line={**TINY, "encoder.simsiam.projection_layers": 3})
+    config = load_config(CPU_FILE, command_line={**TINY, "encoder.simsiam.projection_layers": 3})
     torch.manual_seed(0)
-    ours = factory.create_encoder(config)
+    ours = encoder_type(config).create()
     torch.manual_seed(0)
     theirs = peer.Peer(config)
     own = ours.state_dict()
@@ -207,9 +209,10 @@ def test_the_peer_trains_on_one_half_and_embeds_the_other(small_shards, tmp_path
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     out = tmp_path / "peer.parquet"
     words = ["--config", CPU_FILE, "--shards", small_shards, "--embed", small_shards, "--out", out, *sets]
-    subprocess.run([sys.executable, ROOT / "benchmarks/real_music/peer.py", *words], check=True, cwd=tmp_path)
-    table = embeddings.read_songs(out)
-    assert table.about["encoder_type"] == "lightly"
+    done = fork_server.run([sys.executable, ROOT / "benchmarks/real_music/peer.py", *words], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = read_song_embeddings(out)
+    assert table.provenance["encoder_type"] == "lightly"
     assert table.vectors.shape == (
         16,
         2 * 8 * 8,
@@ -218,10 +221,10 @@ def test_the_peer_trains_on_one_half_and_embeds_the_other(small_shards, tmp_path
 
 
 def test_the_peer_takes_as_many_steps_as_training(small_shards):
-    config = settings.load(CPU_FILE, command_line={**TINY, "encoder.epochs": 1})
+    config = load_config(CPU_FILE, command_line={**TINY, "encoder.epochs": 1})
     shards = peer.open_shards(small_shards)
     world = World(0, 1, torch.device("cpu"))
     before = peer.Peer(config).backbone.bn1.num_batches_tracked
-    trained = peer.train(config, shards, factory.log_mel_settings(config), world)
+    trained = peer.train(config, shards, log_mel_settings(config), world)
     steps = shards.count("train") // config.encoder.batch_size
     assert trained.backbone.bn1.num_batches_tracked - before == 2 * steps  # two views a step

@@ -12,15 +12,18 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_tables import planted, song_table
+from helpers.evaluation_tables import planted, song_table
+from rich.cells import cell_len
 
-from simsiam_dali import embeddings, probes, recommend
-from simsiam_dali.embeddings import Embeddings
-from simsiam_dali.errors import UserError
-from simsiam_dali.library import Library
-from simsiam_dali.neighbours import Neighbours, unit
-from simsiam_dali.playlists import CSV_COLUMNS
-from simsiam_dali.taste import Taste
+from simsiam_dali import recommend
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
+from simsiam_dali.evaluation.knn import nearest_others, unit
+from simsiam_dali.recommendation.library import Library
+from simsiam_dali.recommendation.playlists import CSV_COLUMNS
+from simsiam_dali.recommendation.rating_model import RatingModel
+from simsiam_dali.recommendation.search import SongIndex
+from simsiam_dali.recommendation.show import truncate
 
 NS = "{http://xspf.org/ns/0/}"
 HOSTILE = '<script>alert(1)</script> ]]> & "q"\n#EXTINF:9,x\r\x1b[2J\x07\x00\u2028\u202e\ufffe 日本'
@@ -33,7 +36,7 @@ def library_file(folder: Path, table: pd.DataFrame, vectors: np.ndarray, files: 
         (music / name).parent.mkdir(parents=True, exist_ok=True)
         (music / name).touch()
     out = folder / "embeddings.parquet"
-    embeddings.write(out, Embeddings(table, vectors.astype(np.float32), {"music": str(music), "rows": "songs"}))
+    write_embeddings(out, Embeddings(table, vectors.astype(np.float32), {"music": str(music), "rows": "songs"}))
     return out
 
 
@@ -77,8 +80,8 @@ def test_like_finds_the_cluster_and_not_the_song_itself(clusters):
 
 def test_like_agrees_with_the_knn_probe(clusters):
     folder, table, _ = clusters
-    songs = embeddings.read(folder / "embeddings.parquet")
-    near, cosine = probes.neighbours(songs.vectors, np.arange(len(table)), 12)
+    songs = read_embeddings(folder / "embeddings.parquet")
+    near, cosine = nearest_others(songs.vectors, np.arange(len(table)), 12)
     found = chosen(folder, "--like", "Title 8", "--count", 12)
     assert numbers(found) == near[8].tolist()
     np.testing.assert_allclose([float(row["similarity"]) for row in found], cosine[8], atol=1e-4)
@@ -162,7 +165,7 @@ def test_many_candidates_are_cut(clusters):
         Library(table, folder / "music").find("title")
 
 
-def taste_table(n: int = 400, dim: int = 24, noise: float = 0.05) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+def rating_table(n: int = 400, dim: int = 24, noise: float = 0.05) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """A table of which a third is rated, by a plane through its vectors; the vectors; what all ratings would be."""
     rng = np.random.default_rng(0)
     table = song_table(n)
@@ -173,7 +176,7 @@ def taste_table(n: int = 400, dim: int = 24, noise: float = 0.05) -> tuple[pd.Da
 
 
 def test_top_ranks_by_planted_ratings(tmp_path):
-    table, vectors, true = taste_table()
+    table, vectors, true = rating_table()
     library_file(tmp_path, table, vectors)
     found = chosen(tmp_path, "--top", "--count", 400)
     rows = numbers(found)
@@ -190,7 +193,7 @@ def test_top_ranks_by_planted_ratings(tmp_path):
 
 
 def test_another_file_of_a_rated_song_is_not_unrated(tmp_path):
-    table, vectors, _ = taste_table(60)
+    table, vectors, _ = rating_table(60)
     for column in ("title", "artists", "duration"):
         table.at[1, column] = table.at[0, column]
     library_file(tmp_path, table, vectors)
@@ -208,7 +211,7 @@ def test_explore_asks_for_songs_far_from_the_rated_ones_and_not_twice_alike(tmp_
     # Without the posterior the three most uncertain are of fewer clusters: the test would not see a plain sort else.
     rated = np.isfinite(table["rating"].to_numpy())
     x = unit(vectors)
-    std = Taste(x[rated], table["rating"].to_numpy()[rated]).predict(x)[1]
+    std = RatingModel(x[rated], table["rating"].to_numpy()[rated]).predict(x)[1]
     assert len(set(classes[np.argsort(-std)[:3]])) < 3
     assert std[np.isin(classes, (3, 4, 5))].min() > std[np.isin(classes, (0, 1, 2))].max()
 
@@ -217,20 +220,20 @@ def test_a_pick_counts_as_a_rated_song():
     """The variance that explore goes by is what fitting with that song would leave, for the same prior and noise."""
     rng = np.random.default_rng(0)
     x = unit(rng.standard_normal((40, 6)))
-    taste = Taste(x[:15], rng.random(15))
-    picked = taste.explore(x[15:], 5, lambda _: True)
+    model = RatingModel(x[:15], rng.random(15))
+    picked = model.explore(x[15:], 5, lambda _: True)
     mean = x[:15].mean(axis=0)
-    covariance = taste._covariance.copy()
+    covariance = model._covariance.copy()
     for row in picked:
         here = x[15:] - mean
         assert (here @ covariance * here).sum(axis=1).argmax() == row
-        covariance = np.linalg.inv(np.linalg.inv(covariance) + np.outer(here[row], here[row]) / taste.noise**2)
-    assert taste.explore(x[15:], 5, lambda row: row in picked[2:])[:1] != picked[:1]
+        covariance = np.linalg.inv(np.linalg.inv(covariance) + np.outer(here[row], here[row]) / model.noise**2)
+    assert model.explore(x[15:], 5, lambda row: row in picked[2:])[:1] != picked[:1]
 
 
 @pytest.mark.parametrize("option", ["--top", "--explore"])
 def test_too_few_ratings(tmp_path, option):
-    table, vectors, _ = taste_table(60)
+    table, vectors, _ = rating_table(60)
     table.loc[12:, "rating"] = np.nan
     library_file(tmp_path, table, vectors)
     with pytest.raises(UserError, match=r"4 of 60 songs have a rating.*10.*simsiam_dali.pack"):
@@ -251,7 +254,7 @@ def test_faiss_and_numpy_agree():
     both = unit(np.random.default_rng(0).standard_normal((3050, 16)))
     x, q = both[:3000], both[3000:]
     for queries, k in ((q[:1], 10), (q, 200), (q[:3], 3000), (q[:3], 9999)):
-        plain, large = (Neighbours(x, len(queries), large=limit).closest(queries, k) for limit in (3000, 2999))
+        plain, large = (SongIndex(x, len(queries), large=limit).nearest(queries, k) for limit in (3000, 2999))
         np.testing.assert_array_equal(plain[0], large[0])
         np.testing.assert_allclose(plain[1], large[1], atol=1e-5)
         every = (x @ queries.T).max(axis=1)
@@ -260,14 +263,14 @@ def test_faiss_and_numpy_agree():
 
 def test_the_approximate_index_finds_what_is_near():
     x = unit(planted(np.random.default_rng(0).integers(0, 300, 60_000), width=32, noise=0.7))
-    exact, approximate = Neighbours(x, queries=1), Neighbours(x, queries=1000)
+    exact, approximate = SongIndex(x, queries=1), SongIndex(x, queries=1000)
     assert (exact.approximate, approximate.approximate) == (False, True)
     shared = 0
     for row in range(100):
-        found, right = (index.closest(x[row : row + 1], 25)[0] for index in (approximate, exact))
+        found, right = (index.nearest(x[row : row + 1], 25)[0] for index in (approximate, exact))
         shared += len(set(found) & set(right))
     assert shared / 2500 >= 0.95
-    assert len(approximate.closest(x[:1], len(x))[0]) == len(x)  # asked for all, it leaves out none
+    assert len(approximate.nearest(x[:1], len(x))[0]) == len(x)  # asked for all, it leaves out none
 
 
 def hostile(folder: Path) -> tuple[Path, pd.DataFrame]:
@@ -356,14 +359,14 @@ def test_the_terminal_gets_no_control_characters(tmp_path, capsys):
     assert lines[0] == "5 of 12 songs: like Artist 0 - Title 0"
     assert len(lines) == 2 + 1 + 5
     column = lines[2].index("album")
-    where = [recommend.width(line[: line.index("Album")]) for line in lines[3:] if "Album" in line]
+    where = [cell_len(line[: line.index("Album")]) for line in lines[3:] if "Album" in line]
     assert where == [column] * 4
 
 
 def test_wide_letters_are_cut_by_columns():
-    assert recommend.cut("日本語の歌", 10) == "日本語の歌"
-    assert recommend.cut("日本語の歌だ", 10) == "日本語の…"
-    assert recommend.width("e\u0301") == 1
+    assert truncate("日本語の歌", 10) == "日本語の歌"
+    assert truncate("日本語の歌だ", 10) == "日本語の…"
+    assert cell_len("e\u0301") == 1
 
 
 def test_csv_round_trips(tmp_path):
@@ -379,7 +382,7 @@ def test_missing_songs_are_named(tmp_path, capsys):
     library_file(tmp_path, song_table(30), planted(np.arange(30) % 6), files=False)
     chosen(tmp_path, "--like", "Title 0", "--count", 12)
     warned = capsys.readouterr().err
-    assert "warning: not where they were" in warned
+    assert "warning: files that are missing" in warned
     assert "and 2 more" in warned
     (tmp_path / "moved").mkdir()
     moved = chosen(tmp_path, "--like", "Title 0", "--count", 1, "--music", tmp_path / "moved")

@@ -10,15 +10,16 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import running
 import torch
+from helpers import running
 from pyarrow import fs
 
-from simsiam_dali import config, factory
+from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.errors import UserError
+from simsiam_dali.training.data import create_loader, log_mel_settings
 
 ADDRESS = "s3://music/sets/one"
 SETTINGS = {**running.TINY, "data.max_bad_fraction": 0.2}
@@ -72,10 +73,10 @@ def put(system: fs.FileSystem, name: str, content: bytes) -> None:
 
 
 def loader_of(shards: ShardSet) -> Loader:
-    settings = config.load(command_line=SETTINGS)
+    settings = load_config(command_line=SETTINGS)
     world = World(0, 1, torch.device("cpu"))
-    log_mel = factory.log_mel_settings(settings)
-    return factory.create_loader(settings, shards, log_mel, world, "train", "views", shuffled=True)
+    log_mel = log_mel_settings(settings)
+    return create_loader(settings, shards, log_mel, world, "train", "views", shuffled=True)
 
 
 @pytest.mark.usefixtures("bucket")

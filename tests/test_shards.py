@@ -18,16 +18,19 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 import webdataset as wds
+from helpers.small_music import write_song
 from nvidia.dali import fn, pipeline_def, types
-from small_music import write_song
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import commit
-from simsiam_dali.data.shards import index_text, open_shards, read_index, verify, write_shard
-from simsiam_dali.errors import UserError
+from simsiam_dali.data.format import index_text, read_index
+from simsiam_dali.data.shards import open_shards
+from simsiam_dali.data.verify import verify
+from simsiam_dali.packing.assign_split import assign_splits, group_key
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
-from simsiam_dali.packing.splits import assign_splits, group_key
 from simsiam_dali.packing.tags import Tags
+from simsiam_dali.packing.write import write_shard
 
 SETTINGS = PackSettings(segment_seconds=2.0, segments_per_shard=5, val_fraction=0.3)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from simsiam_dali.data import shards
-from simsiam_dali.labels import MOST, SongLabels, label_ids
+from simsiam_dali.data.format import SONGS, read_table
+from simsiam_dali.models.labels import MOST, SongLabels, label_ids
 from simsiam_dali.models.losses import UNKNOWN, MetadataContrastiveLoss
 from simsiam_dali.models.simple import MIN_SAMPLES, SimpleAudioEncoder
+from simsiam_dali.packing.write import write_table
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # embeddings, artists, albums, years
 
@@ -229,8 +230,8 @@ def song_table(tmp_path: Path, *songs: dict[str, object]) -> pd.DataFrame:
     unrated = {"rating": math.nan, "duration": 60.0, "sample_rate": 16000, "channels": 1, "split": "train"}
     blank = {"path": "", "other_paths": [], "title": "", "audio_hash": "", "note": "", "genres": []} | unrated
     tagless = {"artists": [], "albums": [], "album_artist": "", "year": None}
-    shards.write_table(tmp_path / shards.SONGS, [blank | tagless | song for song in songs])
-    return shards.read_table(tmp_path / shards.SONGS)
+    write_table(tmp_path / SONGS, [blank | tagless | song for song in songs])
+    return read_table(tmp_path / SONGS)
 
 
 def matches(tmp_path: Path, by: str, *songs: dict[str, object]) -> set[tuple[int, int]]:

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.models.losses import SimSiamLoss, negative_cosine
 from simsiam_dali.models.simsiam import SimSiam
 

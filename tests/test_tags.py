@@ -8,17 +8,17 @@ from pathlib import Path
 import mutagen
 import numpy as np
 import pytest
+from helpers.small_music import make_shards, sound, write_audio, write_song
 from mutagen.id3 import POPM, TALB, TCON, TDRC, TIT2, TPE1, TXXX
 from mutagen.mp4 import MP4FreeForm
-from small_music import make_shards, sound, write_audio, write_song
 
 from simsiam_dali import recommend
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.errors import UserError
-from simsiam_dali.library import Library
 from simsiam_dali.packing.ratings import RatingsFile
-from simsiam_dali.packing.tags import LONGEST, MOST, Tags, merged, popm_rating, read_tags, vorbis_rating
-from simsiam_dali.playlists import FORMATS
+from simsiam_dali.packing.tags import MAX_CHARACTERS, MAX_VALUES, Tags, merged, popm_rating, read_tags, vorbis_rating
+from simsiam_dali.recommendation.library import Library
+from simsiam_dali.recommendation.playlists import FORMATS
 
 
 def tagged(path: Path, *frames: object, **comments: object) -> Path:
@@ -108,7 +108,7 @@ def test_odd_values_are_made_fit_for_a_table(tmp_path: Path) -> None:
     assert read_tags(tagged(tmp_path / "b.ogg", title=["same"] * 11)).title == "same"
     tags = read_tags(tagged(tmp_path / "c.ogg", title=["a\x1b[31m\nb\tc"], album=["x" * 9999]))
     assert tags.title == "a [31m b c"
-    assert len(tags.albums[0]) == LONGEST
+    assert len(tags.albums[0]) == MAX_CHARACTERS
 
 
 def test_broken_tags_are_none_and_told(tmp_path: Path) -> None:
@@ -250,8 +250,8 @@ def test_hostile_tags_and_names_break_neither_a_table_nor_a_terminal(tmp_path: P
     assert sorted(songs["path"]) == ["huge.flac", odd.name]  # a name stays what it is, or the song would not open
     table = songs.set_index("path")
     assert table.loc[odd.name, "title"] == "]0;owned [2Jred / line gnp 31m"  # a zero divides values
-    assert table.loc["huge.flac", "title"] == "x" * (LONGEST - 1) + "…"
-    assert len(table.loc["huge.flac", "artists"]) == MOST
+    assert table.loc["huge.flac", "title"] == "x" * (MAX_CHARACTERS - 1) + "…"
+    assert len(table.loc["huge.flac", "artists"]) == MAX_VALUES
     assert (tmp_path / "shards/songs.parquet").stat().st_size < 100_000
 
     library = Library(songs, music)

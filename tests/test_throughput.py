@@ -1,6 +1,7 @@
 """The benchmark counts what it times, freezes who waits, sees who sleeps, and its tables hold the files' numbers."""
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -13,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
-from running import ROOT
-from signals import frequency, noise, tone
+from helpers import fork_server
+from helpers.fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
+from helpers.running import ROOT, forked_stages
+from helpers.signals import frequency, noise, tone
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import document
 import material
+import measure
 import report
 import throughput
 from baselines import Segments
@@ -28,13 +31,13 @@ from measure import FrozenStage, Stage, Window, interleaved, summary, timed_wind
 from stages import Spec, open_stage, random_batch, trained
 from torch_views import Views
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory
-from simsiam_dali.config import AugmentationConfig, Config
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import load_config, replace_settings
+from simsiam_dali.config.schema import AugmentationConfig, Config
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Batch, Single
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
+from simsiam_dali.training.data import create_loader
 
 CPU = torch.device("cpu")
 TINY = {
@@ -62,9 +65,15 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def stages_by_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's process does not import torch and DALI anew; `test_the_three_named_commands` has the real start."""
+    monkeypatch.setattr(measure, "_CONTEXT", multiprocessing.get_context("forkserver"))
+
+
 @pytest.fixture(scope="module")
 def tiny(small_shards: Path) -> Config:
-    return settings.load(command_line={**TINY, "data.shards": small_shards})
+    return load_config(command_line={**TINY, "data.shards": small_shards})
 
 
 # --- 1. exactly the samples it timed
@@ -92,7 +101,7 @@ def test_a_window_lasts_as_long_as_it_says_and_ends_with_a_batch() -> None:
     assert batches >= 1
 
 
-@pytest.mark.parametrize("kind", ["loader/read", "loader/decode", "loader/mel", "loader/card", "loader/all", "train"])
+@pytest.mark.parametrize("kind", ["loader/read", "loader/decode", "loader/mel", "loader/light", "loader/all", "train"])
 def test_windows_of_real_stages_hold_the_loaders_segments(tiny: Config, kind: str) -> None:
     """An epoch's windows and the batches before them hold each segment of the training split once."""
     stage = open_stage(Spec(kind, tiny, "cpu", 1))
@@ -130,7 +139,7 @@ def test_what_a_stage_decodes_is_counted_where_it_is_decoded(tiny: Config, kind:
     """Two epochs whose segments are no whole number of batches: each segment given was decoded, and no other."""
     total = open_shards(tiny.data.shards).count("train")
     assert total % 3
-    stage = open_stage(Spec(kind, settings.changed(tiny, encoder__batch_size=3), "cpu", 1))
+    stage = open_stage(Spec(kind, replace_settings(tiny, encoder__batch_size=3), "cpu", 1))
     window = timed_window(stage, 0.0, batches=2 * (total // 3))
     assert window.decoded == len(window.segments)
     assert summary([window], 1.0)["decoded_over_given"] == 1
@@ -162,7 +171,7 @@ def test_batch_sizes_without_a_near_common_multiple_leave_one_batch_over() -> No
         ([], 256),
         (["--batch-size", "40"], 640),
         (["--sweep", "batch"], 1024),
-        (["--stages", "loader/card", "baseline/light"], 256),
+        (["--stages", "loader/light", "baseline/light"], 256),
         (["--stages", "train", "--set", "encoder.batch_size=48"], 768),
     ],
 )
@@ -260,7 +269,7 @@ def test_stages_that_do_not_fit_beside_each_other_are_open_one_at_a_time(tmp_pat
     ("device", "kinds", "turns"),
     [
         ("gpu", ("loader/train", "model", "train"), False),
-        ("gpu", ("loader/card", "baseline/gpu_light"), True),
+        ("gpu", ("loader/light", "baseline/gpu_light"), True),
         ("cpu", ("loader/train", "model", "train"), True),
     ],
 )
@@ -326,9 +335,9 @@ def views(full: bool, spec: LogMel, seconds: float, **over: Any) -> Views:
 @pytest.mark.parametrize("full", [False, True])
 def test_a_baselines_clean_view_is_the_graphs(small_shards: Path, tiny: Config, full: bool) -> None:
     """With every augmentation off, the two see the same log-mel of the same segments."""
-    whole = settings.load(base=tiny.model_dump(mode="json"), command_line={"data.view_seconds": 3.0})
+    whole = load_config(base=tiny.model_dump(mode="json"), command_line={"data.view_seconds": 3.0})
     shards, spec = open_shards(small_shards), LogMel(n_mels=16, mean=-20.0, std=20.0)
-    graph = factory.create_loader(whole, shards, spec, World(0, 1, CPU), "train", "clean")
+    graph = create_loader(whole, shards, spec, World(0, 1, CPU), "train", "clean")
     ours = next(iter(graph))
     theirs = {row: view for view, _, row in Segments(shards, views(full, spec, 3.0))}
     for view, row in zip(ours.data, ours.segment.tolist(), strict=True):
@@ -360,14 +369,12 @@ def test_the_full_baselines_stretch_keeps_the_pitch_and_brings_a_burst_forward()
 
 def test_the_command_measures_and_writes_the_documented_json(small_shards: Path, tmp_path: Path) -> None:
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
-    done = subprocess.run(
+    done = fork_server.run(
         [
-            *(sys.executable, ROOT / "benchmarks" / "throughput.py", "--shards", small_shards, "--device", "cpu"),
+            *(*forked_stages("throughput.py"), "--shards", small_shards, "--device", "cpu"),
             *("--stages", "loader/train", "train", "--seconds", "0.05", "--batch-size", "4", "--threads", "1"),
             *("--view-seconds", "1.5", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png", *sets),
-        ],
-        capture_output=True,
-        text=True,
+        ]
     )
     assert done.returncode == 0, done.stderr[-3000:]
     doc = json.loads((tmp_path / "r.json").read_text())
@@ -379,7 +386,7 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
         assert entry["samples"] % 4 == 0
         assert entry["decoded_over_given"] == 1
         assert entry["host_peak_bytes"] >= max(entry["host_bytes"]) > 0
-    names = {"card_over_light", "all_over_full", "train_over_slower", "data_wait_share"}
+    names = {"light_over_baseline", "all_over_full", "train_over_slower", "data_wait_share"}
     assert doc["ratios"].keys() == names
     assert {name for name, value in doc["ratios"].items() if value is not None} == {"data_wait_share"}
     documented = document.__doc__ or ""
@@ -393,7 +400,7 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
 def test_the_json_is_whole_after_each_group(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut loses the group that was being measured; a stage that fails loses itself."""
     monkeypatch.setattr(throughput, "open_stage", numbers_of)
-    groups = (("loader/read",), ("loader/card", "loader/mel"), ("loader/all", "model"))
+    groups = (("loader/read",), ("loader/light", "loader/mel"), ("loader/all", "model"))
     plan = [{kind: Spec(kind, tiny, "cpu", 1) for kind in group} for group in groups]
     seen: list[list[str]] = []
 
@@ -401,12 +408,12 @@ def test_the_json_is_whole_after_each_group(tiny: Config, tmp_path: Path, monkey
         document.write(document.document(CPU, {"sweep": None}, entries), tmp_path / "r.json")
         doc = json.loads((tmp_path / "r.json").read_text())
         seen.append(list(doc["stages"]))
-        assert set(doc["ratios"]) == {"card_over_light", "all_over_full", "train_over_slower", "data_wait_share"}
+        assert set(doc["ratios"]) == {"light_over_baseline", "all_over_full", "train_over_slower", "data_wait_share"}
         assert doc["ratios"]["train_over_slower"] is None
         assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
     _, errors = throughput.measure(plan, 1, 0.0, each=keep)
-    first, second = ["loader/read"], ["loader/read", "loader/card", "loader/mel"]
+    first, second = ["loader/read"], ["loader/read", "loader/light", "loader/mel"]
     assert seen == [first, second, [*second, "model"]]
     assert [str(e) for e in errors] == ["loader/all: no such thing"]
 
@@ -429,7 +436,7 @@ def test_an_unknown_stage_is_refused_in_one_line(
 
 def test_ratios_are_of_the_stages() -> None:
     rate = {
-        "loader/card": 30,
+        "loader/light": 30,
         "baseline/light": 15,
         "loader/all": 20,
         "baseline/full": 4,
@@ -438,7 +445,7 @@ def test_ratios_are_of_the_stages() -> None:
     }
     entries = {name: {"samples_per_s": value} for name, value in rate.items()}
     entries["train"] = {"samples_per_s": 38, "data_wait_share": 0.01}
-    expected = {"card_over_light": 2, "all_over_full": 5, "train_over_slower": 0.95, "data_wait_share": 0.01}
+    expected = {"light_over_baseline": 2, "all_over_full": 5, "train_over_slower": 0.95, "data_wait_share": 0.01}
     assert document.ratios(entries) == pytest.approx(expected)
     assert set(document.ratios({}).values()) == {None}
 
@@ -463,11 +470,11 @@ def test_the_tables_hold_the_numbers_of_the_file() -> None:
                 **{"precision": "auto", "compile": False, "sweep": None, "soak": None, "device": "cpu"},
             },
         },
-        "stages": {"loader/card": entry},
-        "ratios": document.ratios({"loader/card": entry}),
+        "stages": {"loader/light": entry},
+        "ratios": document.ratios({"loader/light": entry}),
     }
     page = "\n".join(report.section("name", doc))
-    assert "| `loader/card` | 21.0 | 17.0 to 1,234 |" in page
+    assert "| `loader/light` | 21.0 | 17.0 to 1,234 |" in page
     assert "batch 16, 60 s, 2 threads" in page
     assert "A CPU" in page
     readme = report.with_table("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n", {"name": doc})

@@ -15,10 +15,13 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from running import TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
+from helpers import fork_server
+from helpers.running import TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
 
-from simsiam_dali import checkpoint, config, factory
-from simsiam_dali.schedule import learning_rates
+from simsiam_dali.config.load import load_config
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import checkpoint
+from simsiam_dali.training.learner import create_optimizer, learning_rates
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(whole, tmp_path, small_shards,
 def test_what_a_run_writes(whole):
     written = {p.name for p in whole.iterdir()}
     assert written == {"checkpoint.pt", "checkpoint.previous.pt", "config.yaml", "curves.png", "metrics.jsonl"}
-    assert config.load(whole / "config.yaml").encoder.batch_size == TINY["encoder.batch_size"]
+    assert load_config(whole / "config.yaml").encoder.batch_size == TINY["encoder.batch_size"]
     found = epochs(whole)
     assert [r["epoch"] for r in found] == [0, 1, 2, 3]  # 0 is the untrained encoder
     for name in ("encoder/val_loss", "knn/artist", "knn/genre", "knn/rating_mae", "knn/artist_chance"):
@@ -101,13 +104,13 @@ def test_the_checkpoint_holds_the_data_set_s_statistics(whole):
 
 def test_the_predictor_s_rate_stays_and_the_encoder_s_falls(whole):
     encoder, predictor = checkpoint.load(whole / checkpoint.FILE_NAME)["learner"]["optimizer"]["param_groups"]
-    base = config.load(whole / "config.yaml").encoder.simsiam.learning_rate * TINY["encoder.batch_size"] / 256
+    base = load_config(whole / "config.yaml").encoder.simsiam.learning_rate * TINY["encoder.batch_size"] / 256
     assert predictor["lr"] == pytest.approx(base)
     assert encoder["lr"] < 0.05 * base
 
 
 def test_learning_rates_follow_the_cosine_and_the_warm_up():
-    settings = config.load(
+    settings = load_config(
         assignments=["encoder.epochs=10", "encoder.simsiam.warmup_epochs=2", "encoder.simsiam.learning_rate=0.05"]
     )
     rates = [learning_rates(settings, step, 100, 512) for step in range(1000)]
@@ -131,14 +134,14 @@ def test_learning_rates_follow_the_cosine_and_the_warm_up():
     ],
 )
 def test_the_base_learning_rate_is_the_type_s_own_unless_one_is_given_for_all(assignments, base):
-    rate, fixed = learning_rates(config.load(assignments=assignments), 0, 100, 512)
+    rate, fixed = learning_rates(load_config(assignments=assignments), 0, 100, 512)
     assert rate == pytest.approx(base)
     assert fixed == pytest.approx(base)
 
 
 def test_fix_predictor_lr_off_marks_no_group():
-    settings = config.load(assignments=["encoder.simsiam.fix_predictor_lr=false", "encoder.simsiam.backbone=resnet18"])
-    optimizer = factory.create_optimizer(settings, factory.create_encoder(settings))
+    settings = load_config(assignments=["encoder.simsiam.fix_predictor_lr=false", "encoder.simsiam.backbone=resnet18"])
+    optimizer = create_optimizer(settings, encoder_type(settings).create())
     assert not any(group["fix_lr"] for group in optimizer.param_groups)
 
 
@@ -177,14 +180,16 @@ try:
 finally:
     assert "mlflow" not in sys.modules
 """
-    done = run([sys.executable, "-c", code, *args[3:]], tmp_path)
+    done = fork_server.fresh([sys.executable, "-c", code, *args[3:]], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_no_epoch_leaves_a_data_graph_behind(tmp_path, small_shards):
     script = """
 import gc, sys
-from simsiam_dali import journal, train, validation
+from simsiam_dali import train
+from simsiam_dali.training import journal
+from simsiam_dali.training import validation
 validation.KEPT_BYTES = 0  # as with a large library, the graphs are made anew each time
 gc.set_threshold(100_000_000)  # only what the run itself collects
 line = journal.epoch_line
@@ -263,7 +268,7 @@ def test_refused_a_run_that_exists_and_settings_a_resume_cannot_change(whole, tm
     name = whole.name
     done = run(command(tmp_path, small_shards, "--run-name", name), tmp_path)
     assert done.returncode == 1
-    assert "holds a run already" in done.stderr
+    assert "already holds a run" in done.stderr
     done = run(
         command(tmp_path, small_shards, "--resume", name, mlflow__enabled="false", encoder__learning_rate=1), tmp_path
     )
@@ -295,7 +300,7 @@ def test_profile_and_measured_threads(tmp_path, small_shards):
     )
     done = run(args, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    chosen = config.load(tmp_path / "runs/p/config.yaml").data
+    chosen = load_config(tmp_path / "runs/p/config.yaml").data
     assert 1 <= chosen.threads <= len(os.sched_getaffinity(0))
     assert f"measured: {chosen.threads} DALI threads, {chosen.prefetch} batches ahead" in done.stdout
     with gzip.open(tmp_path / "runs/p/trace.json.gz", "rt") as f:

@@ -1,6 +1,7 @@
 """Which epochs are validated, and that what is kept between validations changes no score."""
 
 import math
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ import pandas as pd
 import pytest
 import torch
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory, validation
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
+from simsiam_dali.data import loader
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.distributed import World
-from simsiam_dali.learner import Learner
-from simsiam_dali.validation import Validation, epochs_between
+from simsiam_dali.training import data as training_data
+from simsiam_dali.training import validation
+from simsiam_dali.training.data import TrainingData, log_mel_settings, with_statistics, with_threads
+from simsiam_dali.training.learner import Learner
+from simsiam_dali.training.validation import Validation, epochs_between
 
 SETTINGS = {
     "data.view_seconds": 1.5,
@@ -44,8 +49,8 @@ class Counts:
         return self.train if split == "train" else self.val
 
 
-def config(**over: object) -> settings.Config:
-    return settings.load(command_line={**SETTINGS, **{k.replace("__", "."): v for k, v in over.items()}})
+def config(**over: object) -> Config:
+    return load_config(command_line={**SETTINGS, **{k.replace("__", "."): v for k, v in over.items()}})
 
 
 @pytest.mark.parametrize("encoder", ["simsiam", "simple"])
@@ -67,8 +72,9 @@ def test_a_number_is_taken_as_it_is():
 def opened(shards: Path, **over: Any) -> Validation:
     chosen = config(data__shards=shards, **over)
     found, world = open_shards(shards), World(0, 1, torch.device("cpu"))
-    log_mel = factory.with_statistics(factory.log_mel_settings(chosen), -30.0, 15.0)
-    return Validation(chosen, found, log_mel, world, Learner(chosen, found, world))
+    log_mel = with_statistics(log_mel_settings(chosen), -30.0, 15.0)
+    data = TrainingData(chosen, found, world, log_mel, loader=None)  # type: ignore[arg-type]  # of the training split
+    return Validation(data, Learner(chosen, found, world))
 
 
 def test_the_first_every_nth_and_the_last_epoch_are_due(small_shards: Path):
@@ -106,6 +112,40 @@ def test_what_does_not_fit_whole_is_not_kept(small_shards, monkeypatch):
         assert partly.scores() == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
     assert 0 < len(partly._kept) < len(sizes)
     assert partly._free == max(sizes.values()) + 1 - sum(sizes[key] for key in partly._kept)
+
+
+@pytest.fixture
+def graphs_at_release(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(graphs that were built, those still there), at each time that DALI releases its unused memory."""
+    built: list[weakref.ref[Any]] = []
+    noted: list[tuple[int, int]] = []
+    build, release = Loader._build, loader.backend.ReleaseUnusedMemory
+
+    def building(self: Loader, state: str | None) -> None:
+        build(self, state)
+        built.append(weakref.ref(self.pipeline))
+
+    def releasing() -> None:
+        noted.append((len(built), sum(ref() is not None for ref in built)))
+        release()
+
+    monkeypatch.setattr(Loader, "_build", building)
+    monkeypatch.setattr(loader.backend, "ReleaseUnusedMemory", releasing)
+    return noted
+
+
+def test_a_validation_releases_the_memory_of_its_graphs(small_shards, graphs_at_release):
+    """DALI's pools on a GPU keep what they had, and its pipelines are cycles: both would stand beside the model."""
+    opened(small_shards).scores()
+    assert graphs_at_release == [(1, 0), (2, 0), (3, 0)]
+
+
+def test_threads_are_tried_one_graph_at_a_time(small_shards, graphs_at_release, monkeypatch):
+    monkeypatch.setattr(training_data.os, "sched_getaffinity", lambda _: range(4))
+    chosen, shards = config(data__shards=small_shards, data__threads="auto"), open_shards(small_shards)
+    tuned = with_threads(chosen, shards, log_mel_settings(chosen), World(0, 1, torch.device("cpu")))
+    assert tuned.data.threads in (1, 2, 4)
+    assert graphs_at_release == [(1, 0), (2, 0), (3, 0)]
 
 
 def test_the_encoder_trains_on_as_before(small_shards):

@@ -6,8 +6,8 @@ closely, not exactly. Each threshold stands far above the correlation of the unt
 
 import numpy as np
 import torch
+from helpers.signals import RATE, Array, augmented, correlation, reference_log_mel, song
 from scipy.signal import fftconvolve
-from signals import RATE, Array, augmented, correlation, reference_log_mel, song
 from torchaudio.functional import phase_vocoder, pitch_shift
 
 SECONDS = 6.0

@@ -1,22 +1,11 @@
 """Worker processes: results, exceptions, deaths."""
 
-import os
 import signal
 
 import pytest
+from helpers.tasks import work
 
-from simsiam_dali.packing.workers import Died, run_all
-
-
-def work(task: int) -> int:
-    """Square; 3 raises, 5 kills its process, 7 leaves it."""
-    if task == 3:
-        raise OSError(28, "No space left on device")
-    if task == 5:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if task == 7:
-        os._exit(9)
-    return task * task
+from simsiam_dali.packing.process_pool import Died, run_all
 
 
 @pytest.mark.parametrize("workers", [1, 2, 20])

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.common.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKING = ("--segment-seconds", "10", "--val-fraction", "0.15", "--sample-rate", "8000", "--codec", "wav")
@@ -119,7 +119,7 @@ def run(folder: Path, seed: int) -> Done:
         "--encoder-type", "simsiam", "--shards", shards, "--seed", seed, "--run-name", made.name,
         "--set", f"train.runs_dir={made.parent}", "--set", f"mlflow.tracking_uri=sqlite:///{folder}/mlflow.db",
     )  # fmt: skip
-    show.run("embed the songs", "-m", "simsiam_dali.embed", "--checkpoint", made, "--out", table, "--floors")
+    show.run("embed the songs", "-m", "simsiam_dali.embed", "--checkpoint", made, "--out", table, "--baselines")
     show.run(
         "evaluate the embeddings", "-m", "simsiam_dali.evaluate", "--embeddings", table, "--out", made / "evaluation",
         "--resamples", 200,

@@ -1,7 +1,7 @@
 """The tables of docs/gpu.md that can be made without a GPU: what fits on which card, and where each operator runs.
 
-make_docs.py writes them. Nothing here is measured: the first is `simsiam_dali.memory`'s estimate on meta tensors, the
-second is the graph as it is defined for a GPU, read back from DALI before it is built.
+make_docs.py writes them. Nothing here is measured: the first is `simsiam_dali.training.memory`'s estimate on meta
+tensors, the second is the graph as it is defined for a GPU, read back from DALI before it is built.
 """
 
 from collections import Counter
@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 from nvidia.dali import backend
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory, memory, micro_batch
-from simsiam_dali.config import AugmentationConfig, Config
-from simsiam_dali.data.pipeline import Epoch, Graph, LogMel, Source, defined
-from simsiam_dali.encoders import encoder_type
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config, replace_settings
+from simsiam_dali.config.schema import AugmentationConfig, Config
+from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
+from simsiam_dali.data.pipeline import Settings, define
 from simsiam_dali.models.recompute import recompute_blocks
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training import memory, micro_batch
+from simsiam_dali.training.data import log_mel_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = (8, 12, 16, 24, 48, 80, 141)
@@ -37,9 +39,9 @@ class Fit:
 
 def fit(config: Config, free: float) -> Fit | None:
     """What `train.micro_batch: auto` takes on a GPU with `free` bytes, in 16 bits, by `memory.check_fits`."""
-    shapes = encoder_type(config).input_shapes(factory.log_mel_settings(config), SEGMENT_SECONDS)
+    shapes = encoder_type(config).input_shapes(log_mel_settings(config), SEGMENT_SECONDS)
     with torch.device("meta"):
-        encoder = factory.create_encoder(config, pretrained=False)
+        encoder = encoder_type(config).create(pretrained=False)
     if config.train.activation_checkpointing:
         recompute_blocks(encoder)
     kept = memory.activation_bytes(encoder, shapes) / 2
@@ -62,8 +64,8 @@ def fit(config: Config, free: float) -> Fit | None:
 
 def cards_table() -> Iterator[str]:
     """One row a card."""
-    plain = settings.load(ROOT / "configs" / "gpu.yaml")
-    recomputing = settings.changed(plain, train__activation_checkpointing=True)
+    plain = load_config(ROOT / "configs" / "gpu.yaml")
+    recomputing = replace_settings(plain, train__activation_checkpointing=True)
     yield "| free memory | micro-batch | expected | micro-batch, activations recomputed | expected |"
     yield "|---|---|---|---|---|"
 
@@ -101,7 +103,7 @@ class Operator:
 
 def operators(graph: Graph, gpu: int | None) -> list[Operator]:
     """Every operator of a graph in DALI's order."""
-    pipeline = defined(graph, 4, threads=1, prefetch=1, seed=0, gpu=gpu, state=None)
+    pipeline = define(graph, Settings(4, threads=1, prefetch=1, seed=0, gpu=gpu))
     pipeline._build_graph()
     found = []
     for call in pipeline._ops:

@@ -36,7 +36,7 @@ from demo_synth import Style, brightness, compose, draw_styles, master, record
 from mutagen.ogg import OggPage
 from tqdm import tqdm
 
-from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.common.errors import UserError, one_line_errors
 
 LIBRARY_VERSION = 2  # raise it when the same arguments give another library
 MARKER = "demo_music.json"  # written last: where it stands, the library is complete

@@ -19,9 +19,9 @@ from typing import Any
 import halves
 import run
 
-from simsiam_dali import config as settings
-from simsiam_dali.config import AugmentationConfig
-from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import AugmentationConfig
 
 PAGE = halves.ROOT / "docs" / "experiments.md"
 RESULTS = halves.ROOT / "benchmarks" / "results" / "real_music"
@@ -39,7 +39,7 @@ PROBABILITIES = {
     "time mask": "time_mask_prob",
 }
 SWITCHED_ON = ("noise", "reverb")
-"""Those that the recipe leaves out: their rows have them as often as the plan does."""
+"""Augmentations that the recipe leaves out: their rows have them at the default probability."""
 
 
 def switched(name: str) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def main() -> None:
     work = args.work.resolve()
     started = time.perf_counter()
     halves.prepare(work, (args.music or work / "music").resolve())
-    base = {key: functools.reduce(getattr, key.split("."), settings.load(config)) for key in FACTORS}
+    base = {key: functools.reduce(getattr, key.split("."), load_config(config)) for key in FACTORS}
     jobs = list(plan(args.seeds, args.epochs, ROWS, base))
     folder = work / f"experiments-{args.epochs}"
     wanted = [job for job in jobs if job.name in {BASE, *args.rows}]

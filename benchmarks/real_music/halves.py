@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 HALVES = ("a", "b")

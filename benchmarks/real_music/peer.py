@@ -20,18 +20,18 @@ from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor
 from tqdm import trange
 
-from simsiam_dali import config as settings
-from simsiam_dali import factory, tuning
-from simsiam_dali.config import Config
+from simsiam_dali.common.distributed import World, choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import measure_log_mel
-from simsiam_dali.data.pipeline import LogMel
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.distributed import World, choose_device
-from simsiam_dali.embed import embed, embedding_config
-from simsiam_dali.errors import UserError, one_line_errors
-from simsiam_dali.features import encoder_features
+from simsiam_dali.embedding.features import encoder_features
+from simsiam_dali.embedding.write import CleanViews, embedding_config, write_table
 from simsiam_dali.models.encoder import Encoder
 from simsiam_dali.models.simsiam import create_backbone
+from simsiam_dali.training.data import create_loader, log_mel_settings, with_threads
 
 
 class Peer(Encoder):
@@ -69,7 +69,7 @@ def train(config: Config, shards: ShardSet, log_mel: LogMel, world: World) -> Pe
     """As many steps as `simsiam_dali.train` takes with the same config."""
     torch.manual_seed(config.train.seed)
     own = config.encoder.simsiam
-    loader = factory.create_loader(config, shards, log_mel, world, "train", "views", shuffled=True)
+    loader = create_loader(config, shards, log_mel, world, "train", "views", shuffled=True)
     peer = Peer(config).to(world.device)
     peer = peer.to(memory_format=torch.channels_last)
     criterion = NegativeCosineSimilarity()
@@ -103,22 +103,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and draws (default: 0)")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="assignments", help="any setting")
     args = parser.parse_args()
-    config = settings.load(args.config, command_line={"train.seed": args.seed}, assignments=args.assignments)
+    config = load_config(args.config, command_line={"train.seed": args.seed}, assignments=args.assignments)
     if config.encoder.simsiam.optimizer != "sgd":
         raise UserError("the peer takes encoder.simsiam.optimizer=sgd")
     device = choose_device(config.train.device)
     world = World(0, 1, device)
     shards, others = open_shards(args.shards), open_shards(args.embed)
-    log_mel = factory.log_mel_settings(config)
+    log_mel = log_mel_settings(config)
     if config.data.threads == "auto":
-        config = tuning.with_threads(config, shards, log_mel, world)
+        config = with_threads(config, shards, log_mel, world)
     log_mel = measure_log_mel(
-        factory.create_loader(config, shards, log_mel, world, "train", "clean"), config.data.stats_segments
+        create_loader(config, shards, log_mel, world, "train", "clean"), config.data.stats_segments
     )
     peer = train(config, shards, log_mel, world)
 
     clean = embedding_config(config, others.segment_seconds)
-    about = {
+    provenance = {
         "features": "checkpoint",
         "rows": "songs",
         "encoder_type": "lightly",
@@ -132,7 +132,7 @@ def main() -> None:
         "tracking_uri": "",
     }
     features = encoder_features("lightly", peer, clean, device)
-    print(embed(features, clean, others, log_mel, world, about, args.out))
+    print(write_table(features, CleanViews(clean, others, log_mel, world), provenance, args.out))
 
 
 if __name__ == "__main__":

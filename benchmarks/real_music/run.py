@@ -3,7 +3,7 @@
 Fetches the soundtracks of eleven free games (fetch.sh), packs them in two halves, trains on one half of each
 soundtrack's songs and embeds the other, then the other way round: no song was heard in training. Scores are of each
 song among the others of its half, by the cosine of standardised embeddings: the vote of its 5 nearest (accuracy) and
-mAP@10, for its soundtrack and its artist. Beside SimSiam stand the floors (mean and std of MFCCs and of the log-mel,
+mAP@10, for its soundtrack and its artist. Beside SimSiam stand the baselines (mean and std of MFCCs and of the log-mel,
 and the untrained encoder), SimSiam built from lightly's parts on the same backbone, views and steps, and the encoder
 that learns from tags.
 
@@ -27,10 +27,13 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
 
-from simsiam_dali import config as settings
-from simsiam_dali import embeddings, evaluation, probes, scores
-from simsiam_dali.distributed import choose_device
-from simsiam_dali.errors import UserError, one_line_errors
+from simsiam_dali.common.distributed import choose_device
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.config.load import load_config
+from simsiam_dali.embedding.table import read_song_embeddings
+from simsiam_dali.evaluation import knn, probes
+from simsiam_dali.evaluation import metrics as scores
+from simsiam_dali.evaluation.plan import all_label_ids
 
 NEIGHBOURS, RETRIEVED = 5, 10
 TARGETS = ("soundtrack", "artist")
@@ -42,8 +45,8 @@ OURS, PROJECTION, PEER, SIMPLE = (
     "SimSiam of lightly's parts",
     "simple (from tags)",
 )
-FLOORS = {"untrained": "untrained encoder", "mfcc": "MFCC", "log-mel": "log-mel"}
-ORDER = (OURS, PROJECTION, PEER, SIMPLE, *FLOORS.values())
+BASELINES = {"untrained": "untrained encoder", "mfcc": "MFCC", "log-mel": "log-mel"}
+ORDER = (OURS, PROJECTION, PEER, SIMPLE, *BASELINES.values())
 
 
 def plan(seeds: int) -> Iterator[halves.Job]:
@@ -54,10 +57,10 @@ def plan(seeds: int) -> Iterator[halves.Job]:
             tables: dict[str, tuple[str, ...]] = {
                 OURS: (),
                 PROJECTION: ("--embedding", "projection"),
-                FLOORS["untrained"]: ("--features", "untrained"),
+                BASELINES["untrained"]: ("--features", "untrained"),
             }
             if seed == 0:  # nothing in them is drawn
-                tables |= {FLOORS[name]: ("--features", name) for name in ("mfcc", "log-mel")}
+                tables |= {BASELINES[name]: ("--features", name) for name in ("mfcc", "log-mel")}
             ours.append(halves.Job(OURS, "simsiam", half, seed, {}, tables))
             theirs.append(halves.Job(PEER, "lightly", half, seed, {}, {PEER: ()}))
             if seed == 0:  # shown the tags it is asked for, it is no rival: one is enough to see where it stands
@@ -68,12 +71,12 @@ def plan(seeds: int) -> Iterator[halves.Job]:
 
 def of_each_song(table: Path) -> dict[str, np.ndarray]:
     """`soundtrack/knn`, `soundtrack/map`, and so for artist: the score of each song that can be scored, in order."""
-    songs = embeddings.read_songs(table)
+    songs = read_song_embeddings(table)
     rows = songs.table.assign(albums=[[halves.soundtrack(path)] for path in songs.table["path"]])
     names = {name: i for i, name in enumerate(dict.fromkeys(own for (own,) in rows["albums"]))}
     labels = {
         "soundtrack": [[names[own]] for (own,) in rows["albums"]],
-        "artist": evaluation.label_ids(rows, "artist"),
+        "artist": all_label_ids(rows, "artist"),
     }
     found = {}
     for target in TARGETS:
@@ -81,9 +84,9 @@ def of_each_song(table: Path) -> dict[str, np.ndarray]:
         each = np.arange(len(labelled))  # leave out the song itself, and no other
         own = [labels[target][row] for row in labelled]
         first = np.array([ids[0] for ids in own])
-        near, cosine = probes.neighbours(songs.vectors[labelled], each, RETRIEVED)
+        near, cosine = knn.nearest_others(songs.vectors[labelled], each, RETRIEVED)
         retrieval = probes.Retrieval(own, each, RETRIEVED)
-        vote = probes.knn_vote(first, near[:, :NEIGHBOURS], cosine[:, :NEIGHBOURS])
+        vote = knn.vote(first, near[:, :NEIGHBOURS], cosine[:, :NEIGHBOURS])
         found[f"{target}/knn"] = (vote == first)[retrieval.scored].astype(float)
         found[f"{target}/map"] = retrieval.average_precision(near)
     return found
@@ -168,11 +171,11 @@ def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
 
 
 def verdict_lines(doc: Mapping[str, Any]) -> Iterator[str]:
-    """How SimSiam stands to each floor and to the peer."""
+    """How SimSiam compares with each baseline and to the peer."""
     rows = doc["rows"]
     for name, said in (("soundtrack/knn", "soundtrack 5-NN"), ("soundtrack/map", "soundtrack mAP@10")):
-        best = max((row for row in FLOORS.values() if row in rows), key=lambda row: rows[row][name]["value"])
-        for other, what in ((best, "the best floor, "), (PEER, "")):
+        best = max((row for row in BASELINES.values() if row in rows), key=lambda row: rows[row][name]["value"])
+        for other, what in ((best, "the best baseline, "), (PEER, "")):
             if gap := rows[OURS][name]["against"].get(other):
                 yield f"{said}: {gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] to {what}{other}"
 
@@ -208,7 +211,7 @@ def common(args: argparse.Namespace) -> tuple[torch.device, Path, int]:
     device = choose_device(args.device)
     kind = "gpu" if device.type == "cuda" else "cpu"
     config = args.config or halves.ROOT / "configs" / f"real_music_{kind}.yaml"
-    settings.load(config)  # refused before anything is fetched
+    load_config(config)  # refused before anything is fetched
     return device, config.resolve(), args.jobs or (1 if kind == "gpu" else len(os.sched_getaffinity(0)))
 
 
@@ -235,7 +238,7 @@ def main() -> None:
     jobs = list(plan(args.seeds))
     wanted = [job for job in jobs if job.kind in args.encoders]
     trained = halves.run_all(wanted, work, work, config, device, side_by_side)
-    doc = document(by_row(jobs, work), [*FLOORS.values(), PEER], device)
+    doc = document(by_row(jobs, work), [*BASELINES.values(), PEER], device)
     doc["took"] = {"trainings": trained, "of": len(wanted), "minutes": (time.perf_counter() - started) / 60}
     if args.json:
         args.json.write_text(json.dumps(doc, indent=1) + "\n")

@@ -1,12 +1,12 @@
 """The eight augmentations as functions from DALI nodes to DALI nodes, and their random draws.
 
-Each one is done where it is cheap. On the waveform `(N,)`: noise. On the power spectrogram `(F, bins)`, time first:
+Each is applied where it is cheap. On the waveform `(N,)`: noise. On the power spectrogram `(F, bins)`, time first:
 pitch shift, by the mel filters. On the mel power `(F, n_mels)`: time shift, time stretch, reverb, gain. On the
-normalised log-mel: the masks. Drawing is separate from doing: `draw` makes the random numbers, the rest is a
-deterministic function of them, so a test can put in a known draw and a GPU graph can be compared with a CPU graph on
+normalised log-mel: the masks. Drawing is separate from applying: `draw` makes the random numbers, the rest is a
+deterministic function of them, so a test can set a known draw, and a GPU graph can be compared with a CPU graph on
 the same draws.
 
-Argument inputs (everything in `Draws`) are always CPU scalars; DALI takes them for operators on either device.
+Argument inputs (everything in `Draws`) are always CPU scalars, which DALI accepts for operators on either device.
 """
 
 import zlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simsiam_dali.config import AugmentationConfig
+from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.dali import DataNode, fn, math, types
 
 DECAY_60_DB = np.log(1e6)
@@ -23,20 +23,20 @@ DECAY_60_DB = np.log(1e6)
 LOW_PASS_TAPS = 129
 
 PITCH_STEP = 0.125
-"""Semitones from one mel filter bank to the next: a pitch shift is done to half of it."""
+"""Semitones from one mel filter bank to the next: a pitch shift is rounded to the nearest."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What one view of one sample drew; neutral where it drew nothing (rate 1, 0 semitones, 0 dB, width 0)."""
+    """The random numbers of one view of one sample; neutral if an augmentation is off (rate 1, 0 semitones, 0 dB)."""
 
     shift: DataNode  # fraction of the view, FLOAT in [0, 1)
     rate: DataNode  # tempo, FLOAT; above 1 is faster
     semitones: DataNode  # FLOAT
-    stretched: DataNode  # BOOL: the rate was drawn, so that the mel's time axis has to be interpolated
+    stretched: DataNode  # BOOL: the rate was drawn, so the mel's time axis has to be interpolated
     noisy: DataNode  # BOOL
     snr_db: DataNode  # FLOAT, read where noisy
-    noise_at: DataNode  # FLOAT in [0, 1): place in the noise bank
+    noise_at: DataNode  # FLOAT in [0, 1): position in the noise bank
     gain_db: DataNode  # FLOAT
     reverberant: DataNode  # BOOL
     rt60: DataNode  # FLOAT, s
@@ -47,8 +47,8 @@ class Draws:
     time_width: DataNode  # FLOAT, whole number of frames
 
 
-def stream(seed: int, name: str) -> int:
-    """A seed of its own for the operator called `name`: another operator more or less changes no draw of this one."""
+def derive_seed(seed: int, name: str) -> int:
+    """The seed of the operator called `name`: adding or removing another operator does not change its draws."""
     return zlib.crc32(f"{seed}/{name}".encode())
 
 
@@ -62,15 +62,15 @@ def uniform(low: float, high: float, seed: int) -> DataNode:
 def draw(cfg: AugmentationConfig, frames: int, n_mels: int, seed: int) -> Draws:
     """Draw one view's augmentations for each sample, independently.
 
-    frames, n_mels: size of the view, for the masks' places. A mask's width is uniform on 0..param, its start uniform
-    over the places where it fits (arXiv:1904.08779, section 2).
+    frames, n_mels: size of the view, for the masks' positions. A mask's width is uniform on 0..param, its start uniform
+    over the positions where it fits (arXiv:1904.08779, section 2).
     """
 
     def coin(name: str, probability: float) -> DataNode:
-        return fn.random.coin_flip(probability=probability, dtype=types.INT32, seed=stream(seed, name))
+        return fn.random.coin_flip(probability=probability, dtype=types.INT32, seed=derive_seed(seed, name))
 
     def pick(name: str, value_range: tuple[float, float]) -> DataNode:
-        return uniform(*value_range, stream(seed, f"{name} value"))
+        return uniform(*value_range, derive_seed(seed, f"{name} value"))
 
     def mask(name: str, probability: float, param: int, size: int) -> tuple[DataNode, DataNode]:
         width = math.floor(pick(f"{name} width", (0.0, min(param, size) + 1.0))) * coin(name, probability)
@@ -101,46 +101,48 @@ def draw(cfg: AugmentationConfig, frames: int, n_mels: int, seed: int) -> Draws:
 
 
 def integer(x: DataNode) -> DataNode:
-    """`x` to the nearest INT32 (DALI's cast rounds), the type slices want."""
+    """`x` to the nearest INT32 (DALI's cast rounds), the type of slices' arguments."""
     return fn.cast(x, dtype=types.INT32)
 
 
-def circular_slice(x: DataNode, start: DataNode, length: DataNode, turns: int = 2, joint: int = 0) -> DataNode:
-    """`length` frames of `x (N, n_mels)` from `start`, going round its end.
+def circular_slice(
+    x: DataNode, start: DataNode, length: DataNode, passes: int = 2, overlap_frames: int = 0
+) -> DataNode:
+    """`length` frames of `x (N, n_mels)` from `start`, wrapping around its end.
 
-    start: INT32 in [0, N]. length: INT32. turns: how often the slice may enter `x`, at least 1 + length / N.
-    joint: frames at the end of `x` that are those at its beginning over again, which is passed over.
+    start: INT32 in [0, N]. length: INT32. passes: how often the slice may enter `x`, at least 1 + length / N.
+    overlap_frames: frames at the end of `x` that repeat those at its beginning, which are skipped when it wraps.
     """
     size = x.shape(dtype=types.INT32)[0]
-    again = types.Constant(np.int32(joint), device="cpu")
+    first = types.Constant(np.int32(overlap_frames), device="cpu")
     end = math.min(start + length, size)
     pieces = [fn.slice(x, start=start, end=end, axes=[0])]
     left = length - (end - start)
-    for _ in range(turns - 1):
-        take = math.min(left, size - joint)
-        pieces.append(fn.slice(x, start=again, end=joint + take, axes=[0]))
-        left = left - take
+    for _ in range(passes - 1):
+        count = math.min(left, size - overlap_frames)
+        pieces.append(fn.slice(x, start=first, end=overlap_frames + count, axes=[0]))
+        left = left - count
     return fn.cat(*pieces, axis=0)
 
 
 def resample(x: DataNode, in_rate: DataNode | float, out_rate: DataNode | float, quality: float) -> DataNode:
     """Sinc interpolation of `(N,)`.
 
-    DALI's filter ends at the input's Nyquist frequency, whatever the output's: what lies above the latter folds back.
+    DALI's filter ends at the input's Nyquist frequency, whatever the output's: frequencies above the latter alias.
     """
     return fn.audio_resample(x, in_rate=in_rate, out_rate=out_rate, quality=quality)
 
 
 def low_pass(x: DataNode, cutoff: DataNode, gpu: bool) -> DataNode:
-    """`x (N,)` without what lies above `cutoff`, a FLOAT fraction of its Nyquist frequency: a Hann-windowed sinc.
+    """Low-pass `x (N,)` at `cutoff`, a FLOAT fraction of its Nyquist frequency: a Hann-windowed sinc.
 
     6 dB down at the cutoff; 0.3 dB and 30 dB down 0.02 (of the Nyquist frequency) below and above it.
     """
-    places = np.arange(LOW_PASS_TAPS, dtype=np.float32) - LOW_PASS_TAPS // 2
-    places[LOW_PASS_TAPS // 2] = 1e-3  # sin(x) / x has a value at 0 too
+    taps = np.arange(LOW_PASS_TAPS, dtype=np.float32) - LOW_PASS_TAPS // 2
+    taps[LOW_PASS_TAPS // 2] = 1e-3  # the limit of sin(x) / x at 0
     window = np.hanning(LOW_PASS_TAPS + 2)[1:-1].astype(np.float32)
-    sine = math.sin(types.Constant(np.pi * places[None], device="cpu") * cutoff)
-    kernel = sine * types.Constant((window / places)[None], device="cpu")
+    sine = math.sin(types.Constant(np.pi * taps[None], device="cpu") * cutoff)
+    kernel = sine * types.Constant((window / taps)[None], device="cpu")
     kernel = kernel / fn.reductions.sum(kernel)
     # One row: `fn.filter` is ten times slower on one column.
     row = fn.filter(fn.reshape(x, shape=[1, -1]), kernel.gpu() if gpu else kernel)
@@ -150,7 +152,7 @@ def low_pass(x: DataNode, cutoff: DataNode, gpu: bool) -> DataNode:
 def add_noise(x: DataNode, snr_db: DataNode, bank: DataNode, at: DataNode) -> DataNode:
     """Add white Gaussian noise at `snr_db` against the RMS of `x (N,)` itself.
 
-    bank: unit-variance noise `(M,)`, M >= N, of which the stretch at the random place `at` (in [0, 1)) is taken:
+    bank: unit-variance noise `(M,)`, M >= N, of which N samples from the random position `at` (in [0, 1)) are used:
     reading costs a tenth of drawing.
     """
     size = x.shape(dtype=types.INT32)[0]
@@ -162,8 +164,8 @@ def add_noise(x: DataNode, snr_db: DataNode, bank: DataNode, at: DataNode) -> Da
 def mel_filters(power: DataNode, sample_rate: int, n_mels: int, semitones: float) -> DataNode:
     """Mel power `(F, M)` of the power spectrogram `power (F, bins)` as if every bin stood `semitones` higher.
 
-    HTK triangles, not normalised: a tone keeps its power. M is `n_mels`, or less where the spectrum is lowered, which
-    leaves nothing for the highest filters: those that are not whole are left out.
+    HTK triangles, not normalised: a tone keeps its power. M is `n_mels`, or less if the spectrum is lowered: the
+    highest filters, which reach beyond its end, are dropped.
     """
     scale, nyquist = 2.0 ** (semitones / 12), sample_rate / 2
     edges = 700 * (np.power(1 + nyquist / 700, np.arange(n_mels + 2) / (n_mels + 1)) - 1)  # Hz, equidistant in mel
@@ -178,14 +180,8 @@ def mel_filters(power: DataNode, sample_rate: int, n_mels: int, semitones: float
     )
 
 
-def plain_mel(power: DataNode, sample_rate: int, n_mels: int) -> DataNode:
-    """Mel power `(F, n_mels)` of the power spectrogram `power (F, bins)`."""
-    # Conditionals merge only equal layouts, and warps name theirs otherwise.
-    return fn.reshape(mel_filters(power, sample_rate, n_mels, 0.0), layout="")
-
-
-def filled(mel: DataNode, n_mels: int) -> DataNode:
-    """`mel (F, M)` as `(F, n_mels)`: what lies above its M filters gets what the highest has."""
+def fill_highest(mel: DataNode, n_mels: int) -> DataNode:
+    """`mel (F, M)` as `(F, n_mels)`: bins above its M filters repeat the highest."""
     size = mel.shape(dtype=types.INT32)[1]
     if size < n_mels:
         highest = fn.slice(mel, start=size - 1, end=size, axes=[1])
@@ -201,7 +197,7 @@ def pitch_steps(low: float, high: float) -> list[float]:
 
 
 def pitch_level_db(semitones: DataNode) -> DataNode:
-    """What a pitch shift takes off noise, dB: the same power in a wider band, or more in each Hz of a narrower."""
+    """Change of the noise level by a pitch shift, dB: the same power in a wider or a narrower band."""
     return semitones * float(10 * np.log10(2) / 12)
 
 
@@ -209,14 +205,14 @@ def pitched_mel(power: DataNode, semitones: DataNode, steps: list[float], sample
     """Mel power `(F, n_mels)` of the power spectrogram `power (F, bins)`, `semitones` higher; the tempo stays.
 
     A pitch shift scales the frequency axis, and mel filters can be built for a scaled axis as well as for the plain
-    one, so it costs no more than they do. There is a bank for each of the rising `steps`: 0 semitones change nothing.
+    one, at the same cost. There is a bank for each of the rising `steps`; 0 semitones is exact.
     """
     mel = fn.reshape(nearest_bank(power, semitones, steps, sample_rate, n_mels), layout="")
-    return filled(mel, n_mels) if steps[0] < 0 else mel
+    return fill_highest(mel, n_mels) if steps[0] < 0 else mel
 
 
 def nearest_bank(power: DataNode, semitones: DataNode, steps: list[float], sample_rate: int, n_mels: int) -> DataNode:
-    """`mel_filters` for the one of the rising `steps` that is nearest to `semitones`, by bisection."""
+    """`mel_filters` for the nearest of the rising `steps` to `semitones`, by bisection."""
     if len(steps) == 1:
         return mel_filters(power, sample_rate, n_mels, steps[0])
     half = len(steps) // 2
@@ -230,8 +226,8 @@ def nearest_bank(power: DataNode, semitones: DataNode, steps: list[float], sampl
 def time_scale(mel: DataNode, factor: DataNode, frames: int, n_mels: int) -> DataNode:
     """Frame t of the result `(frames, n_mels)` is frame `t * factor` of `mel (F, n_mels)`, interpolated linearly.
 
-    This is the time stretch. Interpolating the mel power equals interpolating
-    the power spectrogram before the mel filters, since those are linear along frequency.
+    This is the time stretch. Interpolating the mel power equals interpolating the power spectrogram before the mel
+    filters, since those are linear along frequency.
     """
     # DALI's pixel centres lie at +0.5: scaling about (0.5, 0.5) keeps frame 0 in place.
     matrix = fn.transforms.scale(scale=fn.stack(types.Constant(np.float32(1), device="cpu"), factor), center=[0.5, 0.5])
@@ -250,7 +246,7 @@ def reverb(mel: DataNode, rt60: DataNode, drr_db: DataNode, max_rt60: float, hop
     The tail holds 10^(-drr_db / 10) of the direct sound's energy.
     """
     taps = int(np.ceil(max_rt60 / hop_seconds)) + 1
-    # `fn.filter` correlates: the kernel stands reversed, its anchor on the last tap, which is the direct sound.
+    # `fn.filter` correlates: the kernel is reversed, with its anchor on the last tap, which is the direct sound.
     delay = np.arange(taps, dtype=np.float32)[::-1, None].copy()
     decay = math.exp(types.Constant(delay * np.float32(-DECAY_60_DB * hop_seconds), device="cpu") / rt60)
     tail = decay * types.Constant((delay > 0).astype(np.float32), device="cpu")
@@ -265,7 +261,7 @@ def gain(mel: DataNode, gain_db: DataNode) -> DataNode:
 
 
 def spec_augment(log_mel: DataNode, draws: Draws) -> DataNode:
-    """Set one band of mel bins and one stretch of frames of the normalised `(F, n_mels)` to 0, its mean."""
+    """Set one band of mel bins and one range of frames of the normalised `(F, n_mels)` to 0, its mean."""
     frames, n_mels = (log_mel.shape(dtype=types.FLOAT)[axis] for axis in (0, 1))
     zero = types.Constant(np.float32(0), device="cpu")
     return fn.erase(  # two regions in one pass: all mel bins of some frames, and all frames of some mel bins

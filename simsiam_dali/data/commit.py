@@ -1,8 +1,8 @@
-"""Replacing a whole shard set at once, so that a kill at any moment leaves the old set or the new one.
+"""Replace a whole shard set atomically: a kill at any moment leaves the old set or the new one.
 
-Everything new is staged in `.packing/new/`. One rename to `.commit` decides; what follows (moving the files to
-their plain names, dropping those that only the old manifest names) can be begun again by whoever comes next,
-because the manifest moves last. Files that no manifest names are never touched.
+The new set is staged in `.packing/new/`. One rename to `.commit` commits it; the rest (moving the files to their plain
+names, removing those that only the old manifest names) can be repeated by the next process, because the manifest moves
+last. Files that no manifest names are never touched.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 MANIFEST = "manifest.json"
 STAGING = ".packing"
@@ -23,7 +23,7 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked(root: Path, wait: bool) -> Iterator[None]:
-    """Hold the set's lock, which ends with the process. Without `wait`, a busy one is a `UserError`."""
+    """Hold the set's lock, which ends with the process. Without `wait`, raises UserError if another holds it."""
     with (root / _LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -33,7 +33,7 @@ def locked(root: Path, wait: bool) -> Iterator[None]:
 
 
 def commit(root: Path, staged: Path) -> None:
-    """Make the complete set in `staged`, on the same disk and synced, the set of `root`. Needs the lock."""
+    """Replace the set of `root` by the complete set in `staged`, synced and on the same disk. Needs the lock."""
     _sync_folder(staged)
     staged.rename(root / _COMMIT)
     _sync_folder(root)
@@ -41,21 +41,21 @@ def commit(root: Path, staged: Path) -> None:
 
 
 def finish_commit(root: Path) -> None:
-    """Finish a replacement that somebody else began; nothing to do in most cases."""
+    """Finish a replacement that another process began, if there is one."""
     if (root / _COMMIT).exists():
         try:
             with locked(root, wait=True):
                 roll_forward(root)
         except OSError as e:
-            raise UserError(f"{root}: a replacement of the shards was cut short and cannot be finished: {e}") from e
+            raise UserError(f"{root}: a replacement of the shards was interrupted and cannot be finished: {e}") from e
 
 
 def roll_forward(root: Path) -> None:
-    """Move a committed set to its place, from wherever the last attempt ended. Needs the lock."""
+    """Move a committed set to its place, continuing an interrupted move. Needs the lock."""
     source = root / _COMMIT
     if not source.exists():
         return
-    if (source / MANIFEST).exists():  # else it has moved already, as the last one
+    if (source / MANIFEST).exists():  # else it has moved already, being the last file
         new = set(named_files(source))
         for path in source.iterdir():
             if path.name != MANIFEST:
@@ -66,7 +66,7 @@ def roll_forward(root: Path) -> None:
         (source / MANIFEST).replace(root / MANIFEST)
     source.rmdir()
     _sync_folder(root)
-    shutil.rmtree(root / STAGING, ignore_errors=True)  # what is decoded there is in the set now
+    shutil.rmtree(root / STAGING, ignore_errors=True)  # its decoded songs are in the set now
 
 
 def named_files(folder: Path) -> list[str]:

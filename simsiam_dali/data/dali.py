@@ -1,10 +1,10 @@
-"""DALI's names, imported here alone: without DALI, whatever needs it says which extra brings it."""
+"""DALI's names, imported here only: without DALI, importing this reports the extra that installs it."""
 
 import os
 import sys
 import tempfile
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 __all__ = [
     "DataNode",
@@ -26,7 +26,7 @@ except ModuleNotFoundError as e:
     if e.name not in ("nvidia", "nvidia.dali"):
         raise
     missing = UserError("DALI is not installed: pip install 'simsiam-dali[cuda13]', or [cuda12]; see docs/install.md")
-    # As python -m simsiam_dali.train, this is imported before the command's main, which tells errors in one line.
+    # With python -m simsiam_dali.train this is imported before the command's main, which prints errors in one line.
     started = getattr(sys.modules["__main__"], "__spec__", None)
     if started and started.name.startswith("simsiam_dali."):
         sys.exit(f"error: {missing}")
@@ -39,14 +39,14 @@ NEW_THREAD_POOL = "DALI_USE_NEW_THREAD_POOL"
 def build_on_cpu(pipeline: Pipeline) -> None:
     """Build a pipeline without a GPU on DALI's new thread pool, where operators of two batches share the threads.
 
-    With the old one (DALI 2.4's default) operators run one by one whatever `concurrency` says: a pitch shift drawn by a
+    With the old one (DALI 2.4's default) operators run one by one whatever `concurrency` is: a pitch shift drawn by a
     single sample of the batch keeps one core busy and the others idle. `DALI_USE_NEW_THREAD_POOL=0` keeps the old one.
     """
     os.environ.setdefault(NEW_THREAD_POOL, "1")
     if os.environ[NEW_THREAD_POOL] == "0":
         pipeline.build()
         return
-    # DALI writes a notice for each pipeline straight to file descriptor 2; whatever else comes there is passed on.
+    # DALI writes a notice for each pipeline directly to file descriptor 2; other output there is passed on.
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as written:

@@ -1,9 +1,9 @@
-"""The DALI graph as a torch iterator: one `for` loop is one epoch; its place is saved and restored exactly.
+"""The DALI graph as a torch iterator: one `for` loop is one epoch; its state is saved and restored exactly.
 
-An epoch is one turn of the data, shared by the ranks. A shuffled loader (training) gives the whole batches in it: no
+An epoch is one pass over the data, shared by the ranks. A shuffled loader (training) yields its full batches only: no
 segment comes twice in an epoch, and the few that fill no batch, different ones each time, are read but not decoded. An
-ordered loader (validation, embedding) gives each segment of this rank's part once; only its last batch is smaller. A
-segment that no longer decodes is left out of its batch.
+ordered loader (validation, embedding) yields each segment of this rank's part once; only its last batch is smaller. A
+segment that no longer decodes is dropped from its batch.
 """
 
 import ctypes
@@ -17,24 +17,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.dali import backend
-from simsiam_dali.data.leave_out import build_without, damaged, reason_of
-from simsiam_dali.data.pipeline import Epoch, Graph, LogMel
+from simsiam_dali.data.graph import Epoch, Graph, LogMel
+from simsiam_dali.data.pipeline import Settings
 from simsiam_dali.data.quarantine import Quarantine
-from simsiam_dali.errors import UserError
+from simsiam_dali.data.skip_damaged import build_without, find_undecodable, reason_of
 
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|cudaErrorMemoryAllocation|allocation failed|cannot allocate", re.I)
 CUDA_FAULT = re.compile(r"(CUDA|cuFFT|NPP|NVML)[^\n]*error[^\n]*", re.I)
 
-PLACE_SECONDS = 1.0
-"""How often the graph's state is kept while it runs, s: after an error, so much is decoded again at most."""
+SNAPSHOT_SECONDS = 1.0
+"""Interval between snapshots of the graph's state, s: after an error, at most this much is decoded again."""
 
 ANOTHER_GRAPH = "checkpoint might come from another pipeline"
-"""Part of what DALI says to a state of a graph with other operators."""
+"""Part of DALI's error for a state of a graph with other operators."""
 
 
 def device_fault(error: Exception, batch_size: int) -> str | None:
-    """What to tell where memory or the GPU is to blame for the graph's error, and no segment; None otherwise."""
+    """The message if memory or the GPU, not a segment, caused the graph's error; None otherwise."""
     text = str(error)
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         memory = "GPU" if "cuda" in text.lower() else "host"
@@ -64,11 +65,11 @@ class Single(NamedTuple):
 class Loader:
     """Iterates over `count` segments of a `Graph` in batches.
 
-    count: segments in the split, over all ranks. group: a shuffled epoch holds a whole number of groups of so many
-    batches, such as those whose gradients make one step. gpu: CUDA device number, None for the CPU. quarantine: where a
-    segment that no longer decodes goes; the batches that it was to be in are smaller by it, everything else stays as it
-    was. Raises UserError when a shuffled loader could not fill one group, when too many segments are bad, and, without
-    a quarantine, at the first.
+    count: segments in the split, over all ranks. group: a shuffled epoch is a whole number of groups of so many
+    batches, such as those whose gradients make one step. gpu: CUDA device number, None for the CPU. quarantine: where
+    segments that no longer decode are recorded; they are dropped from their batches, and everything else is unchanged.
+    Raises UserError if a shuffled loader cannot fill one group, if too many segments are damaged, and, without a
+    quarantine, at the first one.
     """
 
     def __init__(
@@ -86,27 +87,27 @@ class Loader:
         ranks, rank = graph.source.num_shards, graph.source.shard_id
         self.batch_size, self.gpu, self.quarantine = batch_size, gpu, quarantine
         self.shuffled = graph.source.shuffle_buffer > 0
-        # DALI gives rank r the samples from count * r // ranks on, and pads every rank to the longest part.
+        # DALI's part for rank r begins at count * r // ranks; every rank is padded to the longest part.
         self.count = count * (rank + 1) // ranks - count * rank // ranks
         longest = -(-count // ranks)
-        self._turn = -(-longest // batch_size)  # batches that the graph gives before it begins again
-        self.steps = count // (batch_size * group * ranks) * group if self.shuffled else self._turn
+        self._reader_batches = -(-longest // batch_size)  # in one pass of the reader
+        self.steps = count // (batch_size * group * ranks) * group if self.shuffled else self._reader_batches
         if self.steps == 0:
             each = f" on each of {ranks} processes" if ranks > 1 else ""
             raise UserError(
                 f"a batch of {batch_size * group}{each} is larger than the data set ({count} segments): use"
                 f" --batch-size {max(1, count // ranks)} or less, or pack more songs"
             )
-        epoch = Epoch(self.steps, self._turn) if self.steps < self._turn else None
+        epoch = Epoch(self.steps, self._reader_batches) if self.steps < self._reader_batches else None
         self.graph = dataclasses.replace(graph, epoch=epoch)
-        self.settings = (batch_size, threads, prefetch)
+        self._settings = Settings(batch_size, threads, prefetch, seed, gpu)
         self.decoded = 0  # segments that the graph decoded for all batches so far, of any epoch
-        self.step = 0  # batches of this epoch already given
-        self.left_out = set(quarantine.rows) if quarantine else set[int]()
-        # Where to come back to: DALI's graph is lost with an error, and then cannot say where it was.
-        self._place: str | None = None  # a state of the graph,
-        self._since = 0  # batches given after it,
-        self._placed = 0.0  # and when it was
+        self.step = 0  # batches of this epoch already yielded
+        self.skipped = set(quarantine.rows) if quarantine else set[int]()
+        # After an error DALI's graph cannot be used, nor tell its state: it is rebuilt from a snapshot.
+        self._snapshot: str | None = None
+        self._batches_since_snapshot = 0
+        self._snapshot_time = 0.0
         self.begin(seed)
 
     def __len__(self) -> int:
@@ -120,7 +121,7 @@ class Loader:
             keep = torch.ones(len(rows), dtype=torch.bool)
             if not self.shuffled:
                 keep[max(self.count - (self.step - 1) * self.batch_size, 0) :] = False
-            keep &= ~torch.isin(rows, self._marks)
+            keep &= ~torch.isin(rows, self._placeholder_rows)
             if not keep.all():
                 if self.shuffled and keep.sum() < 2:  # batch norm has no statistics of one
                     raise UserError(
@@ -129,8 +130,8 @@ class Loader:
                     )
                 outputs = [x[keep.to(x.device)] for x in outputs]
             yield Batch(*outputs) if self.graph.mode == "views" else Single(*outputs)
-        for _ in range(self._turn - self.steps):
-            self._run()  # what is left of the turn, and fills no batch of every rank: read, not decoded
+        for _ in range(self._reader_batches - self.steps):
+            self._run()  # the rest of the reader's pass, which fills no group: read, not decoded
         self.step = 0
 
     def endless(self) -> Iterator[Any]:
@@ -139,16 +140,16 @@ class Loader:
             yield from self
 
     def _run(self) -> list[Tensor]:
-        """The next batch: views or data, and rows `(B,)` on the CPU; stand-ins are still in it."""
-        if time.monotonic() - self._placed > PLACE_SECONDS:
-            self._remember(self.pipeline.checkpoint())
+        """The next batch: views or data, and rows `(B,)` on the CPU; placeholders are still in it."""
+        if time.monotonic() - self._snapshot_time > SNAPSHOT_SECONDS:
+            self._set_snapshot(self.pipeline.checkpoint())
         searched = False
         while True:
             try:
                 outputs, total, samples = self._outputs()
                 outputs[-1] = outputs[-1].reshape(-1)
-                if bool(total.isfinite().all()) and self._known(outputs[-1]):
-                    self._since += 1
+                if bool(total.isfinite().all()) and self._are_valid(outputs[-1]):
+                    self._batches_since_snapshot += 1
                     self.decoded += int((samples > 0).sum())
                     return outputs
                 reason = "a segment holds values that are not finite, or a row that is not in the table"
@@ -156,8 +157,8 @@ class Loader:
                 if fault := device_fault(e, self.batch_size):
                     raise UserError(fault) from e
                 reason = reason_of(e)
-            found = self._damaged() if self.quarantine else {}
-            # What nobody can find may have passed, such as a network's fault: one more try.
+            found = self._find_undecodable() if self.quarantine else {}
+            # An error without a damaged segment may pass, such as one of the network: try once more.
             if not self.quarantine or (not found and searched):
                 raise UserError(
                     f"the data graph stopped ({reason}): a segment of the shards may be damaged; check with"
@@ -165,62 +166,74 @@ class Loader:
                 )
             searched = True
             self.quarantine.add(found)
-            self.left_out |= self.quarantine.rows
-            batches = self._since
-            self._build(self._place)
+            self.skipped |= self.quarantine.rows
+            batches = self._batches_since_snapshot
+            self._build(self._snapshot)
             for _ in range(batches):
                 self._outputs()
-            self._since = batches
+            self._batches_since_snapshot = batches
 
-    def _known(self, rows: Tensor) -> bool:
-        """Whether `rows (B,)` are of segments, or mark a stand-in: others are read from damaged bytes."""
-        return self.quarantine is None or bool((torch.isin(rows, self._marks) | self.quarantine.holds(rows)).all())
+    def _are_valid(self, rows: Tensor) -> bool:
+        """Whether all `rows (B,)` are of segments or placeholders: others were read from damaged bytes."""
+        return self.quarantine is None or bool(
+            (torch.isin(rows, self._placeholder_rows) | self.quarantine.holds(rows)).all()
+        )
 
     def _outputs(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        """What the graph gives next, the sums that tell whether it is finite, and how much was decoded."""
+        """The graph's next outputs: data and rows, the totals that are finite if the data is, and decoded lengths."""
         stream = torch.cuda.current_stream(self.gpu) if self.gpu is not None else None
-        # No copy: the dynamic executor hands its buffers over, and gets them back when torch drops the tensors.
+        # No copy: the dynamic executor hands over its buffers, and reuses them when torch frees the tensors.
         *data, rows, total, samples = [torch.from_dlpack(x.as_tensor()) for x in self.pipeline.run(stream)]
         if self.graph.mode != "raw":
             data = [frequency_first(x) for x in data]
         return [*data, rows], total, samples
 
-    def _damaged(self) -> dict[int, str]:
-        """The rows of the batch that failed which do not decode, with reasons."""
+    def _find_undecodable(self) -> dict[int, str]:
+        """The rows of the failed batch which do not decode, with reasons."""
         assert self.quarantine is not None
-        left_out = self.quarantine.by_shard(self.left_out)
+        skipped = self.quarantine.by_shard(self.skipped)
+        del self.pipeline  # it cannot run on, and the search needs its memory
+        release_memory()
         try:
-            return damaged(self.graph, (*self.settings, self.seed, self.gpu), self._place, self._since, left_out)
+            return find_undecodable(self.graph, self._settings, self._snapshot, self._batches_since_snapshot, skipped)
         except RuntimeError as e:
             raise UserError(f"the data graph stopped, and the shards cannot be read ({reason_of(e)})") from e
+        finally:
+            release_memory()
 
     def _build(self, state: str | None) -> None:
-        left_out = self.quarantine.by_shard(self.left_out) if self.quarantine else {}
-        settings = (*self.settings, self.seed, self.gpu)
-        self.pipeline, marks = build_without(self.graph, settings, state, left_out)
-        self._marks = torch.tensor(sorted(marks), dtype=torch.int64)  # rows of what stands in
-        self._remember(state)
+        skipped = self.quarantine.by_shard(self.skipped) if self.quarantine else {}
+        self.pipeline, placeholder_rows = build_without(self.graph, self._settings, state, skipped)
+        self._placeholder_rows = torch.tensor(sorted(placeholder_rows), dtype=torch.int64)
+        self._set_snapshot(state)
 
-    def _remember(self, place: str | None) -> None:
-        self._place, self._since, self._placed = place, 0, time.monotonic()
+    def _set_snapshot(self, state: str | None) -> None:
+        self._snapshot, self._batches_since_snapshot, self._snapshot_time = state, 0, time.monotonic()
 
     def begin(self, seed: int) -> None:
         """Start from the first batch, in the order and with the draws of another seed."""
-        self.seed, self.step = seed, 0
+        self.step = 0
+        self._settings = dataclasses.replace(self._settings, seed=seed)
         self._build(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The reader's place and the state of every random draw, after the last batch given; and what is left out."""
-        self._remember(self.pipeline.checkpoint())
-        return {"step": self.step, "seed": self.seed, "pipeline": self._place, "left_out": sorted(self.left_out)}
+        """State of the reader and of every random draw after the last batch, and the rows that are skipped."""
+        self._set_snapshot(self.pipeline.checkpoint())
+        return {
+            "step": self.step,
+            "seed": self._settings.seed,
+            "pipeline": self._snapshot,
+            "left_out": sorted(self.skipped),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch at which `state_dict` was called: the same order, the same draws.
 
-        Raises UserError when the state is of a graph with other operators.
+        Raises UserError if the state is of a graph with other operators.
         """
-        self.step, self.seed = state["step"], state["seed"]
-        self.left_out |= set(state["left_out"])
+        self.step = state["step"]
+        self._settings = dataclasses.replace(self._settings, seed=state["seed"])
+        self.skipped |= set(state["left_out"])
         try:
             self._build(state["pipeline"])
         except RuntimeError as e:
@@ -228,7 +241,7 @@ class Loader:
                 raise
             raise UserError(
                 "cannot resume: the checkpoint was written by another version of simsiam_dali, whose data graph has"
-                " other operators; finish the run with that version, or train anew"
+                " other operators; finish the run with that version, or start a new run"
             ) from e
 
 
@@ -247,9 +260,9 @@ def frequency_first(x: Tensor) -> Tensor:
 
 
 def release_memory() -> None:
-    """Give back what loaders that are no longer used held: graphs, DALI's pools on the GPU and in pinned memory, holes.
+    """Free the memory of loaders that are no longer used: graphs, DALI's GPU and pinned pools, holes in glibc's heap.
 
-    DALI's pipelines are reference cycles: left to Python's own rhythm, those of some 25 epochs wait in memory. glibc
+    DALI's pipelines are reference cycles: without an explicit collection, those of some 25 epochs stay in memory. glibc
     keeps the holes they leave, more of them every epoch (docs/reliability.md).
     """
     gc.collect()

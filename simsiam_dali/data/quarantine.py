@@ -1,7 +1,7 @@
 """The segments of a shard set that no longer decode: `quarantine.csv` beside the shards.
 
-Whoever meets one writes it there, and every loader made later leaves it out from the start. A row of the file counts
-for the set whose fingerprint it carries: after packing again nothing is left out, and the file is only ever added to.
+The loader that finds one appends it there, and every later loader skips it from the start. A row of the file applies to
+the set with its fingerprint: after packing again nothing is skipped, and the old rows stay.
 """
 
 import csv
@@ -16,19 +16,19 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.errors import UserError
 
 FILE_NAME = "quarantine.csv"
 COLUMNS = ("when", "shard", "key", "row", "song", "reason", "set")
 NAMED = 20
-"""Segments that the message names when there are too many; the file has them all."""
+"""Segments that the message about too many names; the file has them all."""
 
 
 class Quarantine:
-    """What is left out of `shards`: `rows` of its segment table. `limit`: the largest part of the set that may be.
+    """The damaged segments of `shards`: `rows` of its segment table. limit: the largest allowed fraction of the set.
 
-    Raises UserError where the file cannot be read, or where more than `limit` is left out.
+    Raises UserError if the file cannot be read, or if more than `limit` is damaged.
     """
 
     def __init__(self, shards: ShardSet, limit: float) -> None:
@@ -39,27 +39,27 @@ class Quarantine:
         self.check()
 
     def read(self) -> None:
-        """Take up what other processes have added."""
+        """Read what other processes have added."""
         try:
             with self.path.open(newline="") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                self._take(file)
+                self._parse(file)
         except FileNotFoundError:
             return
         except OSError as e:
             raise UserError(f"{self.path} cannot be read ({e.strerror})") from e
 
     def add(self, found: Mapping[int, str]) -> None:
-        """Put rows, each with the reason, into the file and say so. Raises UserError when they become too many.
+        """Append rows, each with the reason, to the file and report them. Raises UserError if there are too many.
 
-        What another process has put there meanwhile is neither written nor said again.
+        Rows that another process has added meanwhile are neither written nor reported again.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             with self.path.open("a+", newline="") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # other ranks and runs write it too
+                fcntl.flock(file, fcntl.LOCK_EX)  # other ranks and runs write to it too
                 file.seek(0)
-                self._take(file)
+                self._parse(file)
                 new = [(row, reason) for row, reason in sorted(found.items()) if row not in self.rows]
                 lines = io.StringIO()
                 writer = csv.writer(lines, lineterminator="\n")
@@ -72,15 +72,15 @@ class Quarantine:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e:
-            raise UserError(f"{self.path} cannot be written ({e.strerror}); it should get {self.names(found)}") from e
+            raise UserError(f"{self.path} cannot be written ({e.strerror}); it should list {self.names(found)}") from e
         for row, reason in new:
-            line = f"left out from here on: {self.names([row])}: {reason}"
+            line = f"damaged, skipped from here on: {self.names([row])}: {reason}"
             tqdm.write(line if line.isprintable() else ascii(line), file=sys.stderr)
         self.rows |= found.keys()
         self.check()
 
     def check(self) -> None:
-        """Raise UserError, with the list, when more of the set is left out than `data.max_bad_fraction`."""
+        """Raise UserError, with the list, if more than `data.max_bad_fraction` of the set is damaged."""
         total = len(self._shards.segments)
         if len(self.rows) > self.limit * total:
             raise UserError(
@@ -107,13 +107,13 @@ class Quarantine:
         return {str(shard): set(map(int, group.index)) for shard, group in grouped}
 
     def holds(self, rows: Tensor) -> Tensor:
-        """Which of `rows (B,)` are rows of the segment table: others are read from damaged bytes."""
+        """Which of `rows (B,)` are rows of the segment table: others were read from damaged bytes."""
         return (rows >= 0) & (rows < len(self._shards.segments))
 
-    def _take(self, file: io.TextIOBase) -> None:
+    def _parse(self, file: io.TextIOBase) -> None:
         total = len(self._shards.segments)
         for number, line in enumerate(csv.DictReader(file), 2):
             if line.get("set") == self._shards.fingerprint:
                 if not ((line["row"] or "").isdecimal() and int(line["row"]) < total):
-                    raise UserError(f"{self.path} line {number} names no segment: mend the line, or move the file")
+                    raise UserError(f"{self.path} line {number} names no segment: correct the line, or move the file")
                 self.rows.add(int(line["row"]))

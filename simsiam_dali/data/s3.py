@@ -1,6 +1,6 @@
-"""Shards on S3: DALI reads the tars where they are, and this keeps a copy of a set's small files in a cache folder.
+"""Shards on S3: DALI reads the tars there; the small files of a set are copied to a cache folder.
 
-Both find the server and the keys as AWS' tools do: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+Server and keys are found as by AWS' tools: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_DEFAULT_REGION or a profile.
 """
 
@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeGuard
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import atomic_write
 
 SCHEME = "s3://"
 DOWNLOADS = 16
-"""Files fetched at a time."""
+"""Files copied at a time."""
 
 
 def is_address(place: Path | str) -> TypeGuard[str]:
@@ -24,7 +25,7 @@ def is_address(place: Path | str) -> TypeGuard[str]:
 
 
 def place(text: str) -> Path | str:
-    """What a command line's word means: a folder, or an address."""
+    """A command line's folder or address."""
     return text if text.startswith(SCHEME) else Path(text)
 
 
@@ -56,17 +57,16 @@ class Remote:
         return cache / "simsiam_dali" / hashlib.sha256(self.address.encode() + manifest).hexdigest()[:20]
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Bring those that the cache has not, or not whole."""
+        """Copy the files that the cache does not hold at their full size."""
 
-        def bring(name: str) -> None:
-            part = folder / f"{name}.{os.getpid()}.part"
-            part.write_bytes(self.read(name))
-            part.replace(folder / name)
+        def copy(name: str) -> None:
+            with atomic_write(folder / name) as path:
+                path.write_bytes(self.read(name))
 
-        def is_there(name: str) -> bool:
+        def is_cached(name: str) -> bool:
             path = folder / name
             return path.exists() and path.stat().st_size == self.sizes.get(name)
 
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(DOWNLOADS) as pool:
-            list(pool.map(bring, [name for name in names if not is_there(name)]))
+            list(pool.map(copy, [name for name in names if not is_cached(name)]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 
 @contextlib.contextmanager

@@ -14,10 +14,16 @@ Each layer's output, for base_channels C, and one frame's hop and receptive fiel
     head           embedding_dim, linear
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from simsiam_dali.models.encoder import Encoder
+from simsiam_dali.config.schema import SimpleConfig
+from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, Scored
+from simsiam_dali.models.labels import SongLabels
+from simsiam_dali.models.losses import MetadataContrastiveLoss
 
 FILTER, STRIDE, POOL = 160, 8, 4
 MIN_SAMPLES = 13_784  # one frame's receptive field: a shorter waveform leaves nothing to pool
@@ -72,3 +78,51 @@ def _block(in_channels: int, channels: int, kernel: int, stride: int) -> nn.Sequ
         nn.ReLU(inplace=True),
         nn.MaxPool1d(POOL),
     )
+
+
+class SimpleType(EncoderType):
+    """`encoder_type: simple`: the waveform, and the songs' tags as labels."""
+
+    batches = "raw"
+    embeds = "raw"
+    min_samples = MIN_SAMPLES
+    is_contrastive = True
+    learns_from_tags = True
+
+    @property
+    def settings(self) -> SimpleConfig:
+        """`encoder.simple`."""
+        return self.config.encoder.simple
+
+    @property
+    def variant(self) -> str:
+        """The width of the CNN."""
+        return f"cnn{self.settings.base_channels}"
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """See the base class."""
+        return {"loss_type": self.settings.loss_type}
+
+    def create(self, pretrained: bool = True) -> SimpleAudioEncoder:  # noqa: ARG002  (no pretrained weights exist)
+        """See the base class."""
+        return SimpleAudioEncoder(self.config.encoder.embedding_dim, self.settings.base_channels)
+
+    def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:
+        """See the base class."""
+        loss_fn = MetadataContrastiveLoss(
+            temperature=self.settings.contrastive_temperature,
+            use_artist=self.settings.use_artist,
+            use_album=self.settings.use_album,
+            use_year=self.settings.use_year,
+            year_threshold=self.settings.year_threshold,
+        )
+        labels = SongLabels.from_songs(shards.songs, shards.segments["song"].to_numpy()).to(device)
+
+        def score(outputs: Any, segment: Tensor) -> Scored:
+            if device.type == "cuda" and segment.device.type == "cpu":
+                segment = segment.pin_memory()  # the host need not wait for a copy from pinned memory
+            loss, anchors = loss_fn(outputs, *labels.of(segment.to(device, non_blocking=True)))
+            return Scored(loss, anchors > 0, outputs)
+
+        return score

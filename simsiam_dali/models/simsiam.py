@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from simsiam_dali.errors import UserError
-from simsiam_dali.models.encoder import Encoder
+from simsiam_dali.config.schema import SimSiamConfig
+from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, Scored
+from simsiam_dali.models.losses import SimSiamLoss
+from simsiam_dali.models.resnet import WIDTH, Backbone, Pooling, create_backbone
 
-Backbone = Literal["resnet18", "resnet34", "resnet50"]
 Embedding = Literal["backbone", "projection"]
-Pooling = Literal["mean", "mean_max"]
-
-WIDTH = 64
-"""Channels of the first stage of torchvision's ResNets; each stage after it doubles them."""
 
 
 class SimSiam(Encoder):
@@ -94,65 +91,6 @@ class SimSiam(Encoder):
         ]
 
 
-class MeanMax(nn.Module):
-    """Mean and maximum over the last map, one after the other: `(B, C, H, W)` to `(B, 2 C, 1, 1)`.
-
-    The mean tells how much of a pattern there is, the maximum whether there is any: Niizumi et al., "BYOL for Audio",
-    arXiv:2204.07402, section IV-B, has both for the same reason.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        return torch.cat([x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)], dim=1)
-
-
-class _Resnet(torchvision.models.ResNet):
-    """torchvision's ResNet with `width` channels in its first stage instead of 64."""
-
-    def __init__(self, block: Any, layers: list[int], width: int) -> None:
-        self.width = width
-        super().__init__(block, layers, zero_init_residual=True)
-
-    def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
-        if planes == WIDTH != self.width:  # the first stage: torchvision has just made a stem of 64 channels
-            self.inplanes = self.width
-            self.conv1 = nn.Conv2d(3, self.width, kernel_size=7, stride=2, padding=3, bias=False)
-            self.bn1 = nn.BatchNorm2d(self.width)
-        return super()._make_layer(block, planes * self.width // WIDTH, *args, **options)
-
-
-_STAGES: dict[Backbone, tuple[Any, list[int]]] = {
-    "resnet18": (torchvision.models.resnet.BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (torchvision.models.resnet.BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (torchvision.models.resnet.Bottleneck, [3, 4, 6, 3]),
-}
-
-
-def create_backbone(
-    name: Backbone, pretrained: bool | str | Path, width: int = WIDTH, pooling: Pooling = "mean"
-) -> tuple[nn.Module, int]:
-    """A torchvision ResNet with a one-channel stem and no classifier, and the width of its output."""
-    # Each residual block starts as the identity, as in the published code; pretrained weights replace this.
-    resnet = _Resnet(*_STAGES[name], width)
-    dim = _STAGES[name][0].expansion * 8 * width
-    resnet.fc = nn.Identity()
-    if pretrained and width != WIDTH:
-        raise UserError(f"pretrained_backbone: there are weights for a backbone_width of {WIDTH} only, not {width}")
-    if pretrained is True:
-        _load(resnet, _imagenet_weights(name), f"torchvision's {name}")
-    elif pretrained:
-        _load(resnet, _local_weights(Path(pretrained)), str(pretrained))
-
-    # Convolving three equal channels is convolving one with the weights summed over the input channel.
-    stem = nn.Conv2d(1, width, kernel_size=7, stride=2, padding=3, bias=False)
-    with torch.no_grad():
-        stem.weight.copy_(resnet.conv1.weight.sum(dim=1, keepdim=True))
-    resnet.conv1 = stem
-    if pooling == "mean_max":
-        resnet.avgpool, dim = MeanMax(), 2 * dim
-    return resnet, dim
-
-
 def create_projector(in_dim: int, dim: int, layers: int) -> nn.Sequential:
     """Two or three layers of width `dim`; no ReLU after the last and no affine in its batch norm."""
     if layers not in (2, 3):
@@ -177,47 +115,53 @@ def create_predictor(dim: int, hidden_dim: int) -> nn.Sequential:
     )
 
 
-def _imagenet_weights(name: Backbone) -> dict[str, Tensor]:
-    try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as e:  # no network, no space; a download cut short has a wrong hash
-        reason = " ".join(str(e).split())
-        raise UserError(
-            f"pretrained_backbone: torchvision's {name} weights could not be downloaded ({reason}); "
-            "give the path of a local state-dict file instead, or false"
-        ) from e
+class SimSiamType(EncoderType):
+    """`encoder_type: simsiam`: two augmented views, no labels."""
 
+    batches = "views"
+    embeds = "clean"
+    warn_of_collapse = True
 
-def _local_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise UserError(f"pretrained_backbone: no such file: {path}") from e
-    except Exception as e:  # unpickling arbitrary bytes may raise anything (see the pickle module's page)
-        raise UserError(f"pretrained_backbone: {path} is not a state dict saved by torch.save") from e
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(
-            f"pretrained_backbone: {path} holds more than a state dict (names and tensors); "
-            "give a file saved with torch.save(resnet.state_dict(), path)"
+    @property
+    def settings(self) -> SimSiamConfig:
+        """`encoder.simsiam`."""
+        return self.config.encoder.simsiam
+
+    @property
+    def variant(self) -> str:
+        """The backbone's name."""
+        return self.settings.backbone
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """See the base class."""
+        return {
+            "loss_type": "negative_cosine",
+            "backbone": self.settings.backbone,
+            "pretrained": str(bool(self.settings.pretrained_backbone)).lower(),
+        }
+
+    def create(self, pretrained: bool = True) -> SimSiam:
+        """See the base class."""
+        settings = self.settings
+        return SimSiam(
+            backbone=settings.backbone,
+            projection_dim=settings.projection_dim,
+            projection_layers=settings.projection_layers,
+            predictor_hidden_dim=settings.predictor_hidden_dim,
+            pretrained=pretrained and settings.pretrained_backbone,
+            embedding=settings.embedding,
+            fix_predictor_lr=settings.fix_predictor_lr,
+            width=settings.backbone_width,
+            pooling=settings.pooling,
         )
-    return state
 
+    def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:  # noqa: ARG002  (no labels)
+        """See the base class."""
+        loss_fn, has_loss = SimSiamLoss(), torch.ones((), dtype=torch.bool, device=device)
 
-def _load(resnet: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load every weight but the classifier's; `UserError` names the first that does not fit."""
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    own = resnet.state_dict()
-    wrong = sorted(
-        name
-        for name in own.keys() | state.keys()
-        # files older than torch 0.4.1 lack these counters, and load_state_dict supplies them
-        if not name.endswith("num_batches_tracked")
-        and (name not in own or name not in state or own[name].shape != state[name].shape)
-    )
-    if wrong:
-        raise UserError(
-            f"pretrained_backbone: {source} does not fit encoder.simsiam.backbone: {len(wrong)} weights "
-            f"missing, unknown or of another shape, the first is {wrong[0]}; give weights of the same ResNet"
-        )
-    resnet.load_state_dict(state)
+        def score(outputs: Any, segment: Tensor) -> Scored:  # noqa: ARG001
+            p1, p2, z1, z2 = outputs
+            return Scored(loss_fn(p1, p2, z1, z2), has_loss, z1)
+
+        return score

@@ -1,4 +1,4 @@
 """From a music folder to shards: find songs, decode and cut each, read tags and ratings, split, shuffle, write.
 
-`pack.pack` is the whole of it; each other module is one step. `songs.SongAudio` decodes any single file.
+`pack.pack` runs all steps; each other module is one of them. `decode.decode` decodes any single file.
 """

@@ -1,4 +1,4 @@
-"""From packed songs to the rows and samples of a shard set: duplicates merged, segments shuffled."""
+"""Assemble packed songs into the rows and samples of a shard set: merge duplicates, shuffle segments."""
 
 import csv
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from simsiam_dali.data.shards import SPLITS
+from simsiam_dali.data.format import SPLITS
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack_song import Packed, Refused, Result
 from simsiam_dali.packing.spool import Spool
@@ -21,7 +21,7 @@ from simsiam_dali.packing.tags import Tags, merged
 
 Row = dict[str, Any]
 Results = Spool[tuple[SongFile, Result]]
-"""What became of each file, in the order of the files."""
+"""The result for each file, in the order of the files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Song:
 class Songs:
     """One song for each audio, its files' tags merged, in the order of the files.
 
-    A song is put together from `results` when it is asked for; kept of it are numbers, its split (set `splits`) and the
-    rating that a ratings file has for it (`ratings`, by the song's number). `of_file`: each file's song, -1 for none.
+    A song is assembled from `results` on request; only numbers are kept in memory, its split (set `splits`) and its
+    rating in a ratings file (`ratings`, by the song's number). `of_file`: each file's song, -1 for none.
     """
 
     def __init__(self, results: Results) -> None:
@@ -87,7 +87,7 @@ class Songs:
 
     @property
     def duplicates(self) -> int:
-        """Files whose audio another has too."""
+        """Files whose audio is that of an earlier one."""
         return sum(map(len, self._more.values()))
 
 
@@ -114,7 +114,7 @@ def shards_of(songs: Songs, order: np.ndarray, segments_per_shard: int) -> Itera
 
 
 def segment_rows(songs: Songs, order: np.ndarray, segments_per_shard: int) -> Iterator[Row]:
-    """The segment table, which also says which shard each goes to."""
+    """The segment table, with the shard of each segment."""
     shards = shards_of(songs, order, segments_per_shard)
     for row, (pair, shard) in enumerate(zip(order, shards, strict=True)):
         number, segment = pair.tolist()
@@ -154,7 +154,7 @@ def song_row(song: Song) -> Row:
 
 
 def file_rows(songs: Songs, results: Results) -> Iterator[Row]:
-    """The table of files seen, by which the next run knows what it need not decode."""
+    """The table of all files, by which the next run knows which it need not decode."""
     for place, (file, result) in enumerate(results):
         seen = {"path": file.name, "bytes": file.bytes, "mtime_ns": file.mtime_ns, "retry": False}
         if isinstance(result.outcome, Packed):
@@ -166,7 +166,7 @@ def file_rows(songs: Songs, results: Results) -> Iterator[Row]:
 
 
 def refused_csv(results: Results) -> bytes:
-    """`path,reason` of every file that holds no song though it should."""
+    """`path,reason` of every audio file that is not packed."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["path", "reason"])

@@ -1,4 +1,4 @@
-"""A song decoded by FFmpeg, or by libsndfile where that decodes more of it."""
+"""Decode a song with FFmpeg, or with libsndfile if that decodes more of it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,18 +6,17 @@ from typing import TypeVar
 
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
 from simsiam_dali.packing.libsndfile import LibsndfileAudio
-from simsiam_dali.packing.songs import SHORT, BadSong, NotDecodable, SongAudio
+from simsiam_dali.packing.song_audio import SHORT, BadSong, NotDecodable, SongAudio
 
 T = TypeVar("T")
 
 
 def decode(path: Path, sample_rate: int | None, use: Callable[[SongAudio], T]) -> tuple[SongAudio, T]:
-    """The song at `sample_rate` in Hz (None: its own), and what `use` has made of its blocks.
+    """The song at `sample_rate` in Hz (None: its own), and the result of `use`, which iterates `blocks()` to the end.
 
-    Where FFmpeg does not open the file, finds no way on in it, or gives less than the file declares, libsndfile is
-    tried: it passes over headers in the middle of Ogg Vorbis, on which FFmpeg gives up. If it decodes more, `use` is
-    called again with its blocks, and the song's note says so. `use` iterates `blocks()` to the end.
-    Raises `BadSong` as `SongAudio.blocks` does.
+    If FFmpeg does not open the file, stops within it, or decodes less than the file declares, libsndfile is tried: it
+    skips headers in the middle of Ogg Vorbis, where FFmpeg stops. If it decodes more, `use` is called again with its
+    blocks, and the song's note has the reason. Raises `BadSong` as `SongAudio.blocks` does.
     """
     audio, refused = FFmpegAudio(path, sample_rate), None
     try:
@@ -36,7 +35,7 @@ def decode(path: Path, sample_rate: int | None, use: Callable[[SongAudio], T]) -
 
 
 def _libsndfile_seconds(path: Path) -> float:
-    """How much of it libsndfile decodes, 0 where it does not open it."""
+    """Seconds that libsndfile decodes, 0 if it does not open the file."""
     audio = LibsndfileAudio(path)
     try:
         for _ in audio.blocks():

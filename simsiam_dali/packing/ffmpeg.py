@@ -1,4 +1,4 @@
-"""A song decoded by FFmpeg (PyAV)."""
+"""Decode a song with FFmpeg (PyAV)."""
 
 import errno
 import os
@@ -10,16 +10,16 @@ import numpy as np
 
 from simsiam_dali.packing.find import AUDIO
 from simsiam_dali.packing.segments import Pcm
-from simsiam_dali.packing.songs import BLOCK, BadSong, NoAudio, NotDecodable, SongAudio
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, NoAudio, NotDecodable, SongAudio
 
 UNOPENED = "does not open as audio"
 
 
 class FFmpegAudio(SongAudio):
-    """Whatever FFmpeg decodes; damaged packets are skipped and counted."""
+    """Any format of FFmpeg; damaged packets are skipped and counted."""
 
     def _decoded(self) -> Iterator[tuple[Pcm, int]]:
-        """Mono blocks of about `BLOCK` samples and their rate: codecs' frames are too short to work on singly."""
+        """Mono blocks of about `BLOCK` samples and their rate: codecs' frames are too short to process one by one."""
         waiting, count, rate = list[Pcm](), 0, 0
         for frame in self._frames():
             if waiting and (frame.sample_rate != rate or count >= BLOCK):
@@ -38,7 +38,7 @@ class FFmpegAudio(SongAudio):
                 if not file.read(1):
                     raise BadSong("is empty (0 bytes)")
                 file.seek(0)
-                # A file object, not a name: errors in reading come as Python's, and a name may hold any byte.
+                # A file object, not a name: read errors are Python's, and a name may hold any byte.
                 # The whitelist keeps a playlist in disguise from the network.
                 options = {"protocol_whitelist": "file"}
                 with av.open(file, "r", metadata_errors="replace", options=options) as container:
@@ -60,7 +60,7 @@ class FFmpegAudio(SongAudio):
                 packet = next(packets, None)
             except av.error.FFmpegError as e:
                 self._count_damage(e)
-                if not progress:  # the demuxer does not get past this place
+                if not progress:  # the demuxer cannot skip this position
                     self.stopped = True
                     return
                 packets, progress = container.demux(stream), False
@@ -89,7 +89,7 @@ def mono(frame: av.AudioFrame) -> Pcm:
     """The mean of a frame's channels, float32 `(samples,)`, full scale = 1."""
     try:
         pcm = frame.to_ndarray()
-    except ValueError as e:  # 64-bit integers, which NumPy could hold but PyAV does not hand out
+    except ValueError as e:  # 64-bit integers, which PyAV does not convert
         raise NotDecodable(f"holds samples of a kind that cannot be read ({frame.format.name})") from e
     channels = len(frame.layout.channels)
     pcm = pcm if frame.format.is_planar else pcm.reshape(-1, channels).T
@@ -101,7 +101,7 @@ def mono(frame: av.AudioFrame) -> Pcm:
 
 
 def _declared_seconds(container: av.container.InputContainer, stream: av.AudioStream, path: Path) -> float | None:
-    """What the file says its length is; None where FFmpeg only guesses it from the bit rate."""
+    """The length that the file states; None if FFmpeg only estimates it from the bit rate."""
     if container.format.name == "aac" or (container.format.name == "mp3" and not _mp3_has_length(path)):
         return None
     if stream.duration and stream.time_base:
@@ -113,7 +113,7 @@ def _mp3_has_length(path: Path) -> bool:
     """Whether the first MPEG frame carries a Xing, Info or VBRI header, which count the frames."""
     with path.open("rb") as file:
         head = file.read(10)
-        if head[:3] == b"ID3" and len(head) == 10:  # the tag before it tells its size, 7 bits a byte
+        if head[:3] == b"ID3" and len(head) == 10:  # the size of the tag before it, 7 bits a byte
             file.seek(10 + sum(b << shift for b, shift in zip(head[6:], (21, 14, 7, 0), strict=True)))
         first = file.read(4096)
     return any(mark in first for mark in (b"Xing", b"Info", b"VBRI"))

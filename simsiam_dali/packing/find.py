@@ -1,11 +1,11 @@
-"""Which files of a music folder may be songs: a walk that ends, whatever links it meets."""
+"""Find the files of a music folder that may be songs; loops of links end."""
 
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-# Endings that are known; a file with any other is opened to see whether it holds audio.
+# A file with any other suffix is opened to see whether it holds audio.
 AUDIO = frozenset(
     """
     .mp3 .mp2 .ogg .oga .opus .flac .wav .wave .bwf .w64 .rf64 .aif .aiff .aifc .m4a .m4b .aac .alac .wma .ape
@@ -34,16 +34,16 @@ class SongFile:
     problem: str = ""
 
 
-def find_songs(music: Path, leave_out: Path | None = None) -> tuple[list[SongFile], int]:
-    """All files below `music` that may hold audio, sorted by name, and the number of files passed over.
+def find_songs(music: Path, exclude: Path | None = None) -> tuple[list[SongFile], int]:
+    """All files below `music` that may hold audio, sorted by name, and the number of other files.
 
     Links to folders are followed, each folder once (so a loop ends), real folders before linked ones. Hidden
-    files and folders, and the folder `leave_out`, are not looked into. A folder or link that cannot be read
-    comes back as a `SongFile` with its `problem`.
+    files and folders, and the folder `exclude`, are skipped. A folder or link that cannot be read is returned as
+    a `SongFile` with its `problem`.
     """
     files: list[SongFile] = []
     passed_over = 0
-    seen = {_identity(leave_out)} if leave_out and leave_out.exists() else set()
+    seen = {_identity(exclude)} if exclude and exclude.exists() else set()
     real, linked = [music], list[Path]()
     while real or linked:
         folder = real.pop() if real else linked.pop(0)

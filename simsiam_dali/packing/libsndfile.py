@@ -1,4 +1,4 @@
-"""A song decoded by libsndfile, for files that FFmpeg does not decode whole."""
+"""Decode a song with libsndfile, for files that FFmpeg does not decode completely."""
 
 import io
 from collections.abc import Iterator
@@ -9,18 +9,18 @@ import numpy as np
 import soundfile as sf
 
 from simsiam_dali.packing.segments import Pcm
-from simsiam_dali.packing.songs import BLOCK, BadSong, NotDecodable, SongAudio
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, NotDecodable, SongAudio
 
 
 @dataclass
 class LibsndfileAudio(SongAudio):
-    """Whatever libsndfile decodes, but for MPEG audio; `reason` says why FFmpeg did not do it."""
+    """Any format of libsndfile but MPEG audio; `reason`: why FFmpeg is not used."""
 
     reason: str = ""
 
     @property
     def note(self) -> str:
-        """As of any song, and who decoded it."""
+        """As of any song, and the reason for this decoder."""
         return "; ".join(filter(None, [f"decoded by libsndfile: {self.reason}", super().note]))
 
     def _decoded(self) -> Iterator[tuple[Pcm, int]]:
@@ -35,7 +35,7 @@ class LibsndfileAudio(SongAudio):
     def _decode(self, file: "_File") -> Iterator[tuple[Pcm, int]]:
         head = file.read(3)
         if head == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
-            # Of damaged files libsndfile's decoder (mpg123) gives no more than FFmpeg, and it writes on the screen.
+            # libsndfile's decoder (mpg123) decodes no more of damaged files than FFmpeg, and prints to the terminal.
             raise NotDecodable("is MPEG audio")
         file.seek(0)
         try:
@@ -51,7 +51,7 @@ class LibsndfileAudio(SongAudio):
 
 
 class _Stream(sf.SoundFile):
-    """Read from start to end only: soundfile would seek after each block, and then repeat audio after a lost page."""
+    """Read from start to end only: soundfile seeks after each block, and repeats audio after a lost page."""
 
     def seekable(self) -> bool:
         """Never."""
@@ -59,7 +59,7 @@ class _Stream(sf.SoundFile):
 
 
 class _File(io.FileIO):
-    """libsndfile takes an error in reading for the file's end: `error` keeps it."""
+    """libsndfile treats a read error as the end of the file: `error` keeps it."""
 
     error: OSError | None = None
 
@@ -72,7 +72,7 @@ class _File(io.FileIO):
             return 0
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As of any file, but a place before its start, which a damaged header may ask for, is its start."""
+        """As of any file, but a position before its start, as from a damaged header, is its start."""
         try:
             return super().seek(offset, whence)
         except OSError:

@@ -1,4 +1,4 @@
-"""A music folder becomes a shard set: find, decode what is new, split, shuffle, write, take the old set's place."""
+"""Pack a music folder into a shard set: find songs, decode new ones, split, shuffle, write, replace the old set."""
 
 import contextlib
 import errno
@@ -7,15 +7,16 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import MANIFEST, STAGING, commit, locked, named_files, roll_forward
-from simsiam_dali.data.shards import (
+from simsiam_dali.data.format import (
     FILES,
     FORMAT_VERSION,
     REFUSED,
@@ -23,16 +24,10 @@ from simsiam_dali.data.shards import (
     SONGS,
     FileSum,
     Manifest,
-    ShardSet,
-    changed,
     read_manifest,
     read_table,
-    write_file,
-    write_manifest,
-    write_shard,
-    write_table,
 )
-from simsiam_dali.errors import UserError
+from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.packing.assemble import (
     Results,
     Songs,
@@ -46,13 +41,17 @@ from simsiam_dali.packing.assemble import (
     shuffled_cuts,
     song_row,
 )
+from simsiam_dali.packing.assign_split import assign_splits, group_key
 from simsiam_dali.packing.find import SongFile, find_songs
 from simsiam_dali.packing.pack_song import Job, Packed, PackSettings, Refused, Result, do_job
+from simsiam_dali.packing.process_pool import Died, run_all
 from simsiam_dali.packing.ratings import RatingsFile
-from simsiam_dali.packing.reuse import SEGMENT_COLUMNS, SONG_COLUMNS, Known, damaged_shards
-from simsiam_dali.packing.splits import assign_splits, group_key
+from simsiam_dali.packing.reuse import SEGMENT_COLUMNS, SONG_COLUMNS, PackedBefore, damaged_shards
 from simsiam_dali.packing.spool import Spool
-from simsiam_dali.packing.workers import Died, Executor, run_all
+from simsiam_dali.packing.write import write_file, write_manifest, write_shard, write_table
+
+Executor = Callable[[Callable[[Job], Result], Iterable[Job], int], Generator[tuple[Job, Result | Died], None, None]]
+"""Where jobs run: `process_pool.run_all` or `ray_pool.run_all`."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -60,7 +59,7 @@ _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIS
 
 @dataclass
 class Report:
-    """What a run did: `counts` of the set, `(file, reason)` lists, and how fast it decoded (in seconds)."""
+    """The result of a run: `counts` of the set, `(file, reason)` lists, and how fast it decoded (in seconds)."""
 
     counts: dict[str, int] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -82,11 +81,11 @@ def pack(
     files: Iterable[SongFile] | None = None,
     executor: Executor = run_all,
 ) -> Report:
-    """Pack the folder `music` into the set at `out`; whatever happens, `out` holds the old set or the new one.
+    """Pack the folder `music` into the set at `out`; at any moment `out` holds the old set or the new one.
 
-    files: what to pack of it, by names relative to it; None = every song below it. executor: who decodes.
-    Files that the last run packed with the same decode settings are not decoded again. `replace` allows writing
-    over shards of another folder. Raises `UserError` for what the user can mend, a full disk included.
+    files: the files to pack, with names relative to `music`; None = every song below it. executor: where they are
+    decoded. Files that the last run packed with the same decode settings are not decoded again. `replace` allows
+    overwriting shards of another folder. Raises `UserError` for what the user can correct, a full disk included.
     """
     if not music.is_dir():
         raise UserError(f"{music}: no such folder of music")
@@ -95,17 +94,17 @@ def pack(
     rated = RatingsFile.read(ratings, music) if ratings else None
     passed_over = 0
     if files is None:
-        files, passed_over = find_songs(music.absolute(), leave_out=out)
-    waiting = deque(files)
-    del files  # so that each leaves memory as it is handed out
-    if not waiting:
+        files, passed_over = find_songs(music.absolute(), exclude=out)
+    queue = deque(files)
+    del files  # so that each is freed when it is decoded
+    if not queue:
         raise UserError(f"{music}: no audio file in this folder ({passed_over} other files passed over)")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, wait=False):
             roll_forward(out)
             packer = _Packer(music.resolve(), out, settings, rated, replace, executor)
-            return packer.run(waiting, passed_over, workers)
+            return packer.run(queue, passed_over, workers)
     except OSError as e:
         if e.errno in _DISK_FULL:
             shutil.rmtree(out / STAGING, ignore_errors=True)
@@ -115,26 +114,24 @@ def pack(
         raise
 
 
+@dataclass
 class _Packer:
-    def __init__(
-        self,
-        music: Path,
-        out: Path,
-        settings: PackSettings,
-        ratings: RatingsFile | None,
-        replace: bool,
-        executor: Executor,
-    ) -> None:
-        self.music, self.out, self.settings = music, out, settings
-        self.ratings, self.replace, self.executor = ratings, replace, executor
+    music: Path
+    out: Path
+    settings: PackSettings
+    ratings: RatingsFile | None
+    replace: bool
+    executor: Executor
+
+    def __post_init__(self) -> None:
         self.report = Report()
         self.old = self._old_set()
         self.damaged = damaged_shards(self.old) if self.old else set()
 
     def run(self, files: deque[SongFile], passed_over: int, workers: int) -> Report:
-        results = self._look_at(files, workers)
+        results = self._decode(files, workers)
         songs = Songs(results)
-        self._tell(results, passed_over)
+        self._report_files(results, passed_over)
         if not len(songs):
             reasons = "; ".join(f"{name} {reason}" for name, reason in self.report.refused[:3])
             raise UserError(f"{self.music}: none of its {len(results)} files can be packed ({reasons})")
@@ -145,7 +142,7 @@ class _Packer:
         return self.report
 
     def _old_set(self) -> ShardSet | None:
-        """What `out` holds already, if it can serve; its tables are sound, its shards need not be."""
+        """The set in `out`, if it can be reused; its tables are intact, its shards need not be."""
         if not (self.out / MANIFEST).exists():
             return None
         try:
@@ -157,18 +154,18 @@ class _Packer:
         if manifest.music != str(self.music) and not self.replace:
             raise UserError(f"{self.out} holds the shards of {manifest.music}: name another --out, or give --replace")
         for name in (SONGS, SEGMENTS, FILES):
-            if problem := changed(self.out / name, manifest.files[name], always_sum=True):
+            if problem := manifest.files[name].problem(self.out / name, always_hash=True):
                 self.report.remarks.append(f"{self.out / name} {problem}: everything was decoded again")
                 return None
         songs, segments = read_table(self.out / SONGS, SONG_COLUMNS), read_table(self.out / SEGMENTS, SEGMENT_COLUMNS)
         return ShardSet(self.out, manifest, songs, segments)
 
-    def _look_at(self, files: deque[SongFile], workers: int) -> Results:
-        """Decode what is new, read all tags; in the order of `files`, which is empty afterwards."""
+    def _decode(self, files: deque[SongFile], workers: int) -> Results:
+        """Decode new songs, read all tags; in the order of `files`, which is empty afterwards."""
         if self.damaged:
             self.report.remarks.append(f"{len(self.damaged)} damaged shards: their songs were decoded again")
         decode = self.settings.decode
-        known = Known(self.old, decode, self.damaged) if self.old else None
+        known = PackedBefore(self.old, decode, self.damaged) if self.old else None
         cache = self.out / STAGING / "songs"
         cache.mkdir(parents=True, exist_ok=True)
 
@@ -196,7 +193,7 @@ class _Packer:
                 bar.update()
         return results
 
-    def _tell(self, results: Results, passed_over: int) -> None:
+    def _report_files(self, results: Results, passed_over: int) -> None:
         for file, result in results:
             if isinstance(result.outcome, Packed):
                 note = "; ".join(filter(None, [result.outcome.note, result.tags.note]))
@@ -216,7 +213,7 @@ class _Packer:
             if all(self.old.manifest.settings[name] == getattr(settings, name) for name in drawn_by):
                 kept = dict(zip(self.old.songs["audio_hash"], self.old.songs["split"], strict=True))
             else:
-                self.report.remarks.append("--val-fraction, --split-by or --seed changed: the split was drawn anew")
+                self.report.remarks.append("--val-fraction, --split-by or --seed changed: the split was drawn again")
         songs.splits = assign_splits(
             [group_key(settings.split_by, s.tags, s.file.name, s.packed.audio_hash) for s in songs],
             [kept.get(s.packed.audio_hash) for s in songs] if kept else [None] * len(songs),
@@ -236,7 +233,7 @@ class _Packer:
         )
 
     def _write(self, songs: Songs, results: Results) -> None:
-        """Stage the whole set, then let it take the old one's place; a set that would be the same is left alone."""
+        """Stage the whole set, then replace the old one by it; an identical set is not written."""
         staged = self.out / STAGING / "new"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
@@ -257,7 +254,7 @@ class _Packer:
         files |= self._write_shards(staged, songs, order)
         manifest = Manifest(FORMAT_VERSION, str(self.music), asdict(self.settings), self.report.counts, files)
         write_manifest(staged, manifest)
-        # From here on a signal waits: the set is complete, and moving it takes no time.
+        # The set is complete, and moving it is quick: signals wait.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             commit(self.out, staged)
@@ -265,17 +262,17 @@ class _Packer:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _is_same(self, tables: dict[str, FileSum]) -> bool:
-        """Whether the set in place was made from the same songs, tags and settings, and is whole."""
+        """Whether the set in `out` was made from the same songs, tags and settings, and is intact."""
         if self.old is None or self.damaged:
             return False
         manifest = self.old.manifest
         return (manifest.music, manifest.settings) == (str(self.music), asdict(self.settings)) and all(
-            manifest.files[name].sha256 == table.sha256 and not changed(self.out / name, manifest.files[name])
+            manifest.files[name].sha256 == table.sha256 and not manifest.files[name].problem(self.out / name)
             for name, table in tables.items()
         )
 
     def _check_names(self, names: set[str]) -> None:
-        """Nothing that another has put there under one of our names is overwritten unasked."""
+        """Raise UserError if a file that is not of the set has one of its names, unless `replace`."""
         ours = {*named_files(self.out), *([MANIFEST] if self.old else [])}
         names = names | {Path(name).stem + ".idx" for name in names if name.endswith(".tar")} | {MANIFEST}
         foreign = sorted(name for name in names - ours if (self.out / name).exists())

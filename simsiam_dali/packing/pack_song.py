@@ -1,23 +1,23 @@
-"""One song's way into the shards: decoded, cut, encoded into a file of its own that a later run finds again."""
+"""Pack one song: decode, cut and encode it into a file of its own, which an interrupted run finds again."""
 
-import contextlib
 import hashlib
+import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from simsiam_dali.common.files import atomic_write
 from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.find import SongFile
-from simsiam_dali.packing.segments import SILENCE, Pcm, Segment, cut_segments, encode
-from simsiam_dali.packing.songs import BadSong, NoAudio, SongAudio
+from simsiam_dali.packing.segments import SILENCE, Segment, cut_segments, encode
+from simsiam_dali.packing.song_audio import BadSong, NoAudio, SongAudio
 from simsiam_dali.packing.tags import Tags, read_tags
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What the bytes of a song's segments depend on. `sample_rate` in Hz, None = the song's own."""
+    """The settings that the bytes of a song's segments depend on. `sample_rate` in Hz, None = the song's own."""
 
     sample_rate: int | None = 16000
     segment_seconds: float = 60.0
@@ -27,7 +27,7 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class PackSettings(DecodeSettings):
-    """All options of make_shards that the shards depend on; its `--help` explains them."""
+    """All options that the shards depend on; `pack --help` explains them."""
 
     val_fraction: float = 0.1
     split_by: str = "album"
@@ -36,13 +36,13 @@ class PackSettings(DecodeSettings):
 
     @property
     def decode(self) -> DecodeSettings:
-        """The part that a song's segments depend on."""
+        """The settings that a song's segments depend on."""
         return DecodeSettings(self.sample_rate, self.segment_seconds, self.codec, self.min_seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """An encoded segment: `start` and true length in seconds, and where its bytes lie."""
+    """An encoded segment: `start` and true length in seconds, and where its bytes are."""
 
     start: float
     seconds: float
@@ -66,7 +66,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A file that is not packed. `retry`: the reason may pass; `audio` False: it never was a song."""
+    """A file that is not packed. `retry`: the reason may pass; `audio` False: it is no song at all."""
 
     reason: str
     retry: bool = False
@@ -75,7 +75,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The file at this `place` of all; `known` is what an earlier run made of it, so that only its tags are read."""
+    """The file number `place`; `known` is its result in an earlier run, so that only its tags are read."""
 
     place: int
     file: SongFile
@@ -86,7 +86,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a file; `decoded_seconds` counts audio decoded in this run."""
+    """The result for a file; `decoded_seconds` counts audio decoded in this run."""
 
     outcome: Packed | Refused
     tags: Tags = field(default_factory=Tags)
@@ -94,9 +94,9 @@ class Result:
 
 
 def do_job(job: Job) -> Result:
-    """Read the file's tags and, unless that was done before, decode it and leave its segments in the cache.
+    """Read the file's tags and, unless that was done before, decode it and write its segments to the cache.
 
-    Raises `OSError` where the cache cannot be written; what is wrong with the song comes back as `Refused`.
+    Raises `OSError` if the cache cannot be written; a song that cannot be packed is returned as `Refused`.
     """
     if job.file.problem:
         return Result(Refused(job.file.problem, retry=True))
@@ -109,29 +109,29 @@ def do_job(job: Job) -> Result:
             return Result(Refused(e.reason, e.transient, not isinstance(e, NoAudio)))
         except OSError:
             raise
-        except Exception as e:  # one song that trips a library must not end a run of thousands
+        except Exception as e:  # one song that a library fails on must not end a run of thousands
             return Result(Refused(f"cannot be decoded ({type(e).__name__}: {e})"))
     return Result(outcome, read_tags(job.file.path) if isinstance(outcome, Packed) else Tags(), decoded_seconds)
 
 
 def _decode(job: Job) -> Packed:
-    """Decode into `KEY.audio` (the encoded segments in a row); `KEY.json`, written last, says it is complete."""
+    """Decode into `KEY.audio` (the encoded segments in a row); `KEY.json`, written last, marks it as complete."""
     settings, target = job.settings, _cache_file(job, "audio")
-    scratch = target.with_suffix(f".{os.getpid()}.tmp")
 
-    def encode_all(audio: SongAudio) -> tuple[list[Cut], int]:
-        cuts, silent = list[Cut](), 0
-        with scratch.open("wb") as out:
-            for segment, rate in _segments(audio, settings.segment_seconds):
-                if abs(segment.pcm).max() < SILENCE:
-                    silent += 1
-                    continue
-                content = encode(segment.pcm, rate, settings.codec)
-                cuts.append(Cut(segment.start / rate, segment.samples / rate, target, out.tell(), len(content)))
-                out.write(content)
-        return cuts, silent
+    with atomic_write(target) as scratch:
 
-    try:
+        def encode_all(audio: SongAudio) -> tuple[list[Cut], int]:
+            cuts, silent = list[Cut](), 0
+            with scratch.open("wb") as out:
+                for segment, rate in _segments(audio, settings.segment_seconds):
+                    if abs(segment.pcm).max() < SILENCE:
+                        silent += 1
+                        continue
+                    content = encode(segment.pcm, rate, settings.codec)
+                    cuts.append(Cut(segment.start / rate, segment.samples / rate, target, out.tell(), len(content)))
+                    out.write(content)
+            return cuts, silent
+
         audio, (cuts, silent) = decode(job.file.path, settings.sample_rate, encode_all)
         if not audio.seconds:
             raise BadSong("holds no audio that decodes")
@@ -139,44 +139,34 @@ def _decode(job: Job) -> Packed:
             raise BadSong(f"is too short: {audio.seconds:.1f} s, --min-seconds is {settings.min_seconds:g}")
         if not cuts:
             raise BadSong("is silent")
-        assert audio.sample_rate is not None
-        packed = Packed(
-            sample_rate=audio.sample_rate,
-            source_rate=audio.source_rate,
-            channels=audio.channels,
-            duration=audio.seconds,
-            audio_hash=audio.audio_hash,
-            note="; ".join(filter(None, [audio.note, f"{silent} silent segments left out" if silent else ""])),
-            cuts=tuple(cuts),
-        )
-        scratch.replace(target)
+    assert audio.sample_rate is not None
+    packed = Packed(
+        sample_rate=audio.sample_rate,
+        source_rate=audio.source_rate,
+        channels=audio.channels,
+        duration=audio.seconds,
+        audio_hash=audio.audio_hash,
+        note="; ".join(filter(None, [audio.note, f"{silent} silent segments left out" if silent else ""])),
+        cuts=tuple(cuts),
+    )
+    with atomic_write(_cache_file(job, "json")) as scratch:
         scratch.write_text(json.dumps(asdict(packed), default=str))
-        scratch.replace(_cache_file(job, "json"))
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            scratch.unlink()
     return packed
 
 
 def _segments(audio: SongAudio, segment_seconds: float) -> Iterator[tuple[Segment, int]]:
-    """The song's segments and their rate, which a song packed at its own rate tells with its first block."""
+    """The song's segments and their rate, which is known after the first block if the song keeps its own."""
     blocks = audio.blocks()
     first = next(blocks, None)
-    if first is None:
-        return
-    assert audio.sample_rate is not None
-    rate = audio.sample_rate
-
-    def all_blocks() -> Iterator[Pcm]:
-        yield first
-        yield from blocks
-
-    for segment in cut_segments(all_blocks(), max(1, round(segment_seconds * rate))):
-        yield segment, rate
+    if first is not None:
+        assert audio.sample_rate is not None
+        length = max(1, round(segment_seconds * audio.sample_rate))
+        for segment in cut_segments(itertools.chain([first], blocks), length):
+            yield segment, audio.sample_rate
 
 
 def _load(job: Job) -> Packed | None:
-    """What an interrupted run has left of this very file, with these settings."""
+    """The result of an interrupted run for this very file, with these settings."""
     audio = _cache_file(job, "audio")
     try:
         content = json.loads(_cache_file(job, "json").read_bytes())

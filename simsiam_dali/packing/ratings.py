@@ -1,4 +1,4 @@
-"""Ratings from a file: a CSV, or the library database of the Clementine or Strawberry player."""
+"""Read ratings from a file: a CSV, or the library database of the Clementine or Strawberry player."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.errors import UserError
 
 
 @dataclass
@@ -25,11 +25,11 @@ class RatingsFile:
 
     @classmethod
     def read(cls, source: Path, music: Path) -> "RatingsFile":
-        """Read a ratings file; it is never written to, nor is a journal made beside it.
+        """Read a ratings file; neither it nor a journal beside it is ever written.
 
         CSV: commas or semicolons, a header with `rating` and either `path` (absolute, or relative to `music`) or
-        `title` and `artist`. Ratings are 0..1, or 0..5 where any is above 1; an empty one is unrated. A
-        database's are 0..1, and -1 is unrated.
+        `title` and `artist`. Ratings are 0..1, or 0..5 if any is above 1; an empty one is unrated. A database's are
+        0..1, and -1 is unrated.
         """
         try:
             with source.open("rb") as file:
@@ -47,9 +47,9 @@ class RatingsFile:
         return len(self.by_path) or len(self.by_name)
 
     def lookup(self, path: Path, title: str, artists: Sequence[str]) -> float | None:
-        """The rating of the song at `path`, None where the file has none for it."""
+        """The rating of the song at `path`, None if the file has none for it."""
         for candidate in (path, path.resolve()):
-            if (rating := self.by_path.get(_plain(_tidy(candidate)))) is not None:
+            if (rating := self.by_path.get(_nfc(_normalised(candidate)))) is not None:
                 return rating
         for name in (path.name, ""):
             for artist in (", ".join(artists), *artists):
@@ -59,10 +59,10 @@ class RatingsFile:
 
     def _add(self, path: str, title: str, artist: str, rating: float) -> None:
         if path:
-            self.by_path[_plain(path)] = rating
+            self.by_path[_nfc(path)] = rating
         if title:
             key = _song_key(Path(path).name, title, artist)
-            # Two songs of one name with two ratings: neither can be told.
+            # Two songs of one name with two ratings: ambiguous.
             self.by_name[key] = rating if self.by_name.get(key, rating) == rating else None
 
 
@@ -93,7 +93,7 @@ def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]
     for row, rating in zip(rows, ratings, strict=True):
         path = cell(row, "path")
         yield (
-            _tidy(music / path) if path else "",
+            _normalised(music / path) if path else "",
             cell(row, "title"),
             cell(row, "artist"),
             rating / scale,
@@ -101,7 +101,7 @@ def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]
 
 
 def _database_rows(source: Path) -> Iterator[tuple[str, str, str, float]]:
-    uri = f"file:{urllib.parse.quote(_tidy(source))}?mode=ro&immutable=1"
+    uri = f"file:{urllib.parse.quote(_normalised(source))}?mode=ro&immutable=1"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as connection:
             columns = {row[1] for row in connection.execute("PRAGMA table_info(songs)")}
@@ -121,15 +121,15 @@ def _url_path(url: bytes) -> str:
     return os.fsdecode(url)
 
 
-def _tidy(path: Path) -> str:
-    """Absolute and without `..`, but with links as they were written, since a player's paths are not resolved."""
+def _normalised(path: Path) -> str:
+    """Absolute and without `..`, but with links unresolved, as a player's paths are."""
     return os.path.normpath(path.absolute())
 
 
-def _plain(text: str) -> str:
+def _nfc(text: str) -> str:
     # One name may be written with composed or decomposed accents, depending on the system that wrote it.
     return unicodedata.normalize("NFC", text)
 
 
 def _song_key(name: str, title: str, artist: str) -> tuple[str, str, str]:
-    return _plain(name), _plain(title).casefold(), _plain(artist).casefold()
+    return _nfc(name), _nfc(title).casefold(), _nfc(artist).casefold()

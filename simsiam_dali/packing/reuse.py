@@ -1,4 +1,4 @@
-"""What the shards in place already know of a song, so that packing again decodes only what is new."""
+"""Reuse the songs of the set in place, so that packing again decodes new ones only."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from simsiam_dali.data.shards import FILES, ROWS_AT_ONCE, SPLITS, ShardSet, changed, read_index
+from simsiam_dali.data.format import FILES, SPLITS, read_index
+from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.packing.ffmpeg import UNOPENED
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack_song import Cut, DecodeSettings, Packed, Refused
+from simsiam_dali.packing.write import ROWS_IN_MEMORY
 
 SONG_COLUMNS = ("sample_rate", "channels", "duration", "audio_hash", "split")
 SEGMENT_COLUMNS = ("song", "shard", "start", "seconds", "sample_rate")
-"""What of the old set's tables packing again needs: the rest would only take memory."""
+"""Columns of the old set's tables that are needed: the others would only use memory."""
 
 
 def damaged_shards(old: ShardSet) -> set[str]:
@@ -25,16 +27,16 @@ def damaged_shards(old: ShardSet) -> set[str]:
         for split in SPLITS
         for tar in old.names(split)
         for path in (old.root / tar, (old.root / tar).with_suffix(".idx"))
-        # Read in full, or copying would bless a rotten shard with a new checksum.
-        if changed(path, old.manifest.files[path.name], always_sum=True)
+        # Read in full, or copying would give a damaged shard a new checksum.
+        if old.manifest.files[path.name].problem(path, always_hash=True)
     }
 
 
-class Known:
-    """What became of each file that need not be decoded again, put together when it is asked for.
+class PackedBefore:
+    """The results for files that need not be decoded again, assembled on request.
 
-    Nothing is known to other `settings` than the set `old` was decoded with, nor of songs with a segment in a shard
-    that is `damaged`. Of `old`, SONG_COLUMNS and SEGMENT_COLUMNS are read.
+    There are none if `settings` differ from those of the set `old`, nor for songs with a segment in a `damaged` shard.
+    Of `old`, SONG_COLUMNS and SEGMENT_COLUMNS are read.
     """
 
     def __init__(self, old: ShardSet, settings: DecodeSettings, damaged: set[str]) -> None:
@@ -56,14 +58,14 @@ class Known:
         for file in _rows(old.root / FILES):
             key = file["path"], file["bytes"], file["mtime_ns"]
             if file["status"] == "refused":
-                # Opening a file takes no time, and the decoders may have learnt to.
+                # Opening a file is quick, and newer decoders may be able to.
                 if not file["retry"] and not file["reason"].startswith(UNOPENED):
                     self._of_file[key] = Refused(file["reason"])
             elif file["song"] not in lost and len(self._rows_of(file["song"])):
                 self._of_file[key] = file["song"], file["reason"]
 
     def of(self, file: SongFile) -> Packed | Refused | None:
-        """What became of this very file, None where it is new or has to be decoded again."""
+        """The result for this file, None if it is new or has to be decoded again."""
         found = self._of_file.get((file.name, file.bytes, file.mtime_ns))
         if found is None or isinstance(found, Refused):
             return found
@@ -88,11 +90,11 @@ class Known:
         )
 
     def _rows_of(self, song: int) -> np.ndarray:
-        """The rows of the segment table that are the song's, in the song's order."""
+        """The song's rows of the segment table, in the song's order."""
         return self._rows[self._first[song] : self._first[song + 1]]
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as table:
-        for part in table.iter_batches(ROWS_AT_ONCE):
+        for part in table.iter_batches(ROWS_IN_MEMORY):
             yield from part.to_pylist()

@@ -1,4 +1,4 @@
-"""Songs cut into segments of one length, and a segment as a small audio file in memory."""
+"""Cut songs into segments of one length, and encode a segment as an audio file in memory."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ def cut_segments(blocks: Iterable[Pcm], length: int) -> Iterator[Segment]:
     """Cut a song into segments of `length` samples, back to back, with two segments in memory at most.
 
     A remainder of at least half a segment becomes one more segment that ends where the song ends; a shorter one
-    is left out. A song shorter than one segment is repeated to fill one.
+    is dropped. A song shorter than one segment is repeated to fill one.
     """
     start, filled = 0, 0
     previous, current = None, np.empty(length, np.float32)

@@ -1,4 +1,4 @@
-"""What a song's own tags say, read with mutagen and brought to one form."""
+"""Read a song's tags with mutagen, in one form for all formats."""
 
 import contextlib
 import itertools
@@ -15,13 +15,13 @@ from typing import Any
 import mutagen
 from mutagen.id3 import ID3, TextFrame
 
-LONGEST = 300  # characters kept of one value
-MOST = 100  # values kept of one field
-_LOOKED_AT = 10_000  # characters of a value, and values of a field, that are looked at before that
-# They turn the text around them, even a terminal's next column: embeddings, overrides and isolates of direction.
+MAX_CHARACTERS = 300  # of one value
+MAX_VALUES = 100  # of one field
+_MAX_READ = 10_000  # characters of a value, and values of a field, that are cleaned before that
+# Directional embeddings, overrides and isolates: they reorder the text around them, even a terminal's next column.
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 PARSE_SECONDS = 30.0
-"""Seconds of CPU for one file's tags. Mutagen takes 15 for a text of 10 MB, and hours for a million short ones."""
+"""CPU time limit for one file's tags, s. Mutagen needs 15 s for a text of 10 MB, and hours for a million short ones."""
 _UNKNOWN = {
     "",
     "<unknown>",
@@ -63,16 +63,16 @@ class Tags:
 
 
 class TookTooLong(Exception):
-    """Not a TimeoutError, which is an OSError and as such caught by mutagen."""
+    """Not a TimeoutError, which is an OSError, which mutagen catches."""
 
 
 def read_tags(path: Path) -> Tags:
-    """The tags of `path`, whatever its format; tags that cannot be parsed are none, with a note."""
+    """The tags of `path`, in any format; empty, with a note, if they cannot be parsed."""
     try:
         with _time_limit(PARSE_SECONDS), path.open("rb") as file:
             audio = mutagen.File(file)
             values = _values(audio.tags) if audio is not None and audio.tags is not None else {}
-    except Exception as e:  # mutagen lets many kinds escape on broken tags, and audio without tags is still audio
+    except Exception as e:  # mutagen raises many kinds on broken tags, and audio without tags is still audio
         return Tags(note=f"tags cannot be read ({type(e).__name__})")
 
     def field(name: str) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ def read_tags(path: Path) -> Tags:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """TookTooLong after so many seconds of CPU; in a main thread, such as a packing worker's, since a signal tells."""
+    """Raise TookTooLong after so many seconds of CPU; in the main thread only, such as a worker's, as signals are."""
 
     def stop(*_: object) -> None:
         raise TookTooLong
@@ -110,7 +110,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def merged(first: Tags, other: Tags) -> Tags:
-    """`first` with the albums of both, and with what only `other` knows."""
+    """`first` with the albums of both, and with the fields that only `other` has."""
     albums = tuple(dict.fromkeys(first.albums + other.albums))
     rating = other.rating if math.isnan(first.rating) else first.rating
     return Tags(
@@ -126,24 +126,24 @@ def merged(first: Tags, other: Tags) -> Tags:
 
 
 def clean(values: Iterable[str]) -> tuple[str, ...]:
-    """At most `MOST` of `values`, without control characters, over-long tails, repeats and ways of saying unknown."""
+    """At most `MAX_VALUES` of `values`, cut to `MAX_CHARACTERS`; no control characters, repeats or placeholders."""
     kept: dict[str, None] = {}
-    for value in itertools.islice(values, _LOOKED_AT):
-        text = _cut(" ".join("".join(map(_harmless, value[:_LOOKED_AT])).split()))
+    for value in itertools.islice(values, _MAX_READ):
+        text = _cut(" ".join("".join(map(_harmless, value[:_MAX_READ])).split()))
         if text.casefold() not in _UNKNOWN:
             kept[text] = None
-        if len(kept) == MOST:
+        if len(kept) == MAX_VALUES:
             break
     return tuple(kept)
 
 
 def _harmless(c: str) -> str:
-    """A space for control characters and lone surrogates: neither a terminal nor a UTF-8 table takes them."""
+    """A space for control characters and lone surrogates, which terminals and UTF-8 tables do not accept."""
     return " " if unicodedata.category(c) in ("Cc", "Cs") or c in _DIRECTIONS else c
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
 
 
 def _values(tags: Any) -> dict[str, list[str]]:
@@ -153,11 +153,11 @@ def _values(tags: Any) -> dict[str, list[str]]:
     values: dict[str, list[str]] = {}
     for name, content in tags.items():
         name = name.lower().removeprefix("----:com.apple.itunes:")
-        for value in content[:_LOOKED_AT] if isinstance(content, list | tuple) else [content]:
+        for value in content[:_MAX_READ] if isinstance(content, list | tuple) else [content]:
             if isinstance(value, bytes):  # an MP4 freeform value
-                value = value[:_LOOKED_AT].decode("utf-8", "replace")
-            # An APEv2 value may hold several, divided by zero bytes.
-            values.setdefault(name, []).extend(str(value)[:_LOOKED_AT].split("\0"))
+                value = value[:_MAX_READ].decode("utf-8", "replace")
+            # An APEv2 value may hold several, separated by zero bytes.
+            values.setdefault(name, []).extend(str(value)[:_MAX_READ].split("\0"))
     return values
 
 
@@ -167,7 +167,7 @@ def _id3_values(tags: ID3) -> dict[str, list[str]]:
         if frame.FrameID == "POPM":
             values.setdefault("popm", []).append(str(frame.rating))
         elif isinstance(frame, TextFrame):
-            texts = [str(text)[:_LOOKED_AT] for text in frame.text[:_LOOKED_AT]]
+            texts = [str(text)[:_MAX_READ] for text in frame.text[:_MAX_READ]]
             if frame.FrameID == "TCON":  # may hold numbers of a list
                 frame.text = texts
                 texts = frame.genres
@@ -178,7 +178,7 @@ def _id3_values(tags: ID3) -> dict[str, list[str]]:
 
 
 def _rating(values: Mapping[str, list[str]]) -> float:
-    """The first rating found, FMPS first, since it alone says its scale; NaN where there is none."""
+    """The first rating found, FMPS first, since its scale is specified; NaN if there is none."""
     scales = {
         "fmps_rating": _fraction,
         "fmps/rating": _fraction,
@@ -190,7 +190,7 @@ def _rating(values: Mapping[str, list[str]]) -> float:
     for name, scale in scales.items():
         for text in values.get(name, ()):
             try:
-                rating = scale(float(text[:LONGEST]))
+                rating = scale(float(text[:MAX_CHARACTERS]))
             except ValueError:
                 continue
             if not math.isnan(rating):
@@ -205,8 +205,8 @@ def _fraction(value: float) -> float:
 def popm_rating(value: float) -> float:
     """ID3 POPM byte to 0.2, 0.4 ... 1.0, that is one to five stars; 0 is unrated.
 
-    Windows writes 1, 64, 128, 196, 255 for its stars, others neighbouring values, so players read ranges: up
-    to 63, 127, 191, 251 and 255.
+    Windows writes 1, 64, 128, 196, 255 for its stars, others neighbouring values, so players read ranges: up to 63,
+    127, 191, 251 and 255.
     """
     if not 0 < value <= 255:
         return math.nan
@@ -219,9 +219,9 @@ def _microsoft_rating(value: float) -> float:
 
 
 def vorbis_rating(value: float) -> float:
-    """A RATING comment, whose scale is nowhere written down, to 0..1; 0 is unrated.
+    """A RATING comment, whose scale is not specified, to 0..1; 0 is unrated.
 
-    A value below 1 is a fraction, up to 5 counts stars, up to 100 is per cent, up to 255 is on POPM's scale.
+    A value below 1 is a fraction, up to 5 counts stars, up to 100 is a percentage, up to 255 is on POPM's scale.
     """
     if not 0 < value <= 255:
         return math.nan

@@ -1,1 +1,1 @@
-"""The search for better settings: what is searched, a trial, the study that processes share, and what is told of it."""
+"""Hyperparameter search: the space, one trial, the study that processes share, the loop over trials, the report."""

@@ -1,4 +1,4 @@
-"""What is told of a study: lines for the terminal, best.yaml, trials.csv and pictures."""
+"""Report a study: lines for the terminal, best.yaml, trials.csv and plots."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import matplotlib
 import optuna
-import optuna.visualization.matplotlib as pictures
+import optuna.visualization.matplotlib as plots
 from matplotlib import pyplot
 from optuna.trial import FrozenTrial, TrialState
 
-from simsiam_dali.config import Config
+from simsiam_dali.common.files import atomic_write
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
 
@@ -20,8 +20,8 @@ BEST, TABLE, HISTORY, IMPORTANCE = "best.yaml", "trials.csv", "history.png", "im
 KILLED = "its process was killed"
 
 
-def drawn(trial: FrozenTrial, space: Space) -> str:
-    """What a trial drew, by the settings' last names."""
+def params_text(trial: FrozenTrial, space: Space) -> str:
+    """A trial's sampled settings, by the last part of their keys."""
 
     def show(value: object) -> str:
         if isinstance(value, list):
@@ -32,23 +32,22 @@ def drawn(trial: FrozenTrial, space: Space) -> str:
 
 
 def trial_line(study: Study, number: int) -> str:
-    """One trial in one line, and the best one so far."""
+    """One line: how a trial ended, and the best trial so far."""
     trial, best = study.trials()[number], study.best()
     seconds = trial.duration.total_seconds() if trial.duration else 0.0
     reason = trial.user_attrs.get("reason", KILLED)
-    ends = {
+    results = {
         TrialState.COMPLETE: f"{study.metric} {trial.value or 0.0:.3f}",
         TrialState.PRUNED: f"pruned {reason}",
         TrialState.FAIL: f"failed: {reason}",
     }
     so_far = f"best {best.value:.3f} (trial {best.number})" if best else "none complete yet"
-    return (
-        f"trial {number} of {study.total}  {ends[trial.state]}  {so_far}  {seconds:.0f} s  {drawn(trial, study.space)}"
-    )
+    params = params_text(trial, study.space)
+    return f"trial {number} of {study.total}  {results[trial.state]}  {so_far}  {seconds:.0f} s  {params}"
 
 
 def count_line(study: Study) -> str:
-    """How many trials ended how."""
+    """The number of trials in each state."""
     states = [trial.state for trial in study.trials()]
     names = {
         TrialState.COMPLETE: "complete",
@@ -61,54 +60,47 @@ def count_line(study: Study) -> str:
 
 
 def write_best(study: Study, path: Path) -> None:
-    """The best trial's settings as a config file for training, once a trial is complete."""
+    """Write the best trial's settings as a config file for the final training, once a trial is complete."""
     if not (best := study.best()):
         return
-    config = best_config(study, best)
+    epochs = study.space.base["encoder"]["final_training_epochs"]
     content = (
         f"# The best of {len(study.trials())} trials of {study.name} so far: trial {best.number},"
         f" {study.metric} {best.value:.4f}.\n"
-        f"# python -m simsiam_dali.train --config {path}\n{config.to_yaml()}"
+        f"# python -m simsiam_dali.train --config {path}\n"
+        f"{study.space.config(best.params, encoder__epochs=epochs).to_yaml()}"
     )
-    part = path.with_suffix(".part")
-    part.write_text(content)
-    part.replace(path)
-
-
-def best_config(study: Study, best: FrozenTrial) -> Config:
-    """The settings of the final training."""
-    return study.space.config(best.params, encoder__epochs=study.space.base["encoder"]["final_training_epochs"])
+    with atomic_write(path) as part:
+        part.write_text(content)
 
 
 def write_table(study: Study, path: Path) -> None:
-    """One row a trial: number, state, value, epochs, seconds, reason, and what was drawn."""
+    """Write one row per trial: number, state, value, epochs, seconds, reason, and the sampled settings."""
     frame = study.optuna.trials_dataframe(attrs=("number", "state", "value", "datetime_start", "duration", "params"))
     trials = study.trials()
     frame["epochs"] = [t.last_step or 0 for t in trials]
     frame["reason"] = [t.user_attrs.get("reason", KILLED if t.state == TrialState.FAIL else "") for t in trials]
     frame["duration"] = frame["duration"].dt.total_seconds()
     frame = frame.rename(columns={"duration": "seconds"})
-    part = path.with_suffix(".part")
-    frame.to_csv(part, index=False)
-    part.replace(path)
+    with atomic_write(path) as part:
+        frame.to_csv(part, index=False)
 
 
-def draw(study: Study) -> Iterator[Path]:
-    """Optuna's pictures of the study, those that it has enough complete trials for."""
+def write_plots(study: Study) -> Iterator[Path]:
+    """Write Optuna's plots of the study, those for which it has enough complete trials; yield their paths."""
     values = {trial.value for trial in study.trials(TrialState.COMPLETE)}
     wanted: dict[str, Callable[[optuna.Study], object]] = {}
     if values:
-        wanted[HISTORY] = pictures.plot_optimization_history
-    if len(values) > 1:  # nothing explains a difference that is not there
-        wanted[IMPORTANCE] = pictures.plot_param_importances
+        wanted[HISTORY] = plots.plot_optimization_history
+    if len(values) > 1:  # importance needs a difference to explain
+        wanted[IMPORTANCE] = plots.plot_param_importances
     for name, plot in wanted.items():
         path = study.folder / name
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "experimental", and of too few trials: both known
+        with warnings.catch_warnings(), atomic_write(path) as part:
+            warnings.simplefilter("ignore")  # that the plots are experimental, and that trials are few
             plot(study.optuna)
             figure = pyplot.gcf()
             figure.set_size_inches(9, 5)
-            figure.savefig(path.with_suffix(".part.png"), dpi=110, bbox_inches="tight")
+            figure.savefig(part, format="png", dpi=110, bbox_inches="tight")
         pyplot.close(figure)
-        path.with_suffix(".part.png").replace(path)
         yield path

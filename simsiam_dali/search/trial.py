@@ -1,7 +1,7 @@
-"""One trial, trained in a process of its own: a crash, a kill for want of memory or a leak ends it and not the search.
+"""One trial, trained in a process of its own, so that a crash, the out-of-memory killer or a leak ends only the trial.
 
-The few seconds that a process takes to start are little beside a trial. The pipe between the two carries each epoch's
-record one way and, the other way, whether to go on; what the training prints goes to the trial's log.txt.
+A pipe connects the two processes: the training sends each epoch's record, the search answers whether to stop. What the
+training prints is in the trial's log.txt.
 """
 
 import contextlib
@@ -19,20 +19,21 @@ from typing import Any, Literal
 
 import torch
 
-from simsiam_dali import train
-from simsiam_dali.config import Config
-from simsiam_dali.distributed import world
-from simsiam_dali.errors import UserError
+from simsiam_dali.common.distributed import process_group
+from simsiam_dali.common.errors import UserError, one_line
+from simsiam_dali.config.schema import Config
+from simsiam_dali.training.loop import train
+from simsiam_dali.training.run import StopTraining
 
 CHILD = "from simsiam_dali.search import trial; trial.child()"
 LOG = "log.txt"
 POLL_SECONDS = 0.2
-"""How often the waiting search looks whether it was asked to stop."""
+"""How often the waiting search checks for a stop request."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a trial trains."""
+    """The training of one trial."""
 
     config: Config
     run_dir: Path
@@ -41,113 +42,115 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How a trial ended, and why where that needs saying."""
+class TrialResult:
+    """How a trial ended, and why where it is not complete."""
 
     state: Literal["complete", "pruned", "failed", "interrupted"]
     reason: str = ""
 
 
-def run(job: Job, on_epoch: Callable[[dict[str, Any]], Ending | None], asked_to_stop: Callable[[], bool]) -> Ending:
-    """Train, and say how that ended. The trial's checkpoint is not kept: what wins is trained again, for longer.
+def run(
+    job: Job, on_epoch: Callable[[dict[str, Any]], TrialResult | None], stop_requested: Callable[[], bool]
+) -> TrialResult:
+    """Train in a new process and return the result. The checkpoint is removed: the best settings are trained again.
 
-    on_epoch: gets each epoch's record; an Ending that it returns is the trial's.
+    on_epoch: called with each epoch's record; a result that it returns ends the trial.
     """
     ours, theirs = Pipe()
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with (job.run_dir / LOG).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-u", "-c", CHILD, str(theirs.fileno())],
-            stdin=subprocess.PIPE,  # never written to: its end tells the child that the search is gone
+            stdin=subprocess.PIPE,  # never written to: end of file tells the child that the search has exited
             stdout=log,
             stderr=log,
             pass_fds=[theirs.fileno(), job.lock],
-            start_new_session=True,  # Ctrl-C is for the search, which passes it on
+            start_new_session=True,  # Ctrl-C reaches the search only, which terminates the child
         )
     theirs.close()
-    asked = False
-    ending: Ending | None = None
+    terminated = False
+    result: TrialResult | None = None
     try:
         ours.send(job)
-        while ending is None:
-            if asked_to_stop() and not asked:
+        while result is None:
+            if stop_requested() and not terminated:
                 process.terminate()
-                asked = True
+                terminated = True
             if not ours.poll(POLL_SECONDS):
                 continue
             message = ours.recv()
-            if isinstance(message, Ending):
-                ending = message
+            if isinstance(message, TrialResult):
+                result = message
             else:
                 ours.send(on_epoch(message))
-    except (EOFError, ConnectionError):  # it died without a word
-        ending = _died(process.wait(), asked)
+    except (EOFError, ConnectionError):  # the child exited without a result
+        result = _result_of_exit(process.wait(), terminated)
     finally:
         ours.close()
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
-        drop_checkpoint(job.run_dir)
-    return ending
+        remove_checkpoint(job.run_dir)
+    return result
 
 
-def drop_checkpoint(run_dir: Path) -> None:
-    """Remove what `run` does not keep."""
-    for path in run_dir.glob("checkpoint.*"):
+def remove_checkpoint(run_dir: Path) -> None:
+    """Remove the checkpoint of a trial, and the temporary file of one whose write was interrupted."""
+    for path in run_dir.glob("*checkpoint.*"):
         path.unlink()
 
 
-def _died(status: int, asked: bool) -> Ending:
-    if asked:
-        return Ending("interrupted", "interrupted")
+def _result_of_exit(status: int, terminated: bool) -> TrialResult:
+    if terminated:
+        return TrialResult("interrupted", "interrupted")
     if status >= 0:
-        return Ending("failed", f"the training process ended with status {status}; see {LOG}")
+        return TrialResult("failed", f"the training process exited with status {status}; see {LOG}")
     name = signal.Signals(-status).name
     hint = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
-    return Ending("failed", f"the training process was ended by {name}{hint}; see {LOG}")
+    return TrialResult("failed", f"the training process was killed by {name}{hint}; see {LOG}")
 
 
-def _train(job: Job, search: Connection) -> Ending:
-    """The other side: train, asking the search after each epoch."""
-    ending: Ending | None = None
+def _train(job: Job, search: Connection) -> TrialResult:
+    """Train, in the child; after each epoch the search decides whether to continue."""
+    result: TrialResult | None = None
 
     def on_epoch(record: dict[str, Any]) -> None:
-        nonlocal ending
+        nonlocal result
         try:
             search.send(record)
-            ending = search.recv()
+            result = search.recv()
         except (EOFError, ConnectionError):
-            ending = Ending("interrupted", "the search is gone")
-        if ending:
-            raise train.Stop(f"{ending.state}: {ending.reason}")
+            result = TrialResult("interrupted", "the search process exited")
+        if result:
+            raise StopTraining(f"{result.state}: {result.reason}")
 
     try:
-        with world(job.config.train.device) as w:
-            stopped_by = train.train(job.config, w, None, job.run_dir, on_epoch, job.tags)
-        return Ending("interrupted", "interrupted") if stopped_by else Ending("complete")
-    except train.Stop:
-        assert ending is not None
-        return ending
+        with process_group(job.config.train.device) as world:
+            stopped_by = train(job.config, world, None, job.run_dir, on_epoch, job.tags)
+        return TrialResult("interrupted", "interrupted") if stopped_by else TrialResult("complete")
+    except StopTraining:
+        assert result is not None
+        return result
     except UserError as e:
-        return Ending("failed", str(e))
+        return TrialResult("failed", str(e))
     except torch.OutOfMemoryError:
         traceback.print_exc()
-        return Ending("failed", f"out of memory with batches of {job.config.encoder.batch_size}")
-    except Exception as e:  # whatever it is, the search goes on with the next trial
+        return TrialResult("failed", f"out of memory with batches of {job.config.encoder.batch_size}")
+    except Exception as e:  # the search continues with the next trial, whatever it is
         traceback.print_exc()
-        return Ending("failed", f"{type(e).__name__}: {' '.join(str(e).split())[:200]}; see {LOG}")
+        return TrialResult("failed", f"{type(e).__name__}: {one_line(e)}; see {LOG}")
 
 
-def _end_with_the_search() -> None:
-    """Wait until nobody holds the other end of stdin, then stop as by SIGTERM."""
+def _terminate_with_the_search() -> None:
+    """Wait until the search process has exited, which closes stdin, then stop as on SIGTERM."""
     sys.stdin.buffer.read()
     signal.raise_signal(signal.SIGTERM)
 
 
 def child() -> None:
-    """The child process, whose first argument is the descriptor of its end of the pipe."""
-    threading.Thread(target=_end_with_the_search, daemon=True).start()
+    """Entry point of the child process, whose argument is the descriptor of its end of the pipe."""
+    threading.Thread(target=_terminate_with_the_search, daemon=True).start()
     search = Connection(int(sys.argv[1]))
-    ending = _train(search.recv(), search)
-    with contextlib.suppress(ConnectionError):  # the search is gone, and the next one knows by the trial's lock
-        search.send(ending)
+    result = _train(search.recv(), search)
+    with contextlib.suppress(ConnectionError):  # the search has exited; the next one finds the trial's lock free
+        search.send(result)

@@ -1,0 +1,1 @@
+"""What every stage uses: errors, processes and devices, files."""

@@ -1,0 +1,147 @@
+"""One process or many under `torchrun`: rank, device, the few collective calls the trainer needs, and error reports.
+
+Where a rank fails or is killed, all of them fail at the next collective call. The first failing rank reports; the
+others exit quietly. torchrun adds its own report, which names the process that ended first.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+from tqdm import tqdm
+
+from simsiam_dali.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among `size` processes, and its device. Only the `main` process writes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def gpu(self) -> int | None:
+        """CUDA device number, None on the CPU."""
+        return self.device.index if self.device.type == "cuda" else None
+
+    def print(self, line: str) -> None:
+        """Print on the main process only, above a progress bar."""
+        if self.main:
+            tqdm.write(line, file=sys.stdout)
+
+    def gather(self, thing: Any) -> list[Any]:
+        """`thing` of every rank, on every rank, in the order of ranks. It travels pickled: keep it on the CPU."""
+        if self.size == 1:
+            return [thing]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, thing)
+        return everyone
+
+
+def rows_of_all_ranks(x: Tensor) -> Tensor:
+    """`(B, ...)` of each rank to `(sum of B, ...)` on every rank, in the order of ranks; differentiable.
+
+    All ranks must call it; B may differ, since a segment that does not decode makes one rank's batch smaller. Waits for
+    the device, to learn how many rows the others bring. Without a process group it is `x`.
+    """
+    if not dist.is_initialized():
+        return x
+    rank = dist.get_rank()
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=x.device)
+    sizes[rank] = len(x)
+    dist.all_reduce(sizes)
+    each = sizes.tolist()
+    before, after = (x.new_zeros(sum(part), *x.shape[1:]) for part in (each[:rank], each[rank + 1 :]))
+    return all_reduce(torch.cat([before, x, after]))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, also before the process group is joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto | cpu | gpu` to a torch device. Raises UserError for a GPU that is not there."""
+    available = torch.cuda.is_available()
+    if wanted == "gpu" and not available:
+        raise UserError(
+            "train.device is gpu, but torch sees no CUDA device: check nvidia-smi and the driver, or use --device cpu"
+        )
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"this host has {torch.cuda.device_count()} GPUs: start at most as many processes (torchrun)")
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(wanted_device: str) -> Iterator[World]:
+    """Join the process group when started by `torchrun`, and leave it at the end."""
+    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = choose_device(wanted_device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(rank, size, device)
+        return
+    # Batches have tensors on both: the data on the GPU, which segments they are on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, device)
+    except Exception:
+        reports_first()  # before the others see this rank leave
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+@functools.cache
+def reports_first() -> bool:
+    """Whether this rank is the first of its run to ask, and so the one that reports; True without torchrun."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        # torchrun itself keeps the store, so it is there whichever rank is gone.
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
+        return bool(store.add("simsiam_dali/errors", 1) == 1)
+    except dist.DistError:  # torchrun is gone too: better reported twice than never
+        return True
+
+
+def report_error_once(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a command's `main`: the first rank's error is raised, the others' become exit status 1.
+
+    A collective call that fails because another rank died becomes a UserError.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except Exception as e:
+            if not reports_first():
+                sys.exit(1)
+            if isinstance(e, dist.DistError) or "gloo/transport" in str(e):  # gloo has no type of its own
+                raise UserError(
+                    "another rank died (killed, out of memory, or its host is gone; see torchrun's report), so all"
+                    " ranks stop: continue from the last checkpoint with --resume"
+                ) from e
+            raise
+
+    return wrapped

@@ -1,0 +1,48 @@
+"""Write files whole or not at all: to a temporary name beside them, then moved in place."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from simsiam_dali.common.errors import UserError, one_line
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; at the end of the block it becomes `path`.
+
+    The temporary file is hidden and of this process. What the block raises leaves `path` as it was and nothing beside
+    it. The folder of `path` must exist.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def refuse_failed_write(path: Path, advice: str = "") -> Iterator[None]:
+    """Turn an OSError, or the RuntimeError by which torch reports one, into a UserError that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        reason = (e.strerror if isinstance(e, OSError) else None) or one_line(e)
+        raise UserError(f"cannot write {path} ({reason})" + (f": {advice}" if advice else "")) from e
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into `folder`: all are written beside it first, so that a failure leaves what was there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
+        for name, content in files.items():
+            (Path(part) / name).write_bytes(content)
+        folder.mkdir(exist_ok=True)
+        for name in files:
+            (Path(part) / name).replace(folder / name)

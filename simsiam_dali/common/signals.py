@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM end a command at a place where its work is whole."""
+
+import signal
+from types import FrameType
+from typing import Self
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into a request, `signal`, that the work looks at; a second one ends the process at once.
+
+    The handlers that were there come back at the end of the `with` block.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        """Number of the signal that came, or 0."""
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def raise_keyboard_interrupt() -> None:
+    """Let SIGTERM, and SIGINT even where a shell's background job ignores it, raise KeyboardInterrupt."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise)
+
+
+def _raise(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

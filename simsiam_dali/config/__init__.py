@@ -1,0 +1,1 @@
+"""The settings: their types, defaults and units, and where their values come from."""

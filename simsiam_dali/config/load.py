@@ -1,0 +1,193 @@
+"""Where each setting's value comes from: defaults < YAML file < environment < command line.
+
+An unknown key, a wrong type or a value out of range is a `UserError` that names the key, the allowed values and the
+nearest known key.
+"""
+
+import difflib
+import reprlib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ValidationError
+
+from simsiam_dali.common import shipped
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.schema import Config, setting_fields
+
+ENVIRONMENT = {"ENCODER_TYPE": "encoder.encoder_type", "MLFLOW_TRACKING_URI": "mlflow.tracking_uri"}
+
+
+def allowed(annotation: Any) -> str:
+    """A type annotation in a user's words: `a | b`, `[number, number]`, `true or false`."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    if annotation is None or annotation is types.NoneType:
+        return "null"
+    if annotation in words:
+        return words[annotation]
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is Annotated:
+        return allowed(args[0])
+    if origin is dict:
+        return "a mapping"
+    if origin is tuple:
+        return f"[{', '.join('...' if a is Ellipsis else allowed(a) for a in args)}]"
+    return " or ".join(allowed(a) for a in args)
+
+
+def _nearest(key: str) -> str:
+    section, _, leaf = key.rpartition(".")
+
+    def likeness(name: str) -> float:
+        there, _, known = name.rpartition(".")
+        return difflib.SequenceMatcher(None, leaf, known).ratio() + 0.1 * (section == there)
+
+    best = max((name for name, _ in setting_fields()), key=likeness)
+    return f"; did you mean {best}?" if likeness(best) >= 0.6 else ""
+
+
+def _explain(error: ValidationError, source: str) -> UserError:
+    first = error.errors()[0]
+    annotations = {name: field.annotation for name, field in setting_fields()}
+    # A union's or tuple's location goes on below the setting itself, so cut it back to the setting's name.
+    parts = [str(p) for p in first["loc"]]
+    key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in annotations), ".".join(parts))
+    if first["type"] == "extra_forbidden":
+        siblings = [n for n, _ in setting_fields() if n.rpartition(".")[0] == key.rpartition(".")[0]]
+        tail = _nearest(key) or (
+            f"; known here: {', '.join(n.rpartition('.')[2] for n in siblings)}" if siblings else ""
+        )
+        return UserError(f"{source}: unknown setting {key}{tail}")
+    message = first["msg"].removeprefix("Value error, ")
+    if key not in annotations:
+        return UserError(f"{source}: {key}: {message}" if key else f"{source}: {message}")
+    value = first["input"]
+    return UserError(
+        f"{source}: {key} = {reprlib.repr(value)} is refused ({message}); allowed: {allowed(annotations[key])}"
+    )
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **base,
+        **{
+            k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
+            for k, v in over.items()
+        },
+    }
+
+
+def _yaml(text: str) -> Any:
+    """Plain values only; whatever is wrong with it is a YAMLError."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
+        # PyYAML lets these escape: a thirteenth month, a number of 5,000 digits, !!bool maybe, [[[[[...
+        raise yaml.YAMLError(str(e)) from e
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = _yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"config file {path} is not readable YAML: {' '.join(str(e).split())}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"config file {path} holds no settings (a mapping of keys is expected)")
+    return tree or {}
+
+
+def _validated(tree: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise _explain(e, source) from None
+
+
+def _sources(
+    path: Path | None,
+    environment: Mapping[str, str] | None,
+    command_line: Mapping[str, Any] | None,
+    assignments: Iterable[str],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each source's name and what it sets, in rising priority."""
+    if path is not None:
+        yield str(path), _read_yaml(path)
+    for variable, key in ENVIRONMENT.items():
+        if value := (environment or {}).get(variable):
+            yield f"environment {variable}", _nested(key, value)
+    for key, value in (command_line or {}).items():
+        if value is not None:
+            yield "command line", _nested(key, value)
+    for assignment in assignments:
+        key, sign, text = assignment.partition("=")
+        if not sign:
+            raise UserError(f"--set {assignment}: expected key=value, such as --set encoder.epochs=5")
+        try:
+            value = _yaml(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment}: the value is not readable YAML") from None
+        yield f"--set {assignment}", _nested(key.strip(), value)
+
+
+def sources_of(
+    key: str,
+    path: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    command_line: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> list[tuple[str, Any]]:
+    """Every source that sets `key`, with its value, the one that wins last; empty where it has its default."""
+    found = []
+    for source, tree in _sources(path, environment, command_line, assignments):
+        node: Any = tree
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            found.append((source, node))
+    return found
+
+
+def load_config(
+    path: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    command_line: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+    base: Mapping[str, Any] | None = None,
+) -> Config:
+    """Build the config; later sources win.
+
+    base: a tree to start from, such as a checkpoint's. path: a YAML file. environment: read for the variables in
+    `ENVIRONMENT`. command_line: dotted key -> value (None = not given). assignments: `a.b=c` strings from `--set`, the
+    value parsed as YAML.
+    Raises UserError naming the source (file, variable or option), the key, and what is allowed.
+    """
+    tree = _merged({}, base or {})
+    for source, part in _sources(path, environment, command_line, assignments):
+        tree = _merged(tree, part)
+        _validated(tree, source)
+    return _validated(tree, "config")
+
+
+def replace_settings(config: Config, **values: object) -> Config:
+    """The same with other settings, by dotted key with __ for the dot; None leaves a setting as it is."""
+    over = {key.replace("__", "."): value for key, value in values.items()}
+    return load_config(base=config.model_dump(mode="json"), command_line=over)
+
+
+def default_config_file(device: str) -> Path:
+    """`configs/gpu.yaml` for "cuda"; else `configs/cpu.yaml`, sized for two cores and 8 GB."""
+    return shipped.folder("configs") / ("gpu.yaml" if device == "cuda" else "cpu.yaml")

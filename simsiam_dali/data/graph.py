@@ -1,0 +1,65 @@
+"""What shapes the DALI graph: the log-mel front end, the shards that are read, and the kind of output."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from simsiam_dali.config.schema import AugmentationConfig
+
+
+@dataclass(frozen=True)
+class LogMel:
+    """The spectrogram's settings, and its mean and std over the data set, in dB."""
+
+    sample_rate: int = 16000  # Hz
+    n_fft: int = 2048  # samples
+    hop_length: int = 512  # samples
+    n_mels: int = 128
+    mean: float = 0.0  # dB
+    std: float = 1.0  # dB
+
+    def frames(self, seconds: float) -> int:
+        """Frames of a view: centred windows, one each hop, the first at time 0."""
+        return 1 + round(seconds * self.sample_rate) // self.hop_length
+
+
+@dataclass(frozen=True)
+class Source:
+    """Tars with their DALI indexes, and this rank's part of them."""
+
+    tars: tuple[Path | str, ...]  # a str is an address on S3
+    indexes: tuple[Path, ...]
+    codec: str
+    native_rate: bool  # False: the shards are packed at the front end's rate
+    segment_seconds: float
+    shard_id: int = 0
+    num_shards: int = 1
+    shuffle_buffer: int = 0  # segments; 0 reads in the stored order
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass of the reader is `reader_batches` batches; the first `used` are an epoch, the others are only read."""
+
+    used: int
+    reader_batches: int
+
+    def uses(self, batch: int) -> bool:
+        """Whether the `batch`-th of all batches, from 0, belongs to an epoch."""
+        return batch % self.reader_batches < self.used
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All settings of the graph. seconds: length of a view. augmentation, crops: for mode "views" only.
+
+    epoch: which batches are decoded; None decodes all.
+    """
+
+    source: Source
+    log_mel: LogMel
+    mode: Literal["views", "clean", "raw"]
+    seconds: float
+    augmentation: AugmentationConfig
+    crops: Literal["same", "independent"] = "same"
+    epoch: Epoch | None = None

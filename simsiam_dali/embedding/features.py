@@ -1,0 +1,105 @@
+"""Segment features: the trained embedding or a baseline.
+
+The baselines are computed from the same clean views by the same data graph. `untrained` is epoch 0 of the same run: the
+same encoder, seed and pretrained weights. `log-mel` is the mean and the standard deviation over time of each mel bin,
+in dB; `mfcc` the same of 20 mel-frequency cepstral coefficients (orthonormal DCT-II of the log-mel in dB, no deltas).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from simsiam_dali.config.schema import Config
+from simsiam_dali.data.graph import LogMel
+from simsiam_dali.embedding.run import TrainedRun
+from simsiam_dali.models.encoder import Encoder, song_embeddings, song_means
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training.learner import autocast_dtype
+
+CHECKPOINT = "checkpoint"
+BASELINES = ("untrained", "mfcc", "log-mel")
+
+N_MFCC = 20
+
+
+@dataclass(frozen=True)
+class Features:
+    """`compute` maps a batch of the graph's `mode`, on the device, to `(B, D)` float32 on the device.
+
+    name: "checkpoint" or a baseline. dtype: of the computation. unit: whether each segment's vector is scaled to length
+    1 before the mean over its song.
+    """
+
+    name: str
+    mode: Literal["clean", "raw"]
+    compute: Callable[[Tensor], Tensor]
+    dtype: torch.dtype = torch.float32
+    unit: bool = False
+
+    def song_means(self, vectors: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
+        """Segments' vectors `(N, D)` and songs `(N,)` to the songs `(S,)`, ascending, and their vectors `(S, D)`."""
+        return (song_embeddings if self.unit else song_means)(vectors, songs)
+
+
+def create_features(name: str, run: TrainedRun, log_mel: LogMel, device: torch.device) -> Features:
+    """The features called `name`. Raises UserError when an untrained encoder's pretrained weights are gone."""
+    config = run.config
+    if name == "log-mel":
+        return Features(name, "clean", lambda view: mean_and_std(decibels(view, log_mel)))
+    if name == "mfcc":
+        basis = dct_basis(log_mel.n_mels).to(device)
+        return Features(name, "clean", lambda view: mean_and_std(basis @ decibels(view, log_mel)))
+    if name == CHECKPOINT:
+        encoder = run.encoder()
+    else:
+        torch.manual_seed(config.train.seed)
+        encoder = encoder_type(config).create().eval()
+    return encoder_features(name, encoder, config, device)
+
+
+def encoder_features(name: str, encoder: Encoder, config: Config, device: torch.device) -> Features:
+    """The output of `encoder.embed` on `device`, in the training's precision and memory format."""
+    torch.set_float32_matmul_precision("high")
+    # cuDNN's autotuner may choose another algorithm in the next process, and a resumed table could differ in a bit.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    encoder = encoder.to(device).to(memory_format=layout)
+    dtype = autocast_dtype(config.train.precision, device)
+
+    def compute(data: Tensor) -> Tensor:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return encoder.embed(data).float()
+
+    return Features(name, encoder_type(config).embeds, compute, dtype, unit=True)
+
+
+def output_name(name: str, config: Config) -> str:
+    """Which output of the encoder the vectors are, or the baseline's name."""
+    if name not in (CHECKPOINT, "untrained"):
+        return name
+    return config.encoder.simsiam.embedding if config.encoder.encoder_type == "simsiam" else "embedding"
+
+
+def decibels(view: Tensor, log_mel: LogMel) -> Tensor:
+    """The log-mel in dB of a normalised one."""
+    return view * log_mel.std + log_mel.mean
+
+
+def mean_and_std(x: Tensor) -> Tensor:
+    """`(B, F, T)` to `(B, 2 F)`: means over time, then standard deviations."""
+    return torch.cat([x.mean(dim=2), x.std(dim=2, correction=0)], dim=1)
+
+
+def dct_basis(n_mels: int) -> Tensor:
+    """Orthonormal DCT-II `(N_MFCC or n_mels, n_mels)`, float32, from mel bins to cepstral coefficients.
+
+    As `torchaudio.functional.create_dct`, which computes in float32, but rounded once: tables keep their bits.
+    """
+    k, n = torch.arange(min(N_MFCC, n_mels), dtype=torch.float64)[:, None], torch.arange(n_mels, dtype=torch.float64)
+    basis = torch.cos(math.pi / n_mels * (n + 0.5) * k) * math.sqrt(2 / n_mels)
+    basis[0] /= math.sqrt(2)
+    return basis.float()

@@ -1,0 +1,134 @@
+"""The embedding table, `embeddings.parquet`: one row per song, or per segment, with its tags and its vector."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import atomic_write, refuse_failed_write
+from simsiam_dali.data.format import SCHEMAS, SONGS
+
+FORMAT_VERSION = 1
+_METADATA_KEY = b"simsiam_dali"
+_TAGS = ("path", "title", "artists", "albums", "album_artist", "year", "genres", "rating", "duration", "split")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Row i of `vectors (N, D)`, float32 and not normalised, belongs to row i of `table`.
+
+    `table` has the song table's columns of tags, and `song`, the row there; of segments also `segment`, the row in the
+    segment table, and `start` (s). `provenance` tells where the vectors come from: `features` ("checkpoint", or a
+    baseline's name), `rows` ("songs" or "segments"), `encoder_type`, `embedding` (which output of the encoder),
+    `checkpoint` (its path), `checkpoint_sha256`, `music` (the folder that `path` is relative to), `shards`
+    (fingerprint), `view_seconds`, `mlflow_run` ("" without MLflow) and `tracking_uri`.
+    """
+
+    table: pd.DataFrame
+    vectors: np.ndarray
+    provenance: dict[str, str]
+
+    @classmethod
+    def of_songs(cls, songs: pd.DataFrame, rows: np.ndarray, vectors: np.ndarray, provenance: dict[str, str]) -> Self:
+        """Vectors `(N, D)` of the songs at `rows (N,)` of the song table."""
+        table = songs.iloc[rows][list(_TAGS)].reset_index(drop=True)
+        table.insert(0, "song", rows.astype("int64"))
+        return cls(table, vectors.astype(np.float32, copy=False), provenance)
+
+    @classmethod
+    def of_segments(
+        cls,
+        songs: pd.DataFrame,
+        segments: pd.DataFrame,
+        rows: np.ndarray,
+        vectors: np.ndarray,
+        provenance: dict[str, str],
+    ) -> Self:
+        """Vectors `(N, D)` of the segments at `rows (N,)` of the segment table."""
+        made = cls.of_songs(songs, segments["song"].to_numpy()[rows], vectors, provenance)
+        made.table.insert(1, "segment", rows.astype("int64"))
+        made.table.insert(2, "start", segments["start"].to_numpy()[rows])
+        return made
+
+
+def write_embeddings(path: Path, embeddings: Embeddings) -> None:
+    """Write the file atomically, and its folder where there is none. Raises UserError when it cannot."""
+    table = embeddings.table
+    types = {"song": pa.int64(), "segment": pa.int64(), "start": pa.float64()}
+    types |= {name: SCHEMAS[SONGS].field(name).type for name in _TAGS}
+    fields = [pa.field(name, types[name]) for name in table.columns]
+    arrays = [pa.array(table[f.name].tolist() if pa.types.is_list(f.type) else table[f.name], f.type) for f in fields]
+    width = embeddings.vectors.shape[1]
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.vectors.reshape(-1), pa.float32()), width)
+    metadata = {_METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, **embeddings.provenance}).encode()}
+    schema = pa.schema([*fields, pa.field("embedding", vectors.type)], metadata)
+    with refuse_failed_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            pq.write_table(pa.Table.from_arrays([*arrays, vectors], schema=schema), part)
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """Read an embedding table. Raises UserError for a file that is missing or something else."""
+    provenance, table = _read(path, pq.read_table)
+    vectors = table["embedding"].combine_chunks()
+    frame = table.drop_columns(["embedding"]).to_pandas()
+    for name in ("artists", "albums", "genres"):
+        frame[name] = [list(texts) for texts in frame[name]]
+    frame["year"] = table["year"].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    numbers = vectors.flatten().to_numpy(zero_copy_only=False)
+    return Embeddings(frame, numbers.reshape(len(frame), vectors.type.list_size), provenance)
+
+
+def read_provenance(path: Path) -> dict[str, str]:
+    """`Embeddings.provenance` alone, without the vectors; raises as `read_embeddings` does."""
+    return _read(path, pq.read_schema)[0]
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> tuple[dict[str, str], Any]:
+    """The provenance, and what `reader` reads: the table, or only its schema."""
+    try:
+        table = reader(path)
+        schema = table.schema if isinstance(table, pa.Table) else table
+        provenance = json.loads(schema.metadata[_METADATA_KEY])
+        version = provenance.pop("format_version")
+    except FileNotFoundError:
+        raise UserError(f"no embeddings {path}: make them with python -m simsiam_dali.embed") from None
+    except (OSError, pa.ArrowException, TypeError, KeyError, ValueError) as e:
+        raise UserError(f"{path} is damaged or holds no embeddings: make them with python -m simsiam_dali.embed") from e
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: embed again")
+    return provenance, table
+
+
+def read_song_embeddings(path: Path) -> Embeddings:
+    """Read a table of songs, each once, with finite vectors. Raises UserError for any other."""
+    songs = read_embeddings(path)
+    if not len(songs.table):
+        raise UserError(f"{path} holds no songs")
+    if "segment" in songs.table or songs.table["song"].duplicated().any():
+        raise UserError(f"{path} has a row for each segment, not for each song: embed without --per-segment")
+    if not np.isfinite(songs.vectors).all():
+        raise UserError(f"{path} has vectors that are not finite: embed again")
+    return songs
+
+
+def read_vectors_of(path: Path, songs: Embeddings) -> np.ndarray:
+    """The vectors `(N, D)` of another table in the order of `songs`. Raises UserError when it is of other songs."""
+    other = read_song_embeddings(path)
+    shards = songs.provenance.get("shards"), other.provenance.get("shards")
+    if all(shards) and shards[0] != shards[1]:
+        raise UserError(f"{path} is of other shards than the embeddings: make it again from the same shards")
+    row = {song: i for i, song in enumerate(other.table["song"])}
+    if set(row) != set(songs.table["song"]):
+        raise UserError(
+            f"{path} has {len(row)} songs, not the {len(songs.table)} of the embeddings: make it from the same songs"
+        )
+    return other.vectors[[row[song] for song in songs.table["song"]]]

@@ -1,0 +1,215 @@
+"""Write an embedding table: every segment once through the data graph of the training, then the mean over each song's.
+
+The views are clean. Killed at any moment, the same call continues from the last part and writes the same bytes.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import replace_settings
+from simsiam_dali.config.schema import Config
+from simsiam_dali.data.format import SPLITS, Split
+from simsiam_dali.data.graph import LogMel
+from simsiam_dali.data.loader import Loader, Single
+from simsiam_dali.data.quarantine import Quarantine
+from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.embedding.features import Features, output_name
+from simsiam_dali.embedding.resumable import PartialResults
+from simsiam_dali.embedding.run import TrainedRun
+from simsiam_dali.embedding.table import Embeddings, read_provenance, write_embeddings
+from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
+from simsiam_dali.training.throughput import StepClock
+
+PART_SECONDS = 10.0
+"""How much work a kill can cost. The host waits for the device once per part."""
+
+FORWARD_SHARE = 4
+"""A batch may hold this many times the audio of a training batch: nothing is kept for a backward pass."""
+
+
+@dataclass(frozen=True)
+class CleanViews:
+    """The clean views that features are computed from: of the shards, by the config's front end."""
+
+    config: Config
+    shards: ShardSet
+    log_mel: LogMel
+    world: World
+
+    @classmethod
+    def open(cls, config: Config, shards: ShardSet, statistics: Mapping[str, float], world: World) -> Self:
+        """With the log-mel's `mean` and `std` of the training."""
+        return cls(config, shards, with_statistics(log_mel_settings(config), **statistics), world)
+
+    @property
+    def segment_song(self) -> Tensor:
+        """The song of each segment `(N,)`."""
+        return torch.from_numpy(self.shards.segments["song"].to_numpy().copy())
+
+    def loaders(self, mode: Literal["clean", "raw"], first: Split = SPLITS[0]) -> Iterator[tuple[Split, Loader]]:
+        """This rank's part of each split from `first` on, in the stored order."""
+        for split in SPLITS[SPLITS.index(first) :]:
+            if self.shards.count(split):
+                yield split, create_loader(self.config, self.shards, self.log_mel, self.world, split, mode)
+
+
+def embed_batches(
+    features: Features,
+    batches: Iterable[Single],
+    results: PartialResults,
+    split: Split,
+    loader_state: Callable[[], dict[str, Any]],
+) -> Iterator[Tensor]:
+    """Embed batches into `results`; yields each batch's segments `(B,)` once its work is queued on the device.
+
+    loader_state: the state after the latest batch.
+    """
+    rows: list[Tensor] = []
+    vectors: list[Tensor] = []  # on the device: the host waits for it once per part
+    since = time.perf_counter()
+    for batch in batches:
+        vectors.append(features.compute(batch.data))
+        rows.append(batch.segment)
+        yield batch.segment
+        if time.perf_counter() - since >= PART_SECONDS:
+            results.add(torch.cat(rows).cpu(), check_finite(torch.cat(vectors).cpu()), split, loader_state())
+            rows, vectors, since = [], [], time.perf_counter()
+    if rows:
+        results.add(torch.cat(rows).cpu(), check_finite(torch.cat(vectors).cpu()), split, None)
+
+
+def embed_segments(features: Features, views: CleanViews, results: PartialResults) -> str:
+    """Embed every segment that `results` lacks; returns the throughput."""
+    clock, view = StepClock(views.world.device), view_seconds(views.config, views.shards)
+    total, done, resumed = len(views.shards.segments), 0, results.split
+    with tqdm(total=total, initial=len(results), unit="segment", desc=features.name, disable=None) as bar:
+        for split, loader in views.loaders(features.mode, resumed or SPLITS[0]):
+            if split == resumed:
+                if results.loader is None:
+                    continue
+                loader.load_state_dict(results.loader)
+            for segment in embed_batches(features, clock.batches(loader), results, split, loader.state_dict):
+                done += len(segment)
+                bar.set_postfix_str(
+                    f"{done * view / 3600 / (time.perf_counter() - clock.started):.3g} audio-h/s", refresh=False
+                )
+                bar.update(len(segment))
+    seconds, waited = clock.read()
+    return f"{done * view / 3600 / seconds:.3g} audio-h/s, waiting for data {waited:.0%}"
+
+
+def check_finite(vectors: Tensor) -> Tensor:
+    """`vectors`. Raises UserError where they are not finite."""
+    if not vectors.isfinite().all():
+        raise UserError("the encoder gives values that are not finite: its training diverged, or try --precision fp32")
+    return vectors
+
+
+def write_table(features: Features, views: CleanViews, provenance: dict[str, str], out: Path) -> str:
+    """Embed the shards and write the table `out`; returns a line that describes it."""
+    config, shards = views.config, views.shards
+    key = {
+        **provenance,
+        "device": views.world.device.type,
+        "dtype": str(features.dtype),
+        "batch_size": config.encoder.batch_size,  # with another, a sum's order and so its last bit may differ
+    }
+    del key["rows"], key["checkpoint"]
+    # Hidden, so that no search for songs looks into it.
+    with PartialResults(out.with_name(f".{out.name}.partial"), key) as results:
+        speed = embed_segments(features, views, results)
+        rows, vectors = results.all()
+        order = torch.argsort(rows)
+        rows, vectors = rows[order], vectors[order]
+        quarantine = Quarantine(shards, config.data.max_bad_fraction)
+        missing = set(range(len(shards.segments))) - set(rows.tolist())
+        if len(rows) + len(missing) != len(shards.segments) or not missing <= quarantine.rows:
+            raise AssertionError("the data graph did not give each segment once")
+        if provenance["rows"] == "segments":
+            table = Embeddings.of_segments(shards.songs, shards.segments, rows.numpy(), vectors.numpy(), provenance)
+        else:
+            songs, means = features.song_means(vectors, views.segment_song)
+            table = Embeddings.of_songs(shards.songs, songs.numpy(), means.numpy(), provenance)
+        write_embeddings(out, table)
+        results.remove()
+    without = f", without {len(missing)} segments that do not decode (see {quarantine.path})" if missing else ""
+    size = f"{len(table.table)} {provenance['rows']} x {vectors.shape[1]} ({provenance['embedding']})"
+    return f"{out}: {size}{without}; {speed}"
+
+
+def is_up_to_date(out: Path, provenance: dict[str, str], replace: bool) -> bool:
+    """Whether `out` already holds this table. Raises UserError when it holds something else, unless `replace`."""
+    if not out.exists():
+        return False
+    try:
+        found = read_provenance(out)
+        compared = ("features", "rows", "checkpoint_sha256", "shards", "embedding", "view_seconds")
+        differ = [name for name in compared if found.get(name) != provenance[name]]
+        if not differ:
+            return True
+        reason = f"holds embeddings of other {', '.join(n.removesuffix('_sha256').replace('_', ' ') for n in differ)}"
+    except UserError:
+        reason = "is not a table of embeddings that this program reads"
+    if not replace:
+        raise UserError(f"{out} {reason}: name another --out, or give --replace")
+    return False
+
+
+def batch_size(config: Config, view: float, training_view: float) -> int:
+    """Segments per batch, so that batches of `view` s need no more memory than the training's of `training_view` s."""
+    fits = int(FORWARD_SHARE * config.encoder.batch_size * training_view / view)
+    return max(2, min(config.encoder.batch_size, fits))
+
+
+def embedding_config(
+    config: Config,
+    segment_seconds: float,
+    view_seconds: float | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    **settings: object,
+) -> Config:
+    """The training's settings, adapted to embedding segments of this length; None = the default of the command.
+
+    settings: others to change, by dotted key with __ for the dot.
+    """
+    view = segment_seconds if view_seconds is None else view_seconds
+    own = len(os.sched_getaffinity(0)) if config.data.threads == "auto" else config.data.threads
+    fits = batch_size(config, view, config.data.view_seconds or segment_seconds)
+    return replace_settings(
+        config,
+        data__view_seconds=view,
+        data__threads=own if threads is None else threads,
+        encoder__batch_size=fits if batch is None else batch,
+        train__micro_batch="auto",  # the training's: no activation is kept for a backward pass here
+        encoder__simsiam__augmentation__spec_augment=False,  # a mask longer than a short view would be refused
+        **settings,
+    )
+
+
+def table_provenance(name: str, rows: str, run: TrainedRun, music: str, fingerprint: str) -> dict[str, str]:
+    """`Embeddings.provenance` of a table of the features `name`, with one row per "songs" or "segments"."""
+    config = run.config
+    return {
+        "features": name,
+        "rows": rows,
+        "encoder_type": config.encoder.encoder_type,
+        "embedding": output_name(name, config),
+        "checkpoint": str(run.path),
+        "checkpoint_sha256": run.sha256,
+        "music": music,
+        "shards": fingerprint,
+        "view_seconds": f"{config.data.view_seconds:g}",
+        "mlflow_run": run.mlflow_run or "",
+        "tracking_uri": config.mlflow.tracking_uri,
+    }

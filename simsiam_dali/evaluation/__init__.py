@@ -1,0 +1,1 @@
+"""What the vectors tell about songs, beside baselines."""

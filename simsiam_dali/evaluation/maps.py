@@ -1,0 +1,132 @@
+"""Maps of a library: t-SNE and UMAP of the vectors, as pictures and as one interactive page without a server."""
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.preprocessing import StandardScaler
+
+from simsiam_dali.evaluation.knn import nearest_others
+
+matplotlib.use("Agg")
+
+MIN_SONGS = 10
+"""Fewer songs are shown by their first two principal components instead of t-SNE and UMAP."""
+NEAREST = 10
+COLOURED = 10
+PALETTE = ("#4477aa", "#ee6677", "#228833", "#ee9922", "#66ccee", "#aa3377", "#009988", "#bbaa22", "#663399", "#a0522d")
+OTHER = "#c4c7cc"
+_PCA_DIMS = 50
+
+
+def project(vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Vectors `(N, D)` in two dimensions, `(N, 2)` each, by cosine: UMAP and t-SNE, or PCA of a few songs."""
+    x = StandardScaler().fit_transform(vectors.astype(np.float64))
+    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
+    if len(x) < MIN_SONGS:
+        flat = PCA(min(2, *x.shape)).fit_transform(x) if len(x) > 1 else np.zeros((1, 1))
+        return {"PCA": np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))}
+    if min(x.shape) > _PCA_DIMS:
+        x = PCA(_PCA_DIMS, random_state=seed).fit_transform(x)
+    import umap  # compiles for seconds
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a small library's disconnected graph
+        flat = umap.UMAP(n_neighbors=min(15, len(x) - 1), random_state=seed, n_jobs=1).fit_transform(x)
+    tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed)
+    return {"UMAP": flat, "t-SNE": tsne.fit_transform(x)}
+
+
+def categories(labels: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
+    """The names of the `COLOURED` commonest first labels, and each song's index among them `(N,)`, -1 for others."""
+    first = [own[0] if own else None for own in labels]
+    names = [name for name, _ in Counter(name for name in first if name is not None).most_common(COLOURED)]
+    index = {name: i for i, name in enumerate(names)}
+    return names, np.array([-1 if name is None else index.get(name, -1) for name in first], int)
+
+
+def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
+    """A PNG of `points (N, 2)` three times: coloured by rating, genre and artist."""
+    figure = Figure(figsize=(15, 5.4), layout="constrained")
+    figure.suptitle(title)
+    rating, genre, artist = figure.subplots(1, 3)
+    size = float(np.clip(4000 / len(points), 3, 40))
+    for axes, name in ((rating, "rating"), (genre, "genre"), (artist, "artist")):
+        axes.set(xticks=[], yticks=[], title=name)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.spines[:].set_color("#dddddd")
+    rated = table["rating"].notna().to_numpy()
+    rating.scatter(points[~rated, 0], points[~rated, 1], s=size, color=OTHER, linewidths=0)
+    shown = rating.scatter(
+        points[rated, 0],
+        points[rated, 1],
+        s=size,
+        c=table["rating"][rated],
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+        linewidths=0,
+    )
+    scale = rating.inset_axes((0.2, -0.08, 0.6, 0.03))
+    figure.colorbar(shown, cax=scale, orientation="horizontal", label="rating (grey: unrated)")
+    _by_category(genre, points, table["genres"], size)
+    _by_category(artist, points, table["artists"], size)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a script that no font here has
+        figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _by_category(axes: Axes, points: np.ndarray, labels: Iterable[Sequence[str]], size: float) -> None:
+    names, index = categories(labels)
+    axes.scatter(points[index < 0, 0], points[index < 0, 1], s=size, color=OTHER, linewidths=0)
+    entries = [("others, or unknown", OTHER)] if (index < 0).any() else []
+    for i, name in reversed(list(enumerate(names))):
+        axes.scatter(points[index == i, 0], points[index == i, 1], s=size, color=PALETTE[i], linewidths=0)
+        entries.insert(0, (name if len(name) <= 22 else f"{name[:21]}…", PALETTE[i]))
+    handles = [Line2D([], [], ls="", marker="o", color=colour) for _, colour in entries]
+    # The leading space: a label that begins with an underscore would be left out.
+    legend = axes.legend(
+        handles, [f" {name}" for name, _ in entries], loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3,
+        fontsize=8, frameon=False, columnspacing=1, handletextpad=0,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # "A$AP" is no formula
+
+
+def page_data(table: pd.DataFrame, vectors: np.ndarray, flat: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The data of the interactive page, as plain lists: songs, positions in 0..1, and each song's nearest by cosine."""
+    near, cosine = nearest_others(vectors, np.arange(len(table)), NEAREST, standardise=False)
+    coloured = {"genre": categories(table["genres"]), "artist": categories(table["artists"])}
+    return {
+        "title": [title or path for title, path in zip(table["title"], table["path"], strict=True)],
+        "artist": [", ".join(names) for names in table["artists"]],
+        "genre": [", ".join(names) for names in table["genres"]],
+        "rating": [None if rating != rating else round(rating, 3) for rating in table["rating"]],
+        "maps": {name: _in_unit_square(points) for name, points in flat.items()},
+        "near": [row[row >= 0].tolist() for row in near],
+        "cosine": [row[np.isfinite(row)].round(3).tolist() for row in cosine.astype(float)],
+        "classes": {name: {"names": names, "of": index.tolist()} for name, (names, index) in coloured.items()},
+        "palette": PALETTE,
+        "other": OTHER,
+        "viridis": [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](step / 20)) for step in range(21)],
+    }
+
+
+def _in_unit_square(points: np.ndarray) -> list[list[float]]:
+    """Scaled by one factor for both axes and centred."""
+    points = points.astype(float)
+    low, high = points.min(axis=0), points.max(axis=0)
+    scale = max(float((high - low).max()), 1e-9)
+    return ((points - (low + high) / 2) / scale + 0.5).round(4).tolist()

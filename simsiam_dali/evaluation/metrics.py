@@ -1,0 +1,117 @@
+"""Metrics, their bootstrap intervals, and whether a figure differs from its baselines."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Arrays = tuple[np.ndarray, ...]
+"""A metric's arguments: (truth, prediction), or (score of each song,). The first axis is the songs."""
+
+
+def mse(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean squared error."""
+    return float(np.mean((truth - predicted) ** 2))
+
+
+def mae(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean absolute error."""
+    return float(np.mean(np.abs(truth - predicted)))
+
+
+def correlation(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Pearson correlation; NaN where one of them is constant."""
+    if np.ptp(truth) == 0 or np.ptp(predicted) < 1e-12:
+        return math.nan
+    return float(np.corrcoef(truth, predicted)[0, 1])
+
+
+def accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Share of correct classes."""
+    return float(np.mean(truth == predicted))
+
+
+def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """The mean F1 of the classes in `truth`; classes are ints from 0, a prediction may be -1 (none)."""
+    size = max(truth.max(), predicted.max()) + 1
+    actual, positive = np.bincount(truth, minlength=size), np.bincount(predicted[predicted >= 0], minlength=size)
+    correct = np.bincount(truth[truth == predicted], minlength=size)
+    return float(np.mean((2 * correct / np.maximum(actual + positive, 1))[actual > 0]))
+
+
+def mean(values: np.ndarray) -> float:
+    """The mean of a score of each song, such as its AP@10."""
+    return float(np.mean(values))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`sign`: 1 where higher is better, -1 where lower is."""
+
+    compute: Callable[..., float]
+    sign: int
+
+
+METRICS = {
+    "mse": Metric(mse, -1),
+    "mae": Metric(mae, -1),
+    "correlation": Metric(correlation, 1),
+    "accuracy": Metric(accuracy, 1),
+    "macro_f1": Metric(macro_f1, 1),
+    "map_at_10": Metric(mean, 1),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's value, its 95% percentile bootstrap interval over songs, and its values in the resamples `(R,)`."""
+
+    value: float
+    low: float
+    high: float
+    resampled: np.ndarray
+
+    @property
+    def known(self) -> bool:
+        """Whether the value is defined: the correlation with a constant is not."""
+        return not math.isnan(self.value)
+
+
+def score(metric: Metric, arrays: Arrays, resamples: int, seed: int) -> Score:
+    """Score `arrays`. Equal numbers of songs and equal seeds draw the same resamples, so that scores can be paired."""
+    rng = np.random.default_rng(seed)
+    n = len(arrays[0])
+    draws = (rng.integers(0, n, n) for _ in range(resamples))
+    resampled = np.array([metric.compute(*(a[rows] for a in arrays)) for rows in draws])
+    return Score(metric.compute(*arrays), *interval(resampled), resampled)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of `values`, NaN left out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+        low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def verdict(metric: Metric, ours: Score, baselines: Mapping[str, Score]) -> str:
+    """Whether the 95% interval of the paired differences to each baseline lies above 0, below 0, or contains it."""
+    if not ours.known:
+        return "undefined: constant"
+    worse, undecided = [], []
+    known = {name: baseline for name, baseline in baselines.items() if baseline.known}
+    for name, baseline in known.items():
+        low, high = interval(metric.sign * (ours.resampled - baseline.resampled))
+        if high < 0:
+            worse.append(name)
+        elif not low > 0:
+            undecided.append(name)
+    if worse:
+        return f"worse than {', '.join(worse)}"
+    if undecided:
+        return f"no clear difference from {', '.join(undecided)}"
+    if not known:
+        return "no baseline to compare with"
+    return "better than every baseline" if len(known) > 1 else f"better than {next(iter(known))}"

@@ -1,0 +1,253 @@
+"""Plan and run every probe of an embedding table, beside its baselines on the same songs and the same splits."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from threadpoolctl import threadpool_limits
+
+from simsiam_dali.common.names import album_keys, artist_keys, name_key
+from simsiam_dali.evaluation import knn, probes
+from simsiam_dali.evaluation.folds import SPLITS, folds, groups
+from simsiam_dali.evaluation.metrics import METRICS, Arrays, Score, score, verdict
+
+TARGETS = ("rating", "artist", "album", "genre")
+MIN_SONGS = 10
+"""Fewest songs with a rating or a label for which a figure means anything."""
+MIN_UNSEEN = 20
+"""Fewest songs held back from the encoder's training that get figures of their own."""
+RETRIEVED = 10
+ONE_THREAD = 20_000_000
+"""Numbers in a table below which threads wait for each other longer than they work, most of all on a busy machine."""
+GUESS = "guess"
+"""The baseline without audio: the training songs' mean rating or commonest class, or a random order."""
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+_GROUP = {"song": "recording", "album": "album (or of albums that share a song)"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """k: neighbours that vote. A class needs `class_songs` songs; the `classes` largest are scored."""
+
+    k: int = 10
+    class_songs: int = 3
+    classes: int = 100
+    resamples: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the report. songs: `all`, or `unseen`: held back from the encoder's training."""
+
+    target: str
+    probe: str
+    metric: str
+    split: str
+    songs: str
+    n: int
+    score: Score
+    baselines: dict[str, Score]
+    verdict: str
+
+    @property
+    def name(self) -> str:
+        """Its name in MLflow and in metrics.json."""
+        unseen = "" if self.songs == "all" else "/unseen"
+        return f"eval/{self.target}/{self.probe}_{self.metric}/{self.split}_split{unseen}"
+
+
+@dataclass
+class Evaluation:
+    """`notes`: for each target, which songs were left out, and what could not be evaluated and why."""
+
+    figures: list[Figure] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`run` maps the vectors of `rows` to a value for each of the songs `scored`; `guess` holds such values too.
+
+    `metrics` are computed from `truth` and the values, or from the values alone where there is no truth. out_of_fold:
+    whether the values come from models fitted on folds.
+    """
+
+    target: str
+    name: str
+    split: str
+    metrics: tuple[str, ...]
+    rows: np.ndarray
+    scored: np.ndarray
+    run: Run
+    guess: np.ndarray
+    truth: np.ndarray | None = None
+    out_of_fold: bool = True
+
+    def arrays(self, metric: str, values: np.ndarray, chosen: np.ndarray) -> Arrays:
+        """The arguments of `metric`, for the `chosen` of the scored songs."""
+        if self.truth is None:
+            return (values[chosen],)
+        if metric == "correlation" and self.out_of_fold:
+            # A fold's training mean is low where its test songs are high: left in, it alone would correlate negatively.
+            # What is measured is what the probe adds to it.
+            values = values - self.guess
+        return self.truth[chosen], values[chosen]
+
+
+def evaluate(
+    table: pd.DataFrame,
+    vectors: Mapping[str, np.ndarray],
+    options: Options,
+    progress: Callable[[list[Probe]], Iterable[Probe]] = iter,
+) -> Evaluation:
+    """Probe the first of `vectors` (name to `(N, D)`); the others are its baselines.
+
+    `table` has the columns of an embedding table, one row a song; row i of all `vectors` belongs to its row i.
+    """
+    done = Evaluation()
+    unseen = (table["split"] == "val").to_numpy()
+    group = {split: groups(table, split) for split in SPLITS}
+    planned: list[Probe] = []
+    for target in TARGETS:
+        notes: list[str] = []
+        plan = partial(_plan_rating, table) if target == "rating" else partial(_plan_labels, table, target)
+        for split in SPLITS:
+            if (target, split) == ("album", "album"):
+                notes.append("By song only: split by album, no other song of a song's album is left to learn from.")
+            else:
+                planned += plan(split, group[split], options, notes)
+        done.notes[target] = list(dict.fromkeys(notes))
+    threads = 1 if max(x.size for x in vectors.values()) < ONE_THREAD else None
+    for probe in progress(planned):
+        with threadpool_limits(threads):
+            values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()} | {GUESS: probe.guess}
+        held_back = unseen[probe.scored]
+        subsets = {"all": np.ones(len(held_back), bool)}
+        if MIN_UNSEEN <= held_back.sum() < len(held_back):
+            subsets["unseen"] = held_back
+        for songs, chosen in subsets.items():
+            for name in probe.metrics:
+                metric = METRICS[name]
+                scores = {
+                    source: score(metric, probe.arrays(name, own, chosen), options.resamples, options.seed)
+                    for source, own in values.items()
+                }
+                if name == "correlation":  # of a constant
+                    scores[GUESS] = Score(0.0, 0.0, 0.0, np.zeros(options.resamples))
+                ours, n = scores.pop(next(iter(vectors))), int(chosen.sum())
+                result = ours, scores, verdict(metric, ours, scores)
+                done.figures.append(Figure(probe.target, probe.name, name, probe.split, songs, n, *result))
+    return done
+
+
+def _plan_rating(
+    table: pd.DataFrame, split: str, group: np.ndarray, options: Options, notes: list[str]
+) -> Iterator[Probe]:
+    ratings = table["rating"].to_numpy("float64")
+    rows = np.flatnonzero(~np.isnan(ratings))
+    y, own = ratings[rows], group[rows]
+    if len(rows) < MIN_SONGS:
+        notes.append(f"Not evaluated: {_songs(len(rows))} rated, at least {MIN_SONGS} are needed.")
+        return
+    if np.ptp(y) == 0:
+        notes.append(f"Not evaluated: all {len(rows)} rated songs have the same rating, {y[0]:g}.")
+        return
+    if not (parts := folds(own)):
+        notes.append(f"Not evaluated by {split}: all rated songs are of one {_GROUP[split]}.")
+        return
+    if len(rows) < len(table):
+        notes.append(f"{len(rows)} of {len(table)} songs are rated.")
+    runs: dict[str, Run] = {
+        "ridge": lambda x: probes.ridge(x, y, parts, own),
+        "knn": lambda x: probes.knn_mean(y, knn.nearest_others(x, own, options.k)[0]),
+        "mlp": lambda x: probes.mlp(x, y, parts, options.seed),
+    }
+    guess = probes.mean_guess(y, parts)
+    for name, run in runs.items():
+        metrics = ("mse", "mae", "correlation")
+        yield Probe("rating", name, split, metrics, rows, rows, run, guess, y, name != "knn")
+
+
+def _plan_labels(
+    table: pd.DataFrame, target: str, split: str, group: np.ndarray, options: Options, notes: list[str]
+) -> Iterator[Probe]:
+    labels = all_label_ids(table, target)
+    first = np.array([own[0] if own else -1 for own in labels], int)
+    labelled = np.flatnonzero(first >= 0)
+    if len(labelled) < MIN_SONGS:
+        notes.append(f"Not evaluated: {_songs(len(labelled))} with {_a(target)}, at least {MIN_SONGS} are needed.")
+        return
+    if (first[labelled] == first[labelled[0]]).all():
+        notes.append(f"Not evaluated: all {len(labelled)} songs with {_a(target)} have the same one.")
+        return
+    if len(labelled) < len(table):
+        notes.append(f"{_songs(len(table) - len(labelled))} of {len(table)} without {_a(target)}: left out.")
+
+    rows = scored_classes(first, group, options)
+    names, classes = np.unique(first[rows], return_inverse=True)
+    lost = len(labelled) - len(rows), len(np.unique(first[labelled])) - len(names)
+    if lost[0]:
+        notes.append(
+            f"Split by {split}, classification leaves out {_songs(lost[0])} of {lost[1]} {target}s: a class needs"
+            f" {options.class_songs} songs, not all of one {_GROUP[split]}, and at most the {options.classes} largest"
+            " classes are scored."
+        )
+    if len(names) < 2 or len(rows) < MIN_SONGS:
+        notes.append(f"Not classified, split by {split}: fewer than two {target}s or {MIN_SONGS} songs are left.")
+    else:
+        own = group[rows]
+        parts = folds(own, classes)
+        runs: dict[str, Run] = {
+            "logistic": lambda x: probes.logistic(x, classes, parts),
+            "knn": lambda x: knn.vote(classes, *knn.nearest_others(x, own, options.k)),
+        }
+        guess = probes.majority_guess(classes)
+        for name, run in runs.items():
+            metrics = ("accuracy", "macro_f1")
+            yield Probe(target, name, split, metrics, rows, rows, run, guess, classes)
+
+    retrieval = probes.Retrieval([labels[row] for row in labelled], group[labelled], RETRIEVED)
+    if retrieval.scored.sum() < MIN_SONGS:
+        notes.append(f"No mAP, split by {split}: fewer than {MIN_SONGS} songs share their {target} with another one.")
+        return
+
+    def precision(x: np.ndarray) -> np.ndarray:
+        return retrieval.average_precision(knn.nearest_others(x, group[labelled], RETRIEVED)[0])
+
+    scored = labelled[retrieval.scored]
+    yield Probe(target, "retrieval", split, ("map_at_10",), labelled, scored, precision, retrieval.guess())
+
+
+def all_label_ids(table: pd.DataFrame, target: str) -> list[list[int]]:
+    """All labels of each song as numbers, its class first; names that differ only in case are one label."""
+    labels: Iterable[Iterable[Hashable]]
+    if target == "album":
+        labels = map(album_keys, table["albums"], table["album_artist"], table["artists"])
+    elif target == "artist":
+        labels = map(artist_keys, table["artists"])
+    else:
+        labels = (filter(None, map(name_key, names)) for names in table["genres"])
+    number: dict[Hashable, int] = {}
+    return [list(dict.fromkeys(number.setdefault(name, len(number)) for name in own)) for own in labels]
+
+
+def scored_classes(first: np.ndarray, group: np.ndarray, options: Options) -> np.ndarray:
+    """Rows of the `options.classes` largest classes of `first (N,)` (-1: none) that can be learned from other songs."""
+    songs = pd.DataFrame({"label": first, "group": group})[first >= 0]
+    size = songs.groupby("label", sort=False)["group"].agg(["size", "nunique"])
+    size = size[(size["size"] >= options.class_songs) & (size["nunique"] >= 2)]
+    kept = size.sort_values("size", ascending=False, kind="stable").index[: options.classes]
+    return songs.index[songs["label"].isin(kept)].to_numpy()
+
+
+def _a(target: str) -> str:
+    return f"{'an' if target[0] in 'aeiou' else 'a'} {target}"
+
+
+def _songs(n: int) -> str:
+    return f"{n} song{'' if n == 1 else 's'}"

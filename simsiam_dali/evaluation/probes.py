@@ -1,0 +1,141 @@
+"""Probes: what a simple model, trained on other songs, predicts from the vectors.
+
+Models take vectors `x (N, D)`, float32, and folds of row numbers, and predict each row from a model that has not seen
+it, with each dimension standardised by the mean and std of the training rows.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.sparse import csr_array
+from sklearn.base import BaseEstimator
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from simsiam_dali.evaluation.folds import Folds, folds
+
+ALPHAS = tuple(10.0**power for power in range(6))
+"""Ridge penalties to choose from, on standardised dimensions."""
+INNER_FOLDS = 3
+LOGISTIC_C = 0.1
+HIDDEN = 64
+MLP_ALPHA = 30.0
+"""Weight decay, divided by the number of songs: with none of it, a few hundred songs are learned by heart."""
+_BLOCK = 1024  # rows compared with all others at a time
+
+
+def ridge(x: np.ndarray, y: np.ndarray, parts: Folds, group: np.ndarray) -> np.ndarray:
+    """Ratings by ridge regression, `(N,)` in 0..1; alpha by cross-validation over the training rows' own groups."""
+
+    def model(train: np.ndarray) -> BaseEstimator:
+        # With one group only, alpha comes from leave-one-out.
+        inner = folds(group[train], n=INNER_FOLDS) or None
+        return RidgeCV(ALPHAS, cv=inner, scoring="neg_mean_squared_error")
+
+    return _out_of_fold(x.astype(np.float64), y, parts, model).clip(0, 1)
+
+
+def mlp(x: np.ndarray, y: np.ndarray, parts: Folds, seed: int) -> np.ndarray:
+    """Ratings by a perceptron with one hidden layer, `(N,)` in 0..1."""
+
+    def model(_train: np.ndarray) -> BaseEstimator:
+        perceptron = MLPRegressor(hidden_layer_sizes=(HIDDEN,), alpha=MLP_ALPHA, max_iter=100, random_state=seed)
+        # Standardised ratings: a few dozen songs are not enough to learn the mean by gradient steps.
+        return TransformedTargetRegressor(perceptron, transformer=StandardScaler())
+
+    return _out_of_fold(x.astype(np.float64), y, parts, model).clip(0, 1)
+
+
+def logistic(x: np.ndarray, classes: np.ndarray, parts: Folds) -> np.ndarray:
+    """Classes `(N,)` int by multinomial logistic regression."""
+    return _out_of_fold(x, classes, parts, lambda _: LogisticRegression(C=LOGISTIC_C, max_iter=500))
+
+
+def _out_of_fold(
+    x: np.ndarray, y: np.ndarray, parts: Folds, model: Callable[[np.ndarray], BaseEstimator]
+) -> np.ndarray:
+    predicted = np.empty_like(y)
+    for train, test in parts:
+        if (y[train] == y[train[0]]).all():  # nothing to learn, and scikit-learn refuses a single class
+            predicted[test] = y[train[0]]
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that stops early is a weaker probe
+            predicted[test] = make_pipeline(StandardScaler(), model(train)).fit(x[train], y[train]).predict(x[test])
+    return predicted
+
+
+def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
+    """The training rows' mean `(N,)`: the prediction without any vectors."""
+    guess = np.empty_like(y)
+    for train, test in parts:
+        guess[test] = y[train].mean()
+    return guess
+
+
+def majority_guess(classes: np.ndarray) -> np.ndarray:
+    """The commonest class of all rows, `(N,)`.
+
+    Not of the training rows: among classes of equal size, the commonest there is always one that the test rows lack.
+    """
+    return np.full_like(classes, np.bincount(classes).argmax())
+
+
+def knn_mean(y: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """The neighbours' mean rating `(N,)`; the mean of all where a row has no neighbour."""
+    there = near >= 0
+    total, number = (y[near] * there).sum(axis=1), there.sum(axis=1)
+    return np.where(number > 0, total / number.clip(min=1), y.mean())
+
+
+def label_matrix(labels: Sequence[Sequence[int]]) -> csr_array:
+    """1 where a row has a label: `(N, labels)` int32."""
+    rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
+    columns = np.fromiter((label for own in labels for label in own), int, len(rows))
+    return csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(labels), columns.max(initial=0) + 1))
+
+
+class Retrieval:
+    """mAP@k: do a song's nearest songs share a label with it? Songs of its own group are not counted.
+
+    `labels`: each row's label numbers. Rows with no relevant row at all cannot be scored: `scored (N,)` bool.
+    """
+
+    def __init__(self, labels: Sequence[Sequence[int]], group: np.ndarray, k: int) -> None:
+        self._labels = label_matrix(labels)
+        self._group, self._k = group, k
+        self.relevant = np.zeros(len(labels), int)
+        self.candidates = np.zeros(len(labels), int)
+        for start in range(0, len(labels), _BLOCK):
+            block = np.arange(start, min(start + _BLOCK, len(labels)))
+            other = group[block, None] != group
+            self.relevant[block] = ((self._labels[block] @ self._labels.T).toarray() * other > 0).sum(axis=1)
+            self.candidates[block] = other.sum(axis=1)
+        self.scored = self.relevant > 0
+
+    def average_precision(self, near: np.ndarray) -> np.ndarray:
+        """AP@k of the scored rows, from all rows' neighbours `(N, >=k)`.
+
+        The mean, over the relevant rows that could be among the first k, of the share of relevant ones down to each.
+        """
+        rows = np.flatnonzero(self.scored)
+        near = near[rows, : self._k]
+        shared = [self._labels[rows].multiply(self._labels[column]).sum(axis=1) for column in near.T]
+        hit = (np.stack(shared, axis=1) > 0) & (near >= 0)
+        precision = hit.cumsum(axis=1) / np.arange(1, hit.shape[1] + 1)
+        return (precision * hit).sum(axis=1) / np.minimum(self._k, self.relevant[rows])
+
+    def guess(self) -> np.ndarray:
+        """The expected AP@k of the scored rows in a random order."""
+        rows = np.flatnonzero(self.scored)
+        relevant, others = self.relevant[rows, None], self.candidates[rows, None]
+        place = np.arange(1, self._k + 1)
+        # Place i is relevant with R/M; given that, each of the i - 1 before it is with (R - 1)/(M - 1).
+        before = (place - 1) * (relevant - 1) / (others - 1).clip(min=1)
+        share = (place <= others) * relevant / others * (1 + before) / place
+        return share.sum(axis=1) / np.minimum(self._k, relevant[:, 0])

@@ -1,0 +1,17 @@
+"""The encoder types by name. A new type is a file in `models/` and an entry here (see CONTRIBUTING.md)."""
+
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.schema import Config
+from simsiam_dali.models.encoder import EncoderType
+from simsiam_dali.models.simple import SimpleType
+from simsiam_dali.models.simsiam import SimSiamType
+
+ENCODERS: dict[str, type[EncoderType]] = {"simsiam": SimSiamType, "simple": SimpleType}
+
+
+def encoder_type(config: Config) -> EncoderType:
+    """The type that `encoder.encoder_type` names. Raises UserError with the known names."""
+    name = config.encoder.encoder_type
+    if name not in ENCODERS:
+        raise UserError(f"encoder.encoder_type is {name!r}; the known types are {', '.join(sorted(ENCODERS))}")
+    return ENCODERS[name](config)

@@ -1,0 +1,177 @@
+"""One song's audio as mono float32 at a given rate, block by block, for either decoder."""
+
+import hashlib
+import itertools
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from simsiam_dali.packing.segments import Pcm, to_int16
+
+BLOCK = 1 << 16  # source samples handled at once
+SHORT = 0.25
+"""Seconds by which a decoded length may differ from another: codecs pad to whole frames."""
+# FFmpeg's default resampler (filter_size=32) passes aliases at -12 dB and loses 3 dB at 7.5 kHz. With
+# these, from 44.1 and 48 kHz to 16 kHz, the passband is flat to 7.5 kHz and aliases stay below -90 dB.
+RESAMPLER = "filter_size=192:cutoff=0.96"
+
+
+class BadSong(Exception):
+    """A file that cannot be packed, and why. `transient`: the reason may pass (permission, disk)."""
+
+    def __init__(self, reason: str, transient: bool = False) -> None:
+        super().__init__(reason, transient)
+        self.reason, self.transient = reason, transient
+
+
+class NotDecodable(BadSong):
+    """The decoder cannot decode the file; the other one may."""
+
+
+class NoAudio(BadSong):
+    """A file without an audio stream, whose suffix is not of audio."""
+
+
+class Resampler:
+    """libswresample from one rate to another, mono float32, fed block by block."""
+
+    def __init__(self, rate_in: int, rate_out: int) -> None:
+        self._rate_in = rate_in
+        self._graph = graph = av.filter.Graph()
+        nodes = [
+            graph.add_abuffer(sample_rate=rate_in, format="flt", layout="mono", time_base=Fraction(1, rate_in)),
+            graph.add("aresample", f"{rate_out}:{RESAMPLER}"),
+            graph.add("aformat", f"sample_fmts=flt:channel_layouts=mono:sample_rates={rate_out}"),
+            graph.add("abuffersink"),
+        ]
+        for node, following in itertools.pairwise(nodes):
+            node.link_to(following)
+        graph.configure()
+        self._pts = 0
+
+    def __call__(self, block: Pcm | None) -> Iterator[Pcm]:
+        """Feed `block` (None: the end) and yield the output that is ready."""
+        frame = None
+        if block is not None:
+            frame = av.AudioFrame.from_ndarray(block[None], format="flt", layout="mono")
+            frame.sample_rate = self._rate_in
+            frame.time_base, frame.pts = Fraction(1, self._rate_in), self._pts
+            self._pts += len(block)
+        self._graph.push(frame)
+        while True:
+            try:
+                ready = self._graph.pull()
+            except (BlockingIOError, EOFError):
+                return
+            assert isinstance(ready, av.AudioFrame)
+            yield ready.to_ndarray()[0]
+
+
+@dataclass
+class SongAudio(ABC):
+    """One file's audio: iterate once over `blocks()`; the other fields are complete after the last block.
+
+    `sample_rate` (Hz) None keeps the file's own rate. `declared` is the length in seconds that the file states,
+    None if it states none; `peak` the largest |sample|, full scale = 1; `damaged` counts packets, `stopped`: the
+    decoder could not continue after some of it.
+    """
+
+    path: Path
+    sample_rate: int | None = None
+    source_rate: int = 0
+    channels: int = 0
+    peak: float = 0.0
+    damaged: int = 0
+    stopped: bool = False
+    declared: float | None = None
+    _samples: Counter[int] = field(default_factory=Counter, repr=False)  # by rate
+    _hash: "hashlib._Hash" = field(default_factory=hashlib.sha256, repr=False)
+
+    def blocks(self) -> Iterator[Pcm]:
+        """Mono float32 blocks at `sample_rate`, down to the last packet that decodes.
+
+        Channels are averaged. Damaged packets are skipped and counted. Raises `BadSong` for a file that cannot
+        be read, or that holds NaN or infinite samples; `NotDecodable` for one that this decoder does not open;
+        `NoAudio` for one that is no audio file.
+        """
+        resampler, rate = None, 0
+        for pcm, rate_in in self._decoded():
+            self._measure(pcm, rate_in)
+            self.sample_rate = self.sample_rate or rate_in
+            if rate_in != rate:  # the first block, or a chained stream with another rate
+                if resampler:
+                    yield from resampler(None)
+                resampler = None if rate_in == self.sample_rate else Resampler(rate_in, self.sample_rate)
+                rate = rate_in
+            if resampler:
+                yield from resampler(pcm)
+            else:
+                yield pcm
+        if resampler:
+            yield from resampler(None)
+
+    @property
+    def seconds(self) -> float:
+        """Decoded length."""
+        return sum(samples / rate for rate, samples in self._samples.items())
+
+    @property
+    def audio_hash(self) -> str:
+        """Hex sha256 of the mono audio at its own rate, in 16 bits: neither tags nor `sample_rate` change it."""
+        return self._hash.hexdigest()
+
+    @property
+    def short(self) -> bool:
+        """Whether the file holds more than was decoded."""
+        return self.stopped or self._less_than_declared
+
+    @property
+    def _less_than_declared(self) -> bool:
+        return self.declared is not None and self.declared - self.seconds > SHORT
+
+    @property
+    def note(self) -> str:
+        """What is wrong with a file that could be decoded nevertheless; empty for an intact one."""
+        notes = []
+        if self._less_than_declared:
+            notes.append(f"truncated: {self.seconds:.1f} of {self.declared:.1f} s")
+        elif _ogg_without_end(self.path):
+            notes.append(f"truncated: the Ogg stream has no last page, {self.seconds:.1f} s decoded")
+        if self.stopped:
+            notes.append(f"cannot be read beyond {self.seconds:.1f} s")
+        elif self.damaged:
+            notes.append(f"{self.damaged} damaged packet{'s' * (self.damaged > 1)} skipped")
+        if self.peak > 2:
+            notes.append(f"clipped: samples of up to {self.peak:.3g} times full scale")
+        return "; ".join(notes)
+
+    def _measure(self, pcm: Pcm, rate: int) -> None:
+        peak = float(np.abs(pcm).max(initial=0))
+        if not np.isfinite(peak):
+            raise BadSong("holds NaN or infinite samples")
+        self.peak = max(self.peak, peak)
+        self._samples[rate] += len(pcm)
+        self._hash.update(to_int16(pcm).tobytes())
+
+    @abstractmethod
+    def _decoded(self) -> Iterator[tuple[Pcm, int]]:
+        """Mono blocks of about `BLOCK` samples, and their rate."""
+
+
+def _ogg_without_end(path: Path) -> bool:
+    """Whether the file is an Ogg stream whose last page is not marked as the last (RFC 3533, section 6)."""
+    with path.open("rb") as file:
+        if file.read(4) != b"OggS":
+            return False
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 66_000))  # a page holds at most 65,307 bytes
+        tail = file.read()
+    at = tail.rfind(b"OggS")
+    return at < 0 or at + 5 >= len(tail) or not tail[at + 5] & 4

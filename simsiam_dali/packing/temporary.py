@@ -1,0 +1,62 @@
+"""Pack songs that are in no shard set temporarily, so that they pass through the same data graph."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.packing.find import SongFile, find_songs, relative_name
+from simsiam_dali.packing.pack import Report, pack
+from simsiam_dali.packing.pack_song import PackSettings
+
+NO_SPLIT = ""
+"""The `split` of songs that were in neither training nor validation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TemporarySongs:
+    """Files whose `name` is relative to `root`, and the settings to pack them with."""
+
+    root: Path
+    files: list[SongFile]
+    settings: PackSettings
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest that changes when a file or a setting does, without decoding."""
+        seen = [(file.name, file.bytes, file.mtime_ns) for file in self.files]
+        content = [str(self.root), seen, dataclasses.asdict(self.settings)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def packed(self, folder: Path) -> tuple[ShardSet, Report]:
+        """The songs as shards in `folder`, where an interrupted packing continues; and the report."""
+        report = pack(self.root, folder, self.settings, len(os.sched_getaffinity(0)), replace=True, files=self.files)
+        shards = open_shards(folder)
+        return dataclasses.replace(shards, songs=shards.songs.assign(split=NO_SPLIT)), report
+
+
+def find(paths: list[Path], settings: PackSettings) -> TemporarySongs:
+    """The songs of `paths`, folders and files; a file given by name is accepted with any suffix.
+
+    settings: of the packing; nothing is kept for validation. Raises UserError for a path that does not exist.
+    """
+    given = [path.absolute() for path in paths]
+    for path in given:
+        if not path.exists():
+            raise UserError(f"--music {path}: no such folder or file")
+    root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in given]))
+    found: dict[Path, SongFile] = {}
+    for path in given:
+        if path.is_dir():
+            found |= {file.path: file for file in find_songs(path)[0]}
+        else:
+            info = path.stat()
+            found[path] = SongFile(path, "", info.st_size, info.st_mtime_ns)
+    if not found:
+        raise UserError(f"--music {' '.join(map(str, paths))}: no audio file there")
+    files = [dataclasses.replace(file, name=relative_name(path, root)) for path, file in found.items()]
+    settings = dataclasses.replace(settings, val_fraction=0.0, split_by="song")
+    return TemporarySongs(root, sorted(files, key=lambda file: file.name), settings)

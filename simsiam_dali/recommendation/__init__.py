@@ -1,0 +1,1 @@
+"""Recommendations from embeddings and ratings."""

@@ -1,0 +1,140 @@
+"""The songs of an embedding table, found by path or title, and limits on songs of one artist or album."""
+
+import difflib
+import os
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from simsiam_dali.common.errors import UserError, printable
+from simsiam_dali.common.names import album_keys, artist_keys, name_key
+from simsiam_dali.evaluation.folds import groups
+from simsiam_dali.packing.find import relative_name
+
+_LISTED = 10
+_ESCAPED_BYTE = re.compile(rb"\\x([89a-f][0-9a-f])")
+
+
+class Library:
+    """The songs of `table`, whose `path` is relative to `music`.
+
+    For each song: `title` (its file's name where the tag is missing), `artist` and `album` as text; `artists` and
+    `albums` as keys to compare; `recording`, the same number for two files of one recording.
+    """
+
+    def __init__(self, table: pd.DataFrame, music: Path) -> None:
+        self.table, self.music = table, music
+        self.path: list[str] = table["path"].tolist()
+        self.title = [title or Path(path).stem for title, path in zip(table["title"], self.path, strict=True)]
+        self.artist = [
+            ", ".join(names) or owner for names, owner in zip(table["artists"], table["album_artist"], strict=True)
+        ]
+        self.album = [", ".join(names) for names in table["albums"]]
+        self.artists = [artist_keys(names) for names in table["artists"]]
+        owners = zip(table["albums"], table["album_artist"], table["artists"], strict=True)
+        self.albums = [album_keys(*of) for of in owners]
+        self.recording = groups(table, "song")
+        self._row = {path: row for row, path in enumerate(self.path)}
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+    def name(self, row: int) -> str:
+        """ "artist - title"."""
+        return f"{self.artist[row]} - {self.title[row]}" if self.artist[row] else self.title[row]
+
+    def file(self, row: int) -> Path:
+        """Absolute path of the song, whether it is there or not."""
+        path = (self.music / self.path[row]).absolute()
+        # The table is UTF-8 and has a file name's other bytes as \xNN (packing.find); the file has the bytes.
+        raw = _ESCAPED_BYTE.sub(lambda escaped: bytes([int(escaped[1], 16)]), os.fsencode(path))
+        original = Path(os.fsdecode(raw))
+        return original if original != path and not path.exists() and original.exists() else path
+
+    def find(self, text: str) -> np.ndarray:
+        """Rows `(n,)` of the songs that `text` names: a file, a folder with songs, a title, or "artist - title".
+
+        Paths are absolute, or relative to the working or the music folder. Names compare without case; part of a name
+        is enough when only one recording has it. Raises UserError for a name of none, or of several recordings.
+        """
+        names = [
+            relative_name(path, self.music) for path in self._possible_paths(text) if path.is_relative_to(self.music)
+        ]
+        for name in names:
+            if name in self._row:
+                return np.array([self._row[name]])
+        for name in names:
+            inside = [i for i, path in enumerate(self.path) if name == "." or path.startswith(f"{name}/")]
+            if inside:
+                return np.array(inside)
+        key = name_key(text)
+        keys = self._name_keys
+        found = [i for i, own in enumerate(keys) if key in own] or [i for i, own in enumerate(keys) if key in own[1]]
+        if key and found:
+            return self._one_recording(text, found)
+        if os.path.lexists(text):
+            raise UserError(
+                f"--like {printable(text)} is not among the {len(self)} songs embedded: embed it with "
+                "python -m simsiam_dali.embed --music"
+            )
+        shown = {name: self.name(i) for i, own in enumerate(keys) for name in own}
+        close = dict.fromkeys(shown[name] for name in difflib.get_close_matches(key, shown, n=5, cutoff=0.5))
+        hint = f"the closest are {quoted(close)}" if close else "give its path, or a part of its title"
+        raise UserError(f"--like {printable(text)}: no song of that name; {hint}")
+
+    @cached_property
+    def _name_keys(self) -> list[tuple[str, str]]:
+        """Each song's title and its "artist - title", to compare."""
+        return [(name_key(title), name_key(self.name(i))) for i, title in enumerate(self.title)]
+
+    def _one_recording(self, text: str, found: list[int]) -> np.ndarray:
+        if len(set(self.recording[found])) == 1:
+            return np.array(found[:1])
+        shown = [f"{self.name(i)} ({self.path[i]})" for i in found[:_LISTED]]
+        more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        raise UserError(f"--like {printable(text)} fits {len(found)} songs: {quoted(shown)}{more}; give one's path")
+
+    def _possible_paths(self, text: str) -> list[Path]:
+        """Paths that `text` may mean: as given, and with links resolved, since the music folder's own path has none."""
+        try:
+            here = Path(os.path.normpath(Path(text).absolute()))
+            in_music = Path(os.path.normpath(self.music / text))
+            return [here, here.parent.resolve() / here.name, here.resolve(), in_music] if text.strip() else []
+        except (OSError, ValueError, RuntimeError):  # no path at all: too long, a loop, or a null character
+            return []
+
+
+def quoted(texts: Sequence[str] | dict[str, None]) -> str:
+    """A list for a message of one line."""
+    return ", ".join(f'"{printable(text)}"' for text in texts)
+
+
+class Variety:
+    """Accepts one song of each recording, and at most `per_artist` and `per_album` of each artist and album.
+
+    A song counts for each of its artists and albums; unknown ones are not limited.
+    """
+
+    def __init__(self, library: Library, per_artist: int | None = None, per_album: int | None = None) -> None:
+        self._library = library
+        self._most: dict[str, int | None] = {"recording": 1, "artist": per_artist, "album": per_album}
+        self._accepted: Counter[tuple[str, Hashable]] = Counter()
+
+    def __call__(self, row: int) -> bool:
+        """Whether the song is within the limits; if so, it is counted."""
+        library = self._library
+        kinds: list[tuple[str, Sequence[Hashable]]] = [
+            ("recording", [int(library.recording[row])]),
+            ("artist", library.artists[row]),
+            ("album", library.albums[row]),
+        ]
+        own = [(kind, key) for kind, keys in kinds if self._most[kind] is not None for key in keys]
+        if any(self._accepted[kind, key] >= (self._most[kind] or 0) for kind, key in own):
+            return False
+        self._accepted.update(own)
+        return True

@@ -1,0 +1,1 @@
+"""MLflow: the client, the run of a training, a finished run, the runs of an experiment."""

@@ -1,0 +1,101 @@
+"""How much memory a training step needs, estimated before the first batch.
+
+The activations that the backward pass keeps are counted exactly, on meta tensors: no memory and no arithmetic.
+Workspaces and the allocator's rounding are a measured share on top, so the result is an estimate and `HEADROOM` is kept
+free.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simsiam_dali.common.errors import UserError
+
+HEADROOM = 0.1
+"""Share of the free memory that is kept free."""
+
+BYTES_PER_PARAMETER = 12
+"""fp32 weight, gradient and momentum."""
+
+WORKING_SHARE = 1.4
+"""Peak memory over kept activations: gradients in flight and workspaces (1.33 to 1.43 measured, ResNet-18 on a CPU)."""
+
+LEAST_SHARE = 1.1
+"""The least the same may be on a GPU, where the peak has not been measured: between the two there is only a warning."""
+
+DALI_BYTES = 65e6 / 60
+"""DALI's own buffers on a GPU, for each second of a segment in a batch."""
+
+RUNTIME_BYTES = 1 << 30
+"""The process itself: torch's and DALI's libraries, CUDA context or thread stacks."""
+
+
+def activation_bytes(encoder: nn.Module, shapes: list[tuple[int, ...]]) -> float:
+    """Bytes per segment that the backward pass keeps, in fp32. shapes: the forward's inputs, of one segment."""
+    batch = 2
+    shadow = copy.deepcopy(encoder).to("meta").train()
+    kept: dict[int, int] = {}
+    owned = {t.untyped_storage()._cdata for t in [*shadow.parameters(), *shadow.buffers()]}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    inputs = [torch.empty(batch, *shape, device="meta") for shape in shapes]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = shadow(*inputs)
+    del outputs
+    return sum(kept.values()) / batch
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of `device`: a GPU's own, or the host's within its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(info["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+    except OSError:  # no control group of version 2, so no limit from it
+        return free
+    return min(free, int(limit) - int(used)) if limit.strip().isdigit() else free
+
+
+def check_fits(
+    encoder: nn.Module,
+    batch: int,
+    shapes: list[tuple[int, ...]],
+    half: bool,
+    device: torch.device,
+    seconds: float,
+) -> str | None:
+    """A warning where `batch` segments may not fit by the estimate, None where they do.
+
+    Raises UserError, with the largest batch that fits, where they do not. shapes: the forward's inputs, of one segment.
+    half: activations are kept in 16 bits (autocast). seconds: length of a segment.
+    """
+    gpu = device.type == "cuda"
+    kept = activation_bytes(encoder, shapes) * (0.5 if half else 1.0)
+    dali = DALI_BYTES * seconds if gpu else 0.0
+    least, most = ((LEAST_SHARE if gpu else WORKING_SHARE) * kept + dali, WORKING_SHARE * kept + dali)  # per segment
+    static = RUNTIME_BYTES + BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
+    free = free_bytes(device) * (1 - HEADROOM)
+    if static + batch * most <= free:
+        return None
+    largest = int((free - static) // most)
+    low, high = ((static + batch * each) / 1e9 for each in (least, most))
+    available = f"GB on {device.type} (estimate), and {free / 1e9:.1f} GB are available"
+    if static + batch * least <= free:
+        return (
+            f"warning: a batch of {batch} needs {low:.1f} to {high:.1f} {available}: if memory runs out,"
+            f" use --batch-size {max(2, largest)}"
+        )
+    advice = f"use --batch-size {largest} or less" if largest >= 2 else "not even 2 fit: use a smaller backbone"
+    raise UserError(
+        f"a batch of {batch} needs about {low:.1f} {available}: {advice}, or shorter views (data.view_seconds)"
+    )

@@ -1,0 +1,146 @@
+"""Scores on the validation songs during training: the loss, and kNN by artist, genre and rating.
+
+kNN searches among training songs (at most `train.knn_segments` segments of them) for each validation song; a song is
+the mean of its segments' clean views. Every validation uses the same views with the same random draws.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simsiam_dali.config.schema import Config
+from simsiam_dali.data.loader import Batch, Single, release_memory
+from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.evaluation.knn import knn_labels, knn_rating, label_chance, rating_chance
+from simsiam_dali.models.encoder import song_embeddings
+from simsiam_dali.models.labels import label_ids
+from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training.data import Mode, Split, TrainingData
+from simsiam_dali.training.learner import Learner
+
+COST = 0.1
+"""Cost of validation as a share of training, at most, where `train.validate_every` is auto."""
+
+TRAINING_PASSES = 3
+"""Cost of a training step in forward passes: its own, and a backward pass of about two."""
+
+KEPT_BYTES = 256 * 2**20
+"""Host memory for the validation's views. What fits is computed once; what does not, each time."""
+
+
+class Validation:
+    """Scores the learner's encoder on the validation split, at `due` epochs.
+
+    The views are kept in host memory, up to `KEPT_BYTES`: they are the same each time, and building their graphs again
+    would take longer than scoring a small library.
+    """
+
+    def __init__(self, data: TrainingData, learner: Learner) -> None:
+        self.data, self.learner = data, learner
+        self.config, self.shards, self.world = data.config, data.shards, data.world
+        self.kind = encoder_type(data.config)
+        self.every = epochs_between(data.config, data.shards)
+        self._kept: dict[tuple[Split, str], list[Batch | Single]] = {}
+        self._free = KEPT_BYTES
+        self._song = torch.from_numpy(data.shards.segments["song"].to_numpy().copy())  # of each segment
+
+    def due(self, epoch: int) -> bool:
+        """Whether this epoch is scored: the untrained encoder, every `every`-th, and the last."""
+        return epoch % self.every == 0 or epoch == self.config.encoder.epochs
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, float]:
+        """`encoder/val_loss` and the kNN scores, NaN where no song has the label; empty without validation songs."""
+        if not self.shards.count("val"):
+            return {}
+        self.learner.encoder.eval()
+        score = {"encoder/val_loss": self._loss()} | self._neighbours()
+        self.learner.encoder.train()
+        return score
+
+    def _loss(self) -> float:
+        total, number = 0.0, 0
+        for batch in self._batches("val", self.kind.batches, self.shards.count("val")):
+            scored = self.learner.score(batch)
+            if scored.has_loss:
+                total += float(scored.loss) * len(batch.segment)
+                number += len(batch.segment)
+        sums = self.world.gather((total, number))
+        return sum(t for t, _ in sums) / (sum(n for _, n in sums) or math.nan)
+
+    def _neighbours(self) -> dict[str, float]:
+        songs, k = self.shards.songs, self.config.train.knn_k
+        bank_songs, bank = self._songs("train", self.config.train.knn_segments)
+        query_songs, queries = self._songs("val", self.shards.count("val"))
+        score = {}
+        for name, column in (("artist", "artists"), ("genre", "genres")):
+            ids = label_ids(songs, column)
+            bank_ids, query_ids = ids[bank_songs], ids[query_songs]
+            score[f"knn/{name}"] = knn_labels(bank, bank_ids, queries, query_ids, k)
+            score[f"knn/{name}_chance"] = max(label_chance(bank_ids, query_ids))
+        ratings = torch.tensor(songs["rating"].to_numpy("float32"))
+        bank_ratings, query_ratings = ratings[bank_songs], ratings[query_songs]
+        error, correlation = knn_rating(bank, bank_ratings, queries, query_ratings, k)
+        score["knn/rating_mae"], score["knn/rating_correlation"] = error, correlation
+        score["knn/rating_mae_chance"] = rating_chance(bank_ratings, query_ratings)
+        return score
+
+    def _songs(self, split: Split, segments: int) -> tuple[Tensor, Tensor]:
+        """Songs `(S,)`, ascending, and embeddings `(S, D)` of the split's first segments, on every rank."""
+        rows, embeddings = [], []
+        for batch in self._batches(split, self.kind.embeds, segments):
+            with self.learner.autocast():
+                embeddings.append(self.learner.encoder.embed(batch[0]).float().cpu())
+            rows.append(batch.segment.cpu())
+        parts = self.world.gather((torch.cat(rows), torch.cat(embeddings)))
+        segment, embedding = (torch.cat(x) for x in zip(*parts, strict=True))
+        return song_embeddings(embedding, self._song[segment])
+
+    def _batches(self, split: Split, mode: Mode, segments: int) -> Iterator[Batch | Single]:
+        """This rank's part of the split's first `segments`, on the learner's device; kept where they fit."""
+        if (kept := self._kept.get((split, mode))) is not None:
+            for batch in kept:
+                yield _to_device(batch, self.learner.device)
+            return
+        keep: list[Batch | Single] | None = []
+        for batch in self._computed(split, mode, segments):
+            size = sum(x.nbytes for x in batch)
+            if keep is not None and size <= self._free:
+                self._free -= size
+                keep.append(batch._replace(**{name: x.cpu().clone() for name, x in batch._asdict().items()}))
+            elif keep is not None:  # all of it or nothing
+                self._free += sum(x.nbytes for other in keep for x in other)
+                keep = None
+            yield batch
+        if keep is not None:
+            self._kept[split, mode] = keep
+        release_memory()
+
+    def _computed(self, split: Split, mode: Mode, segments: int) -> Iterable[Any]:
+        loader = self.data.create_loader(split, mode)
+        for batch in loader:
+            if len(batch.segment):
+                yield batch
+            if loader.step * loader.batch_size * self.world.size >= segments:
+                break
+
+
+def epochs_between(config: Config, shards: ShardSet) -> int:
+    """`train.validate_every`; for auto, the fewest epochs of which a validation takes at most `COST` of the time.
+
+    Counted in passes through the encoder, not by the clock, so that a run and its repetition score the same epochs.
+    """
+    if config.train.validate_every != "auto":
+        return config.train.validate_every
+    views = 2 if encoder_type(config).batches == "views" else 1
+    training, validation = shards.count("train"), shards.count("val")
+    passes = validation * (views + 1) + min(training, config.train.knn_segments)
+    return max(1, math.ceil(passes / (COST * TRAINING_PASSES * views * training)))
+
+
+def _to_device(batch: Batch | Single, device: torch.device) -> Batch | Single:
+    """The data on `device`; rows stay on the CPU, as in a loader's batch."""
+    return batch._replace(**{name: x.to(device) for name, x in batch._asdict().items() if name != "segment"})

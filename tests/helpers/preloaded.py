@@ -1,0 +1,25 @@
+"""What the servers that fork for the tests import before: see fork_server.py, and conftest.py for multiprocessing's."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+from simsiam_dali.config.schema import AugmentationConfig
+from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
+from simsiam_dali.data.pipeline import Settings, define
+
+MODULES = (
+    "torch", "nvidia.dali.fn", "simsiam_dali.train", "simsiam_dali.embed", "simsiam_dali.evaluate",
+    "simsiam_dali.recommend", "simsiam_dali.pack", "umap", "matplotlib.pyplot", "tqdm",
+)  # fmt: skip
+"""Not onnxruntime, which starts a thread."""
+WITH_MLFLOW = ("mlflow", "simsiam_dali.compare", "simsiam_dali.hpo")
+
+for name in MODULES + (WITH_MLFLOW if importlib.util.find_spec("mlflow") else ()):
+    importlib.import_module(name)
+
+# DALI translates the functions that define a graph once a process, in 2 to 4 s. Nothing is built here.
+for mode in ("views", "clean", "raw"):
+    source = Source((Path("a.tar"),), (Path("a.idx"),), "flac", False, 3.0, shuffle_buffer=4)
+    graph = Graph(source, LogMel(), mode, 1.5, AugmentationConfig(), "independent", Epoch(1, 2))  # type: ignore
+    define(graph, Settings(batch_size=2, threads=1, prefetch=1, seed=0, gpu=None))

@@ -1,0 +1,107 @@
+"""What one rank of a torchrun does for test_ranks.py: the same global batch, shared among however many ranks there are.
+
+python -m torch.distributed.run --standalone --nproc-per-node N tests/helpers/rank_worker.py SHARDS OUT
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simsiam_dali.common.distributed import World, process_group, rows_of_all_ranks
+from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import Config
+from simsiam_dali.data.loader import Batch, Single
+from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.training import sync_bn
+from simsiam_dali.training.data import create_loader, log_mel_settings
+from simsiam_dali.training.learner import Learner
+
+SEGMENTS = 8  # of the global batch
+EPOCHS = 3
+CASES = {"simsiam": ("simsiam", True), "simple": ("simple", True), "apart": ("simsiam", False)}  # encoder, sync_bn
+
+
+def settings(encoder: str, sync_bn: bool, ranks: int) -> Config:
+    """A small encoder whose batch norms all come into play."""
+    sets = [
+        f"encoder.encoder_type={encoder}",
+        f"train.sync_bn={sync_bn}",
+        f"encoder.batch_size={SEGMENTS // ranks}",
+        "encoder.embedding_dim=16",
+        "encoder.simple.base_channels=4",
+        "encoder.simsiam.backbone=resnet18",
+        "encoder.simsiam.projection_dim=32",
+        "encoder.simsiam.predictor_hidden_dim=8",
+        "encoder.simsiam.n_mels=16",
+        "encoder.simsiam.augmentation.time_mask_param=10",
+        "data.view_seconds=1.5",
+        "data.threads=1",
+        "data.shuffle_buffer=4",
+    ]
+    return load_config(assignments=sets)
+
+
+def global_batch(encoder: str) -> Batch | Single:
+    """The same on every rank, whatever their number."""
+    draw = torch.Generator().manual_seed(1)
+    segment = torch.arange(SEGMENTS)
+    if encoder == "simple":
+        return Single(torch.randn(SEGMENTS, 16000, generator=draw), segment)
+    return Batch(*(torch.randn(SEGMENTS, 16, 47, generator=draw) for _ in range(2)), segment)
+
+
+def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, Any]:
+    """One training step of the real learner on this rank's rows: its loss, gradients and buffers."""
+    learner = Learner(settings(encoder, sync_bn, w.size), shards, w)
+    for name, parameter in learner.encoder.named_parameters():
+        if name.endswith("weight") and not parameter.any():  # a residual branch that is still switched off
+            torch.nn.init.constant_(parameter, 0.5)
+    batch, each = global_batch(encoder), SEGMENTS // w.size
+    mine = type(batch)(*(x[w.rank * each : (w.rank + 1) * each] for x in batch))
+    losses = w.gather(float(learner.step([mine], 0.1, 0.1).loss))
+    return {
+        "loss": sum(losses) / len(losses),
+        "gradients": {name: p.grad.clone() for name, p in learner.encoder.named_parameters()},
+        "state": learner.encoder.state_dict(),
+    }
+
+
+def segments(shards: ShardSet, w: World) -> list[list[int]]:
+    """The segments that this rank's training loader gives in each of its epochs."""
+    c = settings("simsiam", False, w.size)
+    loader = create_loader(c, shards, log_mel_settings(c), w, "train", "views", shuffled=True)
+    return [[row for batch in loader for row in batch.segment.tolist()] for _ in range(EPOCHS)]
+
+
+def uneven(w: World) -> dict[str, Any]:
+    """Ranks whose batches differ in size: what all have together, the gradient of a weighted sum, batch norm of it."""
+    mine = torch.arange(100 * w.rank, 100 * w.rank + w.rank + 2, dtype=torch.float32).unsqueeze(1).requires_grad_()
+    rows = rows_of_all_ranks(mine)
+    weights = torch.arange(len(rows), dtype=torch.float32).unsqueeze(1)
+    (rows * weights).sum().backward()
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False))
+    if w.size > 1:
+        sync_bn.convert(norm, w.device)
+    normalised = norm(mine.detach())
+    return {
+        "rows": rows.detach(),
+        "gradients": w.gather(mine.grad.flatten().tolist()),
+        "normalised": w.gather(normalised.flatten().tolist()),
+        "running_var": norm[0].running_var,
+    }
+
+
+def measure(shards: ShardSet, w: World) -> dict[str, Any]:
+    """All of it, on every rank."""
+    found = {name: step(*case, shards, w) for name, case in CASES.items()}
+    return {"steps": found, "segments": w.gather(segments(shards, w)), "uneven": uneven(w)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with process_group("cpu") as w:
+        result = measure(open_shards(Path(sys.argv[1])), w)
+        if w.main:
+            torch.save(result, sys.argv[2])

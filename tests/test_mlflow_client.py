@@ -1,0 +1,65 @@
+"""The MLflow client: an unreachable server costs seconds, in every command that uses one."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.tracking import client
+from simsiam_dali.tracking.client import connect, experiment_id
+from simsiam_dali.tracking.finished import FinishedRun
+from simsiam_dali.tracking.history import Experiment
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """The URI of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda uri: Experiment(uri, "any"),  # compare
+        lambda uri: FinishedRun.find(uri, "any"),  # evaluate, before its work
+        lambda uri: FinishedRun(uri, "any").log_metrics({"a": 1.0}),  # and after it
+        lambda uri: FinishedRun(uri, "any").log_artifact(Path(__file__), "evaluation"),
+    ],
+    ids=["compare", "evaluate finds the run", "evaluate logs metrics", "evaluate logs a file"],
+)
+def test_a_server_that_never_answers_costs_seconds(
+    silent_server: str, monkeypatch: pytest.MonkeyPatch, call: Callable[[str], object]
+) -> None:
+    assert client.SERVER_TIMEOUT <= 10
+    monkeypatch.setattr(client, "SERVER_TIMEOUT", 0.5)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"the MLflow server {silent_server} does not answer") as e:
+        call(silent_server)
+    assert time.monotonic() - began < 3
+    assert "--tracking-uri" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_mlflow_retries_a_call_once(silent_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that stops between the health request and the call."""
+    monkeypatch.setattr(client, "check_server", lambda *_: None)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"MLflow cannot use {silent_server}"), connect(silent_server) as mlflow:
+        mlflow.get_run("any")
+    assert 2 <= time.monotonic() - began < 10  # two requests of 1 s, and the pause between them
+
+
+def test_an_experiment_is_created_once(tmp_path: Path) -> None:
+    with connect(f"sqlite:///{tmp_path}/mlflow.db") as mlflow:
+        first = experiment_id(mlflow, "mine")
+        assert experiment_id(mlflow, "mine") == first
+        known = mlflow.get_experiment_by_name
+        mlflow.get_experiment_by_name = lambda name: known(name) if calls.pop() else None
+        calls = [True, False]  # not there when asked, and there when it is to be created
+        assert experiment_id(mlflow, "mine") == first
