@@ -15,6 +15,7 @@ from helpers.running import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
 import experiments
 import halves
+import map as song_map
 import peer
 import run
 
@@ -132,6 +133,33 @@ def test_a_difference_is_paired():
 
 
 NAMES = [f"{target}/{kind}" for target in run.TARGETS for kind in ("knn", "map")]
+
+
+def test_the_map_is_drawn_from_the_tables_of_one_training(tmp_path, monkeypatch, capsys):
+    songs = [(f"{package}/{i}", ["A"]) for package in ("wesnoth-1.16-music", "another") for i in range(8)]
+    songs.append(("lonely/0", ["A"]))
+    angle = np.append(np.repeat([0.0, 1.5], 8), 3.0) + np.linspace(0, 0.1, 17)
+    good = np.stack([np.cos(angle), np.sin(angle)], 1)
+    noise = np.random.default_rng(0).standard_normal((17, 2))
+    job = next(run.plan(1))
+    for row in job.tables:
+        write_table(job.table(tmp_path, row), songs, good if row == run.OURS else noise)
+    # UMAP, which project() computes too, compiles for long; the evaluation's tests have the real ones.
+    monkeypatch.setattr(song_map.maps, "project", lambda vectors, **_: {"t-SNE": vectors})
+    pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for picture in pictures:
+        monkeypatch.setattr(sys, "argv", ["map.py", "--work", str(tmp_path), "--out", str(picture)])
+        song_map.main()
+    assert "17 songs never heard" in capsys.readouterr().out
+    text = pictures[0].read_text()
+    assert "for 16 of 16 that are not alone" in text  # nobody can name the soundtrack of `lonely`
+    assert text == pictures[1].read_text()
+
+
+def test_the_map_has_a_style_and_a_name_for_each_package():
+    fetched = (ROOT / "benchmarks/real_music/fetch.sh").read_text().partition("packages=(")[2].partition(")")[0].split()
+    assert sorted(fetched) == sorted(song_map.GAMES)
+    assert len(fetched) == len(dict(song_map.STYLES)) == len({marker for _, marker in song_map.STYLES})
 
 
 @pytest.mark.parametrize("row", experiments.ROWS)
