@@ -86,7 +86,7 @@ def _open(spec: Spec, world: World) -> Stage:
     config, shards = spec.config, open_shards(spec.config.data.shards)
     log_mel = factory.with_statistics(factory.log_mel_settings(config), MEAN_DB, STD_DB)
     if spec.kind in TRAINING:
-        config = micro_batch.estimated(config, shards, world.device, say=lambda _: None)
+        config = micro_batch.estimated(config, shards, world, say=lambda _: None)
     if spec.kind.startswith("baseline/"):
         baseline = BASELINES[BASELINE_OF_TRAIN.get(spec.kind, spec.kind)]
         batches = baseline.batches(config, shards, log_mel, world.device, spec.workers)
