@@ -19,9 +19,9 @@ import run
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from simsiam_dali.errors import one_line_errors
 
 from simsiam_dali import embeddings, maps
-from simsiam_dali.errors import one_line_errors
 
 GAMES = {
     "adonthell-data": "Adonthell",
