@@ -11,7 +11,7 @@ help:
 	@echo "make test    the tests (8 minutes on 2 cores)"
 	@echo "make faults  the long tests: killed processes, full disks, a lost server, fuzzing"
 	@echo "make soak    an hour of loading and of training: are memory, files and threads flat?"
-	@echo "make lint    ruff check, ruff format --check, mypy, generated documents up to date"
+	@echo "make lint    ruff check, ruff format --check, mypy, the order of the packages, generated documents up to date"
 	@echo "make docs    write the generated tables of docs/commands.md, docs/config.md and the README"
 
 setup: .venv/.installed
@@ -39,6 +39,7 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-logo --no-cache
 	$(PY) tools/make_docs.py --check
 	$(PY) benchmarks/report.py --check
 	$(PY) benchmarks/real_music/experiments.py --check

@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.common.shipped import config_file
-from simsiam_dali.config.cli import add_setting, program
+from simsiam_dali.config.cli import add_config, add_setting, create_parser, whole_number
 from simsiam_dali.config.load import load_config
 from simsiam_dali.evaluation import compare_report as report
 from simsiam_dali.evaluation import compare_runs
@@ -18,20 +17,9 @@ from simsiam_dali.tracking.client import viewing_hints
 from simsiam_dali.tracking.history import Experiment
 
 
-def count(text: str) -> int:
-    """A whole number, 0 or more, of the command line."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
-    return int(text)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
-    parser = argparse.ArgumentParser(
-        prog=program("compare"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser("compare", __doc__)
     add_setting(parser, "--tracking-uri", "mlflow.tracking_uri", "URI")
     add_setting(parser, "--experiment", "mlflow.experiment_name", "NAME")
     parser.add_argument(
@@ -39,7 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"select the best runs by (default: {' or, where no run has it, '.join(compare_runs.DEFAULT_BY)})",
     )  # fmt: skip
     parser.add_argument(
-        "--runs", type=count, default=1, metavar="N", help="best runs of each type, 0 = all (default: %(default)s)"
+        "--runs",
+        type=whole_number(0),
+        default=1,
+        metavar="N",
+        help="best runs of each type, 0 = all (default: %(default)s)",
     )
     parser.add_argument("--include-trials", action="store_true", help="include nested runs, such as HPO's trials")
     parser.add_argument(
@@ -48,11 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="table to write (default: runs/compare.csv)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="plot to write (default: runs/compare.png)")
-    parser.add_argument("--config", type=config_file, metavar="FILE", help="YAML settings, as for training")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c", dest="assignments",
-        help="any setting by its dotted key; the two files are written to train.runs_dir",
-    )  # fmt: skip
+    set_help = "any setting by its dotted key; the two files are written to train.runs_dir"
+    add_config(parser, "YAML settings, as for training", set_help)
     return parser
 
 

@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--run-id", metavar="ID", help="MLflow run to log to (default: the one that made the checkpoint)")
     add("--tracking-uri", metavar="URI", help="of MLflow (mlflow.tracking_uri; default: the training's)")
     add("--no-mlflow", action="store_true", help="log nothing to MLflow")
-    add_config(parser, "YAML settings, of which only mlflow's are used", "any setting by its dotted key")
+    add_config(parser, "YAML settings, of which only mlflow's are used")
     return parser
 
 

@@ -16,9 +16,8 @@ from optuna.trial import TrialState
 
 from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.common.shipped import config_file
 from simsiam_dali.common.signals import Interrupt
-from simsiam_dali.config.cli import add_setting, describe_source, program
+from simsiam_dali.config.cli import add_config, add_setting, create_parser, describe_source
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
@@ -32,18 +31,9 @@ from simsiam_dali.search.study import Study
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
-    parser = argparse.ArgumentParser(
-        prog=program("hpo"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser("hpo", __doc__)
     setting = functools.partial(add_setting, parser)
-    parser.add_argument(
-        "--config",
-        type=config_file,
-        metavar="FILE",
-        help="YAML settings, or a name of configs/ such as demo (default: gpu or cpu)",
-    )
+    add_config(parser, "YAML settings, or a name of configs/ such as demo (default: gpu or cpu)")
     setting("--encoder-type", "encoder.encoder_type", "TYPE")
     setting("--shards", "data.shards", "DIR")
     setting("--trials", "hpo.trials", "N")
@@ -55,10 +45,6 @@ def build_parser() -> argparse.ArgumentParser:
     setting("--device", "train.device", choices=["auto", "cpu", "gpu"])
     setting("--seed", "train.seed", "N")
     parser.add_argument("--no-final", action="store_true", help="do not train the best settings at the end")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c", dest="assignments",
-        help="any setting by its dotted key",
-    )  # fmt: skip
     return parser
 
 

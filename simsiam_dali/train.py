@@ -16,8 +16,7 @@ import torch
 
 from simsiam_dali.common.distributed import choose_device, is_main, process_group, report_error_once
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.common.shipped import config_file
-from simsiam_dali.config.cli import add_setting, describe_source, program
+from simsiam_dali.config.cli import add_config, add_setting, create_parser, describe_source
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.models.registry import encoder_type
@@ -34,18 +33,9 @@ CHANGEABLE = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
-    parser = argparse.ArgumentParser(
-        prog=program("train"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser("train", __doc__)
     setting = functools.partial(add_setting, parser)
-    parser.add_argument(
-        "--config",
-        type=config_file,
-        metavar="FILE",
-        help="YAML settings, or a name of configs/ such as demo (default: gpu or cpu)",
-    )
+    add_config(parser, "YAML settings, or a name of configs/ such as demo (default: gpu or cpu)")
     setting("--encoder-type", "encoder.encoder_type", "TYPE")
     setting("--shards", "data.shards", "DIR")
     setting("--epochs", "encoder.epochs", "N")
@@ -58,14 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", nargs="?", const="", metavar="RUN",
         help="continue a stopped run: its folder, its checkpoint, or the newest run when no name is given",
     )  # fmt: skip
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="assignments",
-        help="any setting by its dotted key",
-    )
     return parser
 
 

@@ -16,7 +16,7 @@ from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import ENVIRONMENT, load_config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.evaluation.knn import knn_labels
-from simsiam_dali.models.labels import label_ids
+from simsiam_dali.models.labels import first_label_ids
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import checkpoint
 from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
@@ -188,7 +188,7 @@ def embedded(run_dir: Path, folder: Path, trained: bool, split: Literal["train",
 
 def unseen_segments_of_the_artist(run_dir: Path, folder: Path, trained: bool) -> float:
     """Accuracy of 5-NN among the training segments for the artist of each validation segment."""
-    artist = label_ids(open_shards(folder).songs, "artists")
+    artist = first_label_ids(open_shards(folder).songs, "artists")
     (bank, bank_songs), (query, query_songs) = (embedded(run_dir, folder, trained, split) for split in SPLITS)
     return knn_labels(bank, artist[bank_songs], query, artist[query_songs], k=5)
 

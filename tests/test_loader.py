@@ -18,7 +18,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import dali
 from simsiam_dali.data.graph import Graph, LogMel, Source
-from simsiam_dali.data.loader import Batch, Loader, Single, measure_log_mel
+from simsiam_dali.data.loader import Batch, Loader, Single, device_fault, measure_log_mel
 
 SECONDS = 0.5
 SEGMENTS = 23  # no multiple of any batch below
@@ -341,6 +341,12 @@ def test_memory_and_the_gpu_are_not_taken_for_a_damaged_segment(
     assert told in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert "damaged" not in str(refusal.value)
+
+
+def test_out_of_memory_in_micro_batches_the_step_s_batch_may_stay() -> None:
+    told = device_fault(MemoryError("std::bad_alloc"), batch_size=4, group=8)
+    assert told
+    assert "with batches of 4: use a smaller train.micro_batch, or shorter views" in told
 
 
 # --- statistics

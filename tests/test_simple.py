@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.data.format import SONGS, read_table
-from simsiam_dali.models.labels import MOST, SongLabels, label_ids
+from simsiam_dali.models.labels import MOST, SongLabels, first_label_ids
 from simsiam_dali.models.losses import UNKNOWN, MetadataContrastiveLoss
 from simsiam_dali.models.simple import MIN_SAMPLES, SimpleAudioEncoder
 from simsiam_dali.packing.write import write_table
@@ -434,5 +434,5 @@ def test_a_song_s_label_is_its_first_known_name() -> None:
             "genres": [["Pop"], ["pop"], [], ["Rock"], ["none", "Rock"], ["Pop", "Rock"]],
         }
     )
-    assert label_ids(songs, "artists").tolist() == [0, 0, -1, 1, -1, 1]
-    assert label_ids(songs, "genres").tolist() == [0, 0, -1, 1, 1, 0]
+    assert first_label_ids(songs, "artists").tolist() == [0, 0, -1, 1, -1, 1]
+    assert first_label_ids(songs, "genres").tolist() == [0, 0, -1, 1, 1, 0]

@@ -57,7 +57,8 @@ SETTINGS = {
     "mlflow.enabled": "false",
 }
 BY_THE_CLOCK = ("throughput/", "training_time_hours")
-ABOUT_THE_CALL = ("date", "command", "embeddings", "floor", "MLflow", "checkpoint_sha256")
+ABOUT_THE_CALL = ("date", "command", "embeddings", "floor", "baseline", "MLflow", "checkpoint_sha256")
+IN_WORDS = ("verdict", "statements")  # of figures that are compared themselves
 NO_DATES = "mtime_ns"
 
 
@@ -125,7 +126,9 @@ def use(checkout: Checkout, music: Path) -> None:
         shutil.copytree(checkout.folder / f"runs/{encoder}-killed", checkout.folder / f"runs/{encoder}-resumed")
         resume(checkout, f"{encoder}-resumed")
         table = f"tables/{encoder}/embeddings.parquet"
-        checkout.run("-m", "simsiam_dali.embed", "--checkpoint", f"runs/{encoder}", "--out", table, "--floors")
+        # By the option's old name, which both know, and so in one folder.
+        floors = ("--floors", f"tables/{encoder}/floors")
+        checkout.run("-m", "simsiam_dali.embed", "--checkpoint", f"runs/{encoder}", "--out", table, *floors)
         options = ("--resamples", 20, "--no-maps", "--no-mlflow")
         checkout.run("-m", "simsiam_dali.evaluate", "--embeddings", table, "--out", f"evaluation/{encoder}", *options)
 
@@ -242,7 +245,8 @@ def compare(before: Path, after: Path) -> Iterator[str]:
         a, b = (
             json.loads((folder / "evaluation" / encoder / "metrics.json").read_bytes()) for folder in (before, after)
         )
-        yield from differences_of(without(a, *ABOUT_THE_CALL), without(b, *ABOUT_THE_CALL), f"{encoder}'s metrics.json")
+        a, b = (without(metrics, *ABOUT_THE_CALL, *IN_WORDS) for metrics in (a, b))
+        yield from differences_of(a, b, f"{encoder}'s metrics.json")
         print(f"compared evaluation/{encoder}/metrics.json")
 
 

@@ -48,7 +48,9 @@ def add_setting(
     parser.add_argument(option, dest=key, metavar=metavar, help=f"{field.description} ({key}; default {shown})", **more)
 
 
-def add_config(parser: argparse.ArgumentParser, config_help: str, set_help: str) -> None:
+def add_config(
+    parser: argparse.ArgumentParser, config_help: str, set_help: str = "any setting by its dotted key"
+) -> None:
     """Add --config FILE, and --set a.b=c as `assignments`."""
     parser.add_argument("--config", type=config_file, metavar="FILE", help=config_help)
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="assignments", help=set_help)

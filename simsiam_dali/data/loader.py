@@ -34,14 +34,18 @@ ANOTHER_GRAPH = "checkpoint might come from another pipeline"
 """Part of DALI's error for a state of a graph with other operators."""
 
 
-def device_fault(error: Exception, batch_size: int) -> str | None:
-    """The message if memory or the GPU, not a segment, caused the graph's error; None otherwise."""
+def device_fault(error: Exception, batch_size: int, group: int = 1) -> str | None:
+    """The message if memory or the GPU, not a segment, caused the graph's error; None otherwise.
+
+    group: batches that make one step.
+    """
     text = str(error)
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         memory = "GPU" if "cuda" in text.lower() else "host"
+        less = "a smaller train.micro_batch" if group > 1 else f"--batch-size {max(1, batch_size // 2)}"
         return (
-            f"the data graph ran out of {memory} memory with batches of {batch_size}: use --batch-size"
-            f" {max(1, batch_size // 2)}, or shorter views (--set data.view_seconds=...)"
+            f"the data graph ran out of {memory} memory with batches of {batch_size}: use {less}, or shorter views"
+            " (--set data.view_seconds=...)"
         )
     found = CUDA_FAULT.search(text)
     return f"the data graph stopped, and the GPU or its driver is to blame: {found[0].strip()}" if found else None
@@ -85,7 +89,7 @@ class Loader:
         group: int = 1,
     ) -> None:
         ranks, rank = graph.source.num_shards, graph.source.shard_id
-        self.batch_size, self.gpu, self.quarantine = batch_size, gpu, quarantine
+        self.batch_size, self.group, self.gpu, self.quarantine = batch_size, group, gpu, quarantine
         self.shuffled = graph.source.shuffle_buffer > 0
         # DALI's part for rank r begins at count * r // ranks; every rank is padded to the longest part.
         self.count = count * (rank + 1) // ranks - count * rank // ranks
@@ -154,7 +158,7 @@ class Loader:
                     return outputs
                 reason = "a segment holds values that are not finite, or a row that is not in the table"
             except (RuntimeError, MemoryError) as e:
-                if fault := device_fault(e, self.batch_size):
+                if fault := device_fault(e, self.batch_size, self.group):
                     raise UserError(fault) from e
                 reason = reason_of(e)
             found = self._find_undecodable() if self.quarantine else {}

@@ -53,7 +53,7 @@ class SongLabels:
         return self.artists[song], self.albums[song], self.years[song]
 
 
-def label_ids(songs: pd.DataFrame, column: str) -> Tensor:
+def first_label_ids(songs: pd.DataFrame, column: str) -> Tensor:
     """Each song's first `artists` or `genres` as an id, `(songs,)` int64; -1 where none is known.
 
     Names compare as the contrastive loss compares them: without case and placeholders, and "Various Artists" is nobody.

@@ -16,7 +16,7 @@ from simsiam_dali.data.loader import Batch, Single, release_memory
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.evaluation.knn import knn_labels, knn_rating, label_chance, rating_chance
 from simsiam_dali.models.encoder import song_embeddings
-from simsiam_dali.models.labels import label_ids
+from simsiam_dali.models.labels import first_label_ids
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import Mode, Split, TrainingData
 from simsiam_dali.training.learner import Learner
@@ -77,7 +77,7 @@ class Validation:
         query_songs, queries = self._songs("val", self.shards.count("val"))
         score = {}
         for name, column in (("artist", "artists"), ("genre", "genres")):
-            ids = label_ids(songs, column)
+            ids = first_label_ids(songs, column)
             bank_ids, query_ids = ids[bank_songs], ids[query_songs]
             score[f"knn/{name}"] = knn_labels(bank, bank_ids, queries, query_ids, k)
             score[f"knn/{name}_chance"] = max(label_chance(bank_ids, query_ids))
