@@ -3,7 +3,7 @@
 The songs of one half, as t-SNE of the vectors that an encoder trained on the other half gives them, coloured by
 soundtrack; beside it the same songs by the best baseline. Below each map stands for how many songs the vote of the 5
 nearest names the soundtrack, as run.py counts it. Takes run.py's first training from --work, or fetches, packs and
-trains (some 15 minutes on two cores) where it is not there yet.
+trains (about 20 minutes on two busy cores) where it is not there yet.
 """
 
 import argparse
@@ -19,9 +19,10 @@ import run
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from simsiam_dali.errors import one_line_errors
 
-from simsiam_dali import embeddings, maps
+from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.embedding.table import read_song_embeddings
+from simsiam_dali.evaluation import maps
 
 GAMES = {
     "adonthell-data": "Adonthell",
@@ -61,7 +62,7 @@ def named(table: Path) -> np.ndarray:
 
 def draw_map(axes: Axes, table: Path, packages: list[str]) -> None:
     """The songs of `table`, in the styles that the order of `packages` gives them."""
-    songs = embeddings.read_songs(table)
+    songs = read_song_embeddings(table)
     points = maps.project(songs.vectors, seed=0)["t-SNE"]
     own = np.array([halves.soundtrack(path) for path in songs.table["path"]])
     for package, (colour, marker) in zip(packages, itertools.cycle(STYLES), strict=False):
@@ -94,8 +95,8 @@ def main() -> None:
 
     tables = {row: job.table(work, row) for row in job.tables}
     right = {row: named(table) for row, table in tables.items()}
-    best = max(run.FLOORS.values(), key=lambda row: right[row].mean())
-    paths = embeddings.read_songs(tables[run.OURS]).table["path"]
+    best = max(run.BASELINES.values(), key=lambda row: right[row].mean())
+    paths = read_song_embeddings(tables[run.OURS]).table["path"]
     packages = [package for package, _ in Counter(map(halves.soundtrack, sorted(paths))).most_common()]
     figures = {row: f"{right[row].sum()} of {len(right[row])}" for row in (run.OURS, best)}
     caption = (
