@@ -24,7 +24,7 @@ ROOT=$PWD
 OUT=${OUT:-benchmarks/results/gpu} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-540} ONLY=${ONLY:-a b c d} SHARDS=${SHARDS:-}
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-${TMPDIR:-/tmp}/simsiam_dali_cache} PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 # By name: the other files may import what a GPU host does not have, such as MLflow.
-GPU_TESTS=(tests/test_embed.py tests/test_loader.py tests/test_pipeline.py tests/test_simple.py)
+GPU_TESTS=(tests/test_embed.py tests/test_loader.py tests/test_pipeline.py tests/test_quarantine.py tests/test_simple.py)
 LARGEST=$((15 * 1024 * 1024)) # bytes of a file in a tar: a trace may be larger
 LEAST=30                      # seconds in which no step can do anything
 CORES=$(nproc)
