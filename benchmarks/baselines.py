@@ -3,7 +3,7 @@
 Careful means: segments are read at their offsets; worker processes of one thread each, kept alive, two batches ahead;
 one STFT a view; filter banks, windows and resampling kernels are made once; pitch rates are rounded to 500 Hz, so that
 torchaudio's resampling kernel stays small (its cost grows with rate / gcd); masks and shifts copy once; the reverb's
-convolution goes by FFT of a power of two. Probabilities and ranges are the config's, drawn anew for each view.
+convolution goes by FFT of a power of two. Probabilities and ranges are the config's, drawn for each view.
 
 | stage | |
 |---|---|

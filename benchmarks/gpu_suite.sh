@@ -9,7 +9,7 @@
 #   OUT=results ONLY=a benchmarks/gpu_suite.sh          one part; the next command takes the next
 #   OUT=results ONLY="b compile" benchmarks/gpu_suite.sh    a part, and one step of another by its name
 #
-#   OUT      where results go: PART.tar.gz, logs and JSON, written anew after each step (default benchmarks/results/gpu)
+#   OUT      where results go: PART.tar.gz, logs and JSON, written again after each step (default benchmarks/results/gpu)
 #   ONLY     parts or steps (default: all)
 #   BUDGET   seconds for all of it (default 540); steps for which nothing is left are listed at the end
 #   SHARDS   packed music for part b (default: composed songs)
@@ -40,7 +40,7 @@ if [ "$QUICK" ]; then
   SOAK=20 QUICK_MUSIC=$XDG_CACHE_HOME/quick_music
   SONGS=(tools/make_demo_music.py "$QUICK_MUSIC" --songs 16 --seconds 10 11)
   MATERIAL=(--music "$QUICK_MUSIC")
-  ANEW=(--music "$QUICK_MUSIC") # for the sweeps that pack anew
+  ANEW=(--music "$QUICK_MUSIC") # for the sweeps that pack again
   SMALL=(--set encoder.simsiam.backbone=resnet18 --set encoder.simsiam.projection_dim=32
     --set encoder.simsiam.predictor_hidden_dim=8 --set encoder.batch_size=4 --set data.threads=1)
   BENCH=(--seconds 0.1 --windows 2 --threads 1 --workers 1 --batch-size 4 --view-seconds 10)
@@ -49,7 +49,7 @@ if [ "$QUICK" ]; then
   EMBED=(--batch-size 4 --windows 2)
 else
   SOAK=1000 SONGS=() MATERIAL=(--segments 2048) # 16 batches of configs/gpu.yaml
-  ANEW=(--batch-size 32)                       # for the sweeps that pack anew
+  ANEW=(--batch-size 32)                       # for the sweeps that pack again
   BENCH=(--seconds 1 --threads "$CORES" --workers "$CORES")
   SHORT=(--steps 10 --batch-sizes 16 32 64 96 128 160 192)
   SMALL=() RUN=() EMBED=()

@@ -1,10 +1,10 @@
-"""What a library costs as it grows: `python benchmarks/large_library.py --songs 1000 10000 100000`.
+"""Cost of a library as it grows: `python benchmarks/large_library.py --songs 1000 10000 100000`.
 
 Each size is packed and then opened, both in a process of its own, so that its peak memory is its own:
 
-    pack     the packer from its list of files to the finished set. Decoding is left out: in its place every song is
-             said to have `--segments` encoded segments, which lie in one small file, and drawn tags. Everything else
-             is the real thing: duplicates, split, shuffle, tables, tars with indexes, checksums, manifest.
+    pack     the packer from its list of files to the finished set. Decoding is replaced by a stub: every song has
+             `--segments` encoded segments, copied from one small file, and random tags. Everything else is the real
+             packer: duplicates, split, shuffle, tables, tars with indexes, checksums, manifest.
     again    the same with one song more in a hundred: what is there already is taken out of the old set's tables and
              tars.
     load     from `open_shards` to the first training batch, then `BATCHES` more. Songs and segments are of the
@@ -64,7 +64,7 @@ def song_names(number: int) -> list[str]:
     ]
 
 
-def said_to_be_decoded(material: Path, segments: int) -> Callable[..., Generator[tuple[Job, Result], None, None]]:
+def stub_decoder(material: Path, segments: int) -> Callable[..., Generator[tuple[Job, Result], None, None]]:
     """An executor that has, for every song, `segments` cuts out of the file `material`, and tags."""
     contents = [encode(wave(seed, SECONDS), RATE, "flac") for seed in range(DIFFERENT)]
     material.write_bytes(b"".join(contents))
@@ -90,7 +90,7 @@ def measure_packing(folder: Path, songs: int, segments: int, step: str) -> dict[
     """Pack `songs` into `folder`; seconds and this process's peak memory."""
     (folder / "music").mkdir(exist_ok=True)
     before, began = memory("VmRSS"), time.monotonic()
-    executor = said_to_be_decoded(folder / "material", segments)
+    executor = stub_decoder(folder / "material", segments)
     pack(
         folder / "music",
         folder / "shards",

@@ -1,8 +1,8 @@
-"""Timing. Each stage lives in a process of its own, and stands still between its windows.
+"""Timing. Each stage lives in a process of its own, and is frozen between its windows.
 
 Stages that are compared take turns, window by window, so that what else the machine does meets all of them. A stage
 that waits for its turn would go on filling its queues: it would take the cores from the stage that is being timed, and
-begin its own next window with batches that cost nothing. So it is frozen (SIGSTOP) where its window ended, and goes on
+begin its own next window with batches that cost nothing. So it is frozen (SIGSTOP) where its window ended, and continues
 from there.
 
 A window starts and ends when a batch arrives. What it counts are the segment ids of the batches that arrived in it.
@@ -173,14 +173,14 @@ class FrozenStage:
 
     def _signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
-        with contextlib.suppress(ProcessLookupError):  # it never came to have a group, or is gone
+        with contextlib.suppress(ProcessLookupError):  # it has no group yet, or is gone
             os.killpg(self.process.pid, number)
 
     def _answer(self) -> Window | None:
         try:
             answer = self.pipe.recv()
         except EOFError:
-            raise UserError(f"{self.name} died without a word (its own message stands above, if it had one)") from None
+            raise UserError(f"{self.name} died (its own message, if any, is above)") from None
         if isinstance(answer, UserError):
             raise UserError(f"{self.name}: {answer}")
         return answer

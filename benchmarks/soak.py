@@ -71,7 +71,7 @@ class Watched:
 
 
 def load_for_ever(shards: Path, config_file: Path) -> None:
-    """The loader alone, batch after batch, until killed; every tenth batch is told."""
+    """The loader alone, batch after batch, until killed; reports every tenth batch."""
     config = load_config(config_file, command_line={"data.shards": shards})
     config = replace_settings(config, data__threads=1)
     opened = open_shards(shards)

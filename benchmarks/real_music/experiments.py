@@ -6,7 +6,7 @@ than run.py's, from one half by one seed and from the other by the next. The tab
     python benchmarks/real_music/experiments.py --json benchmarks/results/real_music/experiments-DATE.json
     python benchmarks/real_music/experiments.py --write
 
-Everything stays in --work; the same command goes on where it was stopped.
+Everything stays in --work; the same command continues where it was stopped.
 """
 
 import argparse

@@ -7,7 +7,7 @@ mAP@10, for its soundtrack and its artist. Beside SimSiam stand the baselines (m
 and the untrained encoder), SimSiam built from lightly's parts on the same backbone, views and steps, and the encoder
 that learns from tags.
 
-Everything stays in --work; the same command goes on where it was stopped.
+Everything stays in --work; the same command continues where it was stopped.
 """
 
 import argparse
