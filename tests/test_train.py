@@ -60,6 +60,40 @@ def test_killed_and_resumed_is_as_if_never_stopped(whole, tmp_path, small_shards
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+DRAWING = """
+import sys
+import torch
+from simsiam_dali import train
+from simsiam_dali.training.learner import Learner
+step = Learner.step
+def drawing_step(self, *arguments):
+    scored = step(self, *arguments)
+    return scored._replace(loss=scored.loss + torch.rand(()))
+Learner.step = drawing_step
+sys.exit(train.main())
+"""
+
+
+def test_a_model_that_draws_random_numbers_is_resumed_with_the_same(tmp_path, small_shards):
+    """As one with dropout would; SimSiam's and simple's draw none."""
+    over = {"mlflow__enabled": "false", "encoder__epochs": 2, "train__checkpoint_every": 1}
+    drawn = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        args = command(folder, small_shards, "--run-name", "drawing", **over)
+        process = start([args[0], "-c", DRAWING, *args[3:]], folder)
+        if name == "killed":
+            wait_for_step(process, folder / "runs", 3)
+            process.kill()
+            process.wait()
+            process = start([args[0], "-c", DRAWING, "--resume", "runs/drawing"], folder)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
+        drawn.append(losses(folder / "runs/drawing"))
+    assert drawn[0] == drawn[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_in_the_middle_of_an_epoch(whole, tmp_path, small_shards, number):
     args = command(tmp_path, small_shards, mlflow__enabled="false", train__log_every=100)
