@@ -1,9 +1,9 @@
 """Timing. Each stage lives in a process of its own, and is frozen between its windows.
 
-Stages that are compared take turns, window by window, so that other load on the machine affects all of them. A stage that
-waited for its turn would fill its queues meanwhile: it would take the cores from the stage that is being timed, and start
-its own next window with free batches. So its process is stopped (SIGSTOP) at the end of its window, and continued for the
-next.
+Stages that are compared take turns, window by window, so that other load on the machine affects all of them. A stage
+that waited for its turn would fill its queues meanwhile: it would take the cores from the stage that is being timed,
+and start its own next window with free batches. So its process is stopped (SIGSTOP) at the end of its window, and
+continued for the next.
 
 A window starts and ends when a batch arrives. What it counts are the segment ids of the batches that arrived in it.
 """
