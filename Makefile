@@ -7,7 +7,7 @@ DEMO := demo
 
 help:
 	@echo "make setup   make .venv with the exact versions of requirements.lock"
-	@echo "make demo    write a small music library, train on it, and see what was learned (3 to 4 minutes on 2 cores)"
+	@echo "make demo    write a small music library, train on it, and see what was learned (under 3 minutes on 2 cores)"
 	@echo "make test    the tests (8 minutes on 2 cores)"
 	@echo "make faults  the long tests: killed processes, full disks, a lost server, fuzzing"
 	@echo "make soak    an hour of loading and of training: are memory, files and threads flat?"

@@ -140,12 +140,12 @@ def test_the_demo_convinces(tmp_path):
     end = run_tool("demo.py", tmp_path)
     interval = r"\([+-]\d+, 95% interval ([+-]\d+) to [+-]\d+\)"
     pattern = (
-        rf"^the nearest song is by the same artist for (\d+) of 128 songs; \d+ with the untrained encoder {interval},"
+        rf"^the nearest song is by the same artist for (\d+) of 192 songs; \d+ with the untrained encoder {interval},"
         rf" \d+ with MFCCs {interval}$"
     )
     found = re.search(pattern, end, re.MULTILINE)
     assert found is not None, end
-    assert int(found[1]) > 64
+    assert int(found[1]) > 96
     assert int(found[2]) > 0
     assert int(found[3]) > 0
     assert len(re.findall(r"^ +\d+ +0\.\d{3}  .* - ", end, re.MULTILINE)) == demo.NEIGHBOURS

@@ -1,14 +1,15 @@
 """Synthesis of short songs for the demo library: an artist is a `Style`, a song is a draw from it.
 
 This is no music, and a score on it promises nothing for a real library. It is made so that what an artist is can be
-heard, that recordings get in the way as they do in life, and that two minutes of training show a difference:
+heard, that recordings get in the way as they do in life, and that a minute or two of training show a difference:
 
 - An artist keeps instruments, scale, chords, rhythms, drums, bass line, note lengths, echo, mix, and, within 7%, the
   tempo. Genres, instruments and patterns are shared by several artists; it is the combination that is an artist's.
-- A song has a melody of its own, a key within two semitones of the artist's, and a tempo of its own.
+- A song has a melody of its own, a key within three semitones of the artist's, and a tempo of its own.
 - A recording has a room, a tape with more or less hiss, and an equalisation of its own, whoever plays. Room, hiss, key
-  and tempo are what SimSiam's augmentations vary (reverb, noise, pitch shift, time stretch): an encoder can learn
-  without a label to hear past them, which an average of the spectrum such as MFCCs cannot, and hears rhythm besides.
+  and tempo are what SimSiam's augmentations vary (reverb, noise, pitch shift, time stretch), over the ranges that
+  configs/demo.yaml sets for this library: an encoder can learn without a label to hear past them, which an average of
+  the spectrum such as MFCCs cannot, and hears rhythm and tempo besides. Hiss is what MFCCs are led astray by most.
 
 A song is composed on a grid of sixteenth notes (melody, chords, bass, drums), rendered with classic voices (additive,
 FM, Karplus-Strong, noise) at 32 kHz in stereo, recorded, and then brought to a file's rate, channels and level.
@@ -255,7 +256,7 @@ def compose(style: Style, seconds: float, rng: np.random.Generator) -> tuple[Aud
     """Play a new song: samples (2, seconds * RENDER_RATE) at any level, and its tempo in beats a minute."""
     tempo = style.tempo * rng.uniform(0.93, 1.07)
     step_seconds = 60 / tempo / 4
-    key = style.root + int(rng.integers(-2, 3))
+    key = style.root + int(rng.integers(-3, 4))
     swing = SWING.get(style.genre, 0.0)
     phrases = [_melody(style, rng), _melody(style, rng)]
     kit = {name: _drum(name, rng) for name in style.drums}
@@ -302,7 +303,7 @@ def compose(style: Style, seconds: float, rng: np.random.Generator) -> tuple[Aud
 def record(mix: Audio, rng: np.random.Generator) -> Audio:
     """Put a song (2, n) into a room and on a tape of its own, as recordings of one artist differ.
 
-    RT60 0.15 to 1.2 s at a direct-to-reverberant ratio of 0 to 14 dB; white hiss 10 to 40 dB below the music.
+    RT60 0.15 to 1.2 s at a direct-to-reverberant ratio of 0 to 14 dB; white hiss 5 to 50 dB below the music.
     """
     rt60, ratio = rng.uniform(0.15, 1.2), 10 ** (-rng.uniform(0, 14) / 20)
     time = _seconds(int(rt60 * RENDER_RATE))
@@ -311,7 +312,7 @@ def record(mix: Audio, rng: np.random.Generator) -> Audio:
     length = mix.shape[1]
     size = fft.next_fast_len(length + len(time), real=True)
     wet = fft.irfft(fft.rfft(mix, size) * fft.rfft(tail, size), size)[:, :length]
-    hiss = rng.standard_normal(mix.shape, np.float32) * (mix.std() * 10 ** (-rng.uniform(10, 40) / 20))
+    hiss = rng.standard_normal(mix.shape, np.float32) * (mix.std() * 10 ** (-rng.uniform(5, 50) / 20))
     return mix + wet + hiss
 
 

@@ -1,6 +1,6 @@
 """Write a small music library by synthesis: artists that sound different, albums, tags, an owner's ratings.
 
-    python tools/make_demo_music.py DIR [--songs 128] [--seed 0] [--seconds 18 32] [--workers N]
+    python tools/make_demo_music.py DIR [--songs 192] [--seed 0] [--seconds 18 32] [--workers N]
 
 Each artist has four songs on two albums: a FLAC, an OGG Vorbis, an MP3 and a WAV, at four sample rates, in an
 order of its own, so neither format, rate nor channels tell the artist. The owner likes bright and fast music
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 
-LIBRARY_VERSION = 2  # raise it when the same arguments give another library
+LIBRARY_VERSION = 3  # raise it when the same arguments give another library
 MARKER = "demo_music.json"  # written last: where it stands, the library is complete
 SONGS_PER_ARTIST = 4
 RATED_SHARE = 0.8
@@ -318,7 +318,7 @@ def main() -> None:
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the library goes: a new or an empty folder")
-    parser.add_argument("--songs", type=int, default=128, help="number of songs, four to an artist")
+    parser.add_argument("--songs", type=int, default=192, help="number of songs, four to an artist")
     parser.add_argument("--seed", type=int, default=0, help="0 or more; another seed gives other music")
     parser.add_argument(
         "--seconds",
