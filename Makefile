@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := demo
+FAULTS := faults
 
 .PHONY: help setup demo test faults soak lint format docs clean
 
@@ -33,7 +34,7 @@ soak: setup
 	$(PY) benchmarks/soak.py
 
 faults: setup
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -m faults
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist loadfile -m "$(FAULTS)"
 
 lint: setup
 	$(PY) -m ruff check .
