@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := demo
+FAULTS := faults
 
 .PHONY: help setup demo test faults soak lint format docs clean
 
@@ -27,13 +28,13 @@ demo: setup
 	$(PY) tools/demo.py $(DEMO)
 
 test: setup
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: setup
 	$(PY) benchmarks/soak.py
 
 faults: setup
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -m faults
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$(FAULTS)"
 
 lint: setup
 	$(PY) -m ruff check .

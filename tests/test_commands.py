@@ -95,7 +95,8 @@ def test_the_benchmark_without_options_measures_the_shards_beside_it(short_songs
     assert re.search(r"train\s.*\d", measured)
 
 
-@pytest.mark.faults  # ten minutes: the benchmark measures all its stages, four seconds a window
+@pytest.mark.faults
+@pytest.mark.whole  # eight minutes: the benchmark measures all its stages, four seconds a window
 def test_the_three_named_commands(home):
     """Nothing beyond the arguments the user wrote, in a folder that holds only `music/`."""
     packed = ok(home, ROOT / "tools/make_shards.py", "music/")
@@ -134,7 +135,8 @@ def train_demo(home: Path, demo_shards: Path, encoder_type: str, *options: objec
     return home / "runs" / encoder_type
 
 
-@pytest.mark.faults  # the whole demo: three minutes on two cores that do nothing else
+@pytest.mark.faults
+@pytest.mark.whole  # three minutes on two cores that do nothing else
 def test_the_demo_convinces(tmp_path):
     """Trained is told apart from untrained and from MFCCs, nothing collapses, and what is named exists."""
     end = run_tool("demo.py", tmp_path)

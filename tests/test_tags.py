@@ -12,13 +12,14 @@ from helpers.small_music import make_shards, sound, write_audio, write_song
 from mutagen.id3 import POPM, TALB, TCON, TDRC, TIT2, TPE1, TXXX
 from mutagen.mp4 import MP4FreeForm
 
-from simsiam_dali import recommend
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.packing.tags import MAX_CHARACTERS, MAX_VALUES, Tags, merged, popm_rating, read_tags, vorbis_rating
+from simsiam_dali.recommendation.choose import Choice
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import FORMATS
+from simsiam_dali.recommendation.show import playlist_entries, terminal_table
 
 
 def tagged(path: Path, *frames: object, **comments: object) -> Path:
@@ -255,11 +256,11 @@ def test_hostile_tags_and_names_break_neither_a_table_nor_a_terminal(tmp_path: P
     assert (tmp_path / "shards/songs.parquet").stat().st_size < 100_000
 
     library = Library(songs, music)
-    choice = recommend.Choice([0, 1], {"similarity": np.array([0.5, 0.25])}, f"like {hostile}")
-    shown = recommend.lines(library, choice)
+    choice = Choice([0, 1], {"similarity": np.array([0.5, 0.25])}, f"like {hostile}")
+    shown = terminal_table(library, choice)
     assert len(shown) == 3
     assert all(line.isprintable() for line in shown)
-    made = recommend.entries(library, choice, None)
+    made = playlist_entries(library, choice, None)
     assert sorted(entry.path for entry in made) == sorted(map(str, (music / "huge.flac", odd)))
     for name, write in FORMATS.items():
         text, _ = write(made, choice.title)

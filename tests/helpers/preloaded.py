@@ -1,7 +1,7 @@
 """What the servers that fork for the tests import before: see fork_server.py, and conftest.py for multiprocessing's."""
 
+import contextlib
 import importlib
-import importlib.util
 from pathlib import Path
 
 from simsiam_dali.config.schema import AugmentationConfig
@@ -9,14 +9,15 @@ from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
 from simsiam_dali.data.pipeline import Settings, define
 
 MODULES = (
-    "torch", "nvidia.dali.fn", "simsiam_dali.train", "simsiam_dali.embed", "simsiam_dali.evaluate",
-    "simsiam_dali.recommend", "simsiam_dali.pack", "umap", "matplotlib.pyplot", "tqdm",
+    "torch", "nvidia.dali.fn", "mlflow", "optuna", "umap", "matplotlib.pyplot", "tqdm", "simsiam_dali.pack",
+    "simsiam_dali.train", "simsiam_dali.embed", "simsiam_dali.evaluate", "simsiam_dali.recommend",
+    "simsiam_dali.compare", "simsiam_dali.hpo",
 )  # fmt: skip
 """Not onnxruntime, which starts a thread."""
-WITH_MLFLOW = ("mlflow", "simsiam_dali.compare", "simsiam_dali.hpo")
 
-for name in MODULES + (WITH_MLFLOW if importlib.util.find_spec("mlflow") else ()):
-    importlib.import_module(name)
+for name in MODULES:
+    with contextlib.suppress(ImportError):  # some hosts have no MLflow
+        importlib.import_module(name)
 
 # DALI translates the functions that define a graph once a process, in 2 to 4 s. Nothing is built here.
 for mode in ("views", "clean", "raw"):
