@@ -109,7 +109,7 @@ def own_shards(commands: Commands, folder: Path, songs: int, seconds: float) -> 
 def checked(run_dir: Path, total: int, before: int, resumed: str) -> None:
     """Raises UserError where the run did not go on from the step of its checkpoint, or its journal is not whole."""
     if not re.search(rf"continuing after step {before}\b", resumed):
-        raise UserError(f"the run did not go on after step {before}, that of its checkpoint")
+        raise UserError(f"the run did not continue after step {before}, that of its checkpoint")
     if (steps := steps_of(run_dir / "metrics.jsonl")) != list(range(1, total + 1)):
         raise UserError(f"the journal does not hold the steps 1 to {total}, each once: {steps}")
 

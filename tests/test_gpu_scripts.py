@@ -42,8 +42,8 @@ def journal(folder: Path, steps: list[int]) -> None:
         ([1, 2, 3, 4], "run r, continuing after step 2", None),
         ([1, 2, 4], "run r, continuing after step 2", "each once"),
         ([1, 2, 2, 3, 4], "run r, continuing after step 2", "each once"),
-        ([1, 2, 3, 4], "run r", "did not go on after step 2"),
-        ([1, 2, 3, 4], "run r, continuing after step 22", "did not go on after step 2"),
+        ([1, 2, 3, 4], "run r", "did not continue after step 2"),
+        ([1, 2, 3, 4], "run r, continuing after step 22", "did not continue after step 2"),
     ],
 )
 def test_a_resumed_run_that_lost_or_repeated_steps_is_refused(
