@@ -155,7 +155,7 @@ def test_the_map_moves_and_zooms_and_comes_back(browser, pages):
 
 def test_the_report_holds_the_map_and_escapes_too(browser, pages):
     opened(browser, pages / "report.html")
-    assert HOSTILE[0] in browser.find_element(By.CSS_SELECTOR, ".say").text
+    assert HOSTILE[0] in browser.find_element(By.CSS_SELECTOR, ".note").text
     assert HOSTILE[1] in browser.find_element(By.TAG_NAME, "dl").text
     assert browser.execute_script("return document.scripts.length + document.images.length") == 0
     browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
