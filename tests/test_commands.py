@@ -3,30 +3,19 @@
 import re
 import sys
 from pathlib import Path
-from typing import Literal
 
 import pytest
-import torch
 from helpers import fork_server
+from helpers.learned import unseen_segments_of_the_artist
 from helpers.running import ROOT, records, run_tool
-from torch import Tensor
 
 from simsiam_dali import cli, train
-from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import ENVIRONMENT, load_config
-from simsiam_dali.data.shards import open_shards
-from simsiam_dali.evaluation.knn import knn_labels
-from simsiam_dali.models.labels import first_label_ids
-from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import checkpoint
-from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
 
 sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
 import throughput
-
-SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
 
 
 @pytest.fixture(scope="module")
@@ -162,37 +151,13 @@ def test_the_demo_convinces(tmp_path):
     assert min(r["encoder/effective_rank"] for r in epochs[1:]) >= 16
 
 
+@pytest.mark.faults
+@pytest.mark.whole  # a minute; test_encoders.py has the training songs of a small library
 def test_simple_beats_its_untrained_self_on_the_demo(home, demo_shards):
     """It has seen the training songs' artists, so only validation songs count: each of their segments asks for one."""
     run_dir = train_demo(home, demo_shards, "simple", "--epochs", 40, "--batch-size", 16)
     untrained, trained = (unseen_segments_of_the_artist(run_dir, demo_shards, trained) for trained in (False, True))
     assert trained >= untrained + 0.03
-
-
-@torch.no_grad()
-def embedded(run_dir: Path, folder: Path, trained: bool, split: Literal["train", "val"]) -> tuple[Tensor, Tensor]:
-    """Embeddings and songs of a split's whole segments by the encoder of `run_dir`, as it is or as it began."""
-    saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
-    shards = open_shards(folder)
-    whole = {"data.shards": folder, "data.view_seconds": shards.segment_seconds}
-    settings = load_config(base=saved["config"], command_line=whole)
-    log_mel = with_statistics(log_mel_settings(settings), **saved["log_mel"])
-    torch.manual_seed(settings.train.seed)
-    encoder = encoder_type(settings).create().eval()
-    if trained:
-        encoder.load_state_dict(saved["learner"]["encoder"])
-    here = World(0, 1, torch.device("cpu"))
-    mode = encoder_type(settings).embeds
-    batches = list(create_loader(settings, shards, log_mel, here, split, mode))
-    song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
-    return torch.cat([encoder.embed(b.data) for b in batches]), song_of[torch.cat([b.segment for b in batches])]
-
-
-def unseen_segments_of_the_artist(run_dir: Path, folder: Path, trained: bool) -> float:
-    """Accuracy of 5-NN among the training segments for the artist of each validation segment."""
-    artist = first_label_ids(open_shards(folder).songs, "artists")
-    (bank, bank_songs), (query, query_songs) = (embedded(run_dir, folder, trained, split) for split in SPLITS)
-    return knn_labels(bank, artist[bank_songs], query, artist[query_songs], k=5)
 
 
 REFUSED = {

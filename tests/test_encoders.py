@@ -8,7 +8,8 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from helpers.running import command, epochs, losses, records, refusal, run, start, wait_for_step
+from helpers.learned import same_artist_is_nearer
+from helpers.running import command, epochs, losses, records, refusal, run, start, train, wait_for_step
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config
@@ -54,6 +55,14 @@ def test_simple_is_tagged_measured_and_kept_like_simsiam(simple):
 def test_simple_s_loss_falls(simple):
     first, *_, last = [r["encoder/train_loss"] for r in epochs(simple)[1:]]
     assert last < first
+
+
+def test_simple_learns_which_songs_are_by_one_artist(tmp_path, small_shards):
+    """0.61 to 0.70 untrained and 0.90 to 0.97 trained, with three seeds."""
+    over = SIMPLE | {"encoder__simple__base_channels": 8, "encoder__epochs": 20, "encoder__batch_size": 10}
+    run_dir = train(tmp_path, small_shards, train__validate_every=100, encoder__learning_rate=0.004, **over)
+    untrained, trained = (same_artist_is_nearer(run_dir, small_shards, trained) for trained in (False, True))
+    assert trained > untrained + 0.1
 
 
 def test_simple_killed_and_resumed_is_as_if_never_stopped(simple, tmp_path, small_shards):

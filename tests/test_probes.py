@@ -246,6 +246,23 @@ def test_the_verdict_is_about_paired_differences():
     assert scores.verdict(metric, constant, {"a": ours}) == "undefined: constant"
 
 
+def test_each_metric_has_its_better_side():
+    """Predictions with less noise are better than those with more, by ratings as by classes."""
+    ratings, noise = RNG.random(400), RNG.standard_normal(400)
+    classes, drawn, wrong = RNG.integers(0, 4, 400), RNG.random(400), RNG.integers(0, 4, 400)
+
+    def arrays(name: str, error: float) -> scores.Arrays:
+        if name in ("mse", "mae", "correlation"):
+            return ratings, ratings + error * noise
+        predicted = np.where(drawn < error, wrong, classes)
+        return ((predicted == classes).astype(float),) if name == "map_at_10" else (classes, predicted)
+
+    for name, metric in scores.METRICS.items():
+        good, bad = (scores.score(metric, arrays(name, error), 100, 0) for error in (0.1, 0.6))
+        assert scores.verdict(metric, good, {"bad": bad}) == "better than bad", name
+        assert scores.verdict(metric, bad, {"good": good}) == "worse than good", name
+
+
 # The whole
 
 

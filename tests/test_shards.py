@@ -373,6 +373,13 @@ def test_groups(tags: Tags, name: str, expected: tuple[str, ...]) -> None:
     assert tuple(group_key(by, tags, name, "h") for by in ("album", "artist", "song")) == expected
 
 
+def test_no_album_of_a_packed_library_is_in_both_splits(small_shards: Path) -> None:
+    songs = open_shards(small_shards).songs
+    albums = songs.groupby([songs["album_artist"], songs["albums"].str[0]])["split"].agg(["nunique", "size"])
+    assert albums["nunique"].max() == 1
+    assert albums["size"].max() > 1
+
+
 def test_splits_follow_the_fraction_and_the_groups() -> None:
     groups = [f"album {n // 10}" for n in range(20_000)]
     splits = assign_splits(groups, [None] * len(groups), 0.1, seed=3)
