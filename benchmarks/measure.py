@@ -123,7 +123,7 @@ def _serve(pipe: Connection, open_stage: Callable[..., Stage], arguments: tuple[
         pipe.send(None)
         while True:
             pipe.send(timed_window(stage, *pipe.recv()))
-    except EOFError:  # asked to end
+    except (EOFError, BrokenPipeError):  # asked to end, or the parent died
         return
     except (UserError, torch.OutOfMemoryError) as e:
         pipe.send(UserError(str(e).splitlines()[0]))

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.config.cli import add_config, add_setting, create_parser, whole_number
+from simsiam_dali.config.cli import add_config, add_setting, create_parser, given_settings, whole_number
 from simsiam_dali.config.load import load_config
 from simsiam_dali.evaluation import compare_report as report
 from simsiam_dali.evaluation import compare_runs
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
-    given = {key: value for key, value in vars(args).items() if "." in key}
+    given = given_settings(args)
     # The runs' own settings are in MLflow; of this config only mlflow's and train.runs_dir are read.
     config = load_config(args.config, os.environ, given | {"mlflow.enabled": True}, args.assignments)
     table = args.csv or config.train.runs_dir / "compare.csv"

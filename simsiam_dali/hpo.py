@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.signals import Interrupt
-from simsiam_dali.config.cli import add_config, add_setting, create_parser, describe_source
+from simsiam_dali.config.cli import add_config, add_setting, create_parser, describe_source, given_settings
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
@@ -52,7 +52,7 @@ def configure(args: argparse.Namespace) -> Config:
     """Load the settings, and print where they come from."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a trial is trained by one process: start this command several times, without torchrun")
-    given = {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    given = given_settings(args)
     file = args.config or default_config_file(choose_device(given.get("train.device", "auto")).type)
     config = load_config(file, os.environ, given, args.assignments)
     print(f"settings from {file}, then the environment and the command line")

@@ -16,7 +16,7 @@ import torch
 
 from simsiam_dali.common.distributed import choose_device, is_main, process_group, report_error_once
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.config.cli import add_config, add_setting, create_parser, describe_source
+from simsiam_dali.config.cli import add_config, add_setting, create_parser, describe_source, given_settings
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.models.registry import encoder_type
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def new_run(args: argparse.Namespace) -> tuple[Config, Path]:
     """(settings, folder) of a new run. Raises UserError where the folder holds a run already."""
-    given = {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    given = given_settings(args)
     file = args.config or default_config_file(choose_device(given.get("train.device", "auto")).type)
     config = load_config(file, os.environ, given, args.assignments)
     kind = encoder_type(config)
@@ -71,7 +71,7 @@ def new_run(args: argparse.Namespace) -> tuple[Config, Path]:
 
 def resumed_run(args: argparse.Namespace) -> tuple[Config, Path, checkpoint.Checkpoint]:
     """(settings, folder, checkpoint) of the run to continue. Raises UserError for settings that it cannot change."""
-    given = {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    given = given_settings(args)
     path = checkpoint.find(args.resume, load_config(None, None, given, args.assignments).train.runs_dir)
     resumed = checkpoint.load(path)
     if args.config:
@@ -108,6 +108,9 @@ def main() -> None:
 
                 if line := closing_score(run_dir, world):
                     world.print(line)
+        except KeyboardInterrupt:  # in the closing score: training turns signals into a save
+            world.print(f"stopped before the closing score; the training in {run_dir} is complete")
+            sys.exit(130)
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"out of memory on {world.device}: use a smaller train.micro_batch (the first lines show the one in"

@@ -1,6 +1,8 @@
 """The sentence that ends a training: its figures against counts made by hand, and who is asked."""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from simsiam_dali.embedding import features
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.evaluation import nearest_song
 from simsiam_dali.evaluation.nearest_song import nearest_shares, sentence
+from simsiam_dali.training import checkpoint
 
 HERE = World(0, 1, torch.device("cpu"))
 
@@ -174,3 +177,21 @@ def embedded(run_dir: Path, shards: outcome.ShardSet) -> tuple[np.ndarray, dict[
     names = (features.CHECKPOINT, *nearest_song.BASELINES)
     made = [features.create_features(name, of_run, views.log_mel, HERE.device) for name in names]
     return outcome.embed_songs(made, views)
+
+
+def test_an_interrupted_closing_score_leaves_a_complete_run(small_runs, tmp_path):
+    """Ctrl-C after the last epoch: one line, and the checkpoint and its journal stay."""
+    run_dir = shutil.copytree(small_runs["simsiam"], tmp_path / "runs/done")
+    script = """
+import signal
+from simsiam_dali import train
+from simsiam_dali.embedding import closing_score
+closing_score.closing_score = lambda *_: signal.raise_signal(signal.SIGINT)
+train.main()
+"""
+    options = ("--resume", str(run_dir), "--set", "train.closing_score=true")
+    done = run([sys.executable, "-c", script, *options], tmp_path)
+    assert done.returncode == 130, done.stderr[-2000:]
+    assert f"stopped before the closing score; the training in {run_dir} is complete" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert checkpoint.is_intact(run_dir / checkpoint.FILE_NAME)

@@ -48,6 +48,11 @@ def add_setting(
     parser.add_argument(option, dest=key, metavar=metavar, help=f"{field.description} ({key}; default {shown})", **more)
 
 
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that options of `add_setting` were given for, by dotted key."""
+    return {key: value for key, value in vars(args).items() if "." in key and value is not None}
+
+
 def add_config(
     parser: argparse.ArgumentParser, config_help: str, set_help: str = "any setting by its dotted key"
 ) -> None:

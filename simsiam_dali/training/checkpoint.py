@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
-from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -84,7 +84,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     except (OSError, RuntimeError) as e:  # a RuntimeError is torch's, when it cannot write
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        reason = (f and f.error) or " ".join(str(e).split())[:200]
+        reason = (f and f.error) or one_line(e)
         kept = "the checkpoint before it is kept" if path.exists() else "there is none before it"
         raise UserError(f"cannot write the checkpoint {path} ({reason}); {kept}") from e
 
