@@ -152,10 +152,6 @@ def main() -> None:
     }
     files = create_files(evaluation, songs, provenance, options, not args.no_maps)
     replace_files(args.out, files)
-    if run:
-        run.log_metrics({f.name: f.score.value for f in evaluation.figures} | report.classifier_metrics(evaluation))
-        for name in files:
-            run.log_artifact(args.out / name, ARTIFACTS)
 
     for line in report.terminal_table(evaluation):
         print(line)
@@ -164,8 +160,12 @@ def main() -> None:
     encoder_type = ENCODERS.get(songs.provenance.get("encoder_type", ""))
     if line := nearest_song.sentence(songs.table, vectors, encoder_type is not None and encoder_type.learns_from_tags):
         print(line)
-    print(f"MLflow  {logged}")
     print(f"report  {args.out / 'report.html'}")
+    if run:  # last, so that a server that goes away costs no figure
+        run.log_metrics({f.name: f.score.value for f in evaluation.figures} | report.classifier_metrics(evaluation))
+        for name in files:
+            run.log_artifact(args.out / name, ARTIFACTS)
+    print(f"MLflow  {logged}")
 
 
 if __name__ == "__main__":

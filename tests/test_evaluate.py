@@ -11,6 +11,7 @@ import pytest
 from helpers.evaluation_tables import planted, song_table
 
 from simsiam_dali import evaluate
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
 from simsiam_dali.evaluation import maps, report
 from simsiam_dali.evaluation.plan import Evaluation, Options
@@ -168,6 +169,26 @@ def test_without_a_run_nothing_is_logged_and_no_database_made(library, monkeypat
     assert not (library / "mlflow.db").exists()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert "does not answer" in run(monkeypatch, capsys, *replace)
+
+
+def test_a_server_that_goes_away_costs_no_figure(library, monkeypatch, capsys):
+    """The table is printed and the report is written before anything is logged."""
+
+    class Gone:
+        def log_metrics(self, _values: object) -> None:
+            raise UserError("the MLflow server does not answer")
+
+    monkeypatch.setattr(evaluate, "find_run", lambda *_: (Gone(), "logged"))
+    monkeypatch.setattr("sys.argv", ["evaluate", "--resamples", "20", "--no-maps"])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 1
+    assert printed.err == "error: the MLflow server does not answer\n"
+    assert "artist" in printed.out
+    assert "report  evaluation/report.html" in printed.out
+    assert "MLflow  logged" not in printed.out
+    assert (library / "evaluation/report.html").exists()
 
 
 def test_the_map_holds_each_songs_nearest_by_cosine():
