@@ -77,19 +77,7 @@ def test_the_interpolation_is_linear_in_time() -> None:
 
 def test_circular_slice_goes_round_the_end() -> None:
     x = np.arange(10, dtype=np.float32)
-    cases = [
-        (0, 10),
-        (3, 10),
-        (10, 10),
-        (9, 10),
-        (0, 12),
-        (10, 12),
-        (7, 20),
-        (10, 20),
-        (2, 3),
-        (9, 1),
-        (8, 19),
-    ]
+    cases = [(0, 10), (3, 10), (10, 10), (9, 10), (0, 12), (10, 12), (7, 20), (10, 20), (2, 3), (9, 1), (8, 19)]
     starts, lengths = (list(np.int32(column)) for column in zip(*cases, strict=True))
     results = run_graph(
         lambda x, start, length: augment.circular_slice(x, start, length, passes=3),
@@ -209,14 +197,7 @@ def test_the_reverb_tail_decays_by_60_db_in_rt60_and_holds_the_energy_drawn() ->
 
 def test_masks_are_one_band_and_one_stretch_at_the_mean_and_nothing_else_changes() -> None:
     spec = LogMel(mean=-30.0, std=15.0)
-    sizes = [
-        (10, 27, 5, 100),
-        (101, 27, FRAMES - 100, 100),
-        (0, 1, 0, 1),
-        (50, 9, 30, 0),
-        (50, 0, 30, 7),
-        (3, 0, 3, 0),
-    ]
+    sizes = [(10, 27, 5, 100), (101, 27, FRAMES - 100, 100), (0, 1, 0, 1), (50, 9, 30, 0), (50, 0, 30, 7), (3, 0, 3, 0)]
     draws: list[dict[str, float]] = [{}]
     for mel_start, mel_width, time_start, time_width in sizes:
         masks = {"mel_start": mel_start, "mel_width": mel_width}

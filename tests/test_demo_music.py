@@ -238,15 +238,7 @@ def test_stopped_or_failed_run_leaves_nothing(
 
 
 def test_killed_run_leaves_no_half_library(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        demo.__file__,
-        tmp_path / "music",
-        "--songs",
-        "400",
-        "--workers",
-        "1",
-    ]
+    command = [sys.executable, demo.__file__, tmp_path / "music", "--songs", "400", "--workers", "1"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while not songs_in(tmp_path):
             assert process.poll() is None
@@ -265,11 +257,7 @@ def test_killed_run_leaves_no_half_library(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_told_in_one_line(
-    arguments: list[str],
-    says: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["make_demo_music.py", str(tmp_path / "music"), *arguments])
     with pytest.raises(SystemExit) as stop:

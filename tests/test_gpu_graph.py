@@ -45,15 +45,7 @@ def test_named_arguments_conditions_among_them_lie_on_the_cpu(on_gpu: list[gpu_t
 
 
 def test_the_decoder_runs_on_the_cpu_and_all_that_makes_views_on_the_gpu() -> None:
-    heavy = (
-        "AudioResample",
-        "Spectrogram",
-        "MelFilterBank",
-        "WarpAffine",
-        "Filter",
-        "ToDecibels",
-        "Erase",
-    )
+    heavy = ("AudioResample", "Spectrogram", "MelFilterBank", "WarpAffine", "Filter", "ToDecibels", "Erase")
     device = {each.name: each.device for each in gpu_tables.operators(gpu_tables.gpu_graph(), gpu=0)}
     assert {device[name] for name in heavy} == {"gpu"}
     assert device["decoders__Audio"] == device["ExternalSource"] == "cpu"

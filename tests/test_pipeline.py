@@ -6,15 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.signals import (
-    RATE,
-    Array,
-    frequency,
-    noise,
-    reference_log_mel,
-    song,
-    write_shards,
-)
+from helpers.signals import RATE, Array, frequency, noise, reference_log_mel, song, write_shards
 from torchaudio.functional import resample
 
 from simsiam_dali.config.schema import AugmentationConfig

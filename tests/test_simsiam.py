@@ -183,11 +183,7 @@ def test_missing_unknown_and_misshapen_weights_are_said(weights: Path, tmp_path:
     missing = {name: value for name, value in state.items() if name != "layer1.0.bn1.running_var"}
     unknown = state | {"layer4.2.conv1.weight": torch.zeros(1)}
     misshapen = state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
-    for bad, name in [
-        (missing, "layer1.0.bn1.running_var"),
-        (unknown, "layer4.2"),
-        (misshapen, "conv1.weight"),
-    ]:
+    for bad, name in [(missing, "layer1.0.bn1.running_var"), (unknown, "layer4.2"), (misshapen, "conv1.weight")]:
         torch.save(bad, tmp_path / "bad.pt")
         with pytest.raises(UserError, match=f"does not fit .* 1 weights .*first is {name}") as error:
             small(pretrained=tmp_path / "bad.pt")

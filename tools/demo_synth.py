@@ -62,13 +62,7 @@ DRUMS = {
     "Jazz": ("kick", "brush"),
     "Rock": ("kick", "snare", "hat"),
 }
-TEMPI = {
-    "Ambient": (64, 96),
-    "Electronic": (116, 140),
-    "Folk": (84, 120),
-    "Jazz": (76, 124),
-    "Rock": (100, 176),
-}
+TEMPI = {"Ambient": (64, 96), "Electronic": (116, 140), "Folk": (84, 120), "Jazz": (76, 124), "Rock": (100, 176)}
 SWING = {"Jazz": 0.3}  # delay of every second step, in steps
 
 

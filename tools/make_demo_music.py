@@ -321,12 +321,7 @@ def main() -> None:
     parser.add_argument("--songs", type=int, default=192, help="number of songs, four to an artist")
     parser.add_argument("--seed", type=int, default=0, help="0 or more; another seed gives other music")
     parser.add_argument(
-        "--seconds",
-        type=float,
-        nargs=2,
-        default=(18.0, 32.0),
-        metavar=("LOW", "HIGH"),
-        help="song length in seconds",
+        "--seconds", type=float, nargs=2, default=(18.0, 32.0), metavar=("LOW", "HIGH"), help="song length in seconds"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes")
     args = parser.parse_args()

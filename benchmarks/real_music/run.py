@@ -74,10 +74,7 @@ def of_each_song(table: Path) -> dict[str, np.ndarray]:
     songs = read_song_embeddings(table)
     rows = songs.table.assign(albums=[[halves.soundtrack(path)] for path in songs.table["path"]])
     names = {name: i for i, name in enumerate(dict.fromkeys(own for (own,) in rows["albums"]))}
-    labels = {
-        "soundtrack": [[names[own]] for (own,) in rows["albums"]],
-        "artist": all_label_ids(rows, "artist"),
-    }
+    labels = {"soundtrack": [[names[own]] for (own,) in rows["albums"]], "artist": all_label_ids(rows, "artist")}
     found = {}
     for target in TARGETS:
         labelled = np.flatnonzero([bool(own) for own in labels[target]])

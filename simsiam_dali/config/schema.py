@@ -62,8 +62,7 @@ class DataConfig(Section):
     sample_rate: int = Field(16000, ge=4000, le=192000, description="rate at the mel front end, Hz")
     view_seconds: float | None = Field(None, gt=0, description="length of a view, s; null = the whole segment")
     view_crops: Literal["same", "independent"] = Field(
-        "same",
-        description="with views shorter than the segment: both from one place of it, or each from its own",
+        "same", description="with views shorter than the segment: both from one place of it, or each from its own"
     )
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="DALI's CPU threads per process; auto measures for some seconds, and sets prefetch too"
@@ -154,8 +153,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto takes the GPU when there is one")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order and augmentation draws")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU",
+        "auto", description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU"
     )
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
         "auto",

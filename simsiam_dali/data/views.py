@@ -147,11 +147,7 @@ def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> D
 
 
 def two_views(
-    waves: tuple[DataNode, DataNode],
-    draws: tuple[augment.Draws, ...],
-    bank: DataNode | None,
-    graph: Graph,
-    gpu: bool,
+    waves: tuple[DataNode, DataNode], draws: tuple[augment.Draws, ...], bank: DataNode | None, graph: Graph, gpu: bool
 ) -> tuple[DataNode, DataNode]:
     """Two augmented views `(T, n_mels)` of `waves (N,)`, their crops at the front end's rate.
 

@@ -92,12 +92,7 @@ def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]
     scale = 5 if any(rating > 1 for rating in ratings) else 1
     for row, rating in zip(rows, ratings, strict=True):
         path = cell(row, "path")
-        yield (
-            _normalised(music / path) if path else "",
-            cell(row, "title"),
-            cell(row, "artist"),
-            rating / scale,
-        )
+        yield (_normalised(music / path) if path else "", cell(row, "title"), cell(row, "artist"), rating / scale)
 
 
 def _database_rows(source: Path) -> Iterator[tuple[str, str, str, float]]:

@@ -45,11 +45,7 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
                 result: R | Died = ray.get(done)
             except ray.exceptions.RayTaskError as e:
                 raise e.cause from None  # as it was raised, with its errno
-            except (
-                ray.exceptions.WorkerCrashedError,
-                ray.exceptions.NodeDiedError,
-                ray.exceptions.OutOfMemoryError,
-            ):
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError):
                 result = Died(None)
             yield task, result
     finally:

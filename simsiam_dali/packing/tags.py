@@ -22,16 +22,7 @@ _MAX_READ = 10_000  # characters of a value, and values of a field, that are cle
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 PARSE_SECONDS = 30.0
 """CPU time limit for one file's tags, s. Mutagen needs 15 s for a text of 10 MB, and hours for a million short ones."""
-_UNKNOWN = {
-    "",
-    "<unknown>",
-    "(none)",
-    "<none>",
-    "[unknown]",
-    "unknown artist",
-    "unknown album",
-    "unknown genre",
-}
+_UNKNOWN = {"", "<unknown>", "(none)", "<none>", "[unknown]", "unknown artist", "unknown album", "unknown genre"}
 _YEAR = re.compile(r"(?<!\d)(1[5-9]\d\d|20\d\d)(?!\d)")
 
 # Field -> its names in ID3, Vorbis comments / APEv2, MP4 and ASF, the best first; compared without case.

@@ -111,11 +111,7 @@ def table(entries: Sequence[Entry], _title: str) -> tuple[str, list[str]]:
     return out.getvalue(), left_out
 
 
-FORMATS: dict[str, Callable[[Sequence[Entry], str], tuple[str, list[str]]]] = {
-    "xspf": xspf,
-    "m3u8": m3u8,
-    "csv": table,
-}
+FORMATS: dict[str, Callable[[Sequence[Entry], str], tuple[str, list[str]]]] = {"xspf": xspf, "m3u8": m3u8, "csv": table}
 """Option -> the function that returns the file's text and the paths that it cannot hold."""
 
 

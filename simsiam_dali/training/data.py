@@ -118,13 +118,7 @@ def view_seconds(config: Config, shards: ShardSet) -> float:
 
 
 def create_loader(
-    config: Config,
-    shards: ShardSet,
-    log_mel: LogMel,
-    world: World,
-    split: Split,
-    mode: Mode,
-    shuffled: bool = False,
+    config: Config, shards: ShardSet, log_mel: LogMel, world: World, split: Split, mode: Mode, shuffled: bool = False
 ) -> Loader:
     """The data graph over this rank's part of one split, in micro-batches.
 

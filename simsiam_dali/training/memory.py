@@ -67,12 +67,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_fits(
-    encoder: nn.Module,
-    batch: int,
-    shapes: list[tuple[int, ...]],
-    half: bool,
-    device: torch.device,
-    seconds: float,
+    encoder: nn.Module, batch: int, shapes: list[tuple[int, ...]], half: bool, device: torch.device, seconds: float
 ) -> str | None:
     """A warning where `batch` segments may not fit by the estimate, None where they do.
 
