@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from simsiam_dali.data.format import FILES, SPLITS, read_index
+from simsiam_dali.data.format import FILES, SEGMENTS, SONGS, SPLITS, Manifest, read_index, read_table
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.packing.ffmpeg import UNOPENED
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack_song import Cut, DecodeSettings, Packed, Refused
 from simsiam_dali.packing.write import ROWS_IN_MEMORY
 
-SONG_COLUMNS = ("sample_rate", "channels", "duration", "audio_hash", "split")
-SEGMENT_COLUMNS = ("song", "shard", "start", "seconds", "sample_rate")
-"""Columns of the old set's tables that are needed: the others would only use memory."""
+
+def old_set(root: Path, manifest: Manifest) -> ShardSet:
+    """The set in `root`, of its tables the columns that are needed: the others would only use memory."""
+    songs = read_table(root / SONGS, ("sample_rate", "channels", "duration", "audio_hash", "split"))
+    segments = read_table(root / SEGMENTS, ("song", "shard", "start", "seconds", "sample_rate"))
+    return ShardSet(root, manifest, songs, segments)
 
 
 def damaged_shards(old: ShardSet) -> set[str]:
@@ -36,7 +39,6 @@ class PackedBefore:
     """The results for files that need not be decoded again, assembled on request.
 
     There are none if `settings` differ from those of the set `old`, nor for songs with a segment in a `damaged` shard.
-    Of `old`, SONG_COLUMNS and SEGMENT_COLUMNS are read.
     """
 
     def __init__(self, old: ShardSet, settings: DecodeSettings, damaged: set[str]) -> None:
