@@ -143,18 +143,13 @@ def segment_rows(songs: Songs, shards: Shards) -> Iterator[Row]:
             cut = song.packed.cuts[segment]
             yield {
                 "song": number,
-                "key": key(next(rows)),
+                "key": f"{next(rows):09d}",
                 "split": song.split,
                 "shard": shard,
                 "start": cut.start,
                 "seconds": cut.seconds,
                 "sample_rate": song.packed.sample_rate,
             }
-
-
-def key(row: int) -> str:
-    """A sample's name in its tar."""
-    return f"{row:09d}"
 
 
 def song_row(song: Song) -> Row:
@@ -202,22 +197,24 @@ def counts(songs: Songs) -> dict[str, int]:
     }
 
 
-def sample(row: int, song: Song, segment: int, codec: str) -> dict[str, bytes]:
-    """The parts of one sample: `segment` of the song."""
-    cut, tags = song.packed.cuts[segment], song.tags
-    with cut.file.open("rb") as file:
-        file.seek(cut.offset)
-        audio = file.read(cut.size)
-    about = {
-        "title": tags.title,
-        "artist": "; ".join(tags.artists),
-        "albums": tags.albums,
-        "year": tags.year,
-        "genres": tags.genres,
-        "rating": None if math.isnan(tags.rating) else tags.rating,  # JSON has no NaN
-        "start": cut.start,
-        "seconds": cut.seconds,
-        "path": song.file.name,
-    }
-    text = json.dumps(about, ensure_ascii=False).encode()
-    return {codec: audio, "row": row.to_bytes(8, "little"), "json": text}
+def samples(songs: Songs, pairs: np.ndarray, first_row: int, codec: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and parts of each sample of a shard; its first one has `first_row`."""
+    for row, (number, segment) in enumerate(pairs.tolist(), first_row):
+        song = songs[number]
+        cut, tags = song.packed.cuts[segment], song.tags
+        with cut.file.open("rb") as file:
+            file.seek(cut.offset)
+            audio = file.read(cut.size)
+        about = {
+            "title": tags.title,
+            "artist": "; ".join(tags.artists),
+            "albums": tags.albums,
+            "year": tags.year,
+            "genres": tags.genres,
+            "rating": None if math.isnan(tags.rating) else tags.rating,  # JSON has no NaN
+            "start": cut.start,
+            "seconds": cut.seconds,
+            "path": song.file.name,
+        }
+        text = json.dumps(about, ensure_ascii=False).encode()
+        yield f"{row:09d}", {codec: audio, "row": row.to_bytes(8, "little"), "json": text}

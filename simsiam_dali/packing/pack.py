@@ -4,7 +4,6 @@ import contextlib
 import csv
 import errno
 import io
-import itertools
 import shutil
 import signal
 import time
@@ -13,15 +12,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import MANIFEST, STAGING, commit, locked, named_files, roll_forward
-from simsiam_dali.data.format import FILES, FORMAT_VERSION, REFUSED, SEGMENTS, SONGS, FileSum, Manifest, read_manifest
+from simsiam_dali.data.format import FILES, FORMAT_VERSION, REFUSED, SEGMENTS, SONGS, Manifest, read_manifest
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.packing import assemble
-from simsiam_dali.packing.assemble import Results, Shards, Songs, Spool
+from simsiam_dali.packing.assemble import Results, Songs, Spool
 from simsiam_dali.packing.assign_split import assign_splits, group_key
 from simsiam_dali.packing.find import SongFile, find_songs
 from simsiam_dali.packing.pack_song import Job, Packed, PackSettings, Refused, Result, do_job
@@ -225,13 +223,24 @@ class _Packer:
             FILES: write_table(staged / FILES, assemble.file_rows(songs, results)),
             REFUSED: write_file(staged / REFUSED, refused.getvalue().encode()),
         }
-        if self._is_same(files):
-            self.report.unchanged = True
+        old = self.old.manifest if self.old and not self.damaged else None
+        made_from = str(self.music), asdict(self.settings)
+        self.report.unchanged = (
+            old is not None
+            and (old.music, old.settings) == made_from
+            and not any(old.files[name].problem(folder / name) for name in files for folder in (staged, self.out))
+        )
+        if self.report.unchanged:
             shutil.rmtree(self.out / STAGING, ignore_errors=True)
             return
         self._check_names({MANIFEST, *files, *shards, *(Path(shard).stem + ".idx" for shard in shards)})
-        files |= self._write_shards(staged, songs, shards)
-        manifest = Manifest(FORMAT_VERSION, str(self.music), asdict(self.settings), self.report.counts, files)
+        row = 0
+        with tqdm(total=sum(map(len, shards.values())), unit="segment", desc="writing") as bar:
+            for shard, pairs in shards.items():
+                files |= write_shard(staged / shard, assemble.samples(songs, pairs, row, self.settings.codec))
+                row += len(pairs)
+                bar.update(len(pairs))
+        manifest = Manifest(FORMAT_VERSION, *made_from, self.report.counts, files)
         write_manifest(staged, manifest)
         # The set is complete, and moving it is quick: signals wait.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -240,34 +249,9 @@ class _Packer:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _is_same(self, tables: dict[str, FileSum]) -> bool:
-        """Whether the set in `out` was made from the same songs, tags and settings, and is intact."""
-        if self.old is None or self.damaged:
-            return False
-        old = self.old.manifest
-        return (old.music, old.settings) == (str(self.music), asdict(self.settings)) and all(
-            old.files[name].sha256 == table.sha256 and not old.files[name].problem(self.out / name)
-            for name, table in tables.items()
-        )
-
     def _check_names(self, names: set[str]) -> None:
         """Raise UserError if a file that is not of the set has one of its names, unless `replace`."""
         ours = {*named_files(self.out), *([MANIFEST] if self.old else [])}
         foreign = sorted(name for name in names - ours if (self.out / name).exists())
         if foreign and not self.replace:
             raise UserError(f"{self.out / foreign[0]} was not written by make_shards: move it, or give --replace")
-
-    def _write_shards(self, staged: Path, songs: Songs, shards: Shards) -> dict[str, FileSum]:
-        files: dict[str, FileSum] = {}
-        rows = itertools.count()
-        with tqdm(total=sum(map(len, shards.values())), unit="segment", desc="writing") as bar:
-
-            def samples(pairs: np.ndarray) -> Iterator[tuple[str, dict[str, bytes]]]:
-                for number, segment in pairs.tolist():
-                    row = next(rows)
-                    yield assemble.key(row), assemble.sample(row, songs[number], segment, self.settings.codec)
-                    bar.update()
-
-            for shard, pairs in shards.items():
-                files |= write_shard(staged / shard, samples(pairs))
-        return files
