@@ -140,15 +140,9 @@ def _decode(job: Job) -> Packed:
         if not cuts:
             raise BadSong("is silent")
     assert audio.sample_rate is not None
-    packed = Packed(
-        sample_rate=audio.sample_rate,
-        source_rate=audio.source_rate,
-        channels=audio.channels,
-        duration=audio.seconds,
-        audio_hash=audio.audio_hash,
-        note="; ".join(filter(None, [audio.note, f"{silent} silent segments left out" if silent else ""])),
-        cuts=tuple(cuts),
-    )
+    note = "; ".join(filter(None, [audio.note, f"{silent} silent segments left out" if silent else ""]))
+    rates = audio.sample_rate, audio.source_rate
+    packed = Packed(*rates, audio.channels, audio.seconds, audio.audio_hash, note, tuple(cuts))
     with atomic_write(_cache_file(job, "json")) as scratch:
         scratch.write_text(json.dumps(asdict(packed), default=str))
     return packed
