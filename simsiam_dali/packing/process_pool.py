@@ -41,13 +41,6 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
     busy: dict[Connection, tuple[T, bool]] = {}  # the task, and whether its worker is the first to have it
     idle: list[Connection] = []
 
-    def start() -> Connection:
-        ours, theirs = _CONTEXT.Pipe()
-        pool[ours] = _CONTEXT.Process(target=_work, args=(function, theirs), daemon=True)
-        pool[ours].start()
-        theirs.close()
-        return ours
-
     def stop(connection: Connection) -> int | None:
         process = pool.pop(connection)
         connection.close()
@@ -58,7 +51,13 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
     try:
         while True:
             for task, is_first in itertools.islice(waiting, workers - len(busy)):
-                connection = idle.pop() if idle else start()
+                if not idle:
+                    ours, theirs = _CONTEXT.Pipe()
+                    pool[ours] = _CONTEXT.Process(target=_work, args=(function, theirs), daemon=True)
+                    pool[ours].start()
+                    theirs.close()
+                    idle.append(ours)
+                connection = idle.pop()
                 busy[connection] = task, is_first
                 with contextlib.suppress(ConnectionError):  # it died idle, which is seen as the end of its pipe
                     connection.send(task)

@@ -5,7 +5,6 @@ import itertools
 import math
 import re
 import signal
-import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -58,13 +57,20 @@ class TookTooLong(Exception):
 
 
 def read_tags(path: Path) -> Tags:
-    """The tags of `path`, in any format; empty, with a note, if they cannot be parsed."""
+    """The tags of `path`, in any format; empty, with a note, if they cannot be parsed.
+
+    In the main thread only, such as a worker's: signals limit the time.
+    """
+    signal.signal(signal.SIGVTALRM, _stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, PARSE_SECONDS)
     try:
-        with _time_limit(PARSE_SECONDS), path.open("rb") as file:
+        with path.open("rb") as file:
             audio = mutagen.File(file)
             values = _values(audio.tags) if audio is not None and audio.tags is not None else {}
     except Exception as e:  # mutagen raises many kinds on broken tags, and audio without tags is still audio
         return Tags(note=f"tags cannot be read ({type(e).__name__})")
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     def field(name: str) -> tuple[str, ...]:
         return next((found for key in _NAMES[name] if (found := clean(values.get(key.lower(), ())))), ())
@@ -81,23 +87,8 @@ def read_tags(path: Path) -> Tags:
     )
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TookTooLong after so many seconds of CPU; in the main thread only, such as a worker's, as signals are."""
-
-    def stop(*_: object) -> None:
-        raise TookTooLong
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+def _stop(*_: object) -> None:
+    raise TookTooLong
 
 
 def merged(first: Tags, other: Tags) -> Tags:
