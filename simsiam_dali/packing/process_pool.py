@@ -67,15 +67,15 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
                 assert isinstance(ready, Connection)
                 task, is_first = busy.pop(ready)
                 try:
-                    result, error = ready.recv()
+                    result = ready.recv()
                     idle.append(ready)
                 except (EOFError, ConnectionResetError):
-                    result, error = Died(stop(ready)), None
+                    result = Died(stop(ready))
                     if is_first:
                         waiting = itertools.chain([(task, False)], waiting)
                         continue
-                if error is not None:
-                    raise error
+                if isinstance(result, Exception):
+                    raise result
                 yield task, result
     finally:
         for connection in list(pool):
@@ -92,10 +92,9 @@ def _work(function: Callable[[Any], Any], connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer: tuple[Any, Exception | None] = (function(task), None)
+            connection.send(function(task))
         except Exception as e:
-            answer = (None, e)
-        connection.send(answer)
+            connection.send(e)
 
 
 def _exit_with_parent() -> None:
