@@ -110,13 +110,7 @@ class SimpleType(EncoderType):
 
     def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:
         """See the base class."""
-        loss_fn = MetadataContrastiveLoss(
-            temperature=self.settings.contrastive_temperature,
-            use_artist=self.settings.use_artist,
-            use_album=self.settings.use_album,
-            use_year=self.settings.use_year,
-            year_threshold=self.settings.year_threshold,
-        )
+        loss_fn = MetadataContrastiveLoss(self.settings)
         labels = SongLabels.from_songs(shards.songs, shards.segments["song"].to_numpy()).to(device)
 
         def score(outputs: Any, segment: Tensor) -> Scored:
