@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simsiam_dali.config.schema import SimSiamConfig
+from simsiam_dali.config.schema import Config, SimSiamConfig
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, Scored
 from simsiam_dali.models.losses import simsiam_loss
@@ -29,11 +29,13 @@ class SimSiam(Encoder):
     def __init__(self, settings: SimSiamConfig, pretrained: bool = True) -> None:
         super().__init__()
         self.settings = settings
-        self.backbone, self.backbone_dim = create_backbone(
+        self.backbone, backbone_dim = create_backbone(
             settings.backbone, pretrained and settings.pretrained_backbone, settings.backbone_width, settings.pooling
         )
-        self.projector = create_projector(self.backbone_dim, settings.projection_dim, settings.projection_layers)
+        self.projector = create_projector(backbone_dim, settings.projection_dim, settings.projection_layers)
         self.predictor = create_predictor(settings.projection_dim, settings.predictor_hidden_dim)
+        self.output_dim = settings.projection_dim
+        self.embedding_dim = backbone_dim if settings.embedding == "backbone" else settings.projection_dim
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Two views `(B, n_mels, T)`, normalised log-mel, to p1, p2, z1, z2, each `(B, projection_dim)`.
@@ -46,23 +48,13 @@ class SimSiam(Encoder):
         return self.predictor(z1), self.predictor(z2), z1, z2
 
     def features(self, view: Tensor) -> Tensor:
-        """One view `(B, n_mels, T)` to the backbone's pooled output `(B, backbone_dim)`."""
+        """One view `(B, n_mels, T)` to the backbone's pooled output `(B, D)`."""
         return self.backbone(view.unsqueeze(1))
 
     def embed(self, view: Tensor) -> Tensor:
         """One view `(B, n_mels, T)` to its embedding `(B, embedding_dim)`, not normalised."""
         features = self.features(view)
         return features if self.settings.embedding == "backbone" else self.projector(features)
-
-    @property
-    def embedding_dim(self) -> int:
-        """Width of what `embed` returns."""
-        return self.backbone_dim if self.settings.embedding == "backbone" else self.settings.projection_dim
-
-    @property
-    def output_dim(self) -> int:
-        """Width of the projections."""
-        return self.settings.projection_dim
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; `fix_lr` marks the predictor, whose learning rate is then not decayed.
@@ -105,24 +97,12 @@ class SimSiamType(EncoderType):
     embeds = "clean"
     warn_of_collapse = True
 
-    @property
-    def settings(self) -> SimSiamConfig:
-        """`encoder.simsiam`."""
-        return self.config.encoder.simsiam
-
-    @property
-    def variant(self) -> str:
-        """The backbone's name."""
-        return self.settings.backbone
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """See the base class."""
-        return {
-            "loss_type": "negative_cosine",
-            "backbone": self.settings.backbone,
-            "pretrained": str(bool(self.settings.pretrained_backbone)).lower(),
-        }
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.settings: SimSiamConfig = config.encoder.simsiam
+        self.variant = self.settings.backbone
+        pretrained = str(bool(self.settings.pretrained_backbone)).lower()
+        self.tags = {"loss_type": "negative_cosine", "backbone": self.settings.backbone, "pretrained": pretrained}
 
     def create(self, pretrained: bool = True) -> SimSiam:
         """See the base class."""
