@@ -23,7 +23,7 @@ from simsiam_dali.embedding.run import read_run
 from simsiam_dali.models.encoder import Encoder, song_embeddings
 from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.segments import SILENCE, Pcm, cut_segments, to_int16
-from simsiam_dali.packing.song_audio import BLOCK, BadSong, Resampler
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, resample
 
 WEIGHTS = "encoder.safetensors"
 
@@ -86,7 +86,7 @@ class SongEncoder:
         if pcm.ndim != 1 or not np.isfinite(pcm).all():
             raise UserError(f"a wave must be (samples,) or (channels, samples) of finite numbers, not {pcm.shape}")
         blocks = (pcm[at : at + BLOCK] for at in range(0, len(pcm), BLOCK))
-        return self._mean(self._embed(resampled(blocks, rate, self.config.packed_rate)), "the wave")
+        return self._mean(self._embed(resample(blocks, rate, self.config.packed_rate)), "the wave")
 
     @torch.inference_mode()
     def _embed(self, blocks: Iterable[Pcm]) -> list[Tensor]:
@@ -112,21 +112,10 @@ class SongEncoder:
             if np.abs(segment.pcm).max() < SILENCE:
                 continue
             pcm = to_int16(segment.pcm).astype(np.float32) / np.float32(32768)
-            wave = torch.from_numpy(np.concatenate([*resampled([pcm], packed_rate, rate)]))
+            wave = torch.from_numpy(np.concatenate([*resample([pcm], packed_rate, rate)]))
             start = max(0, round((len(wave) - self.config.samples) / 2)) if self.config.view_seconds else 0
             wave = wave[start : start + self.config.samples]
             yield nn.functional.pad(wave, (0, self.config.samples - len(wave)))
-
-
-def resampled(blocks: Iterable[Pcm], rate_in: int, rate_out: int) -> Iterator[Pcm]:
-    """Mono blocks at another rate."""
-    if rate_in == rate_out:
-        yield from blocks
-        return
-    resampler = Resampler(rate_in, rate_out)
-    for block in blocks:
-        yield from resampler(block)
-    yield from resampler(None)
 
 
 def load_encoder(
