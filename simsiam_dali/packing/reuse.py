@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from simsiam_dali.data.format import FILES, SPLITS, read_index
+from simsiam_dali.data.format import FILES, read_index
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.packing.ffmpeg import UNOPENED
 from simsiam_dali.packing.find import SongFile
@@ -24,8 +24,8 @@ def damaged_shards(old: ShardSet) -> set[str]:
     """Names of the tars whose content, or whose index, is not what was packed."""
     return {
         tar
-        for split in SPLITS
-        for tar in old.names(split)
+        for tar in old.manifest.files
+        if tar.endswith(".tar")
         for path in (old.root / tar, (old.root / tar).with_suffix(".idx"))
         # Read in full, or copying would give a damaged shard a new checksum.
         if old.manifest.files[path.name].problem(path, always_hash=True)
