@@ -9,19 +9,13 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeGuard
 
-from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.errors import UserError, one_line
 from simsiam_dali.common.files import atomic_write
 
 SCHEME = "s3://"
 DOWNLOADS = 16
 """Files copied at a time."""
-
-
-def is_address(place: Path | str) -> TypeGuard[str]:
-    """Whether a place is on S3."""
-    return isinstance(place, str) and place.startswith(SCHEME)
 
 
 def place(text: str) -> Path | str:
@@ -40,7 +34,7 @@ class Remote:
             self._system = fs.S3FileSystem(endpoint_override=os.environ.get("AWS_ENDPOINT_URL"))
             found = self._system.get_file_info(fs.FileSelector(self.address.removeprefix(SCHEME)))
         except OSError as e:
-            raise UserError(f"{address} cannot be listed ({' '.join(str(e).split())[:300]})") from e
+            raise UserError(f"{address} cannot be listed ({one_line(e)})") from e
         self.sizes = {info.base_name: info.size for info in found if info.is_file}
 
     def read(self, name: str) -> bytes:
@@ -49,7 +43,7 @@ class Remote:
             with self._system.open_input_stream(f"{self.address.removeprefix(SCHEME)}/{name}") as file:
                 return bytes(file.read())
         except OSError as e:
-            raise UserError(f"{self.address}/{name} cannot be read ({' '.join(str(e).split())[:300]})") from e
+            raise UserError(f"{self.address}/{name} cannot be read ({one_line(e)})") from e
 
     def folder(self, manifest: bytes) -> Path:
         """The cache folder of the set that has this manifest: another packing has another."""
@@ -59,14 +53,11 @@ class Remote:
     def fetch(self, names: Iterable[str], folder: Path) -> None:
         """Copy the files that the cache does not hold at their full size."""
 
-        def copy(name: str) -> None:
-            with atomic_write(folder / name) as path:
-                path.write_bytes(self.read(name))
-
-        def is_cached(name: str) -> bool:
-            path = folder / name
-            return path.exists() and path.stat().st_size == self.sizes.get(name)
+        def copy(path: Path) -> None:
+            if not path.exists() or path.stat().st_size != self.sizes.get(path.name):
+                with atomic_write(path) as part:
+                    part.write_bytes(self.read(path.name))
 
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(DOWNLOADS) as pool:
-            list(pool.map(copy, [name for name in names if not is_cached(name)]))
+            list(pool.map(copy, [folder / name for name in names]))
