@@ -16,7 +16,7 @@ from helpers.signals import Array, noise, reference_log_mel, shard_set, song, wr
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import AugmentationConfig
-from simsiam_dali.data import dali
+from simsiam_dali.data import pipeline
 from simsiam_dali.data.graph import Graph, LogMel, Source
 from simsiam_dali.data.loader import Batch, Loader, Single, device_fault, measure_log_mel
 from simsiam_dali.data.quarantine import Quarantine
@@ -62,7 +62,7 @@ def rows(batches: Any) -> list[int]:
 
 def test_the_thread_pools_notice_is_not_printed(source: Source, capfd: pytest.CaptureFixture[str]) -> None:
     next(iter(load(source)))
-    assert os.environ[dali.NEW_THREAD_POOL] == "1"
+    assert os.environ[pipeline.NEW_THREAD_POOL] == "1"
     assert capfd.readouterr().err == ""
 
 
@@ -76,9 +76,9 @@ def test_what_else_a_build_writes_is_passed_on(fails: bool, capfd: pytest.Captur
 
     if fails:
         with pytest.raises(RuntimeError, match="cannot be built"):
-            dali.build_on_cpu(Writes())
+            pipeline.build_on_cpu(Writes())
     else:
-        dali.build_on_cpu(Writes())
+        pipeline.build_on_cpu(Writes())
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "a warning\nanother\nafter\n"
 
@@ -96,7 +96,7 @@ def test_the_old_thread_pool_gives_the_same_batches(source: Source) -> None:
         subprocess.run(
             [sys.executable, "-c", program],
             input=pickle.dumps((load, source)),
-            env=os.environ | {dali.NEW_THREAD_POOL: pool, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=os.environ | {pipeline.NEW_THREAD_POOL: pool, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             check=True,
         ).stdout
