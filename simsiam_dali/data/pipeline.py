@@ -85,11 +85,11 @@ def define(graph: Graph, settings: Settings, state: str | None = None) -> Pipeli
     )
     def pipeline() -> tuple[DataNode, ...]:
         encoded, row = read(graph.source, settings.seed)
-        crops, draws = draw(graph, augment.derive_seed(settings.seed, f"rank {graph.source.shard_id}"))
+        random = draw(graph, augment.derive_seed(settings.seed, f"rank {graph.source.shard_id}"))
         if graph.epoch is None:  # noqa: SIM114 - a condition of Python, and then one of the graph
-            outputs = decode(encoded, crops, draws, graph, noise, on_gpu)
+            outputs = decode(encoded, random, graph, noise, on_gpu)
         elif is_used(graph.epoch, settings.batch_size):
-            outputs = decode(encoded, crops, draws, graph, noise, on_gpu)
+            outputs = decode(encoded, random, graph, noise, on_gpu)
         else:
             outputs = not_decoded(graph.mode, on_gpu)
         *data, total, samples = outputs
@@ -128,8 +128,12 @@ def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
     return segments
 
 
-def draw(graph: Graph, seed: int) -> tuple[list[DataNode | float], list[augment.Draws]]:
-    """Where each view's crop starts, 0 to 1, and in mode "views" their augmentations; seed: of this rank.
+Random = tuple[list[DataNode | float], list[augment.Draws]]
+"""Where each view's crop starts, 0 to 1, and in mode "views" each view's augmentations."""
+
+
+def draw(graph: Graph, seed: int) -> Random:
+    """The random numbers of a batch; seed: of this rank.
 
     Drawn whether or not the batch is decoded: every batch draws equally often.
     """
@@ -156,14 +160,10 @@ def is_used(epoch: Epoch, batch_size: int) -> DataNode:
 
 
 def decode(
-    encoded: DataNode,
-    crops: list[DataNode | float],
-    draws: list[augment.Draws],
-    graph: Graph,
-    noise: np.ndarray | None,
-    on_gpu: bool,
+    encoded: DataNode, random: Random, graph: Graph, noise: np.ndarray | None, on_gpu: bool
 ) -> tuple[DataNode, ...]:
     """The data of the mode, time before frequency, then total and samples."""
+    crops, draws = random
     wave, rate = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
     samples = wave.shape(dtype=types.INT32)[0]
     # FLAC holds integers: what decodes is finite, which saves a pass over the samples.

@@ -12,7 +12,6 @@ import pandas as pd
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data import s3
-from simsiam_dali.data.commit import MANIFEST
 from simsiam_dali.data.format import (
     SEGMENTS,
     SONGS,
@@ -54,8 +53,8 @@ class ShardSet:
     @property
     def sample_rate(self) -> int | None:
         """Hz of every segment; None where each kept its song's own rate."""
-        rate = self.manifest.settings["sample_rate"]
-        return None if rate is None else int(rate)
+        rate: int | None = self.manifest.settings["sample_rate"]
+        return rate
 
     @property
     def segment_seconds(self) -> float:
@@ -88,41 +87,26 @@ class ShardSet:
         return chosen[chosen["split"] == split]
 
 
-def open_shards(root: Path | str) -> ShardSet:
-    """Open the set in `root`, a folder or an address on S3. Raises UserError if there is none, or if it has changed.
+def open_shards(place: Path | str) -> ShardSet:
+    """Open the set in a folder or at an address on S3. Raises UserError if there is none, or if it has changed.
 
     The size of each file is compared, and the checksum of tables and indexes; a tar is hashed only if its modification
-    time has changed.
+    time has changed, and never on S3.
     """
-    if isinstance(root, str) and root.startswith(s3.SCHEME):
-        return _open_remote(root)
-    root = Path(root)
+    address = place.rstrip("/") if isinstance(place, str) and place.startswith(s3.SCHEME) else None
+    root = s3.copy_small_files(address) if address else Path(place)
     manifest = read_manifest(root)
     for name, packed in manifest.files.items():
-        if problem := packed.problem(root / name, always_hash=not name.endswith(".tar")):
+        is_tar = name.endswith(".tar")
+        if address and is_tar:
+            continue
+        if problem := packed.problem(root / name, always_hash=not is_tar):
             if read_manifest(root) != manifest:  # replaced by a packer meanwhile
-                return open_shards(root)
+                return open_shards(place)
+            if address:
+                raise UserError(f"{address}/{name}, or its copy {root / name}, {problem}")
             raise UserError(f"{root / name} {problem}: pack again with python -m simsiam_dali.pack")
-    return ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS))
-
-
-def _open_remote(address: str) -> ShardSet:
-    remote = s3.Remote(address)
-    if MANIFEST not in remote.sizes:
-        raise UserError(f"no shards at {address}: put what python -m simsiam_dali.pack writes there")
-    root = remote.folder(remote.read(MANIFEST))
-    remote.fetch([MANIFEST], root)
-    manifest = read_manifest(root)
-    for name, packed in manifest.files.items():
-        if remote.sizes.get(name) != packed.bytes:
-            there = f"has {remote.sizes[name]} bytes, not {packed.bytes}" if name in remote.sizes else "is missing"
-            raise UserError(f"{remote.address}/{name} {there}: copy the set again, with its manifest.json last")
-    small = [name for name in manifest.files if not name.endswith(".tar")]
-    remote.fetch(small, root)
-    for name in small:
-        if problem := manifest.files[name].problem(root / name, always_hash=True):
-            raise UserError(f"{remote.address}/{name}, or its copy {root / name}, {problem}")
-    return ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS), remote.address)
+    return ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS), address)
 
 
 def subset_of(shards: ShardSet, rows: np.ndarray, folder: Path) -> ShardSet:
