@@ -55,7 +55,8 @@ MUTATIONS = (
     ),
     Mutation(
         "damaged segments are forgotten by the next run", "data/quarantine.py",
-        "file.write(lines.getvalue())", "pass", "tests/test_quarantine.py",
+        "writer.writerow([now, shard, key, row, song, reason, self._shards.fingerprint])", "pass",
+        "tests/test_quarantine.py",
     ),
     # models
     Mutation(

@@ -1,8 +1,7 @@
 """The one nearest-neighbour search, by cosine, and the kNN scores of a training's validation.
 
 Similarities are computed a block of queries at a time, by the library of the vectors (NumPy, or torch on its device).
-The order is stable: of equally near songs the first row comes first. `recommendation.search` uses FAISS where a library
-is too large for this.
+The order is stable: of equally near songs the first row comes first.
 
 The scores take a bank (training songs) and queries (validation songs), one row per song, as torch tensors; the caller
 sees to it that no song is in both. Their embeddings are not standardised, so that a score describes what `embed`

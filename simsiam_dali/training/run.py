@@ -110,11 +110,11 @@ class Run:
             began = time.perf_counter()
             record |= self.validation.scores()
             record["throughput/validation_seconds"] = time.perf_counter() - began
-        if quarantine := self.data.loader.quarantine:
-            quarantine.read()  # the loaders of the validation have added to it
-            quarantine.rows.update(*self.world.gather(quarantine.rows))
-            quarantine.check()
-            record["data/quarantined"] = len(quarantine.rows)
+        quarantine = self.data.loader.quarantine
+        quarantine.read()  # the loaders of the validation have added to it
+        quarantine.rows.update(*self.world.gather(quarantine.rows))
+        quarantine.check()
+        record["data/quarantined"] = len(quarantine.rows)
         self.journal.write([record])
         self.tracker.log_epoch(record)
         self.world.print(journal.epoch_line(record, self.config.encoder.epochs))
@@ -217,7 +217,7 @@ class Run:
 
     def _report_quarantine(self) -> None:
         quarantine = self.data.loader.quarantine
-        if quarantine and quarantine.rows:
+        if quarantine.rows:
             self.world.print(f"skipping {len(quarantine.rows)} segments that did not decode: see {quarantine.path}")
 
     def _report_start(self) -> None:
