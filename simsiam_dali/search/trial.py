@@ -1,156 +1,164 @@
-"""One trial, trained in a process of its own, so that a crash, the out-of-memory killer or a leak ends only the trial.
+"""One trial: the training command on the sampled settings, judged by the epochs that it writes to metrics.jsonl.
 
-A pipe connects the two processes: the training sends each epoch's record, the search answers whether to stop. What the
-training prints is in the trial's log.txt.
+It is a process of its own, so that a crash, the out-of-memory killer or a leak ends only the trial. What it prints is
+in the trial's log.txt.
 """
 
 import contextlib
+import ctypes
+import json
+import os
 import signal
 import subprocess
 import sys
-import threading
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+import time
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import IO, Any
 
-import torch
+import optuna
+from optuna.trial import TrialState
+from tqdm import tqdm
 
-from simsiam_dali.common.distributed import process_group
-from simsiam_dali.common.errors import UserError, one_line
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.signals import Interrupt
+from simsiam_dali.config.load import ENVIRONMENT
 from simsiam_dali.config.schema import Config
-from simsiam_dali.training.loop import train
-from simsiam_dali.training.run import StopTraining
+from simsiam_dali.search.study import Claim, Study, remove_checkpoint
 
-CHILD = "from simsiam_dali.search import trial; trial.child()"
+COMMAND = (sys.executable, "-m", "simsiam_dali.train")
 LOG = "log.txt"
 POLL_SECONDS = 0.2
-"""How often the waiting search checks for a stop request."""
+"""How often the waiting search looks for new epochs and for a stop request."""
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+_libc = ctypes.CDLL(None)
+
+TRIAL_SETTINGS = {
+    "mlflow__log_checkpoint": False,
+    "train__checkpoint_every": 0,
+    "train__validate_every": 1,  # the pruner and the value need the score of each epoch
+    "train__profile": 0,
+    "train__closing_score": False,
+}
 
 
-@dataclass(frozen=True)
-class Job:
-    """The training of one trial."""
+def run(study: Study, claim: Claim, tags: Mapping[str, str], interrupt: Interrupt) -> TrialState:
+    """Train with the trial's sampled settings, and store in the study how that ended; returns the state.
 
-    config: Config
-    run_dir: Path
-    tags: dict[str, str]  # of its MLflow run
-    lock: int  # descriptor of the trial's lock, which both processes hold
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """How a trial ended, and why where it is not complete."""
-
-    state: Literal["complete", "pruned", "failed", "interrupted"]
-    reason: str = ""
-
-
-def run(
-    job: Job, on_epoch: Callable[[dict[str, Any]], TrialResult | None], stop_requested: Callable[[], bool]
-) -> TrialResult:
-    """Train in a new process and return the result. The checkpoint is removed: the best settings are trained again.
-
-    on_epoch: called with each epoch's record; a result that it returns ends the trial.
+    tags: of its MLflow run.
     """
-    ours, theirs = Pipe()
-    job.run_dir.mkdir(parents=True, exist_ok=True)
-    with (job.run_dir / LOG).open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-c", CHILD, str(theirs.fileno())],
-            stdin=subprocess.PIPE,  # never written to: end of file tells the child that the search has exited
+    state, value, reason = TrialState.FAIL, None, ""
+    try:
+        value = _train(study, claim, tags, interrupt)
+        state = TrialState.COMPLETE
+    except optuna.TrialPruned as e:
+        state, reason = TrialState.PRUNED, str(e)
+    except UserError as e:  # also for sampled settings that are invalid together
+        reason = str(e)
+    if reason:
+        claim.trial.set_user_attr("reason", reason)
+    study.optuna.tell(claim.trial, value, state)
+    return state
+
+
+def _train(study: Study, claim: Claim, tags: Mapping[str, str], interrupt: Interrupt) -> float:
+    """The trial's value: the mean of the last `hpo.mean_epochs` scores, not the best. Raises UserError, TrialPruned."""
+    trial, hpo = claim.trial, study.hpo
+    for other in study.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
+        if other.number < trial.number and other.params == trial.params:  # only in a space of few values
+            raise UserError(f"the same settings as trial {other.number}: not trained again")
+    place = {"train__runs_dir": str(study.folder), "train__run_name": claim.folder.name}
+    config = study.space.config(trial.params, encoder__epochs=hpo.epochs, **TRIAL_SETTINGS, **place)
+    scores: list[float] = []
+    value = 0.0
+    title = f"trial {trial.number} of {hpo.trials}"
+    with (
+        tqdm(total=hpo.epochs, desc=title, unit="epoch", leave=False, disable=None) as bar,
+        contextlib.closing(epochs(config, claim.folder, claim.lock, tags, interrupt)) as records,
+    ):
+        for record in records:
+            if (score := record.get(hpo.metric)) is None:
+                raise UserError(
+                    f"{hpo.metric} has no value on these shards: too few validation songs have the tags it needs;"
+                    " choose another with --metric, or complete the tags"
+                )
+            bar.update(record["epoch"] - bar.n)
+            bar.set_postfix_str(f"{hpo.metric} {score:.3f}")
+            if record["epoch"]:  # 0 is the untrained encoder
+                scores.append(score)
+                value = fmean(scores[-hpo.mean_epochs :])
+                trial.report(value, record["epoch"])
+                if record["epoch"] < hpo.epochs and trial.should_prune():
+                    raise optuna.TrialPruned(f"after epoch {record['epoch']}")
+    return value
+
+
+def epochs(
+    config: Config, run_dir: Path, lock: IO[str], tags: Mapping[str, str], interrupt: Interrupt
+) -> Generator[dict[str, Any], None, None]:
+    """Train, and yield the record of each epoch; close the iterator to end the training.
+
+    The checkpoint is removed: the best settings are trained again. lock: of the trial, held by the training too.
+    Raises UserError when the training fails or is interrupted.
+    """
+    file, journal, read = run_dir / "config.yaml", run_dir / "metrics.jsonl", 0
+    file.write_text(config.to_yaml())
+    with (run_dir / LOG).open("wb") as log:
+        process = start_training(
+            ["--config", str(file)],
+            {"MLFLOW_RUN_CONTEXT": json.dumps(dict(tags))},  # from there MLflow takes tags of a run
             stdout=log,
             stderr=log,
-            pass_fds=[theirs.fileno(), job.lock],
-            start_new_session=True,  # Ctrl-C reaches the search only, which terminates the child
+            pass_fds=[lock.fileno()],
+            start_new_session=True,  # Ctrl-C reaches the search only, which terminates the training
         )
-    theirs.close()
-    terminated = False
-    result: TrialResult | None = None
     try:
-        ours.send(job)
-        while result is None:
-            if stop_requested() and not terminated:
-                process.terminate()
-                terminated = True
-            if not ours.poll(POLL_SECONDS):
-                continue
-            message = ours.recv()
-            if isinstance(message, TrialResult):
-                result = message
-            else:
-                ours.send(on_epoch(message))
-    except (EOFError, ConnectionError):  # the child exited without a result
-        result = _result_of_exit(process.wait(), terminated)
+        while True:
+            ended = process.poll() is not None  # asked first: nothing is written after that
+            with contextlib.suppress(FileNotFoundError), journal.open("rb") as f:
+                f.seek(read)
+                for line in f:
+                    if not line.endswith(b"\n"):  # still being written
+                        break
+                    read += len(line)
+                    if "epoch" in (record := json.loads(line)):
+                        yield record
+            if ended:
+                break
+            if interrupt.signal:
+                raise UserError("interrupted")
+            time.sleep(POLL_SECONDS)
+        if process.returncode:
+            raise UserError(_reason(process.returncode, run_dir / LOG))
     finally:
-        ours.close()
-        assert process.stdin is not None
-        process.stdin.close()
+        process.terminate()
         process.wait()
-        remove_checkpoint(job.run_dir)
-    return result
+        remove_checkpoint(run_dir)
 
 
-def remove_checkpoint(run_dir: Path) -> None:
-    """Remove the checkpoint of a trial, and the temporary file of one whose write was interrupted."""
-    for path in run_dir.glob("*checkpoint.*"):
-        path.unlink()
+def _reason(status: int, log: Path) -> str:
+    """Why a training failed: the signal that killed it, or its error."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
+        return f"the training process was killed by {name}{hint}; see {log.name}"
+    errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    own = f"the training process exited with status {status}; see {log.name}"
+    return errors[-1].removeprefix("error: ") if errors else own
 
 
-def _result_of_exit(status: int, terminated: bool) -> TrialResult:
-    if terminated:
-        return TrialResult("interrupted", "interrupted")
-    if status >= 0:
-        return TrialResult("failed", f"the training process exited with status {status}; see {LOG}")
-    name = signal.Signals(-status).name
-    hint = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
-    return TrialResult("failed", f"the training process was killed by {name}{hint}; see {LOG}")
+def start_training(options: Sequence[str], variables: Mapping[str, str], **more: Any) -> subprocess.Popen[bytes]:
+    """Start the training command, which gets SIGTERM when this process is killed. variables: of its environment."""
+    parent = os.getpid()
 
+    def terminate_with_parent() -> None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # killed just before
+            os.kill(os.getpid(), signal.SIGTERM)
 
-def _train(job: Job, search: Connection) -> TrialResult:
-    """Train, in the child; after each epoch the search decides whether to continue."""
-    result: TrialResult | None = None
-
-    def on_epoch(record: dict[str, Any]) -> None:
-        nonlocal result
-        try:
-            search.send(record)
-            result = search.recv()
-        except (EOFError, ConnectionError):
-            result = TrialResult("interrupted", "the search process exited")
-        if result:
-            raise StopTraining(f"{result.state}: {result.reason}")
-
-    try:
-        with process_group(job.config.train.device) as world:
-            stopped_by = train(job.config, world, None, job.run_dir, on_epoch, job.tags)
-        return TrialResult("interrupted", "interrupted") if stopped_by else TrialResult("complete")
-    except StopTraining:
-        assert result is not None
-        return result
-    except UserError as e:
-        return TrialResult("failed", str(e))
-    except torch.OutOfMemoryError:
-        traceback.print_exc()
-        return TrialResult("failed", f"out of memory with batches of {job.config.encoder.batch_size}")
-    except Exception as e:  # the search continues with the next trial, whatever it is
-        traceback.print_exc()
-        return TrialResult("failed", f"{type(e).__name__}: {one_line(e)}; see {LOG}")
-
-
-def _terminate_with_the_search() -> None:
-    """Wait until the search process has exited, which closes stdin, then stop as on SIGTERM."""
-    sys.stdin.buffer.read()
-    signal.raise_signal(signal.SIGTERM)
-
-
-def child() -> None:
-    """Entry point of the child process, whose argument is the descriptor of its end of the pipe."""
-    threading.Thread(target=_terminate_with_the_search, daemon=True).start()
-    search = Connection(int(sys.argv[1]))
-    result = _train(search.recv(), search)
-    with contextlib.suppress(ConnectionError):  # the search has exited; the next one finds the trial's lock free
-        search.send(result)
+    # The options name a complete config: no variable must override what is in it.
+    kept = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
+    command, environment = [*COMMAND, *options], {**kept, **variables}
+    return subprocess.Popen(command, env=environment, preexec_fn=terminate_with_parent, **more)
