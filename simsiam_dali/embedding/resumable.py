@@ -30,10 +30,8 @@ class PartialResults:
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self.folder, self.key = folder, key
-        self.rows: list[Tensor] = []  # int64 (n,), one for each part
-        self.vectors: list[Tensor] = []  # float32 (n, D)
-        self.split: Split | None = None  # of the last part
-        self.loader: dict[str, Any] | None = None  # the loader's state after it; None at the end of the split
+        # rows (n,) int64; vectors (n, D) float32; their split; the loader's state after them, None at the split's end
+        self.parts: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
         try:
@@ -52,18 +50,17 @@ class PartialResults:
 
     def __len__(self) -> int:
         """Number of rows."""
-        return sum(map(len, self.rows))
+        return sum(len(part["rows"]) for part in self.parts)
 
     def add(self, rows: Tensor, vectors: Tensor, split: Split, loader: dict[str, Any] | None) -> None:
         """Store rows `(n,)` and vectors `(n, D)`, on the CPU, and the loader's state after them."""
-        path = self._file(len(self.rows))
-        self._append(rows, vectors, split, loader)
         part = {"rows": rows, "vectors": vectors, "split": split, "loader": loader}
-        self._write(path, lambda file: torch.save(part, file))
+        self._write(self._file(len(self.parts)), lambda file: torch.save(part, file))
+        self.parts.append(part)
 
     def all(self) -> tuple[Tensor, Tensor]:
         """Rows `(N,)` and vectors `(N, D)` of all parts, in the order in which they were added."""
-        return torch.cat(self.rows), torch.cat(self.vectors)
+        return torch.cat([part["rows"] for part in self.parts]), torch.cat([part["vectors"] for part in self.parts])
 
     def remove(self) -> None:
         """Remove the folder."""
@@ -72,25 +69,19 @@ class PartialResults:
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.pt"
 
-    def _append(self, rows: Tensor, vectors: Tensor, split: Split, loader: dict[str, Any] | None) -> None:
-        self.rows.append(rows)
-        self.vectors.append(vectors)
-        self.split, self.loader = split, loader
-
     def _read(self) -> None:
         """Read the parts, up to the first that is missing or unreadable, and remove all other files."""
         try:
             same_key = json.loads((self.folder / _KEY).read_bytes()) == self.key
         except (OSError, ValueError):
             same_key = False
-        if same_key:
-            while (path := self._file(len(self.rows))).exists():
-                try:
-                    self._append(**torch.load(path, weights_only=True))
-                except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
-                    break
+        while same_key and (path := self._file(len(self.parts))).exists():
+            try:
+                self.parts.append(torch.load(path, weights_only=True))
+            except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
+                break
         for path in self.folder.glob("*.pt*"):
-            if not path.stem.isdigit() or int(path.stem) >= len(self.rows):
+            if not path.stem.isdigit() or int(path.stem) >= len(self.parts):
                 path.unlink()
         if not same_key:
             self._write(self.folder / _KEY, lambda path: path.write_text(json.dumps(self.key)))

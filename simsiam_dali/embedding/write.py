@@ -5,10 +5,10 @@ The views are clean. Killed at any moment, the same call continues from the last
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from simsiam_dali.embedding.features import Features, output_name
 from simsiam_dali.embedding.resumable import PartialResults
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import Embeddings, read_provenance, write_embeddings
-from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
+from simsiam_dali.training.data import create_loader, view_seconds
 from simsiam_dali.training.throughput import StepClock
 
 PART_SECONDS = 10.0
@@ -45,11 +45,6 @@ class CleanViews:
     shards: ShardSet
     log_mel: LogMel
     world: World
-
-    @classmethod
-    def open(cls, config: Config, shards: ShardSet, statistics: Mapping[str, float], world: World) -> Self:
-        """With the log-mel's `mean` and `std` of the training."""
-        return cls(config, shards, with_statistics(log_mel_settings(config), **statistics), world)
 
     @property
     def segment_song(self) -> Tensor:
@@ -90,22 +85,19 @@ def embed_batches(
 
 def embed_segments(features: Features, views: CleanViews, results: PartialResults) -> str:
     """Embed every segment that `results` lacks; returns the throughput."""
-    clock, view = StepClock(views.world.device), view_seconds(views.config, views.shards)
-    total, done, resumed = len(views.shards.segments), 0, results.split
-    with tqdm(total=total, initial=len(results), unit="segment", desc=features.name, disable=None) as bar:
-        for split, loader in views.loaders(features.mode, resumed or SPLITS[0]):
-            if split == resumed:
-                if results.loader is None:
+    clock, total, done = StepClock(views.world.device), len(views.shards.segments), len(results)
+    last = results.parts[-1] if results.parts else {"split": None}
+    with tqdm(total=total, initial=done, unit="segment", desc=features.name, disable=None) as bar:
+        for split, loader in views.loaders(features.mode, last["split"] or SPLITS[0]):
+            if split == last["split"]:
+                if last["loader"] is None:
                     continue
-                loader.load_state_dict(results.loader)
+                loader.load_state_dict(last["loader"])
             for segment in embed_batches(features, clock.batches(loader), results, split, loader.state_dict):
-                done += len(segment)
-                bar.set_postfix_str(
-                    f"{done * view / 3600 / (time.perf_counter() - clock.started):.3g} audio-h/s", refresh=False
-                )
                 bar.update(len(segment))
     seconds, waited = clock.read()
-    return f"{done * view / 3600 / seconds:.3g} audio-h/s, waiting for data {waited:.0%}"
+    hours = (len(results) - done) * view_seconds(views.config, views.shards) / 3600
+    return f"{hours / seconds:.3g} audio-h/s, waiting for data {waited:.0%}"
 
 
 def check_finite(vectors: Tensor) -> Tensor:
@@ -136,7 +128,10 @@ def write_table(features: Features, views: CleanViews, provenance: dict[str, str
         if len(rows) + len(missing) != len(shards.segments) or not missing <= quarantine.rows:
             raise AssertionError("the data graph did not give each segment once")
         if provenance["rows"] == "segments":
-            table = Embeddings.of_segments(shards.songs, shards.segments, rows.numpy(), vectors.numpy(), provenance)
+            segments = shards.segments.iloc[rows.numpy()]
+            table = Embeddings.of_songs(shards.songs, segments["song"].to_numpy(), vectors.numpy(), provenance)
+            table.table.insert(1, "segment", rows.numpy())
+            table.table.insert(2, "start", segments["start"].to_numpy())
         else:
             songs, means = features.song_means(vectors, views.segment_song)
             table = Embeddings.of_songs(shards.songs, songs.numpy(), means.numpy(), provenance)
@@ -165,12 +160,6 @@ def is_up_to_date(out: Path, provenance: dict[str, str], replace: bool) -> bool:
     return False
 
 
-def batch_size(config: Config, view: float, training_view: float) -> int:
-    """Segments per batch, so that batches of `view` s need no more memory than the training's of `training_view` s."""
-    fits = int(FORWARD_SHARE * config.encoder.batch_size * training_view / view)
-    return max(2, min(config.encoder.batch_size, fits))
-
-
 def embedding_config(
     config: Config,
     segment_seconds: float,
@@ -185,12 +174,15 @@ def embedding_config(
     """
     view = segment_seconds if view_seconds is None else view_seconds
     own = len(os.sched_getaffinity(0)) if config.data.threads == "auto" else config.data.threads
-    fits = batch_size(config, view, config.data.view_seconds or segment_seconds)
+    training_view = config.data.view_seconds or segment_seconds
+    if batch is None:  # so that batches need no more memory than the training's
+        fits = int(FORWARD_SHARE * config.encoder.batch_size * training_view / view)
+        batch = max(2, min(config.encoder.batch_size, fits))
     return replace_settings(
         config,
         data__view_seconds=view,
         data__threads=own if threads is None else threads,
-        encoder__batch_size=fits if batch is None else batch,
+        encoder__batch_size=batch,
         train__micro_batch="auto",  # the training's: no activation is kept for a backward pass here
         encoder__simsiam__augmentation__spec_augment=False,  # a mask longer than a short view would be refused
         **settings,
