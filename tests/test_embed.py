@@ -21,7 +21,6 @@ from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.embedding import write
-from simsiam_dali.embedding.resumable import PartialResults
 from simsiam_dali.embedding.run import TrainedRun, read_run
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, read_provenance
 from simsiam_dali.models.encoder import song_embeddings
@@ -142,9 +141,9 @@ def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(tables, smal
     (parts / f"{len(kept) - 1:06d}.pt").write_bytes(b"cut short")  # as after a power failure
     done = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*.pt"))[:-1]}
     seen: list[dict[Path, int]] = []
-    remove = PartialResults.remove
+    remove = write.PartialResults.remove
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PartialResults, "remove", lambda self: (seen.append(stamps(parts)), remove(self)))
+        patch.setattr(write.PartialResults, "remove", lambda self: (seen.append(stamps(parts)), remove(self)))
         run(small_runs["simsiam"], out, "--batch-size", 4)
     assert done.items() <= seen[0].items()  # nothing was done twice
     assert not parts.exists()

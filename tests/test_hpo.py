@@ -20,7 +20,7 @@ from simsiam_dali import hpo
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
-from simsiam_dali.search import loop, report, trial
+from simsiam_dali.search import report, trials
 from simsiam_dali.search.report import StudyRun
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
@@ -58,14 +58,14 @@ def fake_training(
         for epoch, score in enumerate([0.9, *scores(config)]):  # the untrained encoder's comes first
             yield {"epoch": epoch, metric: score}
 
-    monkeypatch.setattr(trial, "epochs", epochs)
+    monkeypatch.setattr(trials, "epochs", epochs)
     return trained
 
 
 def search(config: Config) -> Study:
     """Run the remaining trials of the study, in this process."""
     study = make_study(config)
-    loop.search(study, StudyRun(study), RUNNING)
+    trials.search(study, StudyRun(study), RUNNING)
     return study
 
 
@@ -255,9 +255,9 @@ def test_failures_alone_end_the_search_with_their_reason(tmp_path, monkeypatch):
     ],
 )
 def test_a_training_process_that_dies_is_a_failed_trial(tmp_path, monkeypatch, code, expected):
-    monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", code])
+    monkeypatch.setattr(trials, "COMMAND", [sys.executable, "-c", code])
     with (tmp_path / "lock").open("w") as lock, pytest.raises(UserError) as e:
-        list(trial.epochs(make_config(tmp_path), tmp_path, lock, {}, RUNNING))
+        list(trials.epochs(make_config(tmp_path), tmp_path, lock, {}, RUNNING))
     assert expected in str(e.value)
 
 
@@ -351,14 +351,14 @@ def hpo_command(folder: Path, shards: Path, *options: str, **over: object) -> li
 SPAWNED = """
 import time
 from simsiam_dali import hpo
-from simsiam_dali.search import trial
+from simsiam_dali.search import trials
 
 def epochs(config, *_):
     time.sleep(0.02)
     for epoch in range(2):
         yield {"epoch": epoch, "knn/artist": config.encoder.simsiam.learning_rate}
 
-trial.epochs = epochs
+trials.epochs = epochs
 hpo.main()
 """
 
@@ -458,8 +458,8 @@ def test_one_mlflow_run_is_the_parent_of_all_trials_of_all_processes(tmp_path, m
         study = make_study(config)
         parent = StudyRun(study)
         ids.add(parent.run_id)
-        loop.search(study, parent, RUNNING)
-        loop.close(study, parent, "FINISHED")
+        trials.search(study, parent, RUNNING)
+        trials.close(study, parent, "FINISHED")
     (run_id,) = ids
     assert run_id
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "hpo/best")] == [
@@ -480,7 +480,7 @@ def test_one_mlflow_run_is_the_parent_of_all_trials_of_all_processes(tmp_path, m
     assert claim
     left = client.create_run(found.info.experiment_id, tags=parent.trial_tags(3)).info.run_id
     claim.lock.close()  # as when its process is killed
-    loop.search(study, StudyRun(study), RUNNING)
+    trials.search(study, StudyRun(study), RUNNING)
     assert client.get_run(left).info.status == "KILLED"
 
 
@@ -498,7 +498,7 @@ def test_a_pruned_trial_is_a_killed_run_in_mlflow(tmp_path, small_shards):
     (tmp_path / "runs/trial-0005").mkdir(parents=True)
     with (tmp_path / "lock").open("w") as lock:
         tags = {"hpo.trial": "5"}
-        records = trial.epochs(config, tmp_path / "runs/trial-0005", lock, tags, RUNNING)
+        records = trials.epochs(config, tmp_path / "runs/trial-0005", lock, tags, RUNNING)
         assert next(records)["epoch"] == 0
         records.close()  # as by the pruner
     client = mlflow.MlflowClient(uri)

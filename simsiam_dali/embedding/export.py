@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.files import refuse_failed_write, replace_files
-from simsiam_dali.embedding.song_encoder import CONFIG, FLOOR_DB, FORMAT_VERSION, WEIGHTS, SongEncoder
+from simsiam_dali.embedding.song_encoder import CONFIG, FORMAT_VERSION, WEIGHTS, SongEncoder
 from simsiam_dali.models.encoder import Encoder
 
 ONNX = "encoder.onnx"
@@ -68,7 +68,7 @@ def describe(songs: SongEncoder) -> dict[str, Any]:
         "window": "hann, periodic",
         "mel_scale": "htk, filters not normalised, 0 Hz to Nyquist",
         "power": 2,
-        "floor_db": FLOOR_DB,
+        "floor_db": -100.0,  # AmplitudeToDB's amin of 1e-10
         **songs.run.statistics,
     }
     return {

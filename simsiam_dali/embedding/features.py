@@ -45,11 +45,15 @@ class Features:
 def create_features(name: str, run: TrainedRun, log_mel: LogMel, device: torch.device) -> Features:
     """The features called `name`. Raises UserError when an untrained encoder's pretrained weights are gone."""
     config = run.config
-    if name == "log-mel":
-        return Features(name, "clean", lambda view: mean_and_std(decibels(view, log_mel)))
-    if name == "mfcc":
+    if name in ("log-mel", "mfcc"):
         basis = torch.from_numpy(dct(np.eye(log_mel.n_mels), norm="ortho", axis=0)[:N_MFCC]).float().to(device)
-        return Features(name, "clean", lambda view: mean_and_std(basis @ decibels(view, log_mel)))
+
+        def mean_and_std(view: Tensor) -> Tensor:
+            decibels = view * log_mel.std + log_mel.mean
+            x = basis @ decibels if name == "mfcc" else decibels
+            return torch.cat([x.mean(dim=2), x.std(dim=2, correction=0)], dim=1)
+
+        return Features(name, "clean", mean_and_std)
     if name == CHECKPOINT:
         encoder = run.encoder()
     else:
@@ -72,20 +76,3 @@ def encoder_features(name: str, encoder: Encoder, config: Config, device: torch.
             return encoder.embed(data).float()
 
     return Features(name, encoder_type(config).embeds, compute, dtype, song_embeddings)
-
-
-def output_name(name: str, config: Config) -> str:
-    """Which output of the encoder the vectors are, or the baseline's name."""
-    if name not in (CHECKPOINT, "untrained"):
-        return name
-    return config.encoder.simsiam.embedding if config.encoder.encoder_type == "simsiam" else "embedding"
-
-
-def decibels(view: Tensor, log_mel: LogMel) -> Tensor:
-    """The log-mel in dB of a normalised one."""
-    return view * log_mel.std + log_mel.mean
-
-
-def mean_and_std(x: Tensor) -> Tensor:
-    """`(B, F, T)` to `(B, 2 F)`: means over time, then standard deviations."""
-    return torch.cat([x.mean(dim=2), x.std(dim=2, correction=0)], dim=1)

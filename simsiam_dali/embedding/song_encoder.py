@@ -30,9 +30,6 @@ from simsiam_dali.packing.song_audio import BLOCK, BadSong, Resampler
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "encoder.safetensors"
 
-FLOOR_DB = -100.0
-"""The log-mel's least value: `AmplitudeToDB(amin=1e-10)`."""
-
 SEGMENTS_AT_ONCE = 8
 
 
@@ -45,12 +42,12 @@ class LogMel(nn.Module):
         self.mel = torchaudio.transforms.MelSpectrogram(
             rate, n_fft=simsiam.n_fft, hop_length=simsiam.hop_length, n_mels=simsiam.n_mels
         )
+        self.decibels = torchaudio.transforms.AmplitudeToDB("power")
         self.mean, self.std = run.statistics["mean"], run.statistics["std"]
 
     def forward(self, wave: Tensor) -> Tensor:
         """See the class."""
-        decibels = 10 * self.mel(wave).clamp_min(10 ** (FLOOR_DB / 10)).log10()
-        return (decibels - self.mean) / self.std
+        return (self.decibels(self.mel(wave)) - self.mean) / self.std
 
 
 class SongEncoder:
@@ -156,8 +153,8 @@ def load_encoder(
 ) -> SongEncoder:
     """The encoder in an exported folder, a checkpoint, a run's folder, or the run of that name in runs/.
 
-    segment_seconds: how songs are cut; None = as those of the training were. view_seconds: the middle of each segment
-    that is embedded; None = as exported, or the whole segment. Raises UserError for what is missing or damaged.
+    segment_seconds, view_seconds: as of `SongEncoder`; None = as exported. Raises UserError for what is missing or
+    damaged.
     """
     if (Path(path) / CONFIG).exists():
         run = read_export(Path(path))

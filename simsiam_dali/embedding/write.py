@@ -3,12 +3,15 @@
 The views are clean. Killed at any moment, the same call continues from the last part and writes the same bytes.
 """
 
+import fcntl
 import os
+import pickle
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from tqdm import tqdm
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import atomic_write, refuse_failed_write
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.format import SPLITS, Split
@@ -23,8 +27,7 @@ from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Loader, Single
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.embedding.features import Features, output_name
-from simsiam_dali.embedding.resumable import PartialResults
+from simsiam_dali.embedding.features import CHECKPOINT, Features
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import Embeddings, read_provenance, write_embeddings
 from simsiam_dali.training.data import create_loader, view_seconds
@@ -56,6 +59,71 @@ class CleanViews:
         for split in SPLITS[SPLITS.index(first) :]:
             if self.shards.count(split):
                 yield split, create_loader(self.config, self.shards, self.log_mel, self.world, split, mode)
+
+
+class PartialResults:
+    """Rows embedded so far, from which the same command continues after a kill with the same bytes.
+
+    `folder` has a part for some batches, `NNNNNN.pt`, written atomically; parts of another `key` are removed. Use with
+    `with`: the folder is locked meanwhile. Raises UserError where it cannot be written, or another process holds it.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self.folder, self.key = folder, key
+        # rows (n,) int64; vectors (n, D) float32; their split; the loader's state after them, None at the split's end
+        self.parts: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"another process is working in {self.folder}: wait until it ends") from e
+        except OSError as e:
+            raise UserError(f"cannot write {self.folder}: {e.strerror}") from e
+        self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return sum(len(part["rows"]) for part in self.parts)
+
+    def add(self, rows: Tensor, vectors: Tensor, split: Split, loader: dict[str, Any] | None) -> None:
+        """Store rows `(n,)` and vectors `(n, D)`, on the CPU, and the loader's state after them."""
+        part = {"key": self.key, "rows": rows, "vectors": vectors, "split": split, "loader": loader}
+        path = self._file(len(self.parts))
+        with refuse_failed_write(path, "the parts before it are kept"), atomic_write(path) as file:
+            torch.save(part, file)
+        self.parts.append(part)
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Rows `(N,)` and vectors `(N, D)` of all parts, in the order in which they were added."""
+        return torch.cat([part["rows"] for part in self.parts]), torch.cat([part["vectors"] for part in self.parts])
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.pt"
+
+    def _read(self) -> None:
+        """Read the parts, up to the first that is missing, unreadable or of another key, and remove all others."""
+        while (path := self._file(len(self.parts))).exists():
+            try:
+                part = torch.load(path, weights_only=True)
+            except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
+                break
+            if part.get("key") != self.key:
+                break
+            self.parts.append(part)
+        for path in self.folder.glob("*.pt*"):
+            if not path.stem.isdigit() or int(path.stem) >= len(self.parts):
+                path.unlink()
 
 
 def embed_batches(
@@ -191,12 +259,14 @@ def embedding_config(
 
 def table_provenance(name: str, rows: str, run: TrainedRun, music: str, fingerprint: str) -> dict[str, str]:
     """`Embeddings.provenance` of a table of the features `name`, with one row per "songs" or "segments"."""
-    config = run.config
+    config, output = run.config, name
+    if name in (CHECKPOINT, "untrained"):
+        output = config.encoder.simsiam.embedding if config.encoder.encoder_type == "simsiam" else "embedding"
     return {
         "features": name,
         "rows": rows,
         "encoder_type": config.encoder.encoder_type,
-        "embedding": output_name(name, config),
+        "embedding": output,
         "checkpoint": str(run.path),
         "checkpoint_sha256": run.sha256,
         "music": music,

@@ -1,13 +1,16 @@
-"""One trial: the training command on the sampled settings, judged by the epochs that it writes to metrics.jsonl.
+"""The search of one process: trials until the study is complete, and the training of the best settings.
 
-It is a process of its own, so that a crash, the out-of-memory killer or a leak ends only the trial. What it prints is
-in the trial's log.txt.
+A trial is the training command on the sampled settings, judged by the epochs that it writes to metrics.jsonl. It is a
+process of its own, so that a crash, the out-of-memory killer or a leak ends only the trial. What it prints is in the
+trial's log.txt.
 """
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,14 +21,17 @@ from statistics import fmean
 from typing import IO, Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.signals import Interrupt
 from simsiam_dali.config.load import ENVIRONMENT
 from simsiam_dali.config.schema import Config
-from simsiam_dali.search.study import Claim, Study, remove_checkpoint
+from simsiam_dali.search import report
+from simsiam_dali.search.study import Claim, Study, remove_checkpoint, try_lock
+from simsiam_dali.tracking.client import viewing_hints
+from simsiam_dali.training import checkpoint
 
 COMMAND = (sys.executable, "-m", "simsiam_dali.train")
 LOG = "log.txt"
@@ -43,8 +49,52 @@ TRIAL_SETTINGS = {
     "train__closing_score": False,
 }
 
+MAX_FAILURES = 3
+"""The search ends after this many failed trials when none has succeeded: the sampled settings are not the cause."""
 
-def run(study: Study, claim: Claim, tags: Mapping[str, str], interrupt: Interrupt) -> TrialState:
+print_line = functools.partial(tqdm.write, file=sys.stdout)
+
+
+def search(study: Study, parent: report.StudyRun, interrupt: Interrupt) -> None:
+    """Run trials until the study has `hpo.trials` of them, or a signal is received.
+
+    Raises UserError after MAX_FAILURES failed trials when none has succeeded.
+    """
+    failures = 0
+    while not interrupt.signal:
+        with study.locked():
+            for number in study.fail_killed():
+                parent.trial_ended(number)
+                print_line(report.trial_line(study, number))
+            claim = study.claim()
+        if claim is None:
+            return
+        number = claim.trial.number
+        with claim.lock:
+            failures += run_trial(study, claim, parent.trial_tags(number), interrupt) == TrialState.FAIL
+        print_line(report.trial_line(study, number))
+        with study.locked():
+            report.write_tables(study)
+            parent.trial_ended(number)
+        succeeded = study.trials(TrialState.COMPLETE, TrialState.PRUNED)
+        if failures >= MAX_FAILURES and not succeeded and not interrupt.signal:
+            reason = study.trials()[number].user_attrs["reason"]
+            raise UserError(f"{failures} trials failed and none succeeded; the last failed with: {reason}")
+
+
+def close(study: Study, parent: report.StudyRun, status: str) -> FrozenTrial | None:
+    """Write and upload the study's files, and print where they are; returns the best trial."""
+    with study.locked():
+        for number in study.fail_killed():
+            parent.trial_ended(number)
+        files = [*report.write_tables(study), *report.write_plots(study)]
+        parent.end(status, files)
+    for line in [*report.closing_lines(study, files), *viewing_hints(study.config.mlflow)]:
+        print_line(line)
+    return study.best()
+
+
+def run_trial(study: Study, claim: Claim, tags: Mapping[str, str], interrupt: Interrupt) -> TrialState:
     """Train with the trial's sampled settings, and store in the study how that ended; returns the state.
 
     tags: of its MLflow run.
@@ -162,3 +212,30 @@ def start_training(options: Sequence[str], variables: Mapping[str, str], **more:
     kept = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
     command, environment = [*COMMAND, *options], {**kept, **variables}
     return subprocess.Popen(command, env=environment, preexec_fn=terminate_with_parent, **more)
+
+
+def train_best(study: Study, best: FrozenTrial, interrupt: Interrupt) -> int:
+    """Train the best settings for `encoder.final_training_epochs`, or resume that; returns the exit status.
+
+    Runs the training command on best.yaml, which a user can run too.
+    """
+    lock = try_lock(study.folder / "final.lock")
+    if lock is None:
+        print_line("another process is already training the best settings")
+        return 0
+    name, epochs = f"hpo-{study.name}-trial-{best.number:04d}", study.config.encoder.final_training_epochs
+    run_dir = study.config.train.runs_dir / name
+    options = ["--config", str(study.folder / report.BEST), "--run-name", name]
+    if (run_dir / checkpoint.FILE_NAME).exists():
+        if checkpoint.load(run_dir / checkpoint.FILE_NAME)["epoch"] >= epochs:
+            print_line(f"the best settings are already trained: {run_dir}")
+            return 0
+        options = ["--resume", str(run_dir)]
+    command = shlex.join(["python", *COMMAND[1:], *options])
+    print_line(f"training the best settings for {epochs} epochs: {command}")
+    sys.stdout.flush()
+    with lock, start_training(options, {}) as process:
+        while process.poll() is None and not interrupt.signal:
+            time.sleep(POLL_SECONDS)
+        process.terminate()
+    return process.returncode
