@@ -60,12 +60,10 @@ class Tracker:
 class MlflowTracker(Tracker):
     """One MLflow run; `run_id` continues an earlier one. Raises UserError where MLflow is unreachable at the start."""
 
-    def __init__(
-        self, config: Config, shards: ShardSet, run_name: str, run_id: str | None, more_tags: Mapping[str, str]
-    ) -> None:
+    def __init__(self, config: Config, shards: ShardSet, run_name: str, run_id: str | None) -> None:
         self.uri = config.mlflow.tracking_uri
         # Runs on different songs do not compare: the tag shards tells them apart.
-        tags = {**run_tags(config), "shards": shards.fingerprint, **more_tags}
+        tags = {**run_tags(config), "shards": shards.fingerprint}
         with connect(self.uri) as client:
             from mlflow.entities import Param
             from mlflow.tracking.context.registry import resolve_tags
@@ -146,10 +144,8 @@ def loggable(record: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in named.items() if v is not None and math.isfinite(v)}
 
 
-def create_tracker(
-    config: Config, shards: ShardSet, run_name: str, run_id: str | None, main: bool, more_tags: Mapping[str, str]
-) -> Tracker:
+def create_tracker(config: Config, shards: ShardSet, run_name: str, run_id: str | None, main: bool) -> Tracker:
     """The tracker of this process. Raises UserError when the server does not answer."""
     if not (config.mlflow.enabled and main):
         return Tracker(run_id)
-    return MlflowTracker(config, shards, run_name, run_id, more_tags)
+    return MlflowTracker(config, shards, run_name, run_id)
