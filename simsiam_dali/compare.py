@@ -61,9 +61,8 @@ def main() -> None:
     metric = compare_runs.selection_metric(args.by) if args.by else None
 
     experiment = Experiment(config.mlflow.tracking_uri, config.mlflow.experiment_name)
-    runs = compare_runs.encoder_runs(experiment.runs())
-    comparison = compare_runs.select(runs, metric, args.runs, args.include_trials, args.shard_set)
-    comparison = compare_runs.with_untrained(comparison, experiment.metric_history)
+    comparison = compare_runs.select(experiment.runs(), metric, args.runs, args.include_trials, args.shard_set)
+    compare_runs.add_untrained(comparison, experiment.metric_history)
 
     print("", *report.table(comparison), "", *report.notes(comparison), "", sep="\n")
     report.write_csv(comparison, table)

@@ -13,7 +13,7 @@ from helpers.logged_runs import log_run
 from mlflow import MlflowClient
 
 from simsiam_dali import compare
-from simsiam_dali.evaluation.compare_runs import METRICS, Metric, spread
+from simsiam_dali.evaluation.compare_runs import METRICS, Metric
 
 SCORES = {"knn/artist": 0.5, "knn/artist_chance": 0.1, "encoder/train_loss": -0.9, "training_time_hours": 0.25}
 
@@ -246,11 +246,6 @@ def test_one_run_each_is_no_result_and_several_seeds_have_mean_range_and_number(
     home.log("simple", {"knn/rating_mae": 0.1, "knn/genre": 0.2})
     assert "ranges overlap" in line(home.type("--runs", 0), "knn/rating_mae")
     assert line(home.type("--runs", 2, "--by", "knn/rating_mae"), "knn/rating_mae").endswith("simple, ranges disjoint")
-
-
-def test_a_spread_is_of_the_finite_values():
-    assert spread([1.0, float("nan"), 4.0]) == (type(spread([]))(2, 2.5, 1.0, 4.0))
-    assert spread([]).n == 0
 
 
 def test_no_type_is_ahead_of_an_equal_one(home):
