@@ -6,6 +6,7 @@ are shown side by side: a table in the terminal, a CSV and a plot.
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from simsiam_dali.common.errors import UserError, one_line_errors
@@ -14,7 +15,7 @@ from simsiam_dali.config.load import load_config
 from simsiam_dali.evaluation import compare_report as report
 from simsiam_dali.evaluation import compare_runs
 from simsiam_dali.tracking.client import viewing_hints
-from simsiam_dali.tracking.history import Experiment
+from simsiam_dali.tracking.finished import experiment_runs, metric_history
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,9 +61,10 @@ def main() -> None:
         raise UserError(f"--csv and --png are both {table}: choose two files")
     metric = compare_runs.selection_metric(args.by) if args.by else None
 
-    experiment = Experiment(config.mlflow.tracking_uri, config.mlflow.experiment_name)
-    comparison = compare_runs.select(experiment.runs(), metric, args.runs, args.include_trials, args.shard_set)
-    compare_runs.add_untrained(comparison, experiment.metric_history)
+    uri = config.mlflow.tracking_uri
+    runs = experiment_runs(uri, config.mlflow.experiment_name)
+    comparison = compare_runs.select(runs, metric, args.runs, args.include_trials, args.shard_set)
+    compare_runs.add_untrained(comparison, partial(metric_history, uri))
 
     print("", *report.table(comparison), "", *report.notes(comparison), "", sep="\n")
     report.write_csv(comparison, table)

@@ -56,7 +56,7 @@ def classifier_metrics(evaluation: Evaluation) -> dict[str, float]:
 
 
 def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Options) -> str:
-    """metrics.json: every figure with its interval and its baselines ("floors"); what is undefined is null."""
+    """metrics.json: every figure with its interval and its baselines; what is undefined is null."""
 
     def plain(score: Score) -> dict[str, float | None]:
         values = {"value": score.value, "low": score.low, "high": score.high}
@@ -66,7 +66,7 @@ def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Opti
         {
             "name": f.name, "target": f.target, "probe": f.probe, "metric": f.metric, "split": f.split,
             "songs": f.songs, "n": f.n, **plain(f.score), "higher_is_better": METRICS[f.metric].sign > 0,
-            "floors": {name: plain(baseline) for name, baseline in f.baselines.items()}, "verdict": f.verdict,
+            "baselines": {name: plain(baseline) for name, baseline in f.baselines.items()}, "verdict": f.verdict,
         }
         for f in evaluation.figures
     ]  # fmt: skip

@@ -67,35 +67,31 @@ def is_server(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
 
 
-def database_file(uri: str) -> Path | None:
-    """The SQLite file, or the folder of the old file store, that `uri` names; None for a server or another database."""
+def missing_database(uri: str) -> Path | None:
+    """The SQLite file, or the folder of the old file store, that `uri` names and MLflow would create empty."""
     parts = urlsplit(uri)
-    if parts.scheme == "sqlite":
-        return Path(parts.path[1:])
-    return Path(parts.path) if parts.scheme in ("file", "") else None
+    if parts.scheme not in ("sqlite", "file", ""):
+        return None
+    path = Path(parts.path[1:] if parts.scheme == "sqlite" else parts.path)
+    return None if path.exists() else path
 
 
 def experiment_id(client: "MlflowClient", name: str) -> str:
     """Id of the experiment, which is created when it does not exist."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if not found:
-        try:
-            return str(client.create_experiment(name))
-        except MlflowException as e:
-            if e.error_code != "RESOURCE_ALREADY_EXISTS":  # another process created it just now
-                raise
-            found = client.get_experiment_by_name(name)
-    return str(found.experiment_id)
+    try:  # created before it is looked for, since another process may create it at any moment
+        return str(client.create_experiment(name))
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return str(client.get_experiment_by_name(name).experiment_id)
 
 
 def viewing_hints(config: MlflowConfig) -> Iterator[str]:
     """Lines for the terminal: how to view the experiment in the MLflow UI."""
-    if not config.enabled:
-        return
-    if is_server(config.tracking_uri):
+    if config.enabled and is_server(config.tracking_uri):
         yield f"MLflow     {config.tracking_uri}  (experiment {config.experiment_name})"
-    else:
+    elif config.enabled:
         yield f"MLflow     mlflow ui --backend-store-uri {config.tracking_uri}"
         yield f'           then http://localhost:5000, experiment "{config.experiment_name}"'
