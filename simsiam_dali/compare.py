@@ -14,8 +14,7 @@ from simsiam_dali.config.cli import add_config, add_setting, create_parser, give
 from simsiam_dali.config.load import load_config
 from simsiam_dali.evaluation import compare_report as report
 from simsiam_dali.evaluation import compare_runs
-from simsiam_dali.tracking.client import viewing_hints
-from simsiam_dali.tracking.finished import experiment_runs, metric_history
+from simsiam_dali.tracking.client import experiment_runs, metric_history, viewing_hints
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,12 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"select the best runs by (default: {' or, where no run has it, '.join(compare_runs.DEFAULT_BY)})",
     )  # fmt: skip
     parser.add_argument(
-        "--runs",
-        type=whole_number(0),
-        default=1,
-        metavar="N",
+        "--runs", type=whole_number(0), default=1, metavar="N",
         help="best runs of each type, 0 = all (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--include-trials", action="store_true", help="include nested runs, such as HPO's trials")
     parser.add_argument(
         "--shard-set", metavar="FINGERPRINT",

@@ -12,21 +12,19 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.files import replace_files
 from simsiam_dali.config.cli import add_config, add_embeddings, create_parser, whole_number
 from simsiam_dali.config.load import load_config
-from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, read_vectors_of
+from simsiam_dali.embedding.table import read_song_embeddings, read_vectors_of
 from simsiam_dali.evaluation import maps, nearest_song, report
-from simsiam_dali.evaluation.plan import GUESS, Evaluation, Options, Probe, evaluate
+from simsiam_dali.evaluation.plan import GUESS, Options, evaluate
 from simsiam_dali.models.registry import ENCODERS
-from simsiam_dali.tracking.finished import add_to_run, has_run
+from simsiam_dali.tracking.client import add_to_run, has_run
 
 ARTIFACTS = "evaluation"
 """Folder of the run's artifacts."""
@@ -93,33 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def progress(probes: list[Probe]) -> Iterator[Probe]:
-    """The probes, with a bar."""
-    bar = tqdm(probes, unit="probe", leave=False)
-    for probe in bar:
-        bar.set_description(f"{probe.target}, {probe.name}, split by {probe.split}")
-        yield probe
-
-
-def create_files(
-    evaluation: Evaluation, songs: Embeddings, provenance: Mapping[str, object], options: Options, with_maps: bool
-) -> dict[str, bytes]:
-    """The report, the metrics and the maps: file name to content."""
-    pictures: dict[str, bytes] = {}
-    page = None
-    if with_maps:
-        print("drawing the maps", flush=True)
-        projections = maps.project(songs.vectors, options.seed)
-        pictures = {name: maps.picture(points, songs.table, name) for name, points in projections.items()}
-        page = report.map_page(maps.page_data(songs.table, songs.vectors, projections))
-    files = {f"{name.lower()}.png": png for name, png in pictures.items()}
-    if page:
-        files["map.html"] = page.encode()
-    files["report.html"] = report.page(evaluation, provenance, options, pictures, page).encode()
-    files["metrics.json"] = report.as_json(evaluation, provenance, options).encode()
-    return files
-
-
 @one_line_errors
 def main() -> None:
     """The command."""
@@ -134,7 +105,7 @@ def main() -> None:
     vectors = {"embedding": songs.vectors} | {name: read_vectors_of(path, songs) for name, path in baselines.items()}
     log, logged = find_run(args, songs.provenance)
 
-    evaluation = evaluate(songs.table, vectors, options, progress)
+    evaluation = evaluate(songs.table, vectors, options)
     held_back = int((songs.table["split"] == "val").sum())
     provenance = {
         "songs": len(songs.table),
@@ -147,7 +118,17 @@ def main() -> None:
         "MLflow": logged,
         "command": shlex.join(["python", "-m", "simsiam_dali.evaluate", *sys.argv[1:]]),
     }
-    files = create_files(evaluation, songs, provenance, options, not args.no_maps)
+    files: dict[str, bytes] = {}
+    pictures: dict[str, bytes] = {}
+    page = None
+    if not args.no_maps:
+        print("drawing the maps", flush=True)
+        projections = maps.project(songs.vectors, options.seed)
+        pictures = {name: maps.picture(points, songs.table, name) for name, points in projections.items()}
+        page = report.map_page(maps.page_data(songs.table, songs.vectors, projections))
+        files = {f"{name.lower()}.png": png for name, png in pictures.items()} | {"map.html": page.encode()}
+    files["report.html"] = report.page(evaluation, provenance, options, pictures, page).encode()
+    files["metrics.json"] = report.as_json(evaluation, provenance, options).encode()
     replace_files(args.out, files)
 
     for line in report.terminal_table(evaluation):

@@ -338,11 +338,10 @@ def test_the_settings_name_the_experiment_and_the_folder(home, monkeypatch):
 
 
 def test_a_loss_cannot_choose(home):
-    for name in ("encoder/val_loss", "encoder/train_loss", "train_loss"):
-        assert f"--by {name} is refused: a loss cannot show" in home.refused("--by", name)
-    assert "--by knn/beauty is not a metric of the comparison; use one of classifier/val_mse" in home.refused(
-        "--by", "knn/beauty"
-    )
+    for name in ("encoder/val_loss", "encoder/train_loss", "train_loss", "knn/beauty"):
+        refused = home.refused("--by", name)
+        assert f"--by {name} is refused; use one of classifier/val_mse, " in refused
+        assert "(a loss cannot show" in refused
     home.log("simsiam", SCORES)
     assert "no run has classifier/val_mae yet (logged by python -m simsiam_dali.evaluate)" in home.refused(
         "--by", "classifier/val_mae"

@@ -9,8 +9,7 @@ import pytest
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.tracking import client
-from simsiam_dali.tracking.client import connect, experiment_id
-from simsiam_dali.tracking.finished import add_to_run, experiment_runs, has_run, metric_history
+from simsiam_dali.tracking.client import add_to_run, connect, experiment_id, experiment_runs, has_run, metric_history
 
 
 @pytest.fixture

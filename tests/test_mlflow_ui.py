@@ -15,7 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from simsiam_dali.evaluation.compare_report import mlflow_filters
 from simsiam_dali.evaluation.compare_runs import select
-from simsiam_dali.tracking.finished import experiment_runs
+from simsiam_dali.tracking.client import experiment_runs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

@@ -92,15 +92,13 @@ class Comparison:
 
 def selection_metric(name: str) -> Metric:
     """The metric of `--by`. Raises UserError for an unknown one, and for a loss."""
-    known = ", ".join(m.name for m in METRICS if m.comparable)
-    if name in BY_NAME and BY_NAME[name].comparable:
-        return BY_NAME[name]
-    if name in BY_NAME or name.endswith("loss"):
+    comparable = {m.name: m for m in METRICS if m.comparable}
+    if name not in comparable:
         raise UserError(
-            f"--by {name} is refused: a loss cannot show which encoder is better (SimSiam's is lowest at collapse, and"
-            f" two types' losses have different scales); use one of {known}"
+            f"--by {name} is refused; use one of {', '.join(comparable)} (a loss cannot show which encoder is better:"
+            " SimSiam's is lowest at collapse, and two types' losses have different scales)"
         )
-    raise UserError(f"--by {name} is not a metric of the comparison; use one of {known}")
+    return comparable[name]
 
 
 def select(
@@ -198,21 +196,19 @@ def _runs(number: int) -> str:
 def _same_shards(runs: "pd.DataFrame", shard_set: str | None, notes: list[str]) -> "pd.DataFrame":
     """The runs on one shard set, and those without the tag `shards`; `notes` gets a line for each other set."""
     known = list(dict.fromkeys(filter(None, runs["shards"])))  # newest first
-    if shard_set is not None:
-        known.sort(key=lambda name: not name.startswith(shard_set))
-        if not known or not known[0].startswith(shard_set):
-            there_are = ", ".join(name[:12] for name in known) or "none"
-            raise UserError(f"no run is on shards {shard_set}; there are runs on {there_are}")
+    wanted = next((shards for shards in known if shards.startswith(shard_set or "")), "")
+    if shard_set and not wanted:
+        there_are = ", ".join(shards[:12] for shards in known) or "none"
+        raise UserError(f"no run is on shards {shard_set}; there are runs on {there_are}")
     if untagged := int((runs["shards"] == "").sum()):
         notes.append(f"{_runs(untagged)} without the tag shards: possibly on other songs")
-    for other in known[1:]:
-        types = Counter(runs["encoder_type"][runs["shards"] == other])
-        counts = ", ".join(f"{n} {t}" for t, n in sorted(types.items()))
-        notes.append(
-            f"excluded: runs on other shards than {known[0][:12]}: {counts} (compare them with --shard-set"
-            f" {other[:12]})"
-        )
-    return runs[runs["shards"].isin(["", *known[:1]])]
+    for other in known:
+        if other != wanted:
+            types = Counter(runs["encoder_type"][runs["shards"] == other])
+            counts = ", ".join(f"{n} {t}" for t, n in sorted(types.items()))
+            there = f"(compare them with --shard-set {other[:12]})"
+            notes.append(f"excluded: runs on other shards than {wanted[:12]}: {counts} {there}")
+    return runs[runs["shards"].isin(["", wanted])]
 
 
 def _missing_notes(runs: "pd.DataFrame") -> Iterator[str]:

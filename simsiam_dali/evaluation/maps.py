@@ -51,8 +51,7 @@ def categories(labels: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
     """The names of the `COLOURED` commonest first labels, and each song's index among them `(N,)`, -1 for others."""
     first = [own[0] if own else None for own in labels]
     names = [name for name, _ in Counter(name for name in first if name is not None).most_common(COLOURED)]
-    index = {name: i for i, name in enumerate(names)}
-    return names, np.array([-1 if name is None else index.get(name, -1) for name in first], int)
+    return names, np.array([names.index(name) if name in names else -1 for name in first], int)
 
 
 def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
@@ -67,16 +66,8 @@ def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
         axes.spines[:].set_color("#dddddd")
     rated = table["rating"].notna().to_numpy()
     rating.scatter(points[~rated, 0], points[~rated, 1], s=size, color=OTHER, linewidths=0)
-    shown = rating.scatter(
-        points[rated, 0],
-        points[rated, 1],
-        s=size,
-        c=table["rating"][rated],
-        cmap="viridis",
-        vmin=0,
-        vmax=1,
-        linewidths=0,
-    )
+    (x, y), values = points[rated].T, table["rating"][rated]
+    shown = rating.scatter(x, y, s=size, c=values, cmap="viridis", vmin=0, vmax=1, linewidths=0)
     scale = rating.inset_axes((0.2, -0.08, 0.6, 0.03))
     figure.colorbar(shown, cax=scale, orientation="horizontal", label="rating (grey: unrated)")
     _by_category(genre, points, table["genres"], size)
@@ -125,8 +116,7 @@ def page_data(table: pd.DataFrame, vectors: np.ndarray, flat: dict[str, np.ndarr
 
 
 def _in_unit_square(points: np.ndarray) -> list[list[float]]:
-    """Scaled by one factor for both axes and centred."""
-    points = points.astype(float)
+    points = points.astype(float)  # centred, and scaled by one factor for both axes
     low, high = points.min(axis=0), points.max(axis=0)
     scale = max(float((high - low).max()), 1e-9)
     return ((points - (low + high) / 2) / scale + 0.5).round(4).tolist()

@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from simsiam_dali.evaluation.folds import Folds, folds
+from simsiam_dali.evaluation.knn import BLOCK
 
 ALPHAS = tuple(10.0**power for power in range(6))
 """Ridge penalties to choose from, on standardised dimensions."""
@@ -26,15 +27,13 @@ LOGISTIC_C = 0.1
 HIDDEN = 64
 MLP_ALPHA = 30.0
 """Weight decay, divided by the number of songs: with none of it, a few hundred songs are learned by heart."""
-_BLOCK = 1024  # rows compared with all others at a time
 
 
 def ridge(x: np.ndarray, y: np.ndarray, parts: Folds, group: np.ndarray) -> np.ndarray:
     """Ratings by ridge regression, `(N,)` in 0..1; alpha by cross-validation over the training rows' own groups."""
 
     def model(train: np.ndarray) -> BaseEstimator:
-        # With one group only, alpha comes from leave-one-out.
-        inner = folds(group[train], n=INNER_FOLDS) or None
+        inner = folds(group[train], n=INNER_FOLDS) or None  # None, of one group only: leave-one-out
         return RidgeCV(ALPHAS, cv=inner, scoring="neg_mean_squared_error")
 
     return _out_of_fold(x.astype(np.float64), y, parts, model).clip(0, 1)
@@ -101,18 +100,17 @@ def label_matrix(labels: Sequence[Sequence[int]]) -> csr_array:
 
 
 class Retrieval:
-    """mAP@k: do a song's nearest songs share a label with it? Songs of its own group are not counted.
+    """mAP@k: do a song's nearest songs share one of its `labels` (numbers)? Songs of its own group are not counted.
 
-    `labels`: each row's label numbers. Rows with no relevant row at all cannot be scored: `scored (N,)` bool.
+    Rows with no relevant row at all cannot be scored: `scored (N,)` bool.
     """
 
     def __init__(self, labels: Sequence[Sequence[int]], group: np.ndarray, k: int) -> None:
-        self._labels = label_matrix(labels)
-        self._group, self._k = group, k
+        self._labels, self._k = label_matrix(labels), k
         self.relevant = np.zeros(len(labels), int)
         self.candidates = np.zeros(len(labels), int)
-        for start in range(0, len(labels), _BLOCK):
-            block = np.arange(start, min(start + _BLOCK, len(labels)))
+        for start in range(0, len(labels), BLOCK):
+            block = slice(start, start + BLOCK)
             other = group[block, None] != group
             self.relevant[block] = ((self._labels[block] @ self._labels.T).toarray() * other > 0).sum(axis=1)
             self.candidates[block] = other.sum(axis=1)
@@ -123,17 +121,15 @@ class Retrieval:
 
         The mean, over the relevant rows that could be among the first k, of the share of relevant ones down to each.
         """
-        rows = np.flatnonzero(self.scored)
-        near = near[rows, : self._k]
-        shared = [self._labels[rows].multiply(self._labels[column]).sum(axis=1) for column in near.T]
+        near, own = near[self.scored, : self._k], self._labels[self.scored]
+        shared = [own.multiply(self._labels[column]).sum(axis=1) for column in near.T]
         hit = (np.stack(shared, axis=1) > 0) & (near >= 0)
         precision = hit.cumsum(axis=1) / np.arange(1, hit.shape[1] + 1)
-        return (precision * hit).sum(axis=1) / np.minimum(self._k, self.relevant[rows])
+        return (precision * hit).sum(axis=1) / np.minimum(self._k, self.relevant[self.scored])
 
     def guess(self) -> np.ndarray:
         """The expected AP@k of the scored rows in a random order."""
-        rows = np.flatnonzero(self.scored)
-        relevant, others = self.relevant[rows, None], self.candidates[rows, None]
+        relevant, others = self.relevant[self.scored, None], self.candidates[self.scored, None]
         place = np.arange(1, self._k + 1)
         # Place i is relevant with R/M; given that, each of the i - 1 before it is with (R - 1)/(M - 1).
         before = (place - 1) * (relevant - 1) / (others - 1).clip(min=1)

@@ -134,5 +134,5 @@ class Tracker:
 
 def loggable(record: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of an epoch's record that are finite: MLflow's databases refuse NaN."""
-    named = {k: v for k, v in record.items() if "/" in k or k == "training_time_hours"}
-    return {k: v for k, v in named.items() if v is not None and math.isfinite(v)}
+    metrics = {k: v for k, v in record.items() if v is not None and ("/" in k or k == "training_time_hours")}
+    return {k: v for k, v in metrics.items() if math.isfinite(v)}
