@@ -93,10 +93,10 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path, small_shards):
     over = {"encoder__epochs": 2, "mlflow__enabled": "false", "train__checkpoint_every": 1}
     args = command(tmp_path, small_shards, "--run-name", "killed", **over)
     run_dir = tmp_path / "runs/killed"
-    part = run_dir / "checkpoint.part"
     for step in (2, 4, 7):  # of 6 an epoch
         for _ in range(5):  # until it is caught in the act
             process = start(args, tmp_path)
+            part = run_dir / f".{checkpoint.FILE_NAME}.{process.pid}.part"
             wait_for_step(process, tmp_path / "runs", step)
             while process.poll() is None and not (part.exists() and part.stat().st_size > 0):
                 time.sleep(0.001)

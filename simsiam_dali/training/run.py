@@ -15,10 +15,11 @@ from simsiam_dali.config.schema import Config
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.tracking.client import viewing_hints
 from simsiam_dali.tracking.run import Tracker
-from simsiam_dali.training import checkpoint, curves, journal, profiling
+from simsiam_dali.training import checkpoint, curves, journal
 from simsiam_dali.training.collapse import collapse_advice, no_positives_advice
 from simsiam_dali.training.data import TrainingData
 from simsiam_dali.training.learner import Learner
+from simsiam_dali.training.profiling import Profiler
 from simsiam_dali.training.validation import Validation
 from simsiam_dali.training.world_size import order_seed
 
@@ -58,7 +59,7 @@ class Run:
         self.tracker = Tracker(self.config, data.shards, run_dir.name, mlflow_run, self.world.main, tags)
         self._report_start()
         steps_to_trace = self.config.train.profile if self.world.main else 0
-        self.profiler = profiling.create_profiler(steps_to_trace, run_dir, self.world.device)
+        self.profiler = Profiler(steps_to_trace, run_dir, self.world.device)
 
     @property
     def hours(self) -> float:

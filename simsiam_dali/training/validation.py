@@ -105,18 +105,18 @@ class Validation:
             for batch in kept:
                 yield _to_device(batch, self.learner.device)
             return
-        keep: list[Batch | Single] | None = []
+        keep: list[Batch | Single] = []
+        size = 0
         for batch in self._computed(split, mode, segments):
-            size = sum(x.nbytes for x in batch)
-            if keep is not None and size <= self._free:
-                self._free -= size
+            size += sum(x.nbytes for x in batch)
+            if size <= self._free:
                 keep.append(batch._replace(**{name: x.cpu().clone() for name, x in batch._asdict().items()}))
-            elif keep is not None:  # all of it or nothing
-                self._free += sum(x.nbytes for other in keep for x in other)
-                keep = None
+            else:  # all of it or nothing
+                keep.clear()
             yield batch
-        if keep is not None:
+        if size <= self._free:
             self._kept[split, mode] = keep
+            self._free -= size
         release_memory()
 
     def _computed(self, split: Split, mode: Mode, segments: int) -> Iterable[Any]:
