@@ -65,10 +65,8 @@ def main() -> None:
     print("", *report.table(comparison), "", *report.notes(comparison), "", sep="\n")
     report.write_csv(comparison, table)
     report.write_png(comparison, plot)
-    selected, *types = report.mlflow_filters(comparison)
-    print(f"files      {table}, {plot}", *viewing_hints(config.mlflow), f"filter     {selected}", sep="\n")
-    for line in types:
-        print(f"       or  {line}")
+    filters = "\n       or  ".join(report.mlflow_filters(comparison))
+    print(f"files      {table}, {plot}", *viewing_hints(config.mlflow), f"filter     {filters}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -82,11 +82,8 @@ def notes(comparison: Comparison) -> Iterator[str]:
         _, ranges = comparison.ahead(by)
         if ranges == "disjoint":
             # Under the null hypothesis all splits of m + n values into m and n are equally likely; two are disjoint.
-            p = 2 / math.comb(m + n, m)
-            yield (
-                f"{by.name}: the ranges of {m} and {n} runs are disjoint, which has probability {p:.1%} for two equal"
-                " types"
-            )
+            chance = f"which has probability {2 / math.comb(m + n, m):.1%} for two equal types"
+            yield f"{by.name}: the ranges of {m} and {n} runs are disjoint, {chance}"
         elif ranges == "overlap":
             yield f"{by.name}: the ranges overlap, so these runs do not show which type is better"
 
@@ -99,12 +96,11 @@ def mlflow_filters(comparison: Comparison) -> list[str]:
 
 def check_replaceable(path: Path) -> None:
     """Raise UserError when `path` exists and was not written by this command."""
-    if not path.exists():
-        return
-    with refuse_failed_write(path, ADVICE), path.open("rb") as file:
-        head = file.read(1024)
-    if head and not head.startswith(b"encoder_type,run_name,run_id,") and MARK.encode() not in head:
-        raise UserError(f"{path} exists and is not a comparison: {ADVICE}")
+    if path.exists():
+        with refuse_failed_write(path, ADVICE), path.open("rb") as file:
+            head = file.read(1024)
+        if head and not head.startswith(b"encoder_type,run_name,run_id,") and MARK.encode() not in head:
+            raise UserError(f"{path} exists and is not a comparison: {ADVICE}")
 
 
 @contextmanager
@@ -124,20 +120,16 @@ def write_csv(comparison: Comparison, path: Path) -> None:
 
 def write_png(comparison: Comparison, path: Path) -> None:
     """One panel per metric: a bar per type (its mean), a point per run, baselines as lines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     metrics = logged_metrics(comparison)
     columns = min(PANELS_PER_ROW, len(metrics))
     lines = math.ceil(len(metrics) / columns)
     figure = Figure(figsize=(3.1 * columns, 2.7 * lines + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes, metric in zip(panels, metrics, strict=False):
-        _panel(axes, comparison, metric)
-    for axes in panels[len(metrics) :]:
-        axes.set_axis_off()
-    legend = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    for i, metric in enumerate(metrics):
+        _panel(figure.add_subplot(lines, columns, i + 1), comparison, metric)
+    named = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    legend = {label: handle for of_panel in named for handle, label in of_panel}
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
     with _replace(path) as part:
         figure.savefig(part, dpi=130, format="png", metadata={"Software": MARK})

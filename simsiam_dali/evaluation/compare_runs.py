@@ -113,7 +113,7 @@ def select(
 
     tagged = [(run, _excluded_because(run, include_trials)) for run in runs if "encoder_type" in run.data.tags]
     excluded = Counter(reason for _, reason in tagged if reason)
-    notes = [f"excluded: {_runs(n)} {reason}" for reason, n in excluded.items()]
+    notes = [f"excluded: {n} run{'' if n == 1 else 's'} {reason}" for reason, n in excluded.items()]
     rows = [_row(run) for run, reason in tagged if not reason]
     if not rows:
         raise UserError(
@@ -189,10 +189,6 @@ def _excluded_because(run: "Run", include_trials: bool) -> str:
     return "" if run.data.metrics.keys() & BY_NAME.keys() else "without any metric of this table"
 
 
-def _runs(number: int) -> str:
-    return "1 run" if number == 1 else f"{number} runs"
-
-
 def _same_shards(runs: "pd.DataFrame", shard_set: str | None, notes: list[str]) -> "pd.DataFrame":
     """The runs on one shard set, and those without the tag `shards`; `notes` gets a line for each other set."""
     known = list(dict.fromkeys(filter(None, runs["shards"])))  # newest first
@@ -201,7 +197,7 @@ def _same_shards(runs: "pd.DataFrame", shard_set: str | None, notes: list[str]) 
         there_are = ", ".join(shards[:12] for shards in known) or "none"
         raise UserError(f"no run is on shards {shard_set}; there are runs on {there_are}")
     if untagged := int((runs["shards"] == "").sum()):
-        notes.append(f"{_runs(untagged)} without the tag shards: possibly on other songs")
+        notes.append(f"{untagged} run{'' if untagged == 1 else 's'} without the tag shards: possibly on other songs")
     for other in known:
         if other != wanted:
             types = Counter(runs["encoder_type"][runs["shards"] == other])

@@ -122,9 +122,8 @@ def label_chance(bank_labels: Tensor, query_labels: Tensor) -> float:
     scored = query_labels[torch.isin(query_labels, known)]
     if len(scored) == 0:
         return math.nan
-    labels, count = torch.unique(known, return_counts=True)
-    majority = (scored == labels[count.argmax()]).float().mean()
-    drawn = (count / len(known))[torch.searchsorted(labels, scored)].mean()
+    frequency = torch.bincount(known) / len(known)
+    majority, drawn = (scored == frequency.argmax()).float().mean(), frequency[scored].mean()
     return max(majority.item(), drawn.item())
 
 

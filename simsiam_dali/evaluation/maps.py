@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
@@ -81,15 +80,14 @@ def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
 
 def _by_category(axes: Axes, points: np.ndarray, labels: Iterable[Sequence[str]], size: float) -> None:
     names, index = categories(labels)
-    axes.scatter(points[index < 0, 0], points[index < 0, 1], s=size, color=OTHER, linewidths=0)
-    entries = [("others, or unknown", OTHER)] if (index < 0).any() else []
-    for i, name in reversed(list(enumerate(names))):
-        axes.scatter(points[index == i, 0], points[index == i, 1], s=size, color=PALETTE[i], linewidths=0)
-        entries.insert(0, (name if len(name) <= 22 else f"{name[:21]}…", PALETTE[i]))
-    handles = [Line2D([], [], ls="", marker="o", color=colour) for _, colour in entries]
-    # The leading space: a label that begins with an underscore would be left out.
+    for i, name in reversed([*enumerate(names), (-1, "others, or unknown")]):  # the commonest in front
+        if (index == i).any():
+            # The leading space: a label that begins with an underscore would be left out.
+            label = f" {name}" if len(name) <= 22 else f" {name[:21]}…"
+            x, y = points[index == i].T
+            axes.scatter(x, y, s=size, color=(*PALETTE, OTHER)[i], linewidths=0, label=label)
     legend = axes.legend(
-        handles, [f" {name}" for name, _ in entries], loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3,
+        reverse=True, markerscale=6 / size**0.5, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3,
         fontsize=8, frameon=False, columnspacing=1, handletextpad=0,
     )  # fmt: skip
     for text in legend.get_texts():

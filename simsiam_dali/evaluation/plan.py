@@ -204,12 +204,9 @@ def _plan_labels(
     if retrieval.scored.sum() < MIN_SONGS:
         notes.append(f"No mAP, split by {split}: fewer than {MIN_SONGS} songs share their {target} with another one.")
         return
-
-    def precision(x: np.ndarray) -> np.ndarray:
-        return retrieval.average_precision(knn.nearest_others(x, group[labelled], RETRIEVED)[0])
-
-    scored = labelled[retrieval.scored]
-    yield Probe(target, "retrieval", split, ("map_at_10",), labelled, scored, precision, retrieval.guess())
+    found = partial(knn.nearest_others, group=group[labelled], k=RETRIEVED)
+    probe = partial(Probe, target, "retrieval", split, ("map_at_10",), labelled, labelled[retrieval.scored])
+    yield probe(run=lambda x: retrieval.average_precision(found(x)[0]), guess=retrieval.guess())
 
 
 def all_label_ids(table: pd.DataFrame, target: str) -> list[list[int]]:

@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 
 from simsiam_dali.evaluation.folds import Folds, folds
 from simsiam_dali.evaluation.knn import BLOCK
@@ -78,10 +78,8 @@ def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
 
 
 def majority_guess(classes: np.ndarray) -> np.ndarray:
-    """The commonest class of all rows, `(N,)`.
-
-    Not of the training rows: among classes of equal size, the commonest there is always one that the test rows lack.
-    """
+    """The commonest class of all rows, `(N,)`."""
+    # Among classes of equal size, the commonest of the training rows is always one that the test rows lack.
     return np.full_like(classes, np.bincount(classes).argmax())
 
 
@@ -93,10 +91,8 @@ def knn_mean(y: np.ndarray, near: np.ndarray) -> np.ndarray:
 
 
 def label_matrix(labels: Sequence[Sequence[int]]) -> csr_array:
-    """1 where a row has a label: `(N, labels)` int32."""
-    rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
-    columns = np.fromiter((label for own in labels for label in own), int, len(rows))
-    return csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(labels), columns.max(initial=0) + 1))
+    """1 where a row has a label: `(N, labels)` int."""
+    return csr_array(MultiLabelBinarizer(sparse_output=True).fit_transform(labels))
 
 
 class Retrieval:

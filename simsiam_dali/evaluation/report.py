@@ -43,8 +43,8 @@ def interval(score: Score) -> str:
 def classifier_metrics(evaluation: Evaluation) -> dict[str, float]:
     """`classifier/val_*`: scores of the MLP's predicted ratings, split by album."""
     wanted = ("rating", "mlp", "album", "all")
-    chosen = [f for f in evaluation.figures if (f.target, f.probe, f.split, f.songs) == wanted]
-    return {f"classifier/val_{f.metric}": f.score.value for f in chosen}
+    found = (f for f in evaluation.figures if (f.target, f.probe, f.split, f.songs) == wanted)
+    return {f"classifier/val_{f.metric}": f.score.value for f in found}
 
 
 def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Options) -> str:

@@ -6,7 +6,6 @@ A server gets SERVER_TIMEOUT seconds to answer a health request before each grou
 import math
 import os
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,9 +60,8 @@ def check_server(uri: str, advice: str) -> None:
     if not is_server(uri):
         return
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT):
-            return
-    except (urllib.error.URLError, OSError, ValueError) as e:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT).close()
+    except (OSError, ValueError) as e:
         raise UserError(f"the MLflow server {uri} does not answer ({e}): start it (mlflow server), or {advice}") from e
 
 

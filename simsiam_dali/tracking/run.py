@@ -1,4 +1,4 @@
-"""The MLflow run of a training: parameters, tags, metrics and artifacts. With `mlflow.enabled: false` it does nothing.
+"""The MLflow run of a training: parameters, tags, metrics and artifacts.
 
 An unreachable MLflow never ends a training: metrics and files are buffered in the process and sent later. What a killed
 process had buffered is in the run's journal, from which `backfill` sends it. (MLflow's own asynchronous logging drops
@@ -29,13 +29,6 @@ MAX_REASON_LENGTH = 500
 """Characters of the tag `end_reason`; MLflow refuses very long tags."""
 
 
-def run_tags(config: Config) -> dict[str, str]:
-    """The tags that `mlflow.auto_tags` names, where the encoder type has them."""
-    name, own = config.encoder.encoder_type, encoder_type(config).tags
-    everything = {"encoder_type": name, "experiment_variant": f"{name}_{own['loss_type']}", **own}
-    return {tag: everything[tag] for tag in config.mlflow.auto_tags if tag in everything}
-
-
 class Tracker:
     """The MLflow run of a training; on ranks other than 0, or with `mlflow.enabled: false`, it logs nothing.
 
@@ -58,8 +51,11 @@ class Tracker:
         self._files: list[Path] = []
         if not self._active:
             return
+        name, of_type = config.encoder.encoder_type, encoder_type(config).tags
+        known = {"encoder_type": name, "experiment_variant": f"{name}_{of_type['loss_type']}", **of_type}
         # Runs on different songs do not compare: the tag shards tells them apart.
-        tags = {**run_tags(config), "shards": shards.fingerprint, **more_tags}
+        tags: dict[str, str] = {"shards": shards.fingerprint, **more_tags}
+        tags |= {tag: known[tag] for tag in config.mlflow.auto_tags if tag in known}
         with connect(self._uri) as client:
             from mlflow.entities import Param
             from mlflow.tracking.context.registry import resolve_tags
