@@ -14,8 +14,7 @@ from pathlib import Path
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.signals import raise_keyboard_interrupt
 from simsiam_dali.config.cli import create_parser, whole_number
-from simsiam_dali.data.format import read_manifest
-from simsiam_dali.data.verify import verify
+from simsiam_dali.data.format import read_manifest, verify
 from simsiam_dali.packing import process_pool, ray_pool
 from simsiam_dali.packing.pack import PackSettings, Report, pack
 

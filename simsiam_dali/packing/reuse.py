@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from simsiam_dali.data.format import FILES, SEGMENTS, SONGS, SPLITS, Manifest, read_index, read_table
+from simsiam_dali.data.format import FILES, SEGMENTS, SONGS, Manifest, read_index, read_table
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.packing.ffmpeg import UNOPENED
 from simsiam_dali.packing.find import SongFile
@@ -26,8 +26,8 @@ def damaged_shards(old: ShardSet) -> set[str]:
     """Names of the tars whose content, or whose index, is not what was packed."""
     return {
         tar
-        for split in SPLITS
-        for tar in old.names(split)
+        for tar in old.manifest.files
+        if tar.endswith(".tar")
         for path in (old.root / tar, (old.root / tar).with_suffix(".idx"))
         # Read in full, or copying would give a damaged shard a new checksum.
         if old.manifest.files[path.name].problem(path, always_hash=True)
