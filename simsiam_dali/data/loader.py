@@ -105,6 +105,7 @@ class Loader:
         self._settings = Settings(batch_size, threads, prefetch, seed, gpu)
         self.decoded = 0  # segments that the graph decoded for all batches so far, of any epoch
         self.step = 0  # batches of this epoch already yielded
+        self._batches_since_snapshot, self._snapshot_time = 0, 0.0
         self._build(None)
 
     def __len__(self) -> int:
@@ -199,9 +200,7 @@ class Loader:
 
     def _set_snapshot(self, state: str | None) -> None:
         # After an error DALI's graph cannot be used, nor tell its state: it is rebuilt from a snapshot.
-        self._snapshot = state
-        self._snapshot_time: float = time.monotonic()
-        self._batches_since_snapshot: int = 0
+        self._snapshot, self._batches_since_snapshot, self._snapshot_time = state, 0, time.monotonic()
 
     def begin(self, seed: int) -> None:
         """Start from the first batch, in the order and with the draws of another seed."""
