@@ -33,8 +33,7 @@ from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.embedding.features import CHECKPOINT, encoder_features
-from simsiam_dali.embedding.resumable import PartialResults
-from simsiam_dali.embedding.write import embed_batches, embedding_config
+from simsiam_dali.embedding.write import PartialResults, embed_batches, embedding_config
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
 from simsiam_dali.training.throughput import StepClock

@@ -30,7 +30,7 @@ from simsiam_dali.embedding.write import (
 )
 from simsiam_dali.packing import temporary
 from simsiam_dali.packing.temporary import TemporarySongs
-from simsiam_dali.training.data import view_seconds
+from simsiam_dali.training.data import log_mel_settings, view_seconds, with_statistics
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    trained = read_run(args.checkpoint)
+    trained = read_run(args.checkpoint, embedding=args.embedding)
     files, shards = None, None
     if args.music:
         files = temporary.find(args.music, trained.packing)
@@ -75,8 +75,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         shards = open_shards(args.shards or trained.config.data.shards)
         seconds, fingerprint, music = shards.segment_seconds, shards.fingerprint, shards.manifest.music
-    if args.embedding:
-        trained = trained.with_embedding(args.embedding)
     config = embedding_config(
         trained.config, seconds, args.view_seconds, args.batch_size, args.threads, train__precision=args.precision
     )
@@ -99,9 +97,10 @@ def run(args: argparse.Namespace) -> None:
     packed = args.out.with_name(f".{args.out.name}.packed")
     if missing:
         shards = shards or pack_temporarily(files, packed)
-        views = CleanViews.open(config, shards, trained.statistics, World(0, 1, device))
+        log_mel = with_statistics(log_mel_settings(config), **trained.statistics)
+        views = CleanViews(config, shards, log_mel, World(0, 1, device))
         for out, provenance in missing.items():
-            features = create_features(provenance["features"], trained, views.log_mel, device)
+            features = create_features(provenance["features"], trained, log_mel, device)
             print(write_table(features, views, provenance, out))
     shutil.rmtree(packed, ignore_errors=True)
 

@@ -6,14 +6,13 @@ In Python, simsiam_dali.load_encoder("exported").embed_file("song.mp3") gives a 
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from simsiam_dali.common.errors import one_line_errors
 from simsiam_dali.config.cli import add_checkpoint, create_parser
 from simsiam_dali.embedding.export import export
-from simsiam_dali.embedding.export_config import ExportConfig
 from simsiam_dali.embedding.run import read_run
+from simsiam_dali.embedding.song_encoder import SongEncoder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,17 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
-    run = read_run(args.checkpoint)
-    if args.embedding:
-        run = run.with_embedding(args.embedding)
-    config = ExportConfig.of_run(run)
-    config = dataclasses.replace(
-        config, segment_seconds=args.segment_seconds or config.segment_seconds, view_seconds=args.view_seconds
-    )
-    difference = export(run, config, args.out, args.replace)
-    encoder_type = config.config.encoder.encoder_type
+    run = read_run(args.checkpoint, embedding=args.embedding)
+    songs = SongEncoder(run, args.segment_seconds, args.view_seconds)
+    difference = export(songs, args.out, args.replace)
+    encoder_type = run.config.encoder.encoder_type
     print(f"{args.out}: {encoder_type} of {run.path}, onnxruntime within {difference:.1e} of torch")
-    print(f"songs are cut into segments of {config.segment_seconds:g} s")
+    print(f"songs are cut into segments of {songs.segment_seconds:g} s")
 
 
 if __name__ == "__main__":

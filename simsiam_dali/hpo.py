@@ -22,11 +22,11 @@ from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.search import loop, trial
-from simsiam_dali.search.loop import print_line
-from simsiam_dali.search.mlflow_run import StudyRun
+from simsiam_dali.search import trials
+from simsiam_dali.search.report import StudyRun
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
+from simsiam_dali.search.trials import print_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,19 +71,19 @@ def main() -> None:
     with Interrupt() as interrupt:
         study = Study(config, shards.fingerprint, space)
         with study.locked():
-            parent = StudyRun(config, study)
+            parent = StudyRun(study)
+        hpo, val = study.hpo, shards.songs["split"].eq("val").sum()
         print_line(
-            f"study {study.name} in {config.hpo.storage}: {len(study.trials())} of {study.total} trials so far, each of"
-            f" {study.epochs} epochs, judged by {study.metric} on {(shards.songs['split'] == 'val').sum()} validation"
-            " songs"
+            f"study {study.name} in {hpo.storage}: {len(study.trials())} of {hpo.trials} trials so far, each of"
+            f" {hpo.epochs} epochs, judged by {hpo.metric} on {val} validation songs"
         )
-        print_line(f"each trial's output is in {study.folder}/trial-NNNN/{trial.LOG}")
+        print_line(f"each trial's output is in {study.folder}/trial-NNNN/{trials.LOG}")
         status = "FAILED"
         try:
-            loop.search(study, parent, interrupt)
+            trials.search(study, parent, interrupt)
             status = "KILLED" if interrupt.signal else "FINISHED"
         finally:
-            best = loop.close(config, study, parent, status)
+            best = trials.close(study, parent, status)
         if interrupt.signal:
             command = shlex.join(["python", "-m", "simsiam_dali.hpo", *sys.argv[1:]])
             print_line(f"stopped: the same command continues with trial {len(study.trials())}: {command}")
@@ -91,7 +91,7 @@ def main() -> None:
         print_line("more       the same command with a larger --trials; several processes at once share the study")
         if running := study.trials(TrialState.RUNNING):
             print_line(f"trials {', '.join(str(t.number) for t in running)} are still running in other processes")
-        elif best and not args.no_final and (code := loop.train_best(config, study, best, interrupt)):
+        elif best and not args.no_final and (code := trials.train_best(study, best, interrupt)):
             sys.exit(code if code > 0 else 128 - code)
 
 

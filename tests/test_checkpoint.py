@@ -18,7 +18,9 @@ from helpers.checkpoints import state
 from helpers.full_disk import fill, small_disk
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
 from simsiam_dali.training import checkpoint
+from simsiam_dali.training.run import create_run_dir
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -153,7 +155,7 @@ def test_a_full_disk_keeps_the_last_good_one_and_says_so(tmp_path, numbers):
         with pytest.raises(UserError) as e:
             checkpoint.save(state(3, numbers), path)
         assert str(e.value) == (
-            f"cannot write the checkpoint {path} ([Errno 28] No space left on device); the checkpoint before it is kept"
+            f"cannot write the checkpoint {path} (No space left on device); the checkpoint before it is kept"
         )
         assert files(disk) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME, "filler"}
         assert checkpoint.load(path)["step"] == 2
@@ -181,7 +183,9 @@ WRITER = """
 import sys
 from pathlib import Path
 from helpers.checkpoints import state
+from simsiam_dali.config.load import load_config
 from simsiam_dali.training import checkpoint
+from simsiam_dali.training.run import create_run_dir
 step = int(sys.argv[2])
 while True:
     checkpoint.save(state(step, 10_000_000), Path(sys.argv[1]))
@@ -193,12 +197,12 @@ while True:
 def test_killed_while_writing(tmp_path):
     """SIGKILL four times, each while the file was growing; what was said to be saved is there, and the rest no harm."""
     path, step = tmp_path / checkpoint.FILE_NAME, 1
-    part = path.with_suffix(".part")
     left = 0
     for _ in range(4):
         args = [sys.executable, "-c", WRITER, str(path), str(step)]
         env = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         writer = subprocess.Popen(args, stdout=subprocess.PIPE, text=True, env=env)
+        part = path.with_name(f".{path.name}.{writer.pid}.part")
         assert writer.stdout is not None
         assert int(writer.stdout.readline()) == step  # a left-over of the last kill did not hurt
         while writer.poll() is None and not (part.exists() and part.stat().st_size > 0):
@@ -213,7 +217,8 @@ def test_killed_while_writing(tmp_path):
     assert left >= 2  # the others had just been renamed
     assert checkpoint.is_intact(path.with_name(checkpoint.PREVIOUS_NAME))
     checkpoint.save(state(step), path)
-    assert files(tmp_path) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME}
+    create_run_dir(tmp_path, load_config())  # as a resumed run does
+    assert files(tmp_path) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME, "config.yaml"}
 
 
 def test_a_run_goes_on_on_its_kind_of_device_only(tmp_path, small_runs):

@@ -107,6 +107,8 @@ def test_yaml_round_trip():
         ("encoder.simsiam.backbone=resnet51", "allowed: resnet18 | resnet34 | resnet50"),
         ("encoder.simple.use_artist=perhaps", "encoder.simple.use_artist = 'perhaps' is refused"),
         ("encoder.simple={use_artist: false, use_album: false, use_year: false}", "nothing makes a positive pair"),
+        ("encoder.simple.contrastive_temperature=0", "greater than 0"),
+        ("encoder.simsiam.projection_layers=4", "allowed: 2 | 3"),
         ("encoder.simsiam.augmentation.time_stretch_range=[1.2, 0.8]", "the low end 1.2 is above the high end 0.8"),
         ("encoder.simsiam.augmentation.time_stretch_range=[0.8]", "allowed: [a number, a number]"),
         ("encoder.simsiam.augmentation.noise_prob=1.5", "less than or equal to 1"),

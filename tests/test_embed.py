@@ -1,5 +1,6 @@
 """The embed command: every song once, the same by hand, killed and continued to the same bytes, refused in a line."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -16,10 +17,10 @@ from helpers.small_music import write_song
 from simsiam_dali import embed
 from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.embedding import write
-from simsiam_dali.embedding.resumable import PartialResults
 from simsiam_dali.embedding.run import TrainedRun, read_run
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, read_provenance
 from simsiam_dali.models.encoder import song_embeddings
@@ -52,7 +53,8 @@ def tables(tmp_path_factory, small_runs) -> dict[str, Path]:
 def by_hand(run_dir: Path, shards_dir: Path, song: int) -> torch.Tensor:
     """One song's embedding: its segments one by one through the encoder, whole, then the mean of the unit vectors."""
     one = read_run(str(run_dir))
-    one = one.with_settings(data__view_seconds=3.0, encoder__simsiam__augmentation__spec_augment=False)
+    settings = {"data__view_seconds": 3.0, "encoder__simsiam__augmentation__spec_augment": False}
+    one = dataclasses.replace(one, config=replace_settings(one.config, **settings))
     shards, kind = open_shards(shards_dir), encoder_type(one.config)
     log_mel = with_statistics(log_mel_settings(one.config), **one.statistics)
     encoder, here, units = one.encoder(), World(0, 1, torch.device("cpu")), []
@@ -139,9 +141,9 @@ def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(tables, smal
     (parts / f"{len(kept) - 1:06d}.pt").write_bytes(b"cut short")  # as after a power failure
     done = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*.pt"))[:-1]}
     seen: list[dict[Path, int]] = []
-    remove = PartialResults.remove
+    remove = write.PartialResults.remove
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PartialResults, "remove", lambda self: (seen.append(stamps(parts)), remove(self)))
+        patch.setattr(write.PartialResults, "remove", lambda self: (seen.append(stamps(parts)), remove(self)))
         run(small_runs["simsiam"], out, "--batch-size", 4)
     assert done.items() <= seen[0].items()  # nothing was done twice
     assert not parts.exists()
@@ -294,9 +296,10 @@ def test_simple_has_no_projection(small_runs, tmp_path):
 def test_a_batch_holds_no_more_audio_than_four_of_the_training():
     config = Config()
     assert config.encoder.batch_size == 128
-    assert write.batch_size(config, 60.0, 60.0) == 128
-    assert write.batch_size(config, 60.0, 5.0) == 42
-    assert write.batch_size(config, 6000.0, 5.0) == 2  # the least that a config may say
+    assert write.embedding_config(config, 60.0).encoder.batch_size == 128
+    short = replace_settings(config, data__view_seconds=5.0)
+    assert write.embedding_config(short, 60.0).encoder.batch_size == 42
+    assert write.embedding_config(short, 6000.0).encoder.batch_size == 2  # the least that a config may say
 
 
 def test_the_benchmark_times_loader_model_and_both(small_shards, tmp_path):

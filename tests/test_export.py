@@ -1,5 +1,6 @@
 """An exported encoder: the same embedding as through the shards, in torch without DALI, and in onnxruntime."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,10 +20,11 @@ import simsiam_dali
 from simsiam_dali import embed
 from simsiam_dali import export as command
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import replace_settings
 from simsiam_dali.data.graph import LogMel
 from simsiam_dali.embedding import export, song_encoder
-from simsiam_dali.embedding.export_config import CONFIG, ExportConfig
 from simsiam_dali.embedding.run import read_run
+from simsiam_dali.embedding.song_encoder import CONFIG, SongEncoder
 from simsiam_dali.embedding.table import read_embeddings
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
 from simsiam_dali.packing.song_audio import NotDecodable
@@ -42,8 +44,7 @@ SOURCES = {
 def exported(tmp_path_factory, small_runs) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exported")
     for kind in KINDS:
-        run = read_run(str(small_runs[kind]))
-        export.export(run, ExportConfig.of_run(run), folder / kind, replace=False)
+        export.export(SongEncoder(read_run(str(small_runs[kind]))), folder / kind, replace=False)
     return {kind: folder / kind for kind in KINDS}
 
 
@@ -115,7 +116,7 @@ def test_importing_the_package_stays_light():
 
 
 def test_the_front_end_in_torch_is_the_reference(small_runs):
-    of = ExportConfig.of_run(read_run(str(small_runs["simsiam"])))
+    of = read_run(str(small_runs["simsiam"]))
     wave = noise(3.0)
     expected = reference_log_mel(wave, LogMel(n_mels=16))
     own = song_encoder.LogMel(of)(torch.from_numpy(wave)[None])[0].numpy()
@@ -177,28 +178,29 @@ def test_the_middle_of_each_segment(songs, small_runs, tmp_path):
 
 
 def test_songs_are_cut_as_those_of_the_training_also_without_their_shards(small_runs):
-    run = read_run(str(small_runs["simsiam"])).with_settings(data__shards="gone")
-    assert ExportConfig.of_run(run).segment_seconds == 3
+    run = read_run(str(small_runs["simsiam"]))
+    run = dataclasses.replace(run, config=replace_settings(run.config, data__shards="gone"))
+    assert SongEncoder(run).segment_seconds == 3
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "projection"])
 def test_onnxruntime_agrees_with_torch_for_any_batch_and_length(exported, small_runs, tmp_path, kind):
     folder = exported.get(kind, tmp_path / kind)
-    run = read_run(str(small_runs["simple" if kind == "simple" else "simsiam"]))
-    if kind == "projection":
-        run = run.with_embedding("projection")
-        export.export(run, ExportConfig.of_run(run), folder, replace=False)
+    embedding = "projection" if kind == "projection" else None
+    run = read_run(str(small_runs["simple" if kind == "simple" else "simsiam"]), embedding=embedding)
+    if embedding:
+        export.export(SongEncoder(run), folder, replace=False)
     onnx.checker.check_model(folder / export.ONNX, full_check=True)
     session = onnxruntime.InferenceSession(folder / export.ONNX, providers=["CPUExecutionProvider"])
     (name,) = (i.name for i in session.get_inputs())
     assert name == json.loads((folder / CONFIG).read_text())["input"]
-    encoder = run.encoder()
+    songs = SongEncoder(run)
     for batch, seconds in ((1, 1.0), (5, 3.0), (2, 9.7)):
-        x = export.example_input(ExportConfig.of_run(run), batch, round(16000 * seconds))
+        x = export.example_input(songs, batch, round(16000 * seconds))
         (theirs,) = session.run(None, {name: x.numpy()})
         with torch.no_grad():
-            ours = encoder.embed(x).numpy()
-        assert theirs.shape == (batch, encoder.embedding_dim)
+            ours = songs.encoder.embed(x).numpy()
+        assert theirs.shape == (batch, songs.embedding_dim)
         assert np.abs(theirs - ours).max() <= 1e-4 * np.abs(ours).max()
 
 
@@ -215,29 +217,28 @@ def test_safetensors_hold_every_weight_and_the_config_no_path(exported, small_ru
     assert content["segment_seconds"] == 3
     assert content["checkpoint_sha256"] == run.sha256
     assert "/" not in text
-    assert ExportConfig.read(exported[kind]).to_json().items() <= content.items()
+    assert export.describe(simsiam_dali.load_encoder(exported[kind])) == content
 
 
 def test_nothing_else_is_written_over(exported, small_runs, tmp_path):
-    run = read_run(str(small_runs["simple"]))
-    of = ExportConfig.of_run(run)
+    songs = SongEncoder(read_run(str(small_runs["simple"])))
     with pytest.raises(UserError, match="--replace"):
-        export.export(run, of, exported["simple"], replace=False)
+        export.export(songs, exported["simple"], replace=False)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not an exported encoder"):
-        export.export(run, of, tmp_path, replace=True)
+        export.export(songs, tmp_path, replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    export.export(run, of, tmp_path / "e", replace=False)
+    export.export(songs, tmp_path / "e", replace=False)
     (tmp_path / "e" / song_encoder.WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(UserError, match="export again"):
         simsiam_dali.load_encoder(tmp_path / "e")
-    export.export(run, of, tmp_path / "e", replace=True)
+    export.export(songs, tmp_path / "e", replace=True)
     assert simsiam_dali.load_encoder(tmp_path / "e").embedding_dim == 24
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "notes.txt"]
 
 
 def test_an_onnx_file_that_computes_something_else_is_not_written(small_runs, tmp_path, monkeypatch):
-    run = read_run(str(small_runs["simple"]))
+    songs = SongEncoder(read_run(str(small_runs["simple"])))
 
     class Wrong(onnxruntime.InferenceSession):
         def run(self, *arguments):
@@ -245,7 +246,7 @@ def test_an_onnx_file_that_computes_something_else_is_not_written(small_runs, tm
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
     with pytest.raises(UserError, match="onnxruntime's values"):
-        export.export(run, ExportConfig.of_run(run), tmp_path / "e", replace=False)
+        export.export(songs, tmp_path / "e", replace=False)
     assert not list(tmp_path.iterdir())
 
 

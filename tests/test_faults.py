@@ -93,10 +93,10 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path, small_shards):
     over = {"encoder__epochs": 2, "mlflow__enabled": "false", "train__checkpoint_every": 1}
     args = command(tmp_path, small_shards, "--run-name", "killed", **over)
     run_dir = tmp_path / "runs/killed"
-    part = run_dir / "checkpoint.part"
     for step in (2, 4, 7):  # of 6 an epoch
         for _ in range(5):  # until it is caught in the act
             process = start(args, tmp_path)
+            part = run_dir / f".{checkpoint.FILE_NAME}.{process.pid}.part"
             wait_for_step(process, tmp_path / "runs", step)
             while process.poll() is None and not (part.exists() and part.stat().st_size > 0):
                 time.sleep(0.001)
@@ -241,7 +241,7 @@ def test_a_server_that_accepts_and_never_answers_costs_seconds(tmp_path, small_s
     uri = f"http://127.0.0.1:{port}"
     config = load_config(assignments=["encoder.encoder_type=simple", f"mlflow.tracking_uri={uri}"])
     with mlflow_server(tmp_path, port):
-        tracker = tracking.create_tracker(config, open_shards(small_shards), "held", None, True, {})
+        tracker = tracking.Tracker(config, open_shards(small_shards), "held", None, True)
         tracker.log_epoch({"step": 1, "epoch": 1, "encoder/train_loss": 1.0})
     with socket.create_server(("127.0.0.1", port)):
         began = time.monotonic()

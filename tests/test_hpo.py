@@ -1,12 +1,11 @@
 """The search for settings: what is refused, sampled and pruned, and that a study survives kills and is shared."""
 
 import csv
-import math
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +20,10 @@ from simsiam_dali import hpo
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
-from simsiam_dali.search import loop, report, trial
-from simsiam_dali.search.mlflow_run import StudyRun
+from simsiam_dali.search import report, trials
+from simsiam_dali.search.report import StudyRun
 from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
-from simsiam_dali.search.trial import Job, TrialResult
 
 ONE = {"encoder.simsiam.learning_rate": {"low": 0.01, "high": 1.0, "log": True}}
 RUNNING = SimpleNamespace(signal=0)
@@ -49,30 +47,25 @@ def make_study(config: Config, fingerprint: str = "0123456789abcdef") -> Study:
     return Study(config, fingerprint, Space(config))
 
 
-Scores = Callable[[Job], list[float]]
+def fake_training(
+    monkeypatch: pytest.MonkeyPatch, scores: Callable[[Config], list[float | None]], metric: str = "knn/artist"
+) -> list[Config]:
+    """Replace training: its epochs have the scores that `scores` returns; returns the settings as they come."""
+    trained: list[Config] = []
 
+    def epochs(config: Config, *_: object) -> Iterator[dict[str, Any]]:
+        trained.append(config)
+        for epoch, score in enumerate([0.9, *scores(config)]):  # the untrained encoder's comes first
+            yield {"epoch": epoch, metric: score}
 
-def fake_training(monkeypatch: pytest.MonkeyPatch, scores: Scores, metric: str = "knn/artist") -> list[Job]:
-    """Replace training: a trial reports the scores that `scores` returns; returns the list of jobs, which fills up."""
-    jobs: list[Job] = []
-
-    def run(
-        job: Job, on_epoch: Callable[[dict], TrialResult | None], stop_requested: Callable[[], bool]
-    ) -> TrialResult:
-        jobs.append(job)
-        for epoch, score in enumerate([0.9, *scores(job)]):  # the untrained encoder's comes first
-            if result := on_epoch({"epoch": epoch, metric: score}):
-                return result
-        return TrialResult("interrupted", "interrupted") if stop_requested() else TrialResult("complete")
-
-    monkeypatch.setattr(trial, "run", run)
-    return jobs
+    monkeypatch.setattr(trials, "epochs", epochs)
+    return trained
 
 
 def search(config: Config) -> Study:
     """Run the remaining trials of the study, in this process."""
     study = make_study(config)
-    loop.search(study, StudyRun(config, study), RUNNING)
+    trials.search(study, StudyRun(study), RUNNING)
     return study
 
 
@@ -83,20 +76,20 @@ def search(config: Config) -> Study:
     ("space", "expected"),
     [
         ({"encoder.simsiam.learning_rat": {"low": 1, "high": 2}}, "did you mean encoder.simsiam.learning_rate?"),
-        ({"encoder.simsiam": {"low": 1, "high": 2}}, "there is no setting encoder.simsiam"),
+        ({"encoder.simsiam": {"low": 1, "high": 2}}, "encoder.simsiam: Input should be"),
         ({"encoder.simsiam.augmentation.noise_prob": {"low": 0.5, "high": 1.5}}, "less than or equal to 1"),
         ({"encoder.simsiam.n_mels": {"low": 4, "high": 64}}, "greater than or equal to 8"),
         ({"encoder.simsiam.backbone": {"choices": ["resnet18", "resnet51"]}}, "resnet18 | resnet34 | resnet50"),
-        ({"encoder.simsiam.augmentation.pitch_shift_range": {"low": 1, "high": 2}}, "pitch_shift_range would be 1.0"),
+        ({"encoder.simsiam.augmentation.pitch_shift_range": {"low": 1, "high": 2}}, "pitch_shift_range = 1.0"),
         ({"encoder.simsiam.augmentation.pitch_shift_range": {"around": 0, "low": 1, "high": 13}}, "at most 12"),
-        ({"encoder.simsiam.learning_rate": {"low": 0.1}}, "high is None"),
-        ({"encoder.simsiam.learning_rate": {"low": 0.1, "high": "x"}}, "high is 'x'"),
-        ({"encoder.simsiam.learning_rate": {"low": 0.2, "high": 0.1}}, "low 0.2 is not below high 0.1"),
-        ({"encoder.simsiam.weight_decay": {"low": 0, "high": 1, "log": True}}, "must be above 0"),
-        ({"encoder.simsiam.weight_decay": {"low": 0.1, "high": 1, "log": "yes"}}, "log must be true or false"),
-        ({"encoder.simsiam.weight_decay": {"low": 0.1, "hihg": 1}}, "unknown hihg; allowed are low, high"),
-        ({"encoder.simsiam.weight_decay": {"choices": []}}, "choices must be a list"),
-        ({"encoder.simsiam.weight_decay": {"choices": [1], "low": 0}}, "the only key"),
+        ({"encoder.simsiam.learning_rate": {"low": 0.1}}, "high: Field required"),
+        ({"encoder.simsiam.learning_rate": {"low": 0.1, "high": "x"}}, "high: Input should be a valid number"),
+        ({"encoder.simsiam.learning_rate": {"low": 0.2, "high": 0.1}}, "must hold, but got (low=0.2, high=0.1)"),
+        ({"encoder.simsiam.weight_decay": {"low": 0, "high": 1, "log": True}}, "`low > 0` must hold for `log=True`"),
+        ({"encoder.simsiam.weight_decay": {"low": 0.1, "high": 1, "log": "maybe"}}, "log: Input should be a"),
+        ({"encoder.simsiam.weight_decay": {"low": 0.1, "hihg": 1}}, "hihg: Extra inputs are not permitted"),
+        ({"encoder.simsiam.weight_decay": {"choices": []}}, "choices: List should have at least 1 item"),
+        ({"encoder.simsiam.weight_decay": {"choices": [1], "low": 0}}, "low: Extra inputs are not permitted"),
         ({"encoder.simple.base_channels": {"low": 8, "high": 64}}, "has no effect"),
         ({"encoder.epochs": {"low": 8, "high": 64}}, "trials are of one length, hpo.epochs"),
         ({"train.seed": {"low": 0, "high": 64}}, "only settings of data. and encoder."),
@@ -166,7 +159,7 @@ def test_sampled_values_become_settings_of_the_right_type(tmp_path):
 
 
 def test_a_search_is_reproducible_when_stopped_and_continued_and_never_samples_twice(tmp_path, monkeypatch):
-    fake_training(monkeypatch, lambda job: [job.config.encoder.simsiam.learning_rate] * 4)
+    fake_training(monkeypatch, lambda config: [config.encoder.simsiam.learning_rate] * 4)
     sampled = []
     for name, totals in (("whole", [14]), ("pieces", [1, 5, 12, 14])):
         for total in totals:
@@ -180,9 +173,9 @@ def test_a_search_is_reproducible_when_stopped_and_continued_and_never_samples_t
 
 def test_settings_that_were_tried_are_not_trained_again(tmp_path, monkeypatch):
     space = {"encoder.simsiam.projection_layers": {"choices": [2, 3]}}
-    jobs = fake_training(monkeypatch, lambda job: [0.1 * job.config.encoder.simsiam.projection_layers] * 4)
+    trained = fake_training(monkeypatch, lambda config: [0.1 * config.encoder.simsiam.projection_layers] * 4)
     study = search(make_config(tmp_path, space, hpo__trials=8))
-    assert sorted(job.config.encoder.simsiam.projection_layers for job in jobs) == [2, 3]
+    assert sorted(config.encoder.simsiam.projection_layers for config in trained) == [2, 3]
     assert len(study.trials()) == 8
     assert all("the same settings as trial" in t.user_attrs["reason"] for t in study.trials(TrialState.FAIL))
 
@@ -229,7 +222,7 @@ def test_a_trial_below_the_median_is_pruned_after_the_warm_up(tmp_path, monkeypa
 def test_the_search_survives_failed_trials_while_some_succeed(tmp_path, monkeypatch):
     fates = iter([None, None, 0.3, None, None, None, 0.4])
 
-    def scores(_: Job) -> list[float]:
+    def scores(_: Config) -> list[float]:
         if (score := next(fates)) is None:
             raise UserError("the loss is not finite")
         return [score] * 4
@@ -245,12 +238,12 @@ def test_the_search_survives_failed_trials_while_some_succeed(tmp_path, monkeypa
 
 
 def test_failures_alone_end_the_search_with_their_reason(tmp_path, monkeypatch):
-    jobs = fake_training(monkeypatch, lambda _: [math.nan] * 4)
+    trained = fake_training(monkeypatch, lambda _: [None] * 4)
     with pytest.raises(
         UserError, match=r"3 trials failed and none succeeded.* knn/artist has no value on these shards"
     ):
         search(make_config(tmp_path, hpo__trials=7))
-    assert len(jobs) == 3
+    assert len(trained) == 3
 
 
 @pytest.mark.parametrize(
@@ -258,15 +251,14 @@ def test_failures_alone_end_the_search_with_their_reason(tmp_path, monkeypatch):
     [
         ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL (the system does that when memory runs out)"),
         ("import sys; sys.exit(3)", "exited with status 3"),
+        ("import sys; sys.exit('error: the disk is full')", "the disk is full"),
     ],
 )
 def test_a_training_process_that_dies_is_a_failed_trial(tmp_path, monkeypatch, code, expected):
-    monkeypatch.setattr(trial, "CHILD", code)
-    with (tmp_path / "lock").open("w") as lock:
-        job = Job(make_config(tmp_path), tmp_path / "t", {}, lock.fileno())
-        result = trial.run(job, lambda _: None, lambda: False)
-    assert result.state == "failed"
-    assert expected in result.reason
+    monkeypatch.setattr(trials, "COMMAND", [sys.executable, "-c", code])
+    with (tmp_path / "lock").open("w") as lock, pytest.raises(UserError) as e:
+        list(trials.epochs(make_config(tmp_path), tmp_path, lock, {}, RUNNING))
+    assert expected in str(e.value)
 
 
 # --- the study in its database
@@ -300,7 +292,7 @@ def test_a_trial_that_ends_while_killed_ones_are_looked_for_is_not_killed(tmp_pa
     def ends_after_it_was_asked_for(*states):
         found = asked(*states)
         if states == (TrialState.RUNNING,):
-            ours.record_result(claim.trial, TrialResult("complete", ""), [0.5])
+            ours.optuna.tell(claim.trial, 0.5)
             claim.lock.close()
         return found
 
@@ -357,17 +349,16 @@ def hpo_command(folder: Path, shards: Path, *options: str, **over: object) -> li
 
 
 SPAWNED = """
-import sys, time
+import time
 from simsiam_dali import hpo
-from simsiam_dali.search import trial
+from simsiam_dali.search import trials
 
-def run(job, on_epoch, stop_requested):
+def epochs(config, *_):
     time.sleep(0.02)
-    score = job.config.encoder.simsiam.learning_rate
-    result = on_epoch({"epoch": 0, "knn/artist": score}) or on_epoch({"epoch": 1, "knn/artist": score})
-    return result or trial.TrialResult("complete")
+    for epoch in range(2):
+        yield {"epoch": epoch, "knn/artist": config.encoder.simsiam.learning_rate}
 
-trial.run = run
+trials.epochs = epochs
 hpo.main()
 """
 
@@ -458,21 +449,19 @@ def test_one_mlflow_run_is_the_parent_of_all_trials_of_all_processes(tmp_path, m
     uri = f"sqlite:///{tmp_path}/mlflow.db" if store == "file" else request.getfixturevalue("mlflow_uri")
     client = mlflow.MlflowClient(uri)
     values = iter([0.5, 0.75, 0.625])
-    jobs = fake_training(monkeypatch, lambda _: [next(values)] * 4)
+    fake_training(monkeypatch, lambda _: [next(values)] * 4)
     tracked = {"mlflow__enabled": True, "mlflow__tracking_uri": uri, "hpo__study_name": "mine"}
     tracked["mlflow__experiment_name"] = "search"  # other tests look at all runs of the default one
     ids = set()
     for total in (1, 3):  # the second process continues
         config = make_config(tmp_path, hpo__trials=total, **tracked)
         study = make_study(config)
-        parent = StudyRun(config, study)
+        parent = StudyRun(study)
         ids.add(parent.run_id)
-        loop.search(study, parent, RUNNING)
-        loop.close(config, study, parent, "FINISHED")
+        trials.search(study, parent, RUNNING)
+        trials.close(study, parent, "FINISHED")
     (run_id,) = ids
     assert run_id
-    assert {job.tags["mlflow.parentRunId"] for job in jobs} == ids
-    assert [job.tags["hpo.trial"] for job in jobs] == ["0", "1", "2"]
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "hpo/best")] == [
         (0, 0.5),
         (1, 0.75),
@@ -491,32 +480,33 @@ def test_one_mlflow_run_is_the_parent_of_all_trials_of_all_processes(tmp_path, m
     assert claim
     left = client.create_run(found.info.experiment_id, tags=parent.trial_tags(3)).info.run_id
     claim.lock.close()  # as when its process is killed
-    loop.search(study, StudyRun(config, study), RUNNING)
+    trials.search(study, StudyRun(study), RUNNING)
     assert client.get_run(left).info.status == "KILLED"
 
 
 def test_a_pruned_trial_is_a_killed_run_in_mlflow(tmp_path, small_shards):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = make_config(
-        tmp_path, data__shards=small_shards, mlflow__enabled=True, mlflow__tracking_uri=uri, train__seed=3
+        tmp_path,
+        data__shards=small_shards,
+        mlflow__enabled=True,
+        mlflow__tracking_uri=uri,
+        train__seed=3,
+        encoder__epochs=1000,
+        train__run_name="trial-0005",
     )
-    records: list[dict[str, Any]] = []
-
-    def on_epoch(record: dict[str, Any]) -> TrialResult | None:
-        records.append(record)
-        return TrialResult("pruned", "after epoch 0")
-
+    (tmp_path / "runs/trial-0005").mkdir(parents=True)
     with (tmp_path / "lock").open("w") as lock:
-        job = Job(config, tmp_path / "trial", {"hpo.trial": "5"}, lock.fileno())
-        assert trial.run(job, on_epoch, lambda: False) == TrialResult("pruned", "after epoch 0")
-    assert [r["epoch"] for r in records] == [0]
+        tags = {"hpo.trial": "5"}
+        records = trials.epochs(config, tmp_path / "runs/trial-0005", lock, tags, RUNNING)
+        assert next(records)["epoch"] == 0
+        records.close()  # as by the pruner
     client = mlflow.MlflowClient(uri)
     (found,) = client.search_runs([client.get_experiment_by_name("music_recommendation").experiment_id])
     assert found.info.status == "KILLED"
-    assert found.data.tags["end_reason"] == "pruned: after epoch 0"
     assert found.data.tags["hpo.trial"] == "5"
-    assert "epoch 0/3" in (tmp_path / "trial/log.txt").read_text()
-    assert not (tmp_path / "trial/checkpoint.pt").exists()
+    assert "epoch 0/1000" in (tmp_path / "runs/trial-0005/log.txt").read_text()
+    assert not (tmp_path / "runs/trial-0005/checkpoint.pt").exists()
 
 
 def test_torchrun_is_refused(monkeypatch):

@@ -173,10 +173,10 @@ def embedded(run_dir: Path, shards: outcome.ShardSet) -> tuple[np.ndarray, dict[
     """What `closing_score` embeds, for a run on the small shards."""
     of_run = read_run(str(run_dir))
     config = outcome.embedding_config(of_run.config, shards.segment_seconds)
-    views = outcome.CleanViews.open(config, shards, of_run.statistics, HERE)
+    log_mel = outcome.with_statistics(outcome.log_mel_settings(config), **of_run.statistics)
     names = (features.CHECKPOINT, *nearest_song.BASELINES)
-    made = [features.create_features(name, of_run, views.log_mel, HERE.device) for name in names]
-    return outcome.embed_songs(made, views)
+    made = [features.create_features(name, of_run, log_mel, HERE.device) for name in names]
+    return outcome.embed_songs(made, outcome.CleanViews(config, shards, log_mel, HERE))
 
 
 def test_an_interrupted_closing_score_leaves_a_complete_run(small_runs, tmp_path):

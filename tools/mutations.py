@@ -134,7 +134,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a larger error is better", "evaluation/metrics.py",
-        '"mse": Metric(mse, -1)', '"mse": Metric(mse, 1)', "tests/test_probes.py",
+        "np.mean((truth - predicted) ** 2), -1)", "np.mean((truth - predicted) ** 2), 1)", "tests/test_probes.py",
     ),
     Mutation(
         "the given songs recommend themselves", "recommendation/choose.py",

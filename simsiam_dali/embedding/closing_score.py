@@ -1,6 +1,5 @@
 """The score that a training prints at its end: `nearest_song`'s sentence about its encoder, over its own songs."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.write import CleanViews, check_finite, embedding_config
 from simsiam_dali.evaluation.nearest_song import BASELINES, labels_of, sentence
 from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.training.data import log_mel_settings, with_statistics
 
 MAX_SEGMENTS = 20_000
 """Segments that are embedded, so that the score of a large library takes a few minutes at most.
@@ -32,10 +32,10 @@ def closing_score(run_dir: Path, world: World) -> str:
     if labels_of(shards.songs) is None:
         return ""
     config = embedding_config(run.config, shards.segment_seconds)
-    views = CleanViews.open(config, shards, run.statistics, world)
-    features = [create_features(name, run, views.log_mel, world.device) for name in (CHECKPOINT, *BASELINES)]
+    log_mel = with_statistics(log_mel_settings(config), **run.statistics)
+    features = [create_features(name, run, log_mel, world.device) for name in (CHECKPOINT, *BASELINES)]
     with sample_songs(shards, MAX_SEGMENTS, run.config.train.seed) as part:
-        songs, vectors = embed_songs(features, dataclasses.replace(views, shards=part))
+        songs, vectors = embed_songs(features, CleanViews(config, part, log_mel, world))
     drawn_from = len(shards.songs) if part is not shards else 0
     return sentence(shards.songs.iloc[songs], vectors, encoder_type(config).learns_from_tags, drawn_from)
 

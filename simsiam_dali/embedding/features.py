@@ -5,12 +5,13 @@ same encoder, seed and pretrained weights. `log-mel` is the mean and the standar
 in dB; `mfcc` the same of 20 mel-frequency cepstral coefficients (orthonormal DCT-II of the log-mel in dB, no deltas).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from scipy.fft import dct
 from torch import Tensor
 
 from simsiam_dali.config.schema import Config
@@ -30,29 +31,29 @@ N_MFCC = 20
 class Features:
     """`compute` maps a batch of the graph's `mode`, on the device, to `(B, D)` float32 on the device.
 
-    name: "checkpoint" or a baseline. dtype: of the computation. unit: whether each segment's vector is scaled to length
-    1 before the mean over its song.
+    name: "checkpoint" or a baseline. dtype: of the computation. song_means: from segments' vectors `(N, D)` and songs
+    `(N,)` to the songs `(S,)`, ascending, and their vectors `(S, D)`.
     """
 
     name: str
     mode: Literal["clean", "raw"]
     compute: Callable[[Tensor], Tensor]
     dtype: torch.dtype = torch.float32
-    unit: bool = False
-
-    def song_means(self, vectors: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
-        """Segments' vectors `(N, D)` and songs `(N,)` to the songs `(S,)`, ascending, and their vectors `(S, D)`."""
-        return (song_embeddings if self.unit else song_means)(vectors, songs)
+    song_means: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = song_means
 
 
 def create_features(name: str, run: TrainedRun, log_mel: LogMel, device: torch.device) -> Features:
     """The features called `name`. Raises UserError when an untrained encoder's pretrained weights are gone."""
     config = run.config
-    if name == "log-mel":
-        return Features(name, "clean", lambda view: mean_and_std(decibels(view, log_mel)))
-    if name == "mfcc":
-        basis = dct_basis(log_mel.n_mels).to(device)
-        return Features(name, "clean", lambda view: mean_and_std(basis @ decibels(view, log_mel)))
+    if name in ("log-mel", "mfcc"):
+        basis = torch.from_numpy(dct(np.eye(log_mel.n_mels), norm="ortho", axis=0)[:N_MFCC]).float().to(device)
+
+        def mean_and_std(view: Tensor) -> Tensor:
+            decibels = view * log_mel.std + log_mel.mean
+            x = basis @ decibels if name == "mfcc" else decibels
+            return torch.cat([x.mean(dim=2), x.std(dim=2, correction=0)], dim=1)
+
+        return Features(name, "clean", mean_and_std)
     if name == CHECKPOINT:
         encoder = run.encoder()
     else:
@@ -74,32 +75,4 @@ def encoder_features(name: str, encoder: Encoder, config: Config, device: torch.
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return encoder.embed(data).float()
 
-    return Features(name, encoder_type(config).embeds, compute, dtype, unit=True)
-
-
-def output_name(name: str, config: Config) -> str:
-    """Which output of the encoder the vectors are, or the baseline's name."""
-    if name not in (CHECKPOINT, "untrained"):
-        return name
-    return config.encoder.simsiam.embedding if config.encoder.encoder_type == "simsiam" else "embedding"
-
-
-def decibels(view: Tensor, log_mel: LogMel) -> Tensor:
-    """The log-mel in dB of a normalised one."""
-    return view * log_mel.std + log_mel.mean
-
-
-def mean_and_std(x: Tensor) -> Tensor:
-    """`(B, F, T)` to `(B, 2 F)`: means over time, then standard deviations."""
-    return torch.cat([x.mean(dim=2), x.std(dim=2, correction=0)], dim=1)
-
-
-def dct_basis(n_mels: int) -> Tensor:
-    """Orthonormal DCT-II `(N_MFCC or n_mels, n_mels)`, float32, from mel bins to cepstral coefficients.
-
-    As `torchaudio.functional.create_dct`, which computes in float32, but rounded once: tables keep their bits.
-    """
-    k, n = torch.arange(min(N_MFCC, n_mels), dtype=torch.float64)[:, None], torch.arange(n_mels, dtype=torch.float64)
-    basis = torch.cos(math.pi / n_mels * (n + 0.5) * k) * math.sqrt(2 / n_mels)
-    basis[0] /= math.sqrt(2)
-    return basis.float()
+    return Features(name, encoder_type(config).embeds, compute, dtype, song_embeddings)

@@ -1,12 +1,11 @@
 """What a training left behind, for the commands that use it. Nothing here needs DALI."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.errors import UserError, one_line
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import Config, TrainConfig
 from simsiam_dali.data.format import sha256_of
@@ -31,35 +30,31 @@ class TrainedRun:
     weights: dict[str, Tensor]
     mlflow_run: str | None
 
-    def with_settings(self, **values: object) -> "TrainedRun":
-        """A copy with other settings, by dotted key with __ for the dot; None leaves a setting unchanged."""
-        return dataclasses.replace(self, config=replace_settings(self.config, **values))
-
-    def with_embedding(self, embedding: str) -> "TrainedRun":
-        """A copy with that output of a simsiam encoder. Raises UserError for an encoder of another type."""
-        kind = self.config.encoder.encoder_type
-        if kind != "simsiam":
-            raise UserError(f"--embedding is for simsiam: an encoder of type {kind} has one output")
-        return self.with_settings(encoder__simsiam__embedding=embedding)
-
     def encoder(self) -> Encoder:
-        """The trained encoder, on the CPU, in evaluation mode."""
+        """The trained encoder, on the CPU, in evaluation mode. Raises UserError for weights of another encoder."""
         encoder = encoder_type(self.config).create(pretrained=False)
-        encoder.load_state_dict(self.weights)
+        try:
+            encoder.load_state_dict(self.weights)
+        except RuntimeError as e:
+            raise UserError(f"{self.path} holds the weights of another encoder ({one_line(e)})") from e
         return encoder.eval()
 
 
-def read_run(run: str, option: str = "--checkpoint") -> TrainedRun:
+def read_run(run: str, option: str = "--checkpoint", embedding: str | None = None) -> TrainedRun:
     """Read a checkpoint by its file, its run's folder or name, or "" for the newest run.
 
-    option: what error messages call `run`. Raises UserError for what is missing or damaged.
+    option: what error messages call `run`. embedding: which output of a simsiam encoder; None = the training's. Raises
+    UserError for what is missing or damaged, and for an output of an encoder of another type.
     """
     path = checkpoint.find(run, TrainConfig().runs_dir, option)
     saved = checkpoint.load(path, option)
+    config = load_config(base=saved["config"])
+    if embedding and config.encoder.encoder_type != "simsiam":
+        raise UserError(f"--embedding is for simsiam: an encoder of type {config.encoder.encoder_type} has one output")
     return TrainedRun(
         path=path,
         sha256=sha256_of(path),
-        config=load_config(base=saved["config"]),
+        config=replace_settings(config, encoder__simsiam__embedding=embedding),
         statistics=saved["log_mel"],
         packing=PackSettings(**saved["packing"]),
         weights=saved["learner"]["encoder"],

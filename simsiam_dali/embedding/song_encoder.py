@@ -4,8 +4,8 @@ A song is decoded and cut as packing does it, each segment passes the same front
 equals the data graph's), and the song's embedding is the mean of its segments' embeddings, each scaled to length 1.
 """
 
-import dataclasses
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ import torchaudio
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simsiam_dali.common.errors import UserError
-from simsiam_dali.embedding.export_config import CONFIG, FLOOR_DB, ExportConfig
-from simsiam_dali.embedding.run import read_run
-from simsiam_dali.models.encoder import Encoder, song_embeddings
+from simsiam_dali.common.errors import UserError, one_line
+from simsiam_dali.config.load import load_config
+from simsiam_dali.embedding.run import TrainedRun, read_run
+from simsiam_dali.models.encoder import song_embeddings
+from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.packing.decode import decode
+from simsiam_dali.packing.pack_song import PackSettings
 from simsiam_dali.packing.segments import SILENCE, Pcm, cut_segments, to_int16
-from simsiam_dali.packing.song_audio import BLOCK, BadSong, Resampler
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, resample
 
-WEIGHTS = "encoder.safetensors"
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS = "config.json", "encoder.safetensors"
 
 SEGMENTS_AT_ONCE = 8
 
@@ -33,37 +36,50 @@ SEGMENTS_AT_ONCE = 8
 class LogMel(nn.Module):
     """Waveforms `(B, N)`, full scale = 1, to normalised log-mels `(B, n_mels, 1 + N // hop)`."""
 
-    def __init__(self, config: ExportConfig) -> None:
+    def __init__(self, run: TrainedRun) -> None:
         super().__init__()
-        simsiam = config.config.encoder.simsiam
+        simsiam, rate = run.config.encoder.simsiam, run.config.data.sample_rate
         self.mel = torchaudio.transforms.MelSpectrogram(
-            config.rate, n_fft=simsiam.n_fft, hop_length=simsiam.hop_length, n_mels=simsiam.n_mels
+            rate, n_fft=simsiam.n_fft, hop_length=simsiam.hop_length, n_mels=simsiam.n_mels
         )
-        self.mean, self.std = config.statistics["mean"], config.statistics["std"]
+        self.decibels = torchaudio.transforms.AmplitudeToDB("power")
+        self.mean, self.std = run.statistics["mean"], run.statistics["std"]
 
     def forward(self, wave: Tensor) -> Tensor:
         """See the class."""
-        decibels = 10 * self.mel(wave).clamp_min(10 ** (FLOOR_DB / 10)).log10()
-        return (decibels - self.mean) / self.std
-
-
-def front_end(config: ExportConfig) -> nn.Module:
-    """From waveforms `(B, N)` to the encoder's input."""
-    return LogMel(config) if config.input_name == "log_mel" else nn.Identity()
+        return (self.decibels(self.mel(wave)) - self.mean) / self.std
 
 
 class SongEncoder:
-    """Embeds songs, on `device`, in fp32."""
+    """Embeds songs, on `device`, in fp32.
 
-    def __init__(self, config: ExportConfig, encoder: Encoder, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.encoder = encoder.to(device)
-        self.front_end = front_end(config).to(device)
+    segment_seconds: how songs are cut; None = as those of the training were. view_seconds: the middle of each segment
+    that is embedded; None = the whole segment. Raises UserError for a view longer than a segment, or too short for the
+    encoder.
+    """
 
-    @property
-    def embedding_dim(self) -> int:
-        """Width of an embedding."""
-        return self.encoder.embedding_dim
+    def __init__(
+        self,
+        run: TrainedRun,
+        segment_seconds: float | None = None,
+        view_seconds: float | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        kind = encoder_type(run.config)
+        self.run, self.view_seconds, self.device = run, view_seconds, torch.device(device)
+        self.segment_seconds = segment_seconds or run.packing.segment_seconds
+        self.rate = run.config.data.sample_rate  # of the front end, Hz
+        self.packed_rate = run.packing.sample_rate or self.rate  # at which songs are cut
+        self.samples = round((view_seconds or self.segment_seconds) * self.rate)  # of the encoder's input
+        if view_seconds and view_seconds > self.segment_seconds:
+            raise UserError(f"view_seconds is {view_seconds:g}, but segments are {self.segment_seconds:g} s long")
+        if self.samples < kind.min_samples:
+            least = kind.min_samples / self.rate
+            raise UserError(f"the encoder needs at least {least:.2f} s of audio, not {self.samples / self.rate:g}")
+        self.encoder = run.encoder().to(self.device)
+        self.embedding_dim = self.encoder.embedding_dim
+        self.input_name = "log_mel" if kind.embeds == "clean" else "waveform"
+        self.front_end = (LogMel(run) if kind.embeds == "clean" else nn.Identity()).to(self.device)
 
     def embed_file(self, path: str | Path) -> NDArray[np.float32]:
         """The embedding `(embedding_dim,)`, not normalised, of a song in any format that can be packed.
@@ -71,7 +87,7 @@ class SongEncoder:
         Raises UserError for a file that cannot be decoded or is silent.
         """
         try:
-            _, vectors = decode(Path(path), self.config.packed_rate, lambda song: self._embed(song.blocks()))
+            _, vectors = decode(Path(path), self.packed_rate, lambda song: self._embed(song.blocks()))
         except BadSong as e:
             raise UserError(f"{path}: {e.reason}") from e
         return self._mean(vectors, str(path))
@@ -86,7 +102,7 @@ class SongEncoder:
         if pcm.ndim != 1 or not np.isfinite(pcm).all():
             raise UserError(f"a wave must be (samples,) or (channels, samples) of finite numbers, not {pcm.shape}")
         blocks = (pcm[at : at + BLOCK] for at in range(0, len(pcm), BLOCK))
-        return self._mean(self._embed(resampled(blocks, rate, self.config.packed_rate)), "the wave")
+        return self._mean(self._embed(resample(blocks, rate, self.packed_rate)), "the wave")
 
     @torch.inference_mode()
     def _embed(self, blocks: Iterable[Pcm]) -> list[Tensor]:
@@ -107,26 +123,15 @@ class SongEncoder:
 
     def _segments(self, blocks: Iterable[Pcm]) -> Iterator[Tensor]:
         """The encoder's inputs as waveforms `(samples,)`: cut, and rounded to 16 bits, as they would be packed."""
-        packed_rate, rate = self.config.packed_rate, self.config.rate
-        for segment in cut_segments(blocks, max(1, round(self.config.segment_seconds * packed_rate))):
+        packed_rate, rate = self.packed_rate, self.rate
+        for segment in cut_segments(blocks, max(1, round(self.segment_seconds * packed_rate))):
             if np.abs(segment.pcm).max() < SILENCE:
                 continue
             pcm = to_int16(segment.pcm).astype(np.float32) / np.float32(32768)
-            wave = torch.from_numpy(np.concatenate([*resampled([pcm], packed_rate, rate)]))
-            start = max(0, round((len(wave) - self.config.samples) / 2)) if self.config.view_seconds else 0
-            wave = wave[start : start + self.config.samples]
-            yield nn.functional.pad(wave, (0, self.config.samples - len(wave)))
-
-
-def resampled(blocks: Iterable[Pcm], rate_in: int, rate_out: int) -> Iterator[Pcm]:
-    """Mono blocks at another rate."""
-    if rate_in == rate_out:
-        yield from blocks
-        return
-    resampler = Resampler(rate_in, rate_out)
-    for block in blocks:
-        yield from resampler(block)
-    yield from resampler(None)
+            wave = torch.from_numpy(np.concatenate([*resample([pcm], packed_rate, rate)]))
+            start = max(0, round((len(wave) - self.samples) / 2)) if self.view_seconds else 0
+            wave = wave[start : start + self.samples]
+            yield nn.functional.pad(wave, (0, self.samples - len(wave)))
 
 
 def load_encoder(
@@ -137,25 +142,37 @@ def load_encoder(
 ) -> SongEncoder:
     """The encoder in an exported folder, a checkpoint, a run's folder, or the run of that name in runs/.
 
-    segment_seconds: how songs are cut; None = as those of the training were. view_seconds: the middle of each segment
-    that is embedded; None = as exported, or the whole segment. Raises UserError for what is missing or damaged.
+    segment_seconds, view_seconds: as of `SongEncoder`; None = as exported. Raises UserError for what is missing or
+    damaged.
     """
-    folder = Path(path)
-    if (folder / CONFIG).exists():
-        config = ExportConfig.read(folder)
-        encoder = config.encoder()
-        try:
-            encoder.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
-        except (OSError, RuntimeError, safetensors.SafetensorError) as e:
-            reason = " ".join(str(e).split())[:120]
-            raise UserError(f"{folder / WEIGHTS} is missing or damaged ({reason}): export again") from e
+    if (Path(path) / CONFIG).exists():
+        run = read_export(Path(path))
+        view_seconds = view_seconds or run.config.data.view_seconds
     else:
         run = read_run(str(path), "load_encoder")
-        config, encoder = ExportConfig.of_run(run), run.encoder()
-    config = dataclasses.replace(
-        config,
-        segment_seconds=segment_seconds or config.segment_seconds,
-        view_seconds=view_seconds or config.view_seconds,
-    )
-    config.check()
-    return SongEncoder(config, encoder, torch.device(device))
+    return SongEncoder(run, segment_seconds, view_seconds, device)
+
+
+def read_export(folder: Path) -> TrainedRun:
+    """The run in an exported folder, with the view that it was exported with (None = the whole segment).
+
+    Raises UserError for a folder that this program does not read.
+    """
+    try:
+        content = json.loads((folder / CONFIG).read_bytes())
+        if content["format_version"] != FORMAT_VERSION:
+            version = content["format_version"]
+            raise UserError(f"{folder} has format version {version}, this program reads {FORMAT_VERSION}")
+        data = {name: content[name] for name in ("sample_rate", "view_seconds")}
+        log_mel = content["log_mel"] or {"mean": 0.0, "std": 1.0}
+        return TrainedRun(
+            path=folder,
+            sha256=content["checkpoint_sha256"],
+            config=load_config(base={"encoder": content["encoder"], "data": data}),
+            statistics={name: log_mel[name] for name in ("mean", "std")},
+            packing=PackSettings(content["packed_rate"], content["segment_seconds"]),
+            weights=safetensors.torch.load_file(folder / WEIGHTS),
+            mlflow_run=None,
+        )
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as e:
+        raise UserError(f"{folder} is damaged or no exported encoder ({one_line(e)}): export again") from e

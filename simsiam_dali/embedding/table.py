@@ -42,21 +42,6 @@ class Embeddings:
         table.insert(0, "song", rows.astype("int64"))
         return cls(table, vectors.astype(np.float32, copy=False), provenance)
 
-    @classmethod
-    def of_segments(
-        cls,
-        songs: pd.DataFrame,
-        segments: pd.DataFrame,
-        rows: np.ndarray,
-        vectors: np.ndarray,
-        provenance: dict[str, str],
-    ) -> Self:
-        """Vectors `(N, D)` of the segments at `rows (N,)` of the segment table."""
-        made = cls.of_songs(songs, segments["song"].to_numpy()[rows], vectors, provenance)
-        made.table.insert(1, "segment", rows.astype("int64"))
-        made.table.insert(2, "start", segments["start"].to_numpy()[rows])
-        return made
-
 
 def write_embeddings(path: Path, embeddings: Embeddings) -> None:
     """Write the file atomically, and its folder where there is none. Raises UserError when it cannot."""

@@ -3,9 +3,12 @@
 The views are clean. Killed at any moment, the same call continues from the last part and writes the same bytes.
 """
 
+import fcntl
 import os
+import pickle
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +19,7 @@ from tqdm import tqdm
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import atomic_write, refuse_failed_write
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.format import SPLITS, Split
@@ -23,11 +27,10 @@ from simsiam_dali.data.graph import LogMel
 from simsiam_dali.data.loader import Loader, Single
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.embedding.features import Features, output_name
-from simsiam_dali.embedding.resumable import PartialResults
+from simsiam_dali.embedding.features import CHECKPOINT, Features
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import Embeddings, read_provenance, write_embeddings
-from simsiam_dali.training.data import create_loader, log_mel_settings, view_seconds, with_statistics
+from simsiam_dali.training.data import create_loader, view_seconds
 from simsiam_dali.training.throughput import StepClock
 
 PART_SECONDS = 10.0
@@ -46,11 +49,6 @@ class CleanViews:
     log_mel: LogMel
     world: World
 
-    @classmethod
-    def open(cls, config: Config, shards: ShardSet, statistics: Mapping[str, float], world: World) -> Self:
-        """With the log-mel's `mean` and `std` of the training."""
-        return cls(config, shards, with_statistics(log_mel_settings(config), **statistics), world)
-
     @property
     def segment_song(self) -> Tensor:
         """The song of each segment `(N,)`."""
@@ -61,6 +59,71 @@ class CleanViews:
         for split in SPLITS[SPLITS.index(first) :]:
             if self.shards.count(split):
                 yield split, create_loader(self.config, self.shards, self.log_mel, self.world, split, mode)
+
+
+class PartialResults:
+    """Rows embedded so far, from which the same command continues after a kill with the same bytes.
+
+    `folder` has a part for some batches, `NNNNNN.pt`, written atomically; parts of another `key` are removed. Use with
+    `with`: the folder is locked meanwhile. Raises UserError where it cannot be written, or another process holds it.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self.folder, self.key = folder, key
+        # rows (n,) int64; vectors (n, D) float32; their split; the loader's state after them, None at the split's end
+        self.parts: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"another process is working in {self.folder}: wait until it ends") from e
+        except OSError as e:
+            raise UserError(f"cannot write {self.folder}: {e.strerror}") from e
+        self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return sum(len(part["rows"]) for part in self.parts)
+
+    def add(self, rows: Tensor, vectors: Tensor, split: Split, loader: dict[str, Any] | None) -> None:
+        """Store rows `(n,)` and vectors `(n, D)`, on the CPU, and the loader's state after them."""
+        part = {"key": self.key, "rows": rows, "vectors": vectors, "split": split, "loader": loader}
+        path = self._file(len(self.parts))
+        with refuse_failed_write(path, "the parts before it are kept"), atomic_write(path) as file:
+            torch.save(part, file)
+        self.parts.append(part)
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Rows `(N,)` and vectors `(N, D)` of all parts, in the order in which they were added."""
+        return torch.cat([part["rows"] for part in self.parts]), torch.cat([part["vectors"] for part in self.parts])
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.pt"
+
+    def _read(self) -> None:
+        """Read the parts, up to the first that is missing, unreadable or of another key, and remove all others."""
+        while (path := self._file(len(self.parts))).exists():
+            try:
+                part = torch.load(path, weights_only=True)
+            except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
+                break
+            if part.get("key") != self.key:
+                break
+            self.parts.append(part)
+        for path in self.folder.glob("*.pt*"):
+            if not path.stem.isdigit() or int(path.stem) >= len(self.parts):
+                path.unlink()
 
 
 def embed_batches(
@@ -90,22 +153,19 @@ def embed_batches(
 
 def embed_segments(features: Features, views: CleanViews, results: PartialResults) -> str:
     """Embed every segment that `results` lacks; returns the throughput."""
-    clock, view = StepClock(views.world.device), view_seconds(views.config, views.shards)
-    total, done, resumed = len(views.shards.segments), 0, results.split
-    with tqdm(total=total, initial=len(results), unit="segment", desc=features.name, disable=None) as bar:
-        for split, loader in views.loaders(features.mode, resumed or SPLITS[0]):
-            if split == resumed:
-                if results.loader is None:
+    clock, total, done = StepClock(views.world.device), len(views.shards.segments), len(results)
+    last = results.parts[-1] if results.parts else {"split": None}
+    with tqdm(total=total, initial=done, unit="segment", desc=features.name, disable=None) as bar:
+        for split, loader in views.loaders(features.mode, last["split"] or SPLITS[0]):
+            if split == last["split"]:
+                if last["loader"] is None:
                     continue
-                loader.load_state_dict(results.loader)
+                loader.load_state_dict(last["loader"])
             for segment in embed_batches(features, clock.batches(loader), results, split, loader.state_dict):
-                done += len(segment)
-                bar.set_postfix_str(
-                    f"{done * view / 3600 / (time.perf_counter() - clock.started):.3g} audio-h/s", refresh=False
-                )
                 bar.update(len(segment))
     seconds, waited = clock.read()
-    return f"{done * view / 3600 / seconds:.3g} audio-h/s, waiting for data {waited:.0%}"
+    hours = (len(results) - done) * view_seconds(views.config, views.shards) / 3600
+    return f"{hours / seconds:.3g} audio-h/s, waiting for data {waited:.0%}"
 
 
 def check_finite(vectors: Tensor) -> Tensor:
@@ -136,7 +196,10 @@ def write_table(features: Features, views: CleanViews, provenance: dict[str, str
         if len(rows) + len(missing) != len(shards.segments) or not missing <= quarantine.rows:
             raise AssertionError("the data graph did not give each segment once")
         if provenance["rows"] == "segments":
-            table = Embeddings.of_segments(shards.songs, shards.segments, rows.numpy(), vectors.numpy(), provenance)
+            segments = shards.segments.iloc[rows.numpy()]
+            table = Embeddings.of_songs(shards.songs, segments["song"].to_numpy(), vectors.numpy(), provenance)
+            table.table.insert(1, "segment", rows.numpy())
+            table.table.insert(2, "start", segments["start"].to_numpy())
         else:
             songs, means = features.song_means(vectors, views.segment_song)
             table = Embeddings.of_songs(shards.songs, songs.numpy(), means.numpy(), provenance)
@@ -165,12 +228,6 @@ def is_up_to_date(out: Path, provenance: dict[str, str], replace: bool) -> bool:
     return False
 
 
-def batch_size(config: Config, view: float, training_view: float) -> int:
-    """Segments per batch, so that batches of `view` s need no more memory than the training's of `training_view` s."""
-    fits = int(FORWARD_SHARE * config.encoder.batch_size * training_view / view)
-    return max(2, min(config.encoder.batch_size, fits))
-
-
 def embedding_config(
     config: Config,
     segment_seconds: float,
@@ -185,12 +242,15 @@ def embedding_config(
     """
     view = segment_seconds if view_seconds is None else view_seconds
     own = len(os.sched_getaffinity(0)) if config.data.threads == "auto" else config.data.threads
-    fits = batch_size(config, view, config.data.view_seconds or segment_seconds)
+    training_view = config.data.view_seconds or segment_seconds
+    if batch is None:  # so that batches need no more memory than the training's
+        fits = int(FORWARD_SHARE * config.encoder.batch_size * training_view / view)
+        batch = max(2, min(config.encoder.batch_size, fits))
     return replace_settings(
         config,
         data__view_seconds=view,
         data__threads=own if threads is None else threads,
-        encoder__batch_size=fits if batch is None else batch,
+        encoder__batch_size=batch,
         train__micro_batch="auto",  # the training's: no activation is kept for a backward pass here
         encoder__simsiam__augmentation__spec_augment=False,  # a mask longer than a short view would be refused
         **settings,
@@ -199,12 +259,14 @@ def embedding_config(
 
 def table_provenance(name: str, rows: str, run: TrainedRun, music: str, fingerprint: str) -> dict[str, str]:
     """`Embeddings.provenance` of a table of the features `name`, with one row per "songs" or "segments"."""
-    config = run.config
+    config, output = run.config, name
+    if name in (CHECKPOINT, "untrained"):
+        output = config.encoder.simsiam.embedding if config.encoder.encoder_type == "simsiam" else "embedding"
     return {
         "features": name,
         "rows": rows,
         "encoder_type": config.encoder.encoder_type,
-        "embedding": output_name(name, config),
+        "embedding": output,
         "checkpoint": str(run.path),
         "checkpoint_sha256": run.sha256,
         "music": music,

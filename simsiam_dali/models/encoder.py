@@ -18,19 +18,14 @@ if TYPE_CHECKING:  # an encoder alone needs no DALI
 class Encoder(nn.Module):
     """A module whose `forward` returns the inputs of its loss, and whose `embed` returns embeddings."""
 
+    embedding_dim: int
+    """Width of what `embed` returns."""
+    output_dim: int
+    """Width of what the loss compares, on which the collapse gauges are read."""
+
     @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
         """One batch of clean input to its embeddings `(B, embedding_dim)`, not normalised."""
-
-    @property
-    @abstractmethod
-    def embedding_dim(self) -> int:
-        """Width of what `embed` returns."""
-
-    @property
-    @abstractmethod
-    def output_dim(self) -> int:
-        """Width of what the loss compares, on which the collapse gauges are read."""
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; `fix_lr` marks those whose learning rate is not decayed."""
@@ -65,23 +60,15 @@ class EncoderType(ABC):
     learns_from_tags: ClassVar[bool] = False
     """Whether it learns from artists or albums: then only songs not trained on can show what it has learned."""
 
+    settings: OptimizerConfig
+    """The type's section of the config."""
+    variant: str
+    """One word that tells two encoders of this type apart."""
+    tags: dict[str, str]
+    """`loss_type`, and any other tags that `mlflow.auto_tags` may name."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
-
-    @property
-    @abstractmethod
-    def settings(self) -> OptimizerConfig:
-        """The type's section of the config."""
-
-    @property
-    @abstractmethod
-    def variant(self) -> str:
-        """One word that tells two encoders of this type apart."""
-
-    @property
-    @abstractmethod
-    def tags(self) -> dict[str, str]:
-        """`loss_type`, and any other tags that `mlflow.auto_tags` may name."""
 
     @abstractmethod
     def create(self, pretrained: bool = True) -> Encoder:

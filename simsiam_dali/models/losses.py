@@ -4,18 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simsiam_dali.config.schema import SimpleConfig
+
 UNKNOWN = -1  # an id or a year that is not known, and the padding of a row's ids
 
 
-class SimSiamLoss(nn.Module):
-    """Symmetrised negative cosine similarity with stop-gradient (arXiv:2011.10566, equations 1 to 4)."""
+def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    """Symmetrised negative cosine similarity with stop-gradient (arXiv:2011.10566, equations 1 to 4).
 
-    def forward(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-        """Predictions and projections `(B, D)`, any float dtype, to a float32 scalar in [-1, 1].
-
-        -1 is reached both by perfect predictions and by collapse: never choose a checkpoint by it.
-        """
-        return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
+    Predictions and projections `(B, D)`, any float dtype, to a float32 scalar in [-1, 1]. -1 is reached both by perfect
+    predictions and by collapse: never choose a checkpoint by it.
+    """
+    return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -29,26 +29,11 @@ class MetadataContrastiveLoss(nn.Module):
 
     It is L_out of Khosla et al., "Supervised Contrastive Learning" (arXiv:2004.11362, equation 2), with positives by
     metadata in place of one class label: a row may have several artists and albums, and matching is not transitive.
-    `temperature` divides the cosine similarities; `year_threshold` is the largest difference in years that matches.
-    Raises `ValueError` for a temperature that is not above 0, or with nothing to match by.
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.5,
-        use_artist: bool = True,
-        use_album: bool = True,
-        use_year: bool = True,
-        year_threshold: int = 2,
-    ) -> None:
+    def __init__(self, settings: SimpleConfig) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}: above 0")
-        if not (use_artist or use_album or use_year):
-            raise ValueError("use_artist, use_album and use_year are all off: no two songs would match")
-        self.temperature = temperature
-        self.use_artist, self.use_album, self.use_year = use_artist, use_album, use_year
-        self.year_threshold = year_threshold
+        self.settings = settings
 
     def forward(self, embeddings: Tensor, artists: Tensor, albums: Tensor, years: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings `(B, D)`, any float dtype, and their labels (see `positives`) to the loss and its anchors.
@@ -60,7 +45,7 @@ class MetadataContrastiveLoss(nn.Module):
         positives = self.positives(artists, albums, years)
         with torch.autocast(embeddings.device.type, enabled=False):
             z = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)
-            logits = z @ z.T / self.temperature
+            logits = z @ z.T / self.settings.contrastive_temperature
             itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
             # Not -inf: a row that is alone in its batch would turn it into NaN.
             others = logits.masked_fill(itself, torch.finfo(z.dtype).min)
@@ -79,13 +64,13 @@ class MetadataContrastiveLoss(nn.Module):
         unknown matches nothing, not even what is unknown too.
         """
         match = torch.zeros(len(years), len(years), dtype=torch.bool, device=years.device)
-        if self.use_artist:
+        if self.settings.use_artist:
             match |= _share_an_id(artists)
-        if self.use_album:
+        if self.settings.use_album:
             match |= _share_an_id(albums)
-        if self.use_year:
+        if self.settings.use_year:
             known = years != UNKNOWN
-            match |= ((years[:, None] - years).abs() <= self.year_threshold) & known[:, None] & known
+            match |= ((years[:, None] - years).abs() <= self.settings.year_threshold) & known[:, None] & known
         return match.fill_diagonal_(False)
 
 

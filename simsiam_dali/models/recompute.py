@@ -58,7 +58,7 @@ class RecomputedBottleneck(Bottleneck):
         return _recomputed(self, super().forward, x)
 
 
-RECOMPUTED = (RecomputedBasicBlock, RecomputedBottleneck)
+RECOMPUTED: dict[type, type] = {BasicBlock: RecomputedBasicBlock, Bottleneck: RecomputedBottleneck}
 
 
 def recompute_blocks(encoder: nn.Module) -> None:
@@ -66,12 +66,8 @@ def recompute_blocks(encoder: nn.Module) -> None:
 
     Raises UserError where there are none.
     """
-    classes: dict[type[nn.Module], type[nn.Module]] = {
-        BasicBlock: RecomputedBasicBlock,
-        Bottleneck: RecomputedBottleneck,
-    }
-    blocks = [module for module in encoder.modules() if type(module) in classes]
+    blocks = [module for module in encoder.modules() if type(module) in RECOMPUTED]
     if not blocks:
         raise UserError("train.activation_checkpointing is for encoders with residual blocks, and this one has none")
     for block in blocks:
-        block.__class__ = classes[type(block)]  # a copy of the encoder keeps it, as a changed `forward` would not
+        block.__class__ = RECOMPUTED[type(block)]  # a copy of the encoder keeps it, as a changed `forward` would not

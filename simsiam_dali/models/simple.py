@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simsiam_dali.config.schema import SimpleConfig
+from simsiam_dali.config.schema import Config, SimpleConfig
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, Scored
 from simsiam_dali.models.labels import SongLabels
@@ -38,6 +38,7 @@ class SimpleAudioEncoder(Encoder):
 
     def __init__(self, embedding_dim: int = 2048, base_channels: int = 32) -> None:
         super().__init__()
+        self.embedding_dim = self.output_dim = embedding_dim
         channels = [base_channels * 2**i for i in range(5)]
         self.filter_bank = _block(1, channels[0], FILTER, STRIDE)
         self.blocks = nn.Sequential(*(_block(c, 2 * c, kernel=3, stride=1) for c in channels[:-1]))
@@ -60,16 +61,6 @@ class SimpleAudioEncoder(Encoder):
         """The same as `forward`: nothing is put on top of the embedding to train it."""
         return self(wave)
 
-    @property
-    def embedding_dim(self) -> int:
-        """Width of what `embed` returns."""
-        return self.head.out_features
-
-    @property
-    def output_dim(self) -> int:
-        """Width of what `forward` gives to the loss."""
-        return self.head.out_features
-
 
 def _block(in_channels: int, channels: int, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
@@ -89,20 +80,11 @@ class SimpleType(EncoderType):
     is_contrastive = True
     learns_from_tags = True
 
-    @property
-    def settings(self) -> SimpleConfig:
-        """`encoder.simple`."""
-        return self.config.encoder.simple
-
-    @property
-    def variant(self) -> str:
-        """The width of the CNN."""
-        return f"cnn{self.settings.base_channels}"
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """See the base class."""
-        return {"loss_type": self.settings.loss_type}
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.settings: SimpleConfig = config.encoder.simple
+        self.variant = f"cnn{self.settings.base_channels}"
+        self.tags = {"loss_type": self.settings.loss_type}
 
     def create(self, pretrained: bool = True) -> SimpleAudioEncoder:  # noqa: ARG002  (no pretrained weights exist)
         """See the base class."""
@@ -110,13 +92,7 @@ class SimpleType(EncoderType):
 
     def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:
         """See the base class."""
-        loss_fn = MetadataContrastiveLoss(
-            temperature=self.settings.contrastive_temperature,
-            use_artist=self.settings.use_artist,
-            use_album=self.settings.use_album,
-            use_year=self.settings.use_year,
-            year_threshold=self.settings.year_threshold,
-        )
+        loss_fn = MetadataContrastiveLoss(self.settings)
         labels = SongLabels.from_songs(shards.songs, shards.segments["song"].to_numpy()).to(device)
 
         def score(outputs: Any, segment: Tensor) -> Scored:

@@ -4,51 +4,38 @@ The encoder f is a ResNet and a projector, h is the predictor (section 3 and fig
 
     z1, z2 = f(view1), f(view2)        p1, p2 = h(z1), h(z2)
 
-The loss and its stop-gradient are in `losses.SimSiamLoss`.
+The loss and its stop-gradient are in `losses.simsiam_loss`.
 """
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from simsiam_dali.config.schema import SimSiamConfig
+from simsiam_dali.config.schema import Config, SimSiamConfig
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, Scored
-from simsiam_dali.models.losses import SimSiamLoss
-from simsiam_dali.models.resnet import WIDTH, Backbone, Pooling, create_backbone
-
-Embedding = Literal["backbone", "projection"]
+from simsiam_dali.models.losses import simsiam_loss
+from simsiam_dali.models.resnet import create_backbone
 
 
 class SimSiam(Encoder):
     """ResNet backbone, projector and predictor.
 
-    `pretrained` is False (random weights), True (torchvision's ImageNet weights, downloaded once) or the path
-    of a state dict of the same torchvision ResNet. `embedding` chooses what `embed` returns. `fix_predictor_lr`
-    keeps the predictor's learning rate where it began.
-    Raises `UserError` when the pretrained weights cannot be had or do not fit.
+    pretrained: False where the weights will come from a checkpoint. Raises `UserError` when the weights that
+    `settings.pretrained_backbone` names cannot be had or do not fit.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone = "resnet50",
-        projection_dim: int = 2048,
-        projection_layers: int = 2,
-        predictor_hidden_dim: int = 512,
-        pretrained: bool | str | Path = False,
-        embedding: Embedding = "backbone",
-        fix_predictor_lr: bool = True,
-        width: int = WIDTH,
-        pooling: Pooling = "mean",
-    ) -> None:
+    def __init__(self, settings: SimSiamConfig, pretrained: bool = True) -> None:
         super().__init__()
-        self.embedding, self.fix_predictor_lr = embedding, fix_predictor_lr
-        self.backbone, self.backbone_dim = create_backbone(backbone, pretrained, width, pooling)
-        self.projector = create_projector(self.backbone_dim, projection_dim, projection_layers)
-        self.projection_dim = projection_dim
-        self.predictor = create_predictor(projection_dim, predictor_hidden_dim)
+        self.settings = settings
+        self.backbone, backbone_dim = create_backbone(
+            settings.backbone, pretrained and settings.pretrained_backbone, settings.backbone_width, settings.pooling
+        )
+        self.projector = create_projector(backbone_dim, settings.projection_dim, settings.projection_layers)
+        self.predictor = create_predictor(settings.projection_dim, settings.predictor_hidden_dim)
+        self.output_dim = settings.projection_dim
+        self.embedding_dim = backbone_dim if settings.embedding == "backbone" else settings.projection_dim
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Two views `(B, n_mels, T)`, normalised log-mel, to p1, p2, z1, z2, each `(B, projection_dim)`.
@@ -61,23 +48,13 @@ class SimSiam(Encoder):
         return self.predictor(z1), self.predictor(z2), z1, z2
 
     def features(self, view: Tensor) -> Tensor:
-        """One view `(B, n_mels, T)` to the backbone's pooled output `(B, backbone_dim)`."""
+        """One view `(B, n_mels, T)` to the backbone's pooled output `(B, D)`."""
         return self.backbone(view.unsqueeze(1))
 
     def embed(self, view: Tensor) -> Tensor:
         """One view `(B, n_mels, T)` to its embedding `(B, embedding_dim)`, not normalised."""
         features = self.features(view)
-        return features if self.embedding == "backbone" else self.projector(features)
-
-    @property
-    def embedding_dim(self) -> int:
-        """Width of what `embed` returns."""
-        return self.backbone_dim if self.embedding == "backbone" else self.projection_dim
-
-    @property
-    def output_dim(self) -> int:
-        """Width of the projections."""
-        return self.projection_dim
+        return features if self.settings.embedding == "backbone" else self.projector(features)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; `fix_lr` marks the predictor, whose learning rate is then not decayed.
@@ -87,14 +64,12 @@ class SimSiam(Encoder):
         encoder = [*self.backbone.parameters(), *self.projector.parameters()]
         return [
             {"params": encoder, "fix_lr": False},
-            {"params": list(self.predictor.parameters()), "fix_lr": self.fix_predictor_lr},
+            {"params": list(self.predictor.parameters()), "fix_lr": self.settings.fix_predictor_lr},
         ]
 
 
 def create_projector(in_dim: int, dim: int, layers: int) -> nn.Sequential:
     """Two or three layers of width `dim`; no ReLU after the last and no affine in its batch norm."""
-    if layers not in (2, 3):
-        raise ValueError(f"projection_layers is {layers}: 2 or 3")
     hidden: list[nn.Module] = []
     for width in [in_dim, dim][: layers - 1]:
         hidden += [nn.Linear(width, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True)]
@@ -122,46 +97,23 @@ class SimSiamType(EncoderType):
     embeds = "clean"
     warn_of_collapse = True
 
-    @property
-    def settings(self) -> SimSiamConfig:
-        """`encoder.simsiam`."""
-        return self.config.encoder.simsiam
-
-    @property
-    def variant(self) -> str:
-        """The backbone's name."""
-        return self.settings.backbone
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """See the base class."""
-        return {
-            "loss_type": "negative_cosine",
-            "backbone": self.settings.backbone,
-            "pretrained": str(bool(self.settings.pretrained_backbone)).lower(),
-        }
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.settings: SimSiamConfig = config.encoder.simsiam
+        self.variant = self.settings.backbone
+        pretrained = str(bool(self.settings.pretrained_backbone)).lower()
+        self.tags = {"loss_type": "negative_cosine", "backbone": self.settings.backbone, "pretrained": pretrained}
 
     def create(self, pretrained: bool = True) -> SimSiam:
         """See the base class."""
-        settings = self.settings
-        return SimSiam(
-            backbone=settings.backbone,
-            projection_dim=settings.projection_dim,
-            projection_layers=settings.projection_layers,
-            predictor_hidden_dim=settings.predictor_hidden_dim,
-            pretrained=pretrained and settings.pretrained_backbone,
-            embedding=settings.embedding,
-            fix_predictor_lr=settings.fix_predictor_lr,
-            width=settings.backbone_width,
-            pooling=settings.pooling,
-        )
+        return SimSiam(self.settings, pretrained)
 
     def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:  # noqa: ARG002  (no labels)
         """See the base class."""
-        loss_fn, has_loss = SimSiamLoss(), torch.ones((), dtype=torch.bool, device=device)
+        has_loss = torch.ones((), dtype=torch.bool, device=device)
 
         def score(outputs: Any, segment: Tensor) -> Scored:  # noqa: ARG001
             p1, p2, z1, z2 = outputs
-            return Scored(loss_fn(p1, p2, z1, z2), has_loss, z1)
+            return Scored(simsiam_loss(p1, p2, z1, z2), has_loss, z1)
 
         return score

@@ -5,20 +5,20 @@ the strength of an augmentation, in one dimension.
 """
 
 import copy
-import difflib
+import functools
 import json
-import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import Field, ValidationError
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config, setting_fields
-
-KEYS = ("low", "high", "log", "around", "choices")
+from simsiam_dali.config.section import Section
 
 NOT_SEARCHED = {
     "encoder.encoder_type": "each type has a study of its own",
@@ -30,6 +30,21 @@ NOT_SEARCHED = {
     "data.prefetch": "it only changes the speed",
 }
 """Settings of data. and encoder. that cannot be searched, and why."""
+
+
+class Range(Section):
+    """A description in `hpo.space` of numbers."""
+
+    low: float
+    high: float
+    log: bool = False
+    around: float | None = None
+
+
+class Choices(Section):
+    """A description in `hpo.space` of values of any type."""
+
+    choices: list[Any] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -46,12 +61,12 @@ class Dimension:
         return json.loads(sampled) if isinstance(self.distribution, CategoricalDistribution) else sampled
 
     def extremes(self) -> list[Any]:
-        """The lowest and the highest value, or all choices."""
+        """The lowest and the highest sample, or all choices."""
         d = self.distribution
         if isinstance(d, CategoricalDistribution):
-            return [self.value(choice) for choice in d.choices]
+            return list(d.choices)
         assert isinstance(d, IntDistribution | FloatDistribution)
-        return [self.value(d.low), self.value(d.high)]
+        return [d.low, d.high]
 
 
 class Space:
@@ -67,19 +82,24 @@ class Space:
         described = self.base["hpo"]["space"].get(name)
         if not described:
             raise UserError(f"{where} is empty: list there the settings to search (docs/config.md)")
+        annotations = {key: field.annotation for key, field in setting_fields()}
         self.dimensions: dict[str, Dimension] = {}
         for key, description in described.items():
-            _check_key(key, name, where, self.base)
+            if reason := _why_not_searched(key, config):
+                raise UserError(f"{where}: {key} {reason}")
             try:
-                self.dimensions[key] = _dimension(description, dict(setting_fields())[key].annotation is int)
-            except ValueError as e:
+                dimension = _dimension(description, annotations.get(key) is int)
+            except ValidationError as e:
+                errors = "; ".join(f"{error['loc'][0]}: {error['msg']}" for error in e.errors())
+                raise UserError(f"{where}: {key}: {errors}") from None
+            except ValueError as e:  # Optuna's, about the range
                 raise UserError(f"{where}: {key}: {e}") from None
-        for key, dimension in self.dimensions.items():
-            for value in dimension.extremes():
+            for sampled in dimension.extremes():
                 try:
-                    self._with({key: value})
+                    load_config(base=self.base, assignments=[f"{key}={json.dumps(dimension.value(sampled))}"])
                 except UserError as e:
-                    raise UserError(f"{where}: {key} would be {value}: {e}") from None
+                    raise UserError(f"{where}: {str(e).partition(': ')[2]}") from None  # without --set and the value
+            self.dimensions[key] = dimension
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -88,69 +108,35 @@ class Space:
 
     def config(self, params: Mapping[str, Any], **fixed: Any) -> Config:
         """The settings with a trial's sampled `params`. fixed: other settings, dotted keys with __ for the dot."""
-        values = {key: self.dimensions[key].value(value) for key, value in params.items()}
-        return self._with(values | {key.replace("__", "."): value for key, value in fixed.items()})
-
-    def _with(self, values: Mapping[str, Any]) -> Config:
         tree = copy.deepcopy(self.base)
+        values = {key: self.dimensions[key].value(value) for key, value in params.items()}
+        values |= {key.replace("__", "."): value for key, value in fixed.items()}
         for key, value in values.items():
             *path, leaf = key.split(".")
-            node = tree
-            for part in path:
-                node = node[part]
-            node[leaf] = value
+            functools.reduce(operator.getitem, path, tree)[leaf] = value
         return load_config(base=tree)
 
 
-def _check_key(key: str, encoder_type: str, where: str, base: dict[str, Any]) -> None:
-    known = [name for name, _ in setting_fields()]
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        raise UserError(f"{where}: there is no setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
+def _why_not_searched(key: str, config: Config) -> str | None:
     section, _, rest = key.partition(".")
+    owner, _, leaf = rest.partition(".")
     if section not in ("data", "encoder"):
-        raise UserError(
-            f"{where}: {key} cannot be searched: only settings of data. and encoder. change what the encoder learns"
-        )
-    if reason := NOT_SEARCHED.get(key):
-        raise UserError(f"{where}: {key} cannot be searched: {reason}")
-    owner, dot, leaf = rest.partition(".")
-    if section == "encoder" and dot and owner != encoder_type:
-        raise UserError(f"{where}: {key} has no effect, since encoder.encoder_type is {encoder_type}")
-    if section == "encoder" and leaf == "learning_rate" and base["encoder"]["learning_rate"] is not None:
-        raise UserError(
-            f"{where}: encoder.learning_rate is set and overrides {key}, so {key} cannot be searched: set"
-            " encoder.learning_rate to null"
-        )
+        return "cannot be searched: only settings of data. and encoder. change what the encoder learns"
+    if key in NOT_SEARCHED:
+        return f"cannot be searched: {NOT_SEARCHED[key]}"
+    if section == "encoder" and leaf and owner != config.encoder.encoder_type:
+        return f"has no effect, since encoder.encoder_type is {config.encoder.encoder_type}"
+    if section == "encoder" and leaf == "learning_rate" and config.encoder.learning_rate is not None:
+        return "cannot be searched: encoder.learning_rate is set and overrides it; set encoder.learning_rate to null"
+    return None
 
 
 def _dimension(description: dict[str, Any], whole: bool) -> Dimension:
-    """Raises ValueError with the text of the user's error. whole: the setting is an integer."""
-    if unknown := sorted(description.keys() - set(KEYS)):
-        raise ValueError(f"unknown {', '.join(unknown)}; allowed are {', '.join(KEYS)}")
+    """whole: the setting is an integer. Raises ValidationError, or Optuna's ValueError."""
     if "choices" in description:
-        choices = description["choices"]
-        if len(description) > 1 or not isinstance(choices, list) or not choices:
-            raise ValueError("choices must be a list of values, and the only key")
+        choices = Choices.model_validate(description).choices
         return Dimension(CategoricalDistribution([json.dumps(choice) for choice in choices]))
-    low, high = (_number(description.get(end), end) for end in ("low", "high"))
-    log, around = description.get("log", False), description.get("around")
-    if not isinstance(log, bool):
-        raise ValueError("log must be true or false")
-    if not low < high:
-        raise ValueError(f"low {low:g} is not below high {high:g}")
-    if log and low <= 0:
-        raise ValueError(f"a logarithmic range must be above 0, and low is {low:g}")
-    if around is None and whole and low.is_integer() and high.is_integer():
-        return Dimension(IntDistribution(int(low), int(high), log=log))
-    return Dimension(FloatDistribution(low, high, log=log), None if around is None else _number(around, "around"))
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        number = float(value)  # YAML reads 1e-4 as text
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError(f"low and high (and around) must be numbers, and {name} is {value!r}")
-    return number
+    ends = Range.model_validate(description)
+    if whole and ends.around is None and ends.low.is_integer() and ends.high.is_integer():
+        return Dimension(IntDistribution(int(ends.low), int(ends.high), ends.log))
+    return Dimension(FloatDistribution(ends.low, ends.high, ends.log), ends.around)

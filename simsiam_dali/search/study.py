@@ -9,13 +9,11 @@ is reproducible, and two processes never sample the same settings.
 """
 
 import fcntl
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import numpy as np
 import optuna
@@ -25,14 +23,9 @@ from optuna.trial import FrozenTrial, TrialState
 from simsiam_dali.common.errors import UserError, one_line
 from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.search.space import Space
-from simsiam_dali.search.trial import TrialResult, remove_checkpoint
 
-DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {
-    "knn/artist": "maximize",
-    "knn/genre": "maximize",
-    "knn/rating_mae": "minimize",
-    "knn/rating_correlation": "maximize",
-}
+MINIMIZED = ("knn/rating_mae",)
+"""The metrics that are errors; the others are scores."""
 
 MAY_DIFFER = (
     *("hpo.trials", "hpo.storage", "hpo.study_name", "hpo.pruner.", "hpo.space."),
@@ -45,8 +38,6 @@ MAY_DIFFER = (
 SQLITE_TIMEOUT = 60
 """Seconds to wait for another process's write to an SQLite file."""
 
-STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -56,15 +47,6 @@ class Claim:
     folder: Path
     lock: IO[str]
 
-    @property
-    def duplicate_of(self) -> int | None:
-        """The number of an earlier trial with the same settings, which occurs only in a space of few values."""
-        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        for other in self.trial.study.get_trials(deepcopy=False, states=states):
-            if other.number < self.trial.number and other.params == self.trial.params:
-                return other.number
-        return None
-
 
 class Study:
     """Opens the study that the config names, or creates it.
@@ -73,21 +55,40 @@ class Study:
     """
 
     def __init__(self, config: Config, fingerprint: str, space: Space) -> None:
-        hpo = config.hpo
-        self.metric, self.mean_epochs, self.epochs = hpo.metric, hpo.mean_epochs, hpo.epochs
-        self.total, self.seed, self.space = hpo.trials, config.train.seed, space
-        self.maximize = DIRECTIONS[hpo.metric] == "maximize"
-        self.name = hpo.study_name or f"{config.encoder.encoder_type}-{fingerprint[:8]}"
+        self.config, self.hpo, self.space = config, config.hpo, space
+        self.name = self.hpo.study_name or f"{config.encoder.encoder_type}-{fingerprint[:8]}"
         if Path(self.name).name != self.name:
             raise UserError(f"hpo.study_name is {self.name!r}, which becomes a folder's name: use no slashes")
         self.folder = config.train.runs_dir / "hpo" / self.name
         self.folder.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self.locked():
-            self.optuna = _open(config, self.name)
-            self._check_unchanged(comparable_settings(config, fingerprint, space))
+            self.optuna = self._open()
+            self._check_unchanged(fingerprint)
 
-    def _check_unchanged(self, now: dict[str, Any]) -> None:
+    def _open(self) -> optuna.Study:
+        hpo = self.hpo
+        pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+        if hpo.pruner.kind == "median":
+            pruner = optuna.pruners.MedianPruner(hpo.pruner.startup_trials, hpo.pruner.warmup_epochs)
+        arguments = {"connect_args": {"timeout": SQLITE_TIMEOUT}} if hpo.storage.startswith("sqlite") else {}
+        direction: Literal["minimize", "maximize"] = "minimize" if hpo.metric in MINIMIZED else "maximize"
+        try:
+            storage = optuna.storages.RDBStorage(hpo.storage, engine_kwargs=arguments)
+            return optuna.create_study(
+                storage=storage, study_name=self.name, direction=direction, pruner=pruner, load_if_exists=True
+            )
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError) as e:
+            raise UserError(f"Optuna cannot open {hpo.storage} ({one_line(e)}): correct hpo.storage (--storage)") from e
+
+    def _check_unchanged(self, fingerprint: str) -> None:
+        """Refuse settings whose trials would not compare with those of the study."""
+        now = {"shards": fingerprint}
+        for key, value in flat(self.config).items():
+            if not key.startswith(MAY_DIFFER) and key not in self.space.dimensions:
+                now[key] = str(value)
+        for key, dimension in self.space.dimensions.items():
+            now[f"hpo.space: {key}"] = str(dimension)
         started = self.optuna.user_attrs.get("settings")
         if started is None:
             self.optuna.set_user_attr("settings", now)
@@ -112,8 +113,8 @@ class Study:
 
     def best(self) -> FrozenTrial | None:
         """The complete trial with the best value, the first of equals."""
-        sign = -1 if self.maximize else 1
-        return min(self.trials(TrialState.COMPLETE), key=lambda t: sign * (t.value or 0.0), default=None)
+        choose = min if self.hpo.metric in MINIMIZED else max
+        return choose(self.trials(TrialState.COMPLETE), key=lambda t: t.value or 0.0, default=None)
 
     def fail_killed(self) -> list[int]:
         """Mark the running trials whose processes have exited as failed; returns their numbers. Call it `locked`."""
@@ -137,7 +138,7 @@ class Study:
     def claim(self) -> Claim | None:
         """Sample the next trial; None when the study has `hpo.trials` trials. Call it `locked`."""
         number = len(self.trials())
-        if number >= self.total:
+        if number >= self.hpo.trials:
             return None
         folder = self.trial_folder(number)
         folder.mkdir(exist_ok=True)
@@ -150,62 +151,15 @@ class Study:
         lock = try_lock(folder / "lock")
         if lock is None:
             raise UserError(f"{folder}/lock is held by a process of another study: use another --study-name")
-        entropy = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
+        entropy = np.random.SeedSequence([self.config.train.seed, number]).generate_state(1)[0]
         self.optuna.sampler = optuna.samplers.TPESampler(seed=int(entropy))
         return Claim(self.optuna.ask(self.space.distributions), folder, lock)
 
-    def report_epoch(self, trial: optuna.Trial, scores: list[float], record: dict[str, Any]) -> TrialResult | None:
-        """Report an epoch's record to the pruner, and append its score to `scores`.
 
-        Returns the result of a trial that ends here: pruned, or failed without a score.
-        """
-        score = record.get(self.metric, math.nan)
-        if not math.isfinite(score):
-            return TrialResult(
-                "failed",
-                f"{self.metric} has no value on these shards: too few validation songs have the tags it needs; choose"
-                " another with --metric, or complete the tags",
-            )
-        if not record["epoch"]:  # the untrained encoder
-            return None
-        scores.append(score)
-        trial.report(self.value(scores), record["epoch"])
-        if record["epoch"] < self.epochs and trial.should_prune():
-            return TrialResult("pruned", f"after epoch {record['epoch']}")
-        return None
-
-    def value(self, scores: list[float]) -> float:
-        """A trial's value from its scores, one per epoch: the mean of the last `hpo.mean_epochs`, not the best."""
-        return fmean(scores[-self.mean_epochs :])
-
-    def record_result(self, trial: optuna.Trial, result: TrialResult, scores: list[float]) -> None:
-        """Store a trial's result in the database."""
-        if result.reason:
-            trial.set_user_attr("reason", result.reason)
-        value = self.value(scores) if result.state == "complete" else None
-        self.optuna.tell(trial, value, STATES.get(result.state, TrialState.FAIL))
-
-
-def comparable_settings(config: Config, fingerprint: str, space: Space) -> dict[str, Any]:
-    """The settings, as text by name, that all trials of a study must share for their values to compare."""
-    fixed = {k: str(v) for k, v in flat(config).items() if not k.startswith(MAY_DIFFER) and k not in space.dimensions}
-    searched = {f"hpo.space: {key}": str(dimension) for key, dimension in space.dimensions.items()}
-    return {"shards": fingerprint, **fixed, **searched}
-
-
-def _open(config: Config, name: str) -> optuna.Study:
-    hpo = config.hpo
-    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
-    if hpo.pruner.kind == "median":
-        pruner = optuna.pruners.MedianPruner(hpo.pruner.startup_trials, hpo.pruner.warmup_epochs)
-    arguments = {"connect_args": {"timeout": SQLITE_TIMEOUT}} if hpo.storage.startswith("sqlite") else {}
-    try:
-        storage = optuna.storages.RDBStorage(hpo.storage, engine_kwargs=arguments)
-        return optuna.create_study(
-            storage=storage, study_name=name, direction=DIRECTIONS[hpo.metric], pruner=pruner, load_if_exists=True
-        )  # fmt: skip
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError) as e:
-        raise UserError(f"Optuna cannot open {hpo.storage} ({one_line(e)}): correct hpo.storage (--storage)") from e
+def remove_checkpoint(run_dir: Path) -> None:
+    """Remove the checkpoint of a trial, and the temporary file of one whose write was interrupted."""
+    for path in run_dir.glob("*checkpoint.*"):
+        path.unlink()
 
 
 def try_lock(path: Path) -> IO[str] | None:

@@ -4,21 +4,18 @@ The next loss depends on the weights, the optimizer's momentum, the gradient sca
 position in the data graph. The learning rate is a function of the step and needs no state.
 """
 
-import contextlib
 import hashlib
 import io
 import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
-from simsiam_dali.common.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import atomic_write
 
 FORMAT_VERSION = 4
 FILE_NAME = "checkpoint.pt"
@@ -48,45 +45,23 @@ class Checkpoint(TypedDict):
     device: NotRequired[str]  # cpu or cuda, where it was saved; missing in older checkpoints
 
 
-class _Summed(io.BufferedWriter):
-    """A file that hashes what is written to it, and keeps the error that torch.save hides behind one of its own."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"))
-        self.sum, self.error = hashlib.sha256(), ""
-
-    def write(self, content: "ReadableBuffer", /) -> int:
-        self.sum.update(content)
-        try:
-            return super().write(content)
-        except OSError as e:
-            self.error = str(e)
-            raise
-
-
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write beside `path`, flush to the disk, then rename: `path` is the old file or the new one, never half of one.
+    """Write the file atomically, with its checksum: `path` is the old file or the new one, never half of one.
 
     The old one stays as `checkpoint.previous.pt`, unless it is damaged. Raises UserError for a disk that is full or
     fails; nothing is lost then.
     """
-    part = path.with_suffix(".part")
-    f = None
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    content.write(_MARK + hashlib.sha256(content.getbuffer()).hexdigest().encode())
     try:
-        with _Summed(part) as f:
-            torch.save(checkpoint, f)
-            f.write(_MARK + f.sum.hexdigest().encode())
-            f.flush()
-            os.fsync(f.fileno())
-        if is_intact(path):  # or a damaged one would replace a good one
-            _keep(path, path.with_name(PREVIOUS_NAME))
-        part.replace(path)
-    except (OSError, RuntimeError) as e:  # a RuntimeError is torch's, when it cannot write
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        reason = (f and f.error) or one_line(e)
+        with atomic_write(path) as part:
+            part.write_bytes(content.getbuffer())
+            if is_intact(path):  # or a damaged one would replace a good one
+                _keep(path, path.with_name(PREVIOUS_NAME))
+    except OSError as e:
         kept = "the checkpoint before it is kept" if path.exists() else "there is none before it"
-        raise UserError(f"cannot write the checkpoint {path} ({reason}); {kept}") from e
+        raise UserError(f"cannot write the checkpoint {path} ({e.strerror}); {kept}") from e
 
 
 def _keep(path: Path, previous: Path) -> None:

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simsiam_dali.common.distributed import World, rows_of_all_ranks
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.encoder import Encoder, Scored
 from simsiam_dali.models.recompute import recompute_blocks
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training import sync_bn
 from simsiam_dali.training.throughput import mark
 
 T = TypeVar("T")
@@ -46,7 +47,9 @@ class Learner:
         kind = encoder_type(config)
         encoder = kind.create(pretrained)
         if config.train.sync_bn and world.size > 1:
-            sync_bn.convert(encoder, world.device)
+            if world.device.type == "cpu":
+                raise UserError("train.sync_bn: torch computes batch norm over all processes on GPUs only")
+            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         if config.train.activation_checkpointing:
             recompute_blocks(encoder)
         size = config.encoder.batch_size

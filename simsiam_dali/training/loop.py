@@ -1,9 +1,8 @@
 """The training loop."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,27 +25,16 @@ GAUGE_ROWS = 1024
 """Outputs, of the latest batches, on which the collapse gauges are computed."""
 
 
-def train(
-    config: Config,
-    world: World,
-    resumed: Checkpoint | None,
-    run_dir: Path,
-    on_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
-    tags: Mapping[str, str] | None = None,
-) -> int:
-    """Train until done or interrupted; returns the number of the signal that ended it, or 0.
-
-    on_epoch: called on every rank with each epoch's record, the untrained encoder's as epoch 0; what it raises ends the
-    run. tags: set on the MLflow run beside those of the config.
-    """
+def train(config: Config, world: World, resumed: Checkpoint | None, run_dir: Path) -> int:
+    """Train until done or interrupted; returns the number of the signal that ended it, or 0."""
     with Interrupt() as interrupt:
-        run = open_run(config, world, resumed, run_dir, tags or {})
+        run = open_run(config, world, resumed, run_dir)
         config, data, learner = run.config, run.data, run.learner
         window, clock = LossWindow(world, config), StepClock(world.device)
 
         with run.recording():
             if not resumed:
-                on_epoch(run.end_epoch({}))  # the untrained encoder: what training has to beat
+                run.end_epoch({})  # the untrained encoder: what training has to beat
             while run.epoch < config.encoder.epochs:
                 learner.encoder.train()
                 clock.reset()
@@ -74,14 +62,13 @@ def train(
                 run.epoch += 1
                 learned = run.mean_loss() | {"encoder/lr": rates[0]} | window.gauges() | throughput(clock, data)
                 record = run.end_epoch(learned | {"training_time_hours": run.hours})
-                on_epoch(record)
                 run.print_advice(record)
                 if signal := max(world.gather(interrupt.signal)):
                     return run.stop(signal)
     return 0
 
 
-def open_run(config: Config, world: World, resumed: Checkpoint | None, run_dir: Path, tags: Mapping[str, str]) -> Run:
+def open_run(config: Config, world: World, resumed: Checkpoint | None, run_dir: Path) -> Run:
     """The run at its first step, or at the step of the checkpoint. Raises UserError where it cannot start."""
     shards = open_shards(config.data.shards)
     if resumed and resumed["shards"] != shards.fingerprint:
@@ -95,7 +82,7 @@ def open_run(config: Config, world: World, resumed: Checkpoint | None, run_dir: 
         exact = resumed is not None and len(resumed["loaders"]) == world.size
         config = micro_batch.choose_by_trial_step(config, learner, shards, world, keep=exact)
     data = TrainingData.open(config, shards, world, resumed)
-    return Run(data, learner, run_dir, resumed, tags)
+    return Run(data, learner, run_dir, resumed)
 
 
 class LossWindow:

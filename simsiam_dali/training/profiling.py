@@ -1,6 +1,6 @@
 """`--profile N`: where N steps spend their time, as a trace for Perfetto (or chrome://tracing) and a table.
 
-The parts of a step are named by `clock.mark`. For Nsight Systems the same names are NVTX ranges, beside those of DALI:
+The parts of a step are named by `throughput.mark`. For Nsight Systems the same names are NVTX ranges, beside DALI's:
 `nsys profile -t cuda,nvtx python -m simsiam_dali.train ...` needs no --profile.
 """
 
@@ -14,34 +14,22 @@ WARM_UP = 4
 
 
 class Profiler:
-    """Does nothing."""
-
-    def step(self) -> None:
-        """One training step is done."""
-
-    def stop(self) -> None:
-        """The run ends."""
-
-
-class TorchProfiler(Profiler):
-    """Traces `steps` steps after the warm-up, writes `trace.json.gz` and `profile.txt` into the run's folder, once."""
+    """Traces `steps` steps after the warm-up, once, into `trace.json.gz` and `profile.txt` in the run's folder."""
 
     def __init__(self, steps: int, run_dir: Path, device: torch.device) -> None:
         self.run_dir, self.device = run_dir, device
-        self.left = WARM_UP + steps
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        self.profile = profile(
-            activities=activities,
-            schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1),
-            on_trace_ready=self._write,
-        )
-        self.profile.start()
+        self.left = WARM_UP + steps if steps else 0
+        if self.left:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+            plan = schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1)
+            self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+            self.profile.start()
 
     def step(self) -> None:
         """One training step is done."""
         if self.left:
-            self.left -= 1
             self.profile.step()
+            self.left -= 1
             if not self.left:
                 self.profile.stop()
 
@@ -56,8 +44,3 @@ class TorchProfiler(Profiler):
         table = traced.key_averages().table(sort_by=by, row_limit=40)
         (self.run_dir / "profile.txt").write_text(table)
         traced.export_chrome_trace(str(self.run_dir / "trace.json.gz"))
-
-
-def create_profiler(steps: int, run_dir: Path, device: torch.device) -> Profiler:
-    """A profiler of `steps` steps; of none, one that does nothing."""
-    return TorchProfiler(steps, run_dir, device) if steps else Profiler()

@@ -14,33 +14,25 @@ from simsiam_dali.common.files import atomic_write
 from simsiam_dali.config.schema import Config
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.tracking.client import viewing_hints
-from simsiam_dali.tracking.run import create_tracker
-from simsiam_dali.training import checkpoint, curves, journal, profiling
+from simsiam_dali.tracking.run import Tracker
+from simsiam_dali.training import checkpoint, curves, journal
 from simsiam_dali.training.collapse import collapse_advice, no_positives_advice
 from simsiam_dali.training.data import TrainingData
 from simsiam_dali.training.learner import Learner
+from simsiam_dali.training.profiling import Profiler
 from simsiam_dali.training.validation import Validation
 from simsiam_dali.training.world_size import order_seed
-
-
-class StopTraining(Exception):
-    """Raised by `on_epoch` to end a run early, with the reason. The run ends as KILLED, not as FAILED."""
 
 
 class Run:
     """One training run. It is the same on every rank; only the main rank writes.
 
-    run_dir: its folder, made here. resumed: the checkpoint to continue from. tags: set on the MLflow run beside those
-    of the config. Raises UserError where the folder cannot be written or the MLflow server does not answer.
+    run_dir: its folder, made here. resumed: the checkpoint to continue from. Raises UserError where the folder cannot
+    be written or the MLflow server does not answer.
     """
 
     def __init__(
-        self,
-        data: TrainingData,
-        learner: Learner,
-        run_dir: Path,
-        resumed: checkpoint.Checkpoint | None,
-        tags: Mapping[str, str],
+        self, data: TrainingData, learner: Learner, run_dir: Path, resumed: checkpoint.Checkpoint | None
     ) -> None:
         self.data, self.learner, self.run_dir = data, learner, run_dir
         self.config, self.world = data.config, data.world
@@ -55,10 +47,10 @@ class Run:
         if resumed:
             self._restore(resumed)
         mlflow_run = resumed["mlflow_run"] if resumed else None
-        self.tracker = create_tracker(self.config, data.shards, run_dir.name, mlflow_run, self.world.main, tags)
+        self.tracker = Tracker(self.config, data.shards, run_dir.name, mlflow_run, self.world.main)
         self._report_start()
         steps_to_trace = self.config.train.profile if self.world.main else 0
-        self.profiler = profiling.create_profiler(steps_to_trace, run_dir, self.world.device)
+        self.profiler = Profiler(steps_to_trace, run_dir, self.world.device)
 
     @property
     def hours(self) -> float:
@@ -77,9 +69,6 @@ class Run:
             yield
             if self._unsaved:
                 raise self._unsaved
-        except StopTraining as e:
-            self.tracker.end("KILLED", str(e))
-            raise
         except BaseException as e:
             self.tracker.end("FAILED", str(e))
             raise

@@ -80,7 +80,7 @@ class Validation:
             ids = first_label_ids(songs, column)
             bank_ids, query_ids = ids[bank_songs], ids[query_songs]
             score[f"knn/{name}"] = knn_labels(bank, bank_ids, queries, query_ids, k)
-            score[f"knn/{name}_chance"] = max(label_chance(bank_ids, query_ids))
+            score[f"knn/{name}_chance"] = label_chance(bank_ids, query_ids)
         ratings = torch.tensor(songs["rating"].to_numpy("float32"))
         bank_ratings, query_ratings = ratings[bank_songs], ratings[query_songs]
         error, correlation = knn_rating(bank, bank_ratings, queries, query_ratings, k)
@@ -105,18 +105,18 @@ class Validation:
             for batch in kept:
                 yield _to_device(batch, self.learner.device)
             return
-        keep: list[Batch | Single] | None = []
+        keep: list[Batch | Single] = []
+        size = 0
         for batch in self._computed(split, mode, segments):
-            size = sum(x.nbytes for x in batch)
-            if keep is not None and size <= self._free:
-                self._free -= size
+            size += sum(x.nbytes for x in batch)
+            if size <= self._free:
                 keep.append(batch._replace(**{name: x.cpu().clone() for name, x in batch._asdict().items()}))
-            elif keep is not None:  # all of it or nothing
-                self._free += sum(x.nbytes for other in keep for x in other)
-                keep = None
+            else:  # all of it or nothing
+                keep.clear()
             yield batch
-        if keep is not None:
+        if size <= self._free:
             self._kept[split, mode] = keep
+            self._free -= size
         release_memory()
 
     def _computed(self, split: Split, mode: Mode, segments: int) -> Iterable[Any]:

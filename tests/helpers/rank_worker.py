@@ -8,26 +8,75 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from simsiam_dali.common.distributed import World, process_group, rows_of_all_ranks
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch, Single
 from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.training import sync_bn
 from simsiam_dali.training.data import create_loader, log_mel_settings
 from simsiam_dali.training.learner import Learner
 
 SEGMENTS = 8  # of the global batch
 EPOCHS = 3
-CASES = {"simsiam": ("simsiam", True), "simple": ("simple", True), "apart": ("simsiam", False)}  # encoder, sync_bn
+CASES = {"simsiam": ("simsiam", True), "simple": ("simple", True), "apart": ("simsiam", False)}
+"""Encoder type, and whether batch norm is over all ranks."""
 
 
-def settings(encoder: str, sync_bn: bool, ranks: int) -> Config:
+class CpuSyncBatchNorm(_BatchNorm):
+    """Batch norm of `(B, C, ...)` by mean and variance over all ranks, whose batches may differ in size.
+
+    torch's SyncBatchNorm refuses CPUs. With this, several processes compute what one does on their batches together.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape and dtype; evaluation mode normalises by the running statistics."""
+        if not self.training:
+            return super().forward(x)
+        axes = [0, *range(2, x.ndim)]
+        per_channel = [1, -1] + [1] * (x.ndim - 2)
+        values = x.float()
+        count = torch.tensor(x.numel() // x.shape[1])
+        dist.all_reduce(count)
+        number = int(count)
+        mean = all_reduce(values.sum(axes)) / number
+        centred = values - mean.view(per_channel)
+        variance = all_reduce(centred.square().sum(axes)) / number
+        self._update_running_statistics(mean.detach(), variance.detach(), number)
+        y = centred * (variance + self.eps).rsqrt().view(per_channel)
+        if self.affine:
+            y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
+        return y.to(x.dtype)
+
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, number: int) -> None:
+        """With those of `number` values; the running variance is the unbiased one."""
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (number / (number - 1)), self.momentum)
+
+
+def synchronise_batch_norm(encoder: nn.Module) -> None:
+    """Make the encoder's batch norms compute their statistics over all ranks, in place."""
+    for layer in encoder.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.__class__ = CpuSyncBatchNorm  # same attributes, another forward
+
+
+def settings(encoder: str, ranks: int) -> Config:
     """A small encoder whose batch norms all come into play."""
     sets = [
         f"encoder.encoder_type={encoder}",
-        f"train.sync_bn={sync_bn}",
         f"encoder.batch_size={SEGMENTS // ranks}",
         "encoder.embedding_dim=16",
         "encoder.simple.base_channels=4",
@@ -54,7 +103,9 @@ def global_batch(encoder: str) -> Batch | Single:
 
 def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, Any]:
     """One training step of the real learner on this rank's rows: its loss, gradients and buffers."""
-    learner = Learner(settings(encoder, sync_bn, w.size), shards, w)
+    learner = Learner(settings(encoder, w.size), shards, w)
+    if sync_bn and w.size > 1:
+        synchronise_batch_norm(learner.encoder)
     for name, parameter in learner.encoder.named_parameters():
         if name.endswith("weight") and not parameter.any():  # a residual branch that is still switched off
             torch.nn.init.constant_(parameter, 0.5)
@@ -70,7 +121,7 @@ def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, A
 
 def segments(shards: ShardSet, w: World) -> list[list[int]]:
     """The segments that this rank's training loader gives in each of its epochs."""
-    c = settings("simsiam", False, w.size)
+    c = settings("simsiam", w.size)
     loader = create_loader(c, shards, log_mel_settings(c), w, "train", "views", shuffled=True)
     return [[row for batch in loader for row in batch.segment.tolist()] for _ in range(EPOCHS)]
 
@@ -83,7 +134,7 @@ def uneven(w: World) -> dict[str, Any]:
     (rows * weights).sum().backward()
     norm = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False))
     if w.size > 1:
-        sync_bn.convert(norm, w.device)
+        synchronise_batch_norm(norm)
     normalised = norm(mine.detach())
     return {
         "rows": rows.detach(),
