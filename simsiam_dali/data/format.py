@@ -129,10 +129,9 @@ def read_manifest(root: Path) -> Manifest:
         if version == FORMAT_VERSION:
             manifest = TypeAdapter(Manifest).validate_json(content, strict=True)
             TypeAdapter(_RequiredSettings).validate_python(manifest.settings)
-            if not {SONGS, SEGMENTS, FILES} <= manifest.files.keys():
-                raise KeyError(SONGS)
-            if invalid := [name for name in manifest.files if Path(name).name != name]:
-                raise ValueError(f"{invalid[0]!r} is no plain file name")  # it must not lead out of the folder
+            leads_out = any(Path(name).name != name for name in manifest.files)
+            if leads_out or not {SONGS, SEGMENTS, FILES} <= manifest.files.keys():
+                raise ValueError(manifest.files.keys())
             return manifest
     except FileNotFoundError:
         raise UserError(f"no shards in {root}: make them with python -m simsiam_dali.pack MUSIC_DIR") from None

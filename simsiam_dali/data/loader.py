@@ -12,6 +12,8 @@ import gc
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -20,18 +22,15 @@ from torch import Tensor
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.dali import backend
 from simsiam_dali.data.graph import Epoch, Graph, LogMel
-from simsiam_dali.data.pipeline import Settings
+from simsiam_dali.data.pipeline import Settings, build
 from simsiam_dali.data.quarantine import Quarantine
-from simsiam_dali.data.skip_damaged import build_without, find_undecodable, reason_of
+from simsiam_dali.data.skip_damaged import find_undecodable, reason_of, with_placeholders
 
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|cudaErrorMemoryAllocation|allocation failed|cannot allocate", re.I)
 CUDA_FAULT = re.compile(r"(CUDA|cuFFT|NPP|NVML)[^\n]*error[^\n]*", re.I)
 
 SNAPSHOT_SECONDS = 1.0
 """Interval between snapshots of the graph's state, s: after an error, at most this much is decoded again."""
-
-ANOTHER_GRAPH = "checkpoint might come from another pipeline"
-"""Part of DALI's error for a state of a graph with other operators."""
 
 
 def device_fault(error: Exception, batch_size: int, group: int = 1) -> str | None:
@@ -106,11 +105,8 @@ class Loader:
         self._settings = Settings(batch_size, threads, prefetch, seed, gpu)
         self.decoded = 0  # segments that the graph decoded for all batches so far, of any epoch
         self.step = 0  # batches of this epoch already yielded
-        # After an error DALI's graph cannot be used, nor tell its state: it is rebuilt from a snapshot.
-        self._snapshot: str | None = None
-        self._batches_since_snapshot = 0
-        self._snapshot_time = 0.0
-        self.begin(seed)
+        self._batches_since_snapshot, self._snapshot_time = 0, 0.0
+        self._build(None)
 
     def __len__(self) -> int:
         return self.steps
@@ -196,11 +192,14 @@ class Loader:
             release_memory()
 
     def _build(self, state: str | None) -> None:
-        self.pipeline, placeholder_rows = build_without(self.graph, self._settings, state, self.quarantine.by_shard())
-        self._placeholder_rows = torch.tensor(sorted(placeholder_rows), dtype=torch.int64)
+        with TemporaryDirectory(prefix="simsiam-dali-") as folder:  # DALI reads the indexes once
+            source, placeholders = with_placeholders(self.graph.source, self.quarantine.by_shard(), Path(folder))
+            self.pipeline = build(dataclasses.replace(self.graph, source=source), self._settings, state)
+        self._placeholder_rows = torch.tensor(sorted(placeholders), dtype=torch.int64)
         self._set_snapshot(state)
 
     def _set_snapshot(self, state: str | None) -> None:
+        # After an error DALI's graph cannot be used, nor tell its state: it is rebuilt from a snapshot.
         self._snapshot, self._batches_since_snapshot, self._snapshot_time = state, 0, time.monotonic()
 
     def begin(self, seed: int) -> None:
@@ -230,7 +229,7 @@ class Loader:
         try:
             self._build(state["pipeline"])
         except RuntimeError as e:
-            if ANOTHER_GRAPH not in str(e):
+            if "checkpoint might come from another pipeline" not in str(e):
                 raise
             raise UserError(
                 "cannot resume: the checkpoint was written by another version of simsiam_dali, whose data graph has"

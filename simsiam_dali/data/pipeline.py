@@ -15,7 +15,7 @@ import numpy as np
 from simsiam_dali.data import augment
 from simsiam_dali.data.dali import DataNode, OperatorConcurrency, Pipeline, fn, pipeline_def, types
 from simsiam_dali.data.graph import Epoch, Graph, Source
-from simsiam_dali.data.views import band_limit, clean_view, crop, noise_bank, to_front_end_rate, two_views
+from simsiam_dali.data.views import clean_view, crop, noise_bank, to_front_end_rate, two_views
 
 NEW_THREAD_POOL = "DALI_USE_NEW_THREAD_POOL"
 """Read by DALI when the first pipeline of a process is built."""
@@ -152,11 +152,9 @@ def draw(graph: Graph, seed: int) -> Random:
 
 def is_used(epoch: Epoch, batch_size: int) -> DataNode:
     """BOOL, the same for a whole batch: whether it belongs to an epoch. Part of the pipeline's checkpoint."""
-
-    def of_batch(batch: int) -> np.ndarray:
-        return np.full(batch_size, batch % epoch.reader_batches < epoch.used)
-
-    return fn.external_source(source=of_batch, dtype=types.BOOL, ndim=0)
+    return fn.external_source(
+        source=lambda batch: np.full(batch_size, batch % epoch.reader_batches < epoch.used), dtype=types.BOOL, ndim=0
+    )
 
 
 def decode(
@@ -174,7 +172,7 @@ def decode(
         wave = wave.gpu()
 
     def wave_of(at: DataNode | float) -> DataNode:
-        return to_front_end_rate(band_limit(crop(wave, rate, graph, at), rate, graph, on_gpu), rate, graph)
+        return to_front_end_rate(crop(wave, rate, graph, at), rate, graph, on_gpu)
 
     first = wave_of(crops[0])
     if graph.mode == "raw":

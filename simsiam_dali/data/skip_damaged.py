@@ -21,10 +21,7 @@ import torch
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.format import index_text, read_index, row_of
 from simsiam_dali.data.graph import Graph, Source
-from simsiam_dali.data.pipeline import Pipeline, Settings, build
-
-READER = "operator `nvidia.dali.fn.readers.webdataset`"
-"""Part of DALI's error if the reader failed."""
+from simsiam_dali.data.pipeline import Settings, build
 
 Rows = Mapping[str, set[int]]
 """Rows of segments by the name of their shard."""
@@ -33,13 +30,6 @@ Rows = Mapping[str, set[int]]
 def reason_of(error: Exception) -> str:
     """The reason in DALI's error, in one line: it follows the place in the graph and "encountered:"."""
     return str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
-
-
-def build_without(graph: Graph, settings: Settings, state: str | None, skipped: Rows) -> tuple[Pipeline, set[int]]:
-    """`build(graph, settings, state)` without the segments `skipped`; also returns the rows of placeholders."""
-    with TemporaryDirectory(prefix="simsiam-dali-") as folder:  # DALI reads the indexes once
-        source, placeholder_rows = with_placeholders(graph.source, skipped, Path(folder))
-        return build(dataclasses.replace(graph, source=source), settings, state), placeholder_rows
 
 
 def with_placeholders(source: Source, skipped: Rows, folder: Path) -> tuple[Source, set[int]]:
@@ -121,9 +111,8 @@ def rows_in_batch(graph: Graph, settings: Settings, state: str | None, batches: 
 def _undecodable(graph: Graph, samples: Mapping[int, tuple[Path | str, Path]], seed: int) -> Iterator[tuple[int, str]]:
     """Decode each of `samples` (row -> tar, index) by itself, to a clean view or to raw audio, on the CPU."""
     spec, left = graph.log_mel, list(samples)
-    length = round(graph.seconds * spec.sample_rate)
     raw = graph.mode == "raw"
-    shape = (1, length) if raw else (1, spec.frames(graph.seconds), spec.n_mels)
+    shape = (1, round(graph.seconds * spec.sample_rate)) if raw else (1, spec.frames(graph.seconds), spec.n_mels)
     while left:
         tars, indexes = zip(*(samples[row] for row in left), strict=True)
         whole = graph.source
@@ -135,7 +124,7 @@ def _undecodable(graph: Graph, samples: Mapping[int, tuple[Path | str, Path]], s
             try:
                 data, its_row, total, _ = (torch.from_dlpack(x.as_tensor()) for x in pipeline.run())
             except RuntimeError as e:
-                if READER in str(e):  # the tar, not the segment
+                if "operator `nvidia.dali.fn.readers.webdataset`" in str(e):  # the tar, not the segment
                     raise RuntimeError(f"{samples[row][0]}: {reason_of(e)}") from e
                 yield row, reason_of(e)
                 break  # a DALI pipeline cannot run on after an error

@@ -22,9 +22,6 @@ BAND_EDGE = 0.94
 MISSING_S = 0.1
 """How much of its end a segment may lack, s: lossy codecs and resamplers drop some samples."""
 
-LOSSLESS = ("flac", "wav")
-"""Codecs that return as many samples as were packed."""
-
 NOISE_BANK_EXTRA_S = 15.0
 """How much longer than a view the bank of noise is, s: a view's noise may start anywhere in it."""
 
@@ -74,20 +71,15 @@ def crop(wave: DataNode, rate: DataNode, graph: Graph, at: DataNode | float) -> 
     return fn.slice(wave, start=start, end=start + length, axes=[0], out_of_bounds_policy="trim_to_shape")
 
 
-def band_limit(wave: DataNode, rate: DataNode, graph: Graph, gpu: bool) -> DataNode:
-    """`wave (N,)` without the frequencies above the front end's Nyquist frequency, which resampling would fold back."""
-    if graph.source.native_rate and rate > float(graph.log_mel.sample_rate):
-        wave = augment.low_pass(wave, BAND_EDGE * graph.log_mel.sample_rate / rate, gpu)
-    return wave
-
-
-def to_front_end_rate(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
+def to_front_end_rate(wave: DataNode, rate: DataNode, graph: Graph, gpu: bool) -> DataNode:
     """`wave (N,)` at the front end's rate, exactly `graph.seconds` long; up to `MISSING_S` of its end are zeros."""
     spec = graph.log_mel
     if graph.source.native_rate:
+        if rate > float(spec.sample_rate):  # resampling would fold back what is above the Nyquist frequency
+            wave = augment.low_pass(wave, BAND_EDGE * spec.sample_rate / rate, gpu)
         wave = augment.resample(wave, rate, float(spec.sample_rate), CONVERT_QUALITY)
-    elif graph.source.codec in LOSSLESS and graph.seconds >= graph.source.segment_seconds:
-        return wave  # a whole segment that was packed at its exact length
+    elif graph.source.codec in ("flac", "wav") and graph.seconds >= graph.source.segment_seconds:
+        return wave  # a whole segment that was packed at its exact length, by a codec that keeps it
     # A segment that lacks more stays too short, which is an error of the graph.
     longest = wave.shape(dtype=types.INT32)[0] + round(MISSING_S * spec.sample_rate)
     end = math.min(longest, round(graph.seconds * spec.sample_rate))
