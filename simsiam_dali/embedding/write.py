@@ -77,7 +77,17 @@ class PartialResults:
             raise UserError(f"another process is working in {self.folder}: wait until it ends") from e
         except OSError as e:
             raise UserError(f"cannot write {self.folder}: {e.strerror}") from e
-        self._read()
+        while (path := self._file(len(self.parts))).exists():
+            try:
+                part = torch.load(path, weights_only=True)
+            except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
+                break
+            if part.get("key") != self.key:
+                break
+            self.parts.append(part)
+        for path in self.folder.glob("*.pt*"):  # unreadable, of another key, or behind such a part
+            if not path.stem.isdigit() or int(path.stem) >= len(self.parts):
+                path.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,20 +107,6 @@ class PartialResults:
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.pt"
-
-    def _read(self) -> None:
-        """Read the parts, up to the first that is missing, unreadable or of another key, and remove all others."""
-        while (path := self._file(len(self.parts))).exists():
-            try:
-                part = torch.load(path, weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
-                break
-            if part.get("key") != self.key:
-                break
-            self.parts.append(part)
-        for path in self.folder.glob("*.pt*"):
-            if not path.stem.isdigit() or int(path.stem) >= len(self.parts):
-                path.unlink()
 
 
 def embed_batches(
