@@ -34,10 +34,10 @@ from simsiam_dali.common.distributed import World, choose_device
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
-from simsiam_dali.data.dali import DataNode, OperatorConcurrency, build_on_cpu, fn, pipeline_def, types
+from simsiam_dali.data.dali import DataNode, OperatorConcurrency, fn, pipeline_def, types
 from simsiam_dali.data.graph import Source
 from simsiam_dali.data.loader import Batch, Single
-from simsiam_dali.data.pipeline import read
+from simsiam_dali.data.pipeline import build_on_cpu, read
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.packing.pack import pack

@@ -6,6 +6,7 @@ are shown side by side: a table in the terminal, a CSV and a plot.
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from simsiam_dali.common.errors import UserError, one_line_errors
@@ -13,8 +14,7 @@ from simsiam_dali.config.cli import add_config, add_setting, create_parser, give
 from simsiam_dali.config.load import load_config
 from simsiam_dali.evaluation import compare_report as report
 from simsiam_dali.evaluation import compare_runs
-from simsiam_dali.tracking.client import viewing_hints
-from simsiam_dali.tracking.history import Experiment
+from simsiam_dali.tracking.client import experiment_runs, metric_history, viewing_hints
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,12 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"select the best runs by (default: {' or, where no run has it, '.join(compare_runs.DEFAULT_BY)})",
     )  # fmt: skip
     parser.add_argument(
-        "--runs",
-        type=whole_number(0),
-        default=1,
-        metavar="N",
+        "--runs", type=whole_number(0), default=1, metavar="N",
         help="best runs of each type, 0 = all (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--include-trials", action="store_true", help="include nested runs, such as HPO's trials")
     parser.add_argument(
         "--shard-set", metavar="FINGERPRINT",
@@ -60,18 +57,16 @@ def main() -> None:
         raise UserError(f"--csv and --png are both {table}: choose two files")
     metric = compare_runs.selection_metric(args.by) if args.by else None
 
-    experiment = Experiment(config.mlflow.tracking_uri, config.mlflow.experiment_name)
-    runs = compare_runs.encoder_runs(experiment.runs())
+    uri = config.mlflow.tracking_uri
+    runs = experiment_runs(uri, config.mlflow.experiment_name)
     comparison = compare_runs.select(runs, metric, args.runs, args.include_trials, args.shard_set)
-    comparison = compare_runs.with_untrained(comparison, experiment.metric_history)
+    compare_runs.add_untrained(comparison, partial(metric_history, uri))
 
     print("", *report.table(comparison), "", *report.notes(comparison), "", sep="\n")
     report.write_csv(comparison, table)
     report.write_png(comparison, plot)
-    selected, *types = report.mlflow_filters(comparison)
-    print(f"files      {table}, {plot}", *viewing_hints(config.mlflow), f"filter     {selected}", sep="\n")
-    for line in types:
-        print(f"       or  {line}")
+    filters = "\n       or  ".join(report.mlflow_filters(comparison))
+    print(f"files      {table}, {plot}", *viewing_hints(config.mlflow), f"filter     {filters}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,33 +12,29 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.files import replace_files
 from simsiam_dali.config.cli import add_config, add_embeddings, create_parser, whole_number
 from simsiam_dali.config.load import load_config
-from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, read_vectors_of
+from simsiam_dali.embedding.table import read_song_embeddings, read_vectors_of
 from simsiam_dali.evaluation import maps, nearest_song, report
-from simsiam_dali.evaluation.plan import GUESS, Evaluation, Options, Probe, evaluate
+from simsiam_dali.evaluation.plan import GUESS, Options, evaluate
 from simsiam_dali.models.registry import ENCODERS
-from simsiam_dali.tracking.finished import FinishedRun
+from simsiam_dali.tracking.client import add_to_run, has_run
 
-BASELINE_FOLDERS = ("baselines", "floors")
-"""Where `embed --baselines` writes beside the embeddings: now, and in earlier versions."""
 ARTIFACTS = "evaluation"
 """Folder of the run's artifacts."""
 FILES = ("report.html", "metrics.json", "map.html", "umap.png", "t-sne.png", "pca.png")
 
 
 def baseline_files(given: list[str], beside: Path) -> dict[str, Path]:
-    """NAME=FILE of the command line, else every table in the folder of baselines, called by its file's name."""
+    """NAME=FILE of the command line, else every table that `embed --baselines` wrote, called by its file's name."""
     if not given:
-        tables = [path for name in BASELINE_FOLDERS for path in sorted((beside / name).glob("*.parquet"))]
-        return {path.stem: path for path in tables if path.parent == tables[0].parent}
+        return {path.stem: path for path in sorted((beside / "baselines").glob("*.parquet"))}
     files = {}
     for text in given:
         name, sign, path = text.partition("=")
@@ -48,8 +44,8 @@ def baseline_files(given: list[str], beside: Path) -> dict[str, Path]:
     return files
 
 
-def find_run(args: argparse.Namespace, provenance: Mapping[str, str]) -> tuple[FinishedRun | None, str]:
-    """The MLflow run to log to, or None, and a line that names it or tells why there is none."""
+def find_run(args: argparse.Namespace, provenance: Mapping[str, str]) -> tuple[Callable[..., None] | None, str]:
+    """`add_to_run` of the MLflow run to log to, or None, and a line that names the run or tells why there is none."""
     trained_with = {"mlflow": {"tracking_uri": provenance["tracking_uri"]}} if provenance.get("tracking_uri") else None
     given = {"mlflow.tracking_uri": args.tracking_uri}
     config = load_config(args.config, os.environ, given, args.assignments, base=trained_with).mlflow
@@ -58,8 +54,8 @@ def find_run(args: argparse.Namespace, provenance: Mapping[str, str]) -> tuple[F
         return None, "not logged to MLflow: switched off"
     if not run_id:
         return None, "not logged to MLflow: the embeddings name no run (--run-id names one)"
-    if run := FinishedRun.find(config.tracking_uri, run_id):
-        return run, f"logged to run {run_id} of {config.tracking_uri}"
+    if has_run(config.tracking_uri, run_id):
+        return partial(add_to_run, config.tracking_uri, run_id), f"logged to run {run_id} of {config.tracking_uri}"
     missing = f"{config.tracking_uri} has no run {run_id}"
     if args.run_id:
         raise UserError(f"{missing}: correct --run-id or --tracking-uri, or leave it out with --no-mlflow")
@@ -80,7 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="features of the same songs to compare with; may be repeated (default: every table in baselines/ beside"
         " the embeddings)",
     )  # fmt: skip
-    add("--floor", action="append", dest="baselines", help=argparse.SUPPRESS)  # the old name
     add("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder to write (default: %(default)s)")
     add("--replace", action="store_true", help="write over an earlier evaluation in --out")
     number("--k", default.k, 1, "neighbours of the k-NN probe")
@@ -96,33 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def progress(probes: list[Probe]) -> Iterator[Probe]:
-    """The probes, with a bar."""
-    bar = tqdm(probes, unit="probe", leave=False)
-    for probe in bar:
-        bar.set_description(f"{probe.target}, {probe.name}, split by {probe.split}")
-        yield probe
-
-
-def create_files(
-    evaluation: Evaluation, songs: Embeddings, provenance: Mapping[str, object], options: Options, with_maps: bool
-) -> dict[str, bytes]:
-    """The report, the metrics and the maps: file name to content."""
-    pictures: dict[str, bytes] = {}
-    page = None
-    if with_maps:
-        print("drawing the maps", flush=True)
-        projections = maps.project(songs.vectors, options.seed)
-        pictures = {name: maps.picture(points, songs.table, name) for name, points in projections.items()}
-        page = report.map_page(maps.page_data(songs.table, songs.vectors, projections))
-    files = {f"{name.lower()}.png": png for name, png in pictures.items()}
-    if page:
-        files["map.html"] = page.encode()
-    files["report.html"] = report.page(evaluation, provenance, options, pictures, page).encode()
-    files["metrics.json"] = report.as_json(evaluation, provenance, options).encode()
-    return files
-
-
 @one_line_errors
 def main() -> None:
     """The command."""
@@ -135,9 +103,9 @@ def main() -> None:
     songs = read_song_embeddings(args.embeddings)
     baselines = baseline_files(args.baselines, args.embeddings.parent)
     vectors = {"embedding": songs.vectors} | {name: read_vectors_of(path, songs) for name, path in baselines.items()}
-    run, logged = find_run(args, songs.provenance)
+    log, logged = find_run(args, songs.provenance)
 
-    evaluation = evaluate(songs.table, vectors, options, progress)
+    evaluation = evaluate(songs.table, vectors, options)
     held_back = int((songs.table["split"] == "val").sum())
     provenance = {
         "songs": len(songs.table),
@@ -150,7 +118,17 @@ def main() -> None:
         "MLflow": logged,
         "command": shlex.join(["python", "-m", "simsiam_dali.evaluate", *sys.argv[1:]]),
     }
-    files = create_files(evaluation, songs, provenance, options, not args.no_maps)
+    files: dict[str, bytes] = {}
+    pictures: dict[str, bytes] = {}
+    page = None
+    if not args.no_maps:
+        print("drawing the maps", flush=True)
+        projections = maps.project(songs.vectors, options.seed)
+        pictures = {name: maps.picture(points, songs.table, name) for name, points in projections.items()}
+        page = report.map_page(maps.page_data(songs.table, songs.vectors, projections))
+        files = {f"{name.lower()}.png": png for name, png in pictures.items()} | {"map.html": page.encode()}
+    files["report.html"] = report.page(evaluation, provenance, options, pictures, page).encode()
+    files["metrics.json"] = report.as_json(evaluation, provenance, options).encode()
     replace_files(args.out, files)
 
     for line in report.terminal_table(evaluation):
@@ -161,10 +139,9 @@ def main() -> None:
     if line := nearest_song.sentence(songs.table, vectors, encoder_type is not None and encoder_type.learns_from_tags):
         print(line)
     print(f"report  {args.out / 'report.html'}")
-    if run:  # last, so that a server that goes away costs no figure
-        run.log_metrics({f.name: f.score.value for f in evaluation.figures} | report.classifier_metrics(evaluation))
-        for name in files:
-            run.log_artifact(args.out / name, ARTIFACTS)
+    if log:  # last, so that a server that goes away costs no figure
+        values = {f.name: f.score.value for f in evaluation.figures} | report.classifier_metrics(evaluation)
+        log(values, [args.out / name for name in files], ARTIFACTS)
     print(f"MLflow  {logged}")
 
 

@@ -1,115 +1,70 @@
-"""Pack a folder of songs into WebDataset shards: `simsiam-dali pack music/` or `python tools/make_shards.py music/`."""
+"""Pack a folder of songs into the shards that training reads: python -m simsiam_dali.pack MUSIC_DIR
+
+Run again after adding songs: only new and changed files are decoded, and no song changes its split. The old shards stay
+in place until the new ones are complete, so the disk needs room for both.
+"""
 
 import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.signals import raise_keyboard_interrupt
-from simsiam_dali.config.cli import program
-from simsiam_dali.data.format import read_manifest
-from simsiam_dali.data.verify import verify
+from simsiam_dali.config.cli import create_parser, whole_number
+from simsiam_dali.data.format import read_manifest, verify
 from simsiam_dali.packing import process_pool, ray_pool
 from simsiam_dali.packing.pack import PackSettings, Report, pack
 
 
-def _number(kind: type[int] | type[float], rule: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type: a number that `accepts`."""
-
-    def number(text: str) -> int | float:
-        if not accepts(kind(text)):
-            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
-        return kind(text)
-
-    return number
+def seconds(text: str) -> float:
+    """An option's type: seconds above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
 
 
-_count = _number(int, "at least 1", lambda n: n >= 1)
-_seed = _number(int, "at least 0", lambda n: n >= 0)
-_positive = _number(float, "above 0", lambda x: 0 < x < math.inf)
-_fraction = _number(float, "in 0 <= fraction < 1", lambda x: 0 <= x < 1)
+def fraction(text: str) -> float:
+    """An option's type: 0 <= fraction < 1."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 <= fraction < 1")
+    return float(text)
 
 
-def _sample_rate(text: str) -> int | None:
-    return None if text == "native" else int(_count(text))
+def sample_rate(text: str) -> int | None:
+    """An option's type: a rate in Hz, or None for `native`."""
+    return None if text == "native" else whole_number(1)(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=program("pack"),
-        description=(
-            "Pack every song below MUSIC_DIR into the shards that training reads. Run again after adding songs: "
-            "only new and changed files are decoded, and no song changes its split. The old shards stay in place "
-            "until the new ones are complete, so the disk needs room for both."
-        ),
-    )
-    add = parser.add_argument
-    default = "(default: %(default)s)"
+    """The command line; the table in docs/commands.md is made from it."""
+    parser = create_parser("pack", __doc__)
+    add, default = parser.add_argument, "(default: %(default)s)"
     add("music_dir", metavar="MUSIC_DIR", type=Path, nargs="?", help="folder of songs; optional with --verify")
     add("--out", metavar="DIR", type=Path, default=Path("shards"), help=f"folder of the shards {default}")
-    add(
-        "--sample-rate",
-        metavar="HZ",
-        type=_sample_rate,
-        default=16000,
-        help=f"sample rate of the packed audio in Hz, or native: each song's own {default}",
-    )
-    add(
-        "--segment-seconds",
-        metavar="SECONDS",
-        type=_positive,
-        default=60.0,
-        help=f"length of a segment in seconds {default}",
-    )
-    add(
-        "--codec",
-        choices=("flac", "wav", "ogg"),
-        default="flac",
-        help=f"of the packed audio, mono, 16 bit; ogg is Vorbis and loses a little {default}",
-    )
-    add(
-        "--val-fraction",
-        metavar="SHARE",
-        type=_fraction,
-        default=0.1,
-        help=f"share of the groups (see --split-by) kept for validation, 0 to below 1 {default}",
-    )
-    add(
-        "--split-by",
-        choices=("album", "artist", "song"),
-        default="album",
-        help=f"what is kept together in training or validation {default}",
-    )
-    add("--segments-per-shard", metavar="N", type=_count, default=256, help=f"segments in one tar {default}")
-    add("--workers", metavar="N", type=_count, help="decoding processes (default: one for each core)")
-    add(
-        "--executor",
-        choices=("processes", "ray"),
-        default="processes",
-        help=f"where they run: on this host, or on the Ray cluster of RAY_ADDRESS {default}",
-    )
-    add("--seed", metavar="N", type=_seed, default=0, help=f"seed of the shuffle and the split {default}")
-    add(
-        "--min-seconds",
-        metavar="SECONDS",
-        type=_positive,
-        default=5.0,
-        help=f"shorter songs are refused, in seconds {default}",
-    )
-    add(
-        "--ratings",
-        metavar="FILE",
-        type=Path,
+    add("--sample-rate", metavar="HZ", type=sample_rate,
+        help=f"sample rate of the packed audio in Hz, or native: each song's own {default}")  # fmt: skip
+    add("--segment-seconds", metavar="SECONDS", type=seconds, help=f"length of a segment in seconds {default}")
+    add("--codec", choices=("flac", "wav", "ogg"),
+        help=f"of the packed audio, mono, 16 bit; ogg is Vorbis and loses a little {default}")  # fmt: skip
+    add("--val-fraction", metavar="SHARE", type=fraction,
+        help=f"share of the groups (see --split-by) kept for validation, 0 to below 1 {default}")  # fmt: skip
+    add("--split-by", choices=("album", "artist", "song"),
+        help=f"what is kept together in training or validation {default}")  # fmt: skip
+    add("--segments-per-shard", metavar="N", type=whole_number(1), help=f"segments in one tar {default}")
+    add("--workers", metavar="N", type=whole_number(1), help="decoding processes (default: one for each core)")
+    add("--executor", choices=("processes", "ray"), default="processes",
+        help=f"where they run: on this host, or on the Ray cluster of RAY_ADDRESS {default}")  # fmt: skip
+    add("--seed", metavar="N", type=whole_number(0), help=f"seed of the shuffle and the split {default}")
+    add("--min-seconds", metavar="SECONDS", type=seconds, help=f"shorter songs are refused, in seconds {default}")
+    add("--ratings", metavar="FILE", type=Path,
         help="ratings that override those in the tags: a CSV with a header (rating, and path or title and artist; "
-        "0..1 or 0..5), or the library database of Clementine or Strawberry, which is only read",
-    )
+        "0..1 or 0..5), or the library database of Clementine or Strawberry, which is only read")  # fmt: skip
     add("--replace", action="store_true", help="overwrite shards of another folder, or files of the same names")
     add("--verify", action="store_true", help="verify every checksum of the shards in --out (after packing MUSIC_DIR)")
+    parser.set_defaults(**asdict(PackSettings()))
     return parser
 
 
@@ -123,16 +78,7 @@ def main() -> None:
     raise_keyboard_interrupt()
     try:
         if args.music_dir is not None:
-            settings = PackSettings(
-                sample_rate=args.sample_rate,
-                segment_seconds=args.segment_seconds,
-                codec=args.codec,
-                min_seconds=args.min_seconds,
-                val_fraction=args.val_fraction,
-                split_by=args.split_by,
-                segments_per_shard=args.segments_per_shard,
-                seed=args.seed,
-            )
+            settings = PackSettings(**{field.name: getattr(args, field.name) for field in fields(PackSettings)})
             if args.executor == "ray":
                 executor, workers = ray_pool.run_all, args.workers or ray_pool.cores()
             else:
@@ -140,7 +86,9 @@ def main() -> None:
             report = pack(args.music_dir, args.out, settings, workers, args.ratings, args.replace, executor=executor)
             summarise(report, args.out)
         if args.verify:
-            check(args.out)
+            if problems := verify(args.out):
+                raise UserError("\nerror: ".join(problems))
+            print(f"{args.out}: all {len(read_manifest(args.out).files)} files are as they were packed")
     except KeyboardInterrupt:
         print(f"stopped: {args.out} is unchanged; the same command continues from here", file=sys.stderr)
         sys.exit(130)
@@ -148,10 +96,9 @@ def main() -> None:
 
 def summarise(report: Report, out: Path) -> None:
     """Print what was packed, and what was not and why."""
-    for name, reason in report.refused:
-        print(f"refused  {_shown(name)}: {reason}")
-    for name, note in report.notes:
-        print(f"kept     {_shown(name)}: {note}")
+    for title, songs in (("refused", report.refused), ("kept", report.notes)):
+        for name, reason in songs:
+            print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")
     for remark in report.remarks:
         print(remark)
     c = report.counts
@@ -167,17 +114,6 @@ def summarise(report: Report, out: Path) -> None:
             f"in {report.decoding_took:.1f} s ({speed:.0f}x realtime)"
         )
     print(f"{out}: {'nothing has changed' if report.unchanged else 'written'}")
-
-
-def check(out: Path) -> None:
-    """Verify the set; raises UserError with its problems."""
-    if problems := verify(out):
-        raise UserError("\nerror: ".join(problems))
-    print(f"{out}: all {len(read_manifest(out).files)} files are as they were packed")
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() else ascii(name)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,13 @@ from simsiam_dali.config.cli import add_embeddings, create_parser, whole_number
 from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.recommendation.choose import Request, choose
 from simsiam_dali.recommendation.library import Library
-from simsiam_dali.recommendation.playlists import FORMATS, check_writable, write_playlist
-from simsiam_dali.recommendation.show import playlist_entries, terminal_table
+from simsiam_dali.recommendation.playlists import (
+    FORMATS,
+    check_writable,
+    playlist_entries,
+    terminal_table,
+    write_playlist,
+)
 
 _NAMED = 10
 
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     request = Request(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Request)})
     choice = choose(library, songs.vectors, request)
     print(f"{len(choice.rows)} of {len(library)} songs: {printable(choice.title)}\n")
-    print("\n".join([*terminal_table(library, choice), *choice.remarks]))
+    print("\n".join(terminal_table(library, choice)))
     if not outputs:
         return
     missing = [str(file) for row in choice.rows if not (file := library.file(row)).exists()]

@@ -67,27 +67,26 @@ def test_everything_is_written_and_nothing_written_over(library, monkeypatch, ca
     assert (made / "report.html").stat().st_mtime_ns != before
 
 
-@pytest.mark.parametrize("folder", ["baselines", "floors"])
-def test_baselines_are_matched_by_song(library, monkeypatch, capsys, folder):
+def test_baselines_are_matched_by_song(library, monkeypatch, capsys):
     """The same vectors as a baseline, their rows in another order: the same figures."""
     songs = read_embeddings(library / "embeddings.parquet")
     order = np.random.default_rng(0).permutation(40)
     shuffled = songs.table.iloc[order].reset_index(drop=True)
-    store(library / folder / "same.parquet", shuffled, songs.vectors[order], features="same")
-    store(library / folder / "noise.parquet", shuffled, np.random.default_rng(1).standard_normal((40, 3)))
+    store(library / "baselines/same.parquet", shuffled, songs.vectors[order], features="same")
+    store(library / "baselines/noise.parquet", shuffled, np.random.default_rng(1).standard_normal((40, 3)))
     run(monkeypatch, capsys, "--no-maps")
     figures = json.loads((library / "evaluation/metrics.json").read_text())["figures"]
     assert figures
     for figure in figures:
-        assert figure["floors"].keys() == {"same", "noise", "guess"}
-        same = figure["floors"]["same"]
+        assert figure["baselines"].keys() == {"same", "noise", "guess"}
+        same = figure["baselines"]["same"]
         if figure["probe"] != "mlp":  # whose weights start in an order of the dimensions, which is the same
             assert same["value"] == pytest.approx(figure["value"], abs=1e-6)
         assert "better than every baseline" not in figure["verdict"]
     by_name = {figure["name"]: figure for figure in figures}
     assert by_name["eval/artist/knn_accuracy/album_split"]["verdict"] == "no clear difference from same"
     assert by_name["eval/artist/knn_accuracy/album_split"]["value"] > 0.8
-    assert by_name["eval/artist/knn_accuracy/album_split"]["floors"]["noise"]["value"] < 0.5
+    assert by_name["eval/artist/knn_accuracy/album_split"]["baselines"]["noise"]["value"] < 0.5
 
 
 def test_what_does_not_fit_is_refused_in_one_line(library, monkeypatch, capsys):
@@ -95,7 +94,7 @@ def test_what_does_not_fit_is_refused_in_one_line(library, monkeypatch, capsys):
     others = store(library / "other.parquet", songs.table, songs.vectors, shards="another")
     assert "is of other shards" in run(monkeypatch, capsys, "--baseline", f"mfcc={others}")
     fewer = store(library / "fewer.parquet", songs.table[:30], songs.vectors[:30])
-    assert "has 30 songs, not the 40" in run(monkeypatch, capsys, "--floor", f"mfcc={fewer}")
+    assert "has 30 songs, not the 40" in run(monkeypatch, capsys, "--baseline", f"mfcc={fewer}")
     assert "expected NAME=FILE" in run(monkeypatch, capsys, "--baseline", str(fewer))
     twice = store(library / "twice.parquet", songs.table.assign(song=0), songs.vectors)
     assert "row for each segment" in run(monkeypatch, capsys, "--embeddings", twice)
@@ -174,11 +173,10 @@ def test_without_a_run_nothing_is_logged_and_no_database_made(library, monkeypat
 def test_a_server_that_goes_away_costs_no_figure(library, monkeypatch, capsys):
     """The table is printed and the report is written before anything is logged."""
 
-    class Gone:
-        def log_metrics(self, _values: object) -> None:
-            raise UserError("the MLflow server does not answer")
+    def gone(*_: object) -> None:
+        raise UserError("the MLflow server does not answer")
 
-    monkeypatch.setattr(evaluate, "find_run", lambda *_: (Gone(), "logged"))
+    monkeypatch.setattr(evaluate, "find_run", lambda *_: (gone, "logged"))
     monkeypatch.setattr("sys.argv", ["evaluate", "--resamples", "20", "--no-maps"])
     with pytest.raises(SystemExit) as ended:
         evaluate.main()

@@ -241,7 +241,7 @@ def test_a_server_that_accepts_and_never_answers_costs_seconds(tmp_path, small_s
     uri = f"http://127.0.0.1:{port}"
     config = load_config(assignments=["encoder.encoder_type=simple", f"mlflow.tracking_uri={uri}"])
     with mlflow_server(tmp_path, port):
-        tracker = tracking.create_tracker(config, open_shards(small_shards), "held", None, True)
+        tracker = tracking.Tracker(config, open_shards(small_shards), "held", None, True)
         tracker.log_epoch({"step": 1, "epoch": 1, "encoder/train_loss": 1.0})
     with socket.create_server(("127.0.0.1", port)):
         began = time.monotonic()

@@ -21,9 +21,8 @@ import pytest
 from helpers.small_music import command, environment, make_shards, repeat_headers, said, sound, write_audio, write_song
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.data.format import read_index, read_table
+from simsiam_dali.data.format import read_index, read_table, verify
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.data.verify import verify
 from simsiam_dali.pack import build_parser, main
 from simsiam_dali.packing.find import find_songs
 from simsiam_dali.packing.pack_song import DecodeSettings, Packed, Refused

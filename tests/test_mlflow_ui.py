@@ -14,8 +14,8 @@ from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.ui import WebDriverWait
 
 from simsiam_dali.evaluation.compare_report import mlflow_filters
-from simsiam_dali.evaluation.compare_runs import encoder_runs, select
-from simsiam_dali.tracking.history import Experiment
+from simsiam_dali.evaluation.compare_runs import select
+from simsiam_dali.tracking.client import experiment_runs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -101,6 +101,6 @@ def test_the_filter_of_a_type_shows_its_runs_and_no_others(runs_page, encoder_ty
 
 
 def test_the_filter_of_a_comparison_shows_the_compared_runs(runs_page, mlflow_uri):
-    runs = encoder_runs(Experiment(mlflow_uri, EXPERIMENT).runs())
+    runs = experiment_runs(mlflow_uri, EXPERIMENT)
     search(runs_page, mlflow_filters(select(runs, None, 1, False, None))[0])
     wait_for_runs(runs_page, {"simsiam-2", "simple-2"})

@@ -119,7 +119,7 @@ def test_logistic_agrees_with_scikit_learn_by_hand():
         model = LogisticRegression(C=probes.LOGISTIC_C, max_iter=500).fit(scaled[train], classes[train])
         by_hand[test] = model.predict(scaled[test])
     np.testing.assert_array_equal(probes.logistic(x, classes, parts), by_hand)
-    assert 0.4 < scores.accuracy(classes, by_hand) < 1
+    assert 0.4 < scores.METRICS["accuracy"].compute(classes, by_hand) < 1
 
 
 def test_mlp_agrees_with_scikit_learn_by_hand():
@@ -210,7 +210,7 @@ def test_a_random_order_scores_what_the_formula_says():
 
 def test_scores_agree_with_scikit_learn():
     truth, predicted = RNG.integers(0, 5, 80), RNG.integers(0, 5, 80)
-    assert scores.accuracy(truth, predicted) == pytest.approx(accuracy_score(truth, predicted))
+    assert scores.METRICS["accuracy"].compute(truth, predicted) == pytest.approx(accuracy_score(truth, predicted))
     assert scores.macro_f1(truth, predicted) == pytest.approx(f1_score(truth, predicted, average="macro"))
     truth, predicted = truth % 3, np.where(predicted == 4, -1, predicted)  # classes nobody has, and no prediction
     expected = f1_score(truth, predicted, labels=[0, 1, 2], average="macro")

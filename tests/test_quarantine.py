@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from helpers import running
-from helpers.signals import Array, noise, write_shards
+from helpers.signals import Array, noise, shard_set, write_shards
 
 from simsiam_dali import embed
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import loader as loader_module
-from simsiam_dali.data.format import FileSum, Manifest
 from simsiam_dali.data.graph import Graph, LogMel, Source
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.quarantine import COLUMNS, Quarantine
@@ -39,18 +37,7 @@ def small_set(folder: Path, waves: Iterable[Array] | None = None, packed: str = 
     """Three tars of 9, 9 and 5 segments, each a song of its own."""
     waves = list(waves or (noise(SECONDS, seed) for seed in range(SEGMENTS)))
     tars, _ = write_shards(folder, waves, per_tar=9, **options)
-    segments = pd.DataFrame(
-        {
-            "song": range(len(waves)),
-            "key": [f"{row:09d}" for row in range(len(waves))],
-            "split": "train",
-            "shard": [tars[row // 9].name for row in range(len(waves))],
-        }
-    )
-    songs = pd.DataFrame({"path": [f"song {row}.mp3" for row in range(len(waves))]})
-    settings = {"codec": options.get("codec", "flac"), "sample_rate": 16000, "segment_seconds": SECONDS}
-    sums = {tar.name: FileSum(tar.stat().st_size, packed, 0) for tar in tars}
-    return ShardSet(folder, Manifest(1, "", settings, {}, sums), songs, segments)
+    return shard_set(tars, SECONDS, options.get("codec", "flac"), packed)
 
 
 def load(

@@ -19,11 +19,10 @@ from simsiam_dali import recommend
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
 from simsiam_dali.evaluation.knn import nearest_others, unit
+from simsiam_dali.recommendation.choose import nearest_cosine
 from simsiam_dali.recommendation.library import Library
-from simsiam_dali.recommendation.playlists import CSV_COLUMNS
+from simsiam_dali.recommendation.playlists import CSV_COLUMNS, truncate
 from simsiam_dali.recommendation.rating_model import RatingModel
-from simsiam_dali.recommendation.search import SongIndex
-from simsiam_dali.recommendation.show import truncate
 
 NS = "{http://xspf.org/ns/0/}"
 HOSTILE = '<script>alert(1)</script> ]]> & "q"\n#EXTINF:9,x\r\x1b[2J\x07\x00\u2028\u202e\ufffe 日本'
@@ -124,10 +123,10 @@ def test_songs_are_found_by_path_folder_and_name(clusters, monkeypatch):
         str(folder / "link/artist 2/album 1/8.flac"),
         str(folder / "music/../music/artist 2/album 1/8.flac"),
     ):
-        assert library.find(text).tolist() == row, text
+        assert library.find(text) == row, text
     album = [i for i, path in enumerate(table["path"]) if path.startswith("artist 2/album 1/")]
-    assert library.find("artist 2/album 1/").tolist() == library.find("album 1").tolist() == album
-    assert library.find("title 57").tolist() == library.find("e 57").tolist() == [57]  # a part that one song has
+    assert library.find("artist 2/album 1/") == library.find("album 1") == album
+    assert library.find("title 57") == library.find("e 57") == [57]  # a part that one song has
 
 
 @pytest.mark.parametrize(
@@ -250,27 +249,10 @@ def test_too_few_ratings(tmp_path, option):
         chosen(tmp_path, option, "--exclude-same-artist")
 
 
-def test_faiss_and_numpy_agree():
-    both = unit(np.random.default_rng(0).standard_normal((3050, 16)))
-    x, q = both[:3000], both[3000:]
-    for queries, k in ((q[:1], 10), (q, 200), (q[:3], 3000), (q[:3], 9999)):
-        plain, large = (SongIndex(x, len(queries), large=limit).nearest(queries, k) for limit in (3000, 2999))
-        np.testing.assert_array_equal(plain[0], large[0])
-        np.testing.assert_allclose(plain[1], large[1], atol=1e-5)
-        every = (x @ queries.T).max(axis=1)
-        np.testing.assert_array_equal(plain[0], np.argsort(-every, kind="stable")[:k])
-
-
-def test_the_approximate_index_finds_what_is_near():
-    x = unit(planted(np.random.default_rng(0).integers(0, 300, 60_000), width=32, noise=0.7))
-    exact, approximate = SongIndex(x, queries=1), SongIndex(x, queries=1000)
-    assert (exact.approximate, approximate.approximate) == (False, True)
-    shared = 0
-    for row in range(100):
-        found, right = (index.nearest(x[row : row + 1], 25)[0] for index in (approximate, exact))
-        shared += len(set(found) & set(right))
-    assert shared / 2500 >= 0.95
-    assert len(approximate.nearest(x[:1], len(x))[0]) == len(x)  # asked for all, it leaves out none
+def test_many_seeds_are_all_compared():
+    both = unit(np.random.default_rng(0).standard_normal((4000, 16)))
+    seeds, x = both[:1500], both[1500:]  # more than one block of queries
+    np.testing.assert_allclose(nearest_cosine(seeds, x), (x @ seeds.T).max(axis=1), atol=1e-6)
 
 
 def hostile(folder: Path) -> tuple[Path, pd.DataFrame]:

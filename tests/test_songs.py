@@ -16,16 +16,15 @@ from helpers.running import ROOT
 from helpers.small_music import repeat_headers, sound, write_audio, write_song
 from packaging.requirements import Requirement
 
-from simsiam_dali.packing import libsndfile
-from simsiam_dali.packing.decode import decode as decode_song
+from simsiam_dali.packing import decode as decoding
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
 from simsiam_dali.packing.find import find_songs
 from simsiam_dali.packing.segments import cut_segments, encode, to_int16
-from simsiam_dali.packing.song_audio import BLOCK, BadSong, NoAudio, NotDecodable, Resampler, SongAudio
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, NoAudio, NotDecodable, SongAudio, resample
 
 
 def decode(path: Path, rate: int | None = None) -> tuple[np.ndarray, SongAudio]:
-    audio, pcm = decode_song(path, rate, lambda song: np.concatenate(list(song.blocks())))
+    audio, pcm = decoding.decode(path, rate, lambda song: np.concatenate(list(song.blocks())))
     return pcm, audio
 
 
@@ -37,9 +36,7 @@ def rms_db(pcm: np.ndarray) -> float:
 def test_resampling_to_16_khz_keeps_the_passband_and_drops_aliases(rate_in: int) -> None:
     def level_after(frequency: float) -> float:
         tone = np.sin(2 * np.pi * frequency * np.arange(rate_in) / rate_in).astype(np.float32)
-        resampler = Resampler(rate_in, 16000)
-        parts = [p for block in (*np.split(tone, 5), None) for p in resampler(block)]
-        pcm = np.concatenate(parts)
+        pcm = np.concatenate([*resample(np.split(tone, 5), rate_in, 16000)])
         assert len(pcm) == 16000
         return rms_db(pcm[4000:12000]) - rms_db(tone)
 
@@ -135,7 +132,7 @@ def test_libsndfile_gets_no_say_where_it_decodes_no_more(tmp_path: Path) -> None
     path = write_audio(tmp_path / "a.ogg", sound(1, 8.0, 44100, 2), 44100)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(8192) + content[len(content) // 2 + 8192 :])
-    by_ffmpeg, by_libsndfile = FFmpegAudio(path), libsndfile.LibsndfileAudio(path)
+    by_ffmpeg, by_libsndfile = FFmpegAudio(path), decoding.LibsndfileAudio(path)
     for audio in (by_ffmpeg, by_libsndfile):
         assert max(map(len, audio.blocks())) < 2 * BLOCK
     assert by_ffmpeg.seconds == pytest.approx(by_libsndfile.seconds, abs=0.05)
@@ -159,7 +156,7 @@ def test_mpeg_audio_is_left_to_ffmpeg(tmp_path: Path, capfd: pytest.CaptureFixtu
     path = write_audio(tmp_path / "a.mp3", sound(1, 8.0))
     path.write_bytes(path.read_bytes()[:20000])
     with pytest.raises(NotDecodable, match="MPEG"):
-        list(libsndfile.LibsndfileAudio(path).blocks())
+        list(decoding.LibsndfileAudio(path).blocks())
     _, audio = decode(path)
     assert audio.note.startswith("truncated")
     assert capfd.readouterr().err == ""  # mpg123 would warn there
@@ -173,7 +170,7 @@ def test_a_disk_that_fails_is_not_the_end_of_the_file(tmp_path: Path, monkeypatc
             return super().readinto(buffer)
 
     path = repeat_headers(write_audio(tmp_path / "a.ogg", sound(1, 8.0, 44100, 2), 44100))
-    monkeypatch.setattr(libsndfile, "_File", type("File", (libsndfile._File, FailingDisk), {}))
+    monkeypatch.setattr(decoding, "_File", type("File", (decoding._File, FailingDisk), {}))
     with pytest.raises(BadSong, match="cannot be read: Input/output error") as caught:
         decode(path)
     assert caught.value.transient

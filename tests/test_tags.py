@@ -18,8 +18,7 @@ from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.packing.tags import MAX_CHARACTERS, MAX_VALUES, Tags, merged, popm_rating, read_tags, vorbis_rating
 from simsiam_dali.recommendation.choose import Choice
 from simsiam_dali.recommendation.library import Library
-from simsiam_dali.recommendation.playlists import FORMATS
-from simsiam_dali.recommendation.show import playlist_entries, terminal_table
+from simsiam_dali.recommendation.playlists import FORMATS, playlist_entries, terminal_table
 
 
 def tagged(path: Path, *frames: object, **comments: object) -> Path:

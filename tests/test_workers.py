@@ -1,9 +1,10 @@
 """Worker processes: results, exceptions, deaths."""
 
 import signal
+from pathlib import Path
 
 import pytest
-from helpers.tasks import work
+from helpers.tasks import work, work_once_killed
 
 from simsiam_dali.packing.process_pool import Died, run_all
 
@@ -22,6 +23,11 @@ def test_every_task_is_answered_though_processes_die(workers: int) -> None:
         (6, 36),
         (7, Died(9)),
     ]
+
+
+def test_a_killed_worker_costs_nothing(tmp_path: Path) -> None:
+    tasks = [tmp_path / str(n) for n in range(5)]
+    assert sorted(run_all(work_once_killed, tasks, 2)) == [(task, task.name) for task in tasks]
 
 
 def test_an_exception_reaches_the_caller() -> None:

@@ -126,9 +126,8 @@ def use(checkout: Checkout, music: Path) -> None:
         shutil.copytree(checkout.folder / f"runs/{encoder}-killed", checkout.folder / f"runs/{encoder}-resumed")
         resume(checkout, f"{encoder}-resumed")
         table = f"tables/{encoder}/embeddings.parquet"
-        # By the option's old name, which both know, and so in one folder.
-        floors = ("--floors", f"tables/{encoder}/floors")
-        checkout.run("-m", "simsiam_dali.embed", "--checkpoint", f"runs/{encoder}", "--out", table, *floors)
+        baselines = ("--baselines", f"tables/{encoder}/baselines")
+        checkout.run("-m", "simsiam_dali.embed", "--checkpoint", f"runs/{encoder}", "--out", table, *baselines)
         options = ("--resamples", 20, "--no-maps", "--no-mlflow")
         checkout.run("-m", "simsiam_dali.evaluate", "--embeddings", table, "--out", f"evaluation/{encoder}", *options)
 
@@ -242,9 +241,9 @@ def compare(before: Path, after: Path) -> Iterator[str]:
             else:
                 yield f"{name}: only before"
         print(f"compared the tables {', '.join(tables)}")
-        a, b = (
-            json.loads((folder / "evaluation" / encoder / "metrics.json").read_bytes()) for folder in (before, after)
-        )
+        texts = [(folder / "evaluation" / encoder / "metrics.json").read_text() for folder in (before, after)]
+        # An older checkout calls its baselines floors.
+        a, b = (json.loads(text.replace('"floors": {', '"baselines": {')) for text in texts)
         a, b = (without(metrics, *ABOUT_THE_CALL, *IN_WORDS) for metrics in (a, b))
         yield from differences_of(a, b, f"{encoder}'s metrics.json")
         print(f"compared evaluation/{encoder}/metrics.json")

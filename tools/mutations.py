@@ -55,7 +55,8 @@ MUTATIONS = (
     ),
     Mutation(
         "damaged segments are forgotten by the next run", "data/quarantine.py",
-        "file.write(lines.getvalue())", "pass", "tests/test_quarantine.py",
+        "writer.writerow([now, shard, key, row, song, reason, self._shards.fingerprint])", "pass",
+        "tests/test_quarantine.py",
     ),
     # models
     Mutation(
@@ -133,7 +134,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a larger error is better", "evaluation/metrics.py",
-        '"mse": Metric(mse, -1)', '"mse": Metric(mse, 1)', "tests/test_probes.py",
+        "np.mean((truth - predicted) ** 2), -1)", "np.mean((truth - predicted) ** 2), 1)", "tests/test_probes.py",
     ),
     Mutation(
         "the given songs recommend themselves", "recommendation/choose.py",

@@ -144,6 +144,13 @@ def read_manifest(root: Path) -> Manifest:
     )
 
 
+def verify(root: Path) -> list[str]:
+    """The files of the set in `root` that are not what was packed, one line each; reads every file."""
+    files = read_manifest(root).files
+    problems = {name: packed.problem(root / name, always_hash=True) for name, packed in files.items()}
+    return [f"{root / name} {problem}" for name, problem in problems.items() if problem]
+
+
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a table of the set, or some columns of it.
 

@@ -44,10 +44,6 @@ class Epoch:
     used: int
     reader_batches: int
 
-    def uses(self, batch: int) -> bool:
-        """Whether the `batch`-th of all batches, from 0, belongs to an epoch."""
-        return batch % self.reader_batches < self.used
-
 
 @dataclass(frozen=True)
 class Graph:

@@ -4,15 +4,21 @@ One definition serves both devices: with `gpu`, everything after the decoder (wh
 the GPU; without it no GPU is touched.
 """
 
+import os
+import sys
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from simsiam_dali.data import augment
-from simsiam_dali.data.dali import DataNode, OperatorConcurrency, Pipeline, build_on_cpu, fn, pipeline_def, types
+from simsiam_dali.data.dali import DataNode, OperatorConcurrency, Pipeline, fn, pipeline_def, types
 from simsiam_dali.data.graph import Epoch, Graph, Source
 from simsiam_dali.data.views import band_limit, clean_view, crop, noise_bank, to_front_end_rate, two_views
+
+NEW_THREAD_POOL = "DALI_USE_NEW_THREAD_POOL"
+"""Read by DALI when the first pipeline of a process is built."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,27 @@ def build(graph: Graph, settings: Settings, state: str | None = None) -> Pipelin
     else:
         pipeline.build()
     return pipeline
+
+
+def build_on_cpu(pipeline: Pipeline) -> None:
+    """Build a pipeline without a GPU on DALI's new thread pool, where operators of two batches share the threads.
+
+    With the old one (DALI 2.4's default) operators run one by one whatever `concurrency` is: a pitch shift drawn by a
+    single sample of the batch keeps one core busy and the others idle. `DALI_USE_NEW_THREAD_POOL=0` keeps the old one.
+    """
+    os.environ.setdefault(NEW_THREAD_POOL, "1")
+    # DALI writes a notice for each pipeline directly to file descriptor 2; other output there is passed on.
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            pipeline.build()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            os.write(2, written.read().replace(b"\n!!! Forced use of NewThreadPool !!!\n", b""))
 
 
 def define(graph: Graph, settings: Settings, state: str | None = None) -> Pipeline:
@@ -101,44 +128,42 @@ def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
     return segments
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """The random numbers of a batch, drawn whether or not it is decoded: every batch draws equally often."""
-
-    crops: tuple[DataNode | float, ...]  # where each view starts, 0 to 1
-    views: tuple[augment.Draws, ...]  # in mode "views"
+Random = tuple[list[DataNode | float], list[augment.Draws]]
+"""Where each view's crop starts, 0 to 1, and in mode "views" each view's augmentations."""
 
 
-def draw(graph: Graph, seed: int) -> _Draws:
-    """Draw the crops and the augmentations. seed: of this rank."""
+def draw(graph: Graph, seed: int) -> Random:
+    """The random numbers of a batch; seed: of this rank.
+
+    Drawn whether or not the batch is decoded: every batch draws equally often.
+    """
 
     def draw_crop(name: str) -> DataNode:
         return augment.uniform(0.0, 1.0, augment.derive_seed(seed, name))
 
-    def draw_view(number: int) -> augment.Draws:
-        frames, view_seed = graph.log_mel.frames(graph.seconds), augment.derive_seed(seed, f"view {number}")
-        return augment.draw(graph.augmentation, frames, graph.log_mel.n_mels, view_seed)
-
-    if graph.mode == "views":
-        crop1 = draw_crop("crop 1")
-        crop2 = draw_crop("crop 2") if graph.crops == "independent" else crop1
-        return _Draws((crop1, crop2), (draw_view(1), draw_view(2)))
-    return _Draws((0.5 if graph.source.shuffle_buffer == 0 else draw_crop("crop"),), ())
+    if graph.mode != "views":
+        return [0.5 if graph.source.shuffle_buffer == 0 else draw_crop("crop")], []
+    crop1 = draw_crop("crop 1")
+    crop2 = draw_crop("crop 2") if graph.crops == "independent" else crop1
+    frames = graph.log_mel.frames(graph.seconds)
+    seeds = [augment.derive_seed(seed, f"view {number}") for number in (1, 2)]
+    return [crop1, crop2], [augment.draw(graph.augmentation, frames, graph.log_mel.n_mels, own) for own in seeds]
 
 
 def is_used(epoch: Epoch, batch_size: int) -> DataNode:
     """BOOL, the same for a whole batch: whether it belongs to an epoch. Part of the pipeline's checkpoint."""
 
     def of_batch(batch: int) -> np.ndarray:
-        return np.full(batch_size, epoch.uses(batch))
+        return np.full(batch_size, batch % epoch.reader_batches < epoch.used)
 
     return fn.external_source(source=of_batch, dtype=types.BOOL, ndim=0)
 
 
 def decode(
-    encoded: DataNode, random: _Draws, graph: Graph, noise: np.ndarray | None, on_gpu: bool
+    encoded: DataNode, random: Random, graph: Graph, noise: np.ndarray | None, on_gpu: bool
 ) -> tuple[DataNode, ...]:
     """The data of the mode, time before frequency, then total and samples."""
+    crops, draws = random
     wave, rate = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
     samples = wave.shape(dtype=types.INT32)[0]
     # FLAC holds integers: what decodes is finite, which saves a pass over the samples.
@@ -151,15 +176,15 @@ def decode(
     def wave_of(at: DataNode | float) -> DataNode:
         return to_front_end_rate(band_limit(crop(wave, rate, graph, at), rate, graph, on_gpu), rate, graph)
 
-    first = wave_of(random.crops[0])
+    first = wave_of(crops[0])
     if graph.mode == "raw":
         return first, total, samples
     if graph.mode == "clean":
         return clean_view(first, graph.log_mel), total, samples
-    second = wave_of(random.crops[1]) if graph.crops == "independent" else first
+    second = wave_of(crops[1]) if graph.crops == "independent" else first
     # One bank for both views: DALI keeps a copy of a constant for each sample of the batch.
     bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
-    return (*two_views((first, second), random.views, bank, graph, on_gpu), total, samples)
+    return (*two_views((first, second), draws, bank, graph, on_gpu), total, samples)
 
 
 def not_decoded(mode: str, on_gpu: bool) -> tuple[DataNode, ...]:

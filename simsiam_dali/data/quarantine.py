@@ -6,13 +6,11 @@ the set with its fingerprint: after packing again nothing is skipped, and the ol
 
 import csv
 import fcntl
-import io
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
-import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,8 +30,7 @@ class Quarantine:
     """
 
     def __init__(self, shards: ShardSet, limit: float) -> None:
-        self.path, self.limit = shards.root / FILE_NAME, limit
-        self._shards = shards
+        self.path, self.limit, self._shards = shards.root / FILE_NAME, limit, shards
         self.rows: set[int] = set()
         self.read()
         self.check()
@@ -60,21 +57,19 @@ class Quarantine:
                 fcntl.flock(file, fcntl.LOCK_EX)  # other ranks and runs write to it too
                 file.seek(0)
                 self._parse(file)
-                new = [(row, reason) for row, reason in sorted(found.items()) if row not in self.rows]
-                lines = io.StringIO()
-                writer = csv.writer(lines, lineterminator="\n")
+                new = {row: reason for row, reason in sorted(found.items()) if row not in self.rows}
+                writer = csv.writer(file, lineterminator="\n")
                 if os.fstat(file.fileno()).st_size == 0:
                     writer.writerow(COLUMNS)
-                for row, reason in new:
-                    shard, key, song = self.describe(row)
+                for row, reason in new.items():
+                    shard, key, song = self._describe(row)
                     writer.writerow([now, shard, key, row, song, reason, self._shards.fingerprint])
-                file.write(lines.getvalue())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e:
-            raise UserError(f"{self.path} cannot be written ({e.strerror}); it should list {self.names(found)}") from e
-        for row, reason in new:
-            line = f"damaged, skipped from here on: {self.names([row])}: {reason}"
+            raise UserError(f"{self.path} cannot be written ({e.strerror}); it should list {self._names(found)}") from e
+        for row, reason in new.items():
+            line = f"damaged, skipped from here on: {self._names([row])}: {reason}"
             tqdm.write(line if line.isprintable() else ascii(line), file=sys.stderr)
         self.rows |= found.keys()
         self.check()
@@ -85,32 +80,31 @@ class Quarantine:
         if len(self.rows) > self.limit * total:
             raise UserError(
                 f"{len(self.rows)} of {total} segments do not decode, more than data.max_bad_fraction = {self.limit:g}:"
-                f" {self.names(self.rows)}; all are in {self.path}: see"
+                f" {self._names(self.rows)}; all are in {self.path}: see"
                 " python -m simsiam_dali.pack --verify, and pack again"
             )
 
-    def describe(self, row: int) -> tuple[str, str, str]:
-        """(shard, key, the song's path) of a row."""
-        segment = self._shards.segments.iloc[row]
-        return segment["shard"], segment["key"], self._shards.songs["path"].iloc[segment["song"]]
-
-    def names(self, rows: Iterable[int]) -> str:
-        """`SHARD KEY (song)` of the first rows, in one line."""
-        rows = sorted(rows)
-        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-        return ", ".join("{} {} ({})".format(*self.describe(row)) for row in rows[:NAMED]) + more
-
-    def by_shard(self, rows: Iterable[int]) -> dict[str, set[int]]:
-        """The rows under the names of their shards."""
-        rows = np.array(sorted(rows), np.int64)
-        grouped = self._shards.segments["shard"].iloc[rows].groupby(self._shards.segments["shard"].iloc[rows])
-        return {str(shard): set(map(int, group.index)) for shard, group in grouped}
+    def by_shard(self) -> dict[str, set[int]]:
+        """`rows` under the names of their shards."""
+        groups = self._shards.segments.iloc[sorted(self.rows)].groupby("shard").groups
+        return {str(shard): set(rows.tolist()) for shard, rows in groups.items()}
 
     def holds(self, rows: Tensor) -> Tensor:
         """Which of `rows (B,)` are rows of the segment table: others were read from damaged bytes."""
         return (rows >= 0) & (rows < len(self._shards.segments))
 
-    def _parse(self, file: io.TextIOBase) -> None:
+    def _describe(self, row: int) -> tuple[str, str, str]:
+        """(shard, key, the song's path) of a row."""
+        segment = self._shards.segments.iloc[row]
+        return segment["shard"], segment["key"], self._shards.songs["path"].iloc[segment["song"]]
+
+    def _names(self, rows: Iterable[int]) -> str:
+        """`SHARD KEY (song)` of the first rows, in one line."""
+        rows = sorted(rows)
+        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        return ", ".join("{} {} ({})".format(*self._describe(row)) for row in rows[:NAMED]) + more
+
+    def _parse(self, file: Iterable[str]) -> None:
         total = len(self._shards.segments)
         for number, line in enumerate(csv.DictReader(file), 2):
             if line.get("set") == self._shards.fingerprint:

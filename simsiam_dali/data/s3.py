@@ -6,22 +6,17 @@ AWS_DEFAULT_REGION or a profile.
 
 import hashlib
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeGuard
 
-from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.errors import UserError, one_line
 from simsiam_dali.common.files import atomic_write
+from simsiam_dali.data.commit import MANIFEST
+from simsiam_dali.data.format import read_manifest
 
 SCHEME = "s3://"
 DOWNLOADS = 16
 """Files copied at a time."""
-
-
-def is_address(place: Path | str) -> TypeGuard[str]:
-    """Whether a place is on S3."""
-    return isinstance(place, str) and place.startswith(SCHEME)
 
 
 def place(text: str) -> Path | str:
@@ -29,44 +24,45 @@ def place(text: str) -> Path | str:
     return text if text.startswith(SCHEME) else Path(text)
 
 
-class Remote:
-    """The files under an address. Raises UserError where it cannot be listed."""
+def copy_small_files(address: str) -> Path:
+    """The cache folder with the set at `address`, but for its tars; another packing has another folder.
 
-    def __init__(self, address: str) -> None:
-        from pyarrow import fs  # AWS' library takes a while to load, and most sets are local
+    Files that the cache holds at their full size are not copied again. Raises UserError where there is no set, a file
+    of it is missing, or has another size than in the manifest.
+    """
+    from pyarrow import fs  # AWS' library takes a while to load, and most sets are local
 
-        self.address = address.rstrip("/")
+    try:
+        system = fs.S3FileSystem(endpoint_override=os.environ.get("AWS_ENDPOINT_URL"))
+        found = system.get_file_info(fs.FileSelector(address.removeprefix(SCHEME)))
+    except OSError as e:
+        raise UserError(f"{address} cannot be listed ({one_line(e)})") from e
+    sizes = {info.base_name: info.size for info in found if info.is_file}
+    if MANIFEST not in sizes:
+        raise UserError(f"no shards at {address}: put what python -m simsiam_dali.pack writes there")
+
+    def read(name: str) -> bytes:
         try:
-            self._system = fs.S3FileSystem(endpoint_override=os.environ.get("AWS_ENDPOINT_URL"))
-            found = self._system.get_file_info(fs.FileSelector(self.address.removeprefix(SCHEME)))
-        except OSError as e:
-            raise UserError(f"{address} cannot be listed ({' '.join(str(e).split())[:300]})") from e
-        self.sizes = {info.base_name: info.size for info in found if info.is_file}
-
-    def read(self, name: str) -> bytes:
-        """The content of a file."""
-        try:
-            with self._system.open_input_stream(f"{self.address.removeprefix(SCHEME)}/{name}") as file:
+            with system.open_input_stream(f"{address.removeprefix(SCHEME)}/{name}") as file:
                 return bytes(file.read())
         except OSError as e:
-            raise UserError(f"{self.address}/{name} cannot be read ({' '.join(str(e).split())[:300]})") from e
+            raise UserError(f"{address}/{name} cannot be read ({one_line(e)})") from e
 
-    def folder(self, manifest: bytes) -> Path:
-        """The cache folder of the set that has this manifest: another packing has another."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cache / "simsiam_dali" / hashlib.sha256(self.address.encode() + manifest).hexdigest()[:20]
+    def copy(name: str) -> None:
+        path = folder / name
+        if not path.exists() or path.stat().st_size != sizes[name]:
+            with atomic_write(path) as part:
+                part.write_bytes(read(name))
 
-    def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Copy the files that the cache does not hold at their full size."""
-
-        def copy(name: str) -> None:
-            with atomic_write(folder / name) as path:
-                path.write_bytes(self.read(name))
-
-        def is_cached(name: str) -> bool:
-            path = folder / name
-            return path.exists() and path.stat().st_size == self.sizes.get(name)
-
-        folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(DOWNLOADS) as pool:
-            list(pool.map(copy, [name for name in names if not is_cached(name)]))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "simsiam_dali" / hashlib.sha256(address.encode() + read(MANIFEST)).hexdigest()[:20]
+    folder.mkdir(parents=True, exist_ok=True)
+    copy(MANIFEST)
+    files = read_manifest(folder).files
+    for name, packed in files.items():
+        if sizes.get(name) != packed.bytes:
+            there = f"has {sizes[name]} bytes, not {packed.bytes}" if name in sizes else "is missing"
+            raise UserError(f"{address}/{name} {there}: copy the set again, with its manifest.json last")
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        list(pool.map(copy, [name for name in files if not name.endswith(".tar")]))
+    return folder

@@ -1,26 +1,35 @@
-"""Open a shard set, local or on S3, with the checks that need no reading of tars."""
+"""Open a shard set, local or on S3, whole or in part."""
 
+import dataclasses
 import hashlib
 import json
-import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data import s3
-from simsiam_dali.data.commit import MANIFEST
-from simsiam_dali.data.format import SEGMENTS, SONGS, SPLITS, Manifest, read_manifest, read_table
+from simsiam_dali.data.format import (
+    SEGMENTS,
+    SONGS,
+    Manifest,
+    index_text,
+    read_index,
+    read_manifest,
+    read_table,
+    row_of,
+)
 
 
 @dataclass(frozen=True)
 class ShardSet:
     """An opened set. Row i of `segments` is the sample whose `.row` is i; its `song` is a row of `songs`.
 
-    `root` holds everything but the tars of a set at an `address` on S3; their indexes are in `root`.
+    `root` holds everything but the tars of a set at an `address` on S3; their indexes are in `root`. Of a part of the
+    set (`subset_of`), the tables are whole; `rows` are its segments, and `index_folder` has its indexes.
     """
 
     root: Path
@@ -28,6 +37,8 @@ class ShardSet:
     songs: pd.DataFrame
     segments: pd.DataFrame
     address: str | None = None
+    rows: np.ndarray | None = None
+    index_folder: Path | None = None
 
     @property
     def place(self) -> Path | str:
@@ -42,8 +53,8 @@ class ShardSet:
     @property
     def sample_rate(self) -> int | None:
         """Hz of every segment; None where each kept its song's own rate."""
-        rate = self.manifest.settings["sample_rate"]
-        return None if rate is None else int(rate)
+        rate: int | None = self.manifest.settings["sample_rate"]
+        return rate
 
     @property
     def segment_seconds(self) -> float:
@@ -56,94 +67,51 @@ class ShardSet:
         sums = {name: file.sha256 for name, file in sorted(self.manifest.files.items())}
         return hashlib.sha256(json.dumps([self.manifest.settings, sums], sort_keys=True).encode()).hexdigest()
 
-    def names(self, split: str) -> list[str]:
-        """The split's shards in order; empty where the set has no such split."""
-        return [n for n in sorted(self.manifest.files) if n.startswith(split + "-") and n.endswith(".tar")]
-
     def tars(self, split: str) -> list[Path | str]:
-        """Where each of `names(split)` is: a path, or an address on S3."""
-        return [self.root / n if self.address is None else f"{self.address}/{n}" for n in self.names(split)]
+        """The split's tars in order, paths or addresses on S3; empty where the set has no such split."""
+        return [self.root / n if self.address is None else f"{self.address}/{n}" for n in self._names(split)]
 
     def indexes(self, split: str) -> list[Path]:
         """DALI's index of each of `tars(split)`."""
-        return [(self.root / n).with_suffix(".idx") for n in self.names(split)]
+        return [((self.index_folder or self.root) / n).with_suffix(".idx") for n in self._names(split)]
 
     def count(self, split: str) -> int:
         """Number of segments in the split."""
-        return int((self.segments["split"] == split).sum())
+        return len(self._segments(split))
+
+    def _names(self, split: str) -> list[str]:
+        return sorted(self._segments(split)["shard"].unique())
+
+    def _segments(self, split: str) -> pd.DataFrame:
+        chosen = self.segments if self.rows is None else self.segments.iloc[self.rows]
+        return chosen[chosen["split"] == split]
 
 
-def open_shards(root: Path | str) -> ShardSet:
-    """Open the set in `root`, a folder or an address on S3. Raises UserError if there is none, or if it has changed.
+def open_shards(place: Path | str) -> ShardSet:
+    """Open the set in a folder or at an address on S3. Raises UserError if there is none, or if it has changed.
 
-    Sizes are always compared, and each index with its tar's length and the segment table's rows; a file is hashed only
-    if its modification time has changed.
+    The size of each file is compared, and the checksum of tables and indexes; a tar is hashed only if its modification
+    time has changed, and never on S3.
     """
-    if s3.is_address(root):
-        return _open_remote(root)
-    root = Path(root)
+    address = place.rstrip("/") if isinstance(place, str) and place.startswith(s3.SCHEME) else None
+    root = s3.copy_small_files(address) if address else Path(place)
     manifest = read_manifest(root)
     for name, packed in manifest.files.items():
-        if problem := packed.problem(root / name):
+        is_tar = name.endswith(".tar")
+        if address and is_tar:
+            continue
+        if problem := packed.problem(root / name, always_hash=not is_tar):
             if read_manifest(root) != manifest:  # replaced by a packer meanwhile
-                return open_shards(root)
+                return open_shards(place)
+            if address:
+                raise UserError(f"{address}/{name}, or its copy {root / name}, {problem}")
             raise UserError(f"{root / name} {problem}: pack again with python -m simsiam_dali.pack")
-    return _consistent(ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS)))
+    return ShardSet(root, manifest, read_table(root / SONGS), read_table(root / SEGMENTS), address)
 
 
-def _open_remote(address: str) -> ShardSet:
-    remote = s3.Remote(address)
-    if MANIFEST not in remote.sizes:
-        raise UserError(f"no shards at {address}: put what python -m simsiam_dali.pack writes there")
-    content = remote.read(MANIFEST)
-    root = remote.folder(content)
-    remote.fetch([MANIFEST], root)
-    manifest = read_manifest(root)
-    for name, packed in manifest.files.items():
-        if remote.sizes.get(name) != packed.bytes:
-            there = f"has {remote.sizes[name]} bytes, not {packed.bytes}" if name in remote.sizes else "is missing"
-            raise UserError(f"{remote.address}/{name} {there}: copy the set again, with its manifest.json last")
-    small = [name for name in manifest.files if not name.endswith(".tar")]
-    remote.fetch(small, root)
-    for name in small:
-        if problem := manifest.files[name].problem(root / name):
-            raise UserError(f"{remote.address}/{name}, or its copy {root / name}, {problem}")
-    tables = read_table(root / SONGS), read_table(root / SEGMENTS)
-    return _consistent(ShardSet(root, manifest, *tables, address=remote.address))
-
-
-def _consistent(shards: ShardSet) -> ShardSet:
-    if problem := next(_inconsistencies(shards), None):
-        raise UserError(f"{problem}: pack again with python -m simsiam_dali.pack --replace")
-    return shards
-
-
-def _inconsistencies(shards: ShardSet) -> Iterator[str]:
-    """Where manifest, indexes and segment table contradict each other; no tar is read."""
-    rows_of = shards.segments["shard"].value_counts().to_dict()
-    split_of = shards.segments.groupby("shard")["split"].unique()
-    for split in SPLITS:
-        for tar, index in zip(shards.names(split), shards.indexes(split), strict=True):
-            rows = rows_of.pop(tar, 0)
-            if index.name not in shards.manifest.files:
-                yield f"{index} is missing (the index DALI needs)"
-                continue
-            try:
-                head, *lines = index.read_text().splitlines()
-                end = _tar_end(lines[-1]) if lines else -1
-            except ValueError:
-                head, lines, end = "", [], -1
-            if head != f"v1.2 {rows}" or len(lines) != rows:
-                yield f"{index} does not have the {rows} segments that {SEGMENTS} gives its tar"
-            elif end != shards.manifest.files[tar].bytes:
-                yield f"{index} does not fit its tar: by the index, the tar has another length"
-            elif list(split_of[tar]) != [split]:
-                yield f"{shards.root / SEGMENTS} gives {tar} to another split"
-    if rows_of:
-        yield f"{shards.root / SEGMENTS} names shards that are not in the manifest: {sorted(map(str, rows_of))}"
-
-
-def _tar_end(line: str) -> int:
-    """Length of the tar whose index ends with `line`: the last content, padded to a block, and two empty blocks."""
-    _, offset, size, _ = line.split(" ")[-4:]
-    return int(offset) + -(-int(size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
+def subset_of(shards: ShardSet, rows: np.ndarray, folder: Path) -> ShardSet:
+    """The segments `rows (n,)` of a set, in the same tars; their indexes are written to `folder` and needed there."""
+    for shard, own in shards.segments.iloc[rows].groupby("shard").groups.items():
+        index, wanted = (shards.root / str(shard)).with_suffix(".idx"), set(own)
+        (folder / index.name).write_text(index_text(m for m in read_index(index) if row_of(m) in wanted))
+    return dataclasses.replace(shards, rows=rows, index_folder=folder)

@@ -10,7 +10,7 @@ of steps.
 
 import dataclasses
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +19,7 @@ import soundfile as sf
 import torch
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.data.format import Members, index_text, read_index, row_of
+from simsiam_dali.data.format import index_text, read_index, row_of
 from simsiam_dali.data.graph import Graph, Source
 from simsiam_dali.data.pipeline import Pipeline, Settings, build
 
@@ -47,34 +47,32 @@ def with_placeholders(source: Source, skipped: Rows, folder: Path) -> tuple[Sour
 
     Raises UserError if no other segment is left.
     """
+
+    def skipped_of(tar: Path | str) -> set[int]:
+        return skipped.get(str(tar).rpartition("/")[2], set())
+
+    pairs = list(zip(source.tars, source.indexes, strict=True))
     tars, indexes, placeholder_rows = list(source.tars), list(source.indexes), set[int]()
-    for n, (tar, index) in enumerate(zip(source.tars, source.indexes, strict=True)):
-        if not (bad := skipped.get(_name(tar))):
+    for n, (tar, index) in enumerate(pairs):
+        if not (bad := skipped_of(tar)):
             continue
-        samples = read_index(index)
-        donor = next((members for members in samples if row_of(members) not in bad), None)
-        if donor is None:  # the whole tar is damaged: its entries point into another
-            tars[n], donor = _any_intact(source, skipped)
-        placeholder = _placeholder(donor, source.codec)
-        lines = [placeholder if row_of(members) in bad else members for members in samples]
-        indexes[n] = _write_index(folder, n, lines)
-        placeholder_rows.add(int.from_bytes(donor["row"][2][:8].encode(), "little"))
+        intact = (  # in this tar or, if the whole tar is damaged, in another, to which its entries then point
+            (of, members)
+            for of, its_index in [(tar, index), *pairs]
+            for members in read_index(its_index)
+            if row_of(members) not in skipped_of(of)
+        )
+        if (donor := next(intact, None)) is None:
+            raise UserError("no segment of the shards is left that decodes")
+        tars[n], audio = donor[0], donor[1][source.codec]
+        # The row is the first 8 bytes of the donor's tar header, digits of its name: far above any row.
+        offset, _, name = audio
+        placeholder = {source.codec: audio, "row": (offset - tarfile.BLOCKSIZE, 8, name)}
+        placeholder_rows.add(int.from_bytes(name[:8].encode(), "little"))
+        samples = [placeholder if row_of(members) in bad else members for members in read_index(index)]
+        indexes[n] = folder / f"{n}.idx"
+        indexes[n].write_text(index_text(samples))
     return dataclasses.replace(source, tars=tuple(tars), indexes=tuple(indexes)), placeholder_rows
-
-
-def _any_intact(source: Source, skipped: Rows) -> tuple[Path | str, Members]:
-    """A segment that is not skipped, and its tar."""
-    for tar, index in zip(source.tars, source.indexes, strict=True):
-        for members in read_index(index):
-            if row_of(members) not in skipped.get(_name(tar), ()):
-                return tar, members
-    raise UserError("no segment of the shards is left that decodes")
-
-
-def _placeholder(donor: Members, codec: str) -> Members:
-    """The donor's audio; as its row the first 8 bytes of its tar header, digits of its name: far above any row."""
-    offset, _, name = donor[codec]
-    return {codec: donor[codec], "row": (offset - tarfile.BLOCKSIZE, 8, name)}
 
 
 def find_undecodable(
@@ -84,86 +82,66 @@ def find_undecodable(
 
     Includes the donors of the batch's placeholders. Raises RuntimeError, DALI's, if a tar cannot be read.
     """
-    with TemporaryDirectory(prefix="simsiam-dali-") as folder:
-        source, _ = with_placeholders(graph.source, skipped, Path(folder))
-        rows = rows_in_batch(dataclasses.replace(graph, source=source), settings, state, batches)
-    samples = {
-        row_of(members): (tar, members)
-        for tar, index in zip(graph.source.tars, graph.source.indexes, strict=True)
-        for members in read_index(index)
-        if row_of(members) in rows
-    }
-    return dict(_undecodable(graph, samples, settings.seed))
+    with TemporaryDirectory(prefix="simsiam-dali-") as name:
+        folder = Path(name)
+        source, _ = with_placeholders(graph.source, skipped, folder)
+        rows = rows_in_batch(dataclasses.replace(graph, source=source), settings, state, batches, folder)
+        samples: dict[int, tuple[Path | str, Path]] = {}  # row -> its tar, and an index of it alone
+        for tar, index in zip(graph.source.tars, graph.source.indexes, strict=True):
+            for members in read_index(index):
+                if (row := row_of(members)) in rows:
+                    samples[row] = tar, folder / f"row {row}.idx"
+                    samples[row][1].write_text(index_text([members]))
+        return dict(_undecodable(graph, samples, settings.seed))
 
 
-def rows_in_batch(graph: Graph, settings: Settings, state: str | None, batches: int) -> set[int]:
-    """The rows in the batch that comes `batches` after `state`, without reading the shards.
+def rows_in_batch(graph: Graph, settings: Settings, state: str | None, batches: int, folder: Path) -> set[int]:
+    """The rows in the batch that comes `batches` after `state`, without reading the shards; `folder`: for its files.
 
     DALI restores a state into the same graph only, so the whole graph runs: on silence, under the samples' names.
     """
     codec, rate = graph.source.codec, graph.log_mel.sample_rate
-    with TemporaryDirectory(prefix="simsiam-dali-") as name:
-        folder = Path(name)
-        silent = folder / "silence.wav"  # DALI's decoder goes by the content, not by the sample's codec
-        sf.write(silent, np.zeros(round(graph.source.segment_seconds * rate), np.float32), rate, "PCM_16")
-        size = silent.stat().st_size
-
-        def write_silent_index(number: int, index: Path) -> Path:
-            samples = [{codec: (0, size, m[codec][2]), "row": (0, 8, m["row"][2])} for m in read_index(index)]
-            return _write_index(folder, number, samples)
-
-        indexes = tuple(write_silent_index(n, index) for n, index in enumerate(graph.source.indexes))
-        source = dataclasses.replace(graph.source, tars=(silent,) * len(indexes), indexes=indexes)
-        pipeline = build(dataclasses.replace(graph, source=source), settings, state)
-        for _ in range(batches):
-            pipeline.run()
-        *_, rows, _, _ = pipeline.run()
-        # DALI gives a sample's source as TAR:OFFSET:NAME; the name is ROW.row.
-        return {int(row.source_info().rpartition(":")[2].partition(".")[0]) for row in rows}
+    silent = folder / "silence.wav"  # DALI's decoder goes by the content, not by the sample's codec
+    sf.write(silent, np.zeros(round(graph.source.segment_seconds * rate), np.float32), rate, "PCM_16")
+    size = silent.stat().st_size
+    indexes = []
+    for number, index in enumerate(graph.source.indexes):
+        samples = [{codec: (0, size, m[codec][2]), "row": (0, 8, m["row"][2])} for m in read_index(index)]
+        indexes.append(folder / f"silent {number}.idx")
+        indexes[-1].write_text(index_text(samples))
+    source = dataclasses.replace(graph.source, tars=(silent,) * len(indexes), indexes=tuple(indexes))
+    pipeline = build(dataclasses.replace(graph, source=source), settings, state)
+    for _ in range(batches):
+        pipeline.run()
+    *_, rows, _, _ = pipeline.run()
+    # DALI gives a sample's source as TAR:OFFSET:NAME; the name is ROW.row.
+    return {int(row.source_info().rpartition(":")[2].partition(".")[0]) for row in rows}
 
 
-def _undecodable(
-    graph: Graph, samples: Mapping[int, tuple[Path | str, Members]], seed: int
-) -> Iterator[tuple[int, str]]:
-    """Decode each of `samples` (row -> tar, members) by itself, to a clean view or to raw audio, on the CPU."""
+def _undecodable(graph: Graph, samples: Mapping[int, tuple[Path | str, Path]], seed: int) -> Iterator[tuple[int, str]]:
+    """Decode each of `samples` (row -> tar, index) by itself, to a clean view or to raw audio, on the CPU."""
     spec, left = graph.log_mel, list(samples)
     length = round(graph.seconds * spec.sample_rate)
     raw = graph.mode == "raw"
     shape = (1, length) if raw else (1, spec.frames(graph.seconds), spec.n_mels)
     while left:
-        with TemporaryDirectory(prefix="simsiam-dali-") as folder:
-            source = dataclasses.replace(
-                graph.source,
-                tars=tuple(samples[row][0] for row in left),
-                indexes=tuple(_write_index(Path(folder), n, [samples[row][1]]) for n, row in enumerate(left)),
-                shard_id=0,
-                num_shards=1,
-                shuffle_buffer=0,
-            )
-            alone = dataclasses.replace(graph, source=source, mode="raw" if raw else "clean", epoch=None)
-            pipeline = build(alone, Settings(1, 1, 1, seed, None))
-            for row in left.copy():
-                left.remove(row)
-                try:
-                    data, its_row, total, _ = (torch.from_dlpack(x.as_tensor()) for x in pipeline.run())
-                except RuntimeError as e:
-                    if READER in str(e):  # the tar, not the segment
-                        raise RuntimeError(f"{samples[row][0]}: {reason_of(e)}") from e
-                    yield row, reason_of(e)
-                    break  # a DALI pipeline cannot run on after an error
-                if data.shape != shape:
-                    yield row, f"it is too short for a view of {graph.seconds:g} s"
-                elif not total.isfinite().all():
-                    yield row, "it holds values that are not finite"
-                elif int(its_row) != row:
-                    yield row, f"its .row is damaged: it holds {int(its_row)}"
-
-
-def _name(tar: Path | str) -> str:
-    return str(tar).rpartition("/")[2]
-
-
-def _write_index(folder: Path, number: int, samples: Sequence[Members]) -> Path:
-    path = folder / f"{number}.idx"
-    path.write_text(index_text(samples))
-    return path
+        tars, indexes = zip(*(samples[row] for row in left), strict=True)
+        whole = graph.source
+        source = Source(tars, indexes, whole.codec, whole.native_rate, whole.segment_seconds)
+        alone = dataclasses.replace(graph, source=source, mode="raw" if raw else "clean", epoch=None)
+        pipeline = build(alone, Settings(1, 1, 1, seed, None))
+        for row in left.copy():
+            left.remove(row)
+            try:
+                data, its_row, total, _ = (torch.from_dlpack(x.as_tensor()) for x in pipeline.run())
+            except RuntimeError as e:
+                if READER in str(e):  # the tar, not the segment
+                    raise RuntimeError(f"{samples[row][0]}: {reason_of(e)}") from e
+                yield row, reason_of(e)
+                break  # a DALI pipeline cannot run on after an error
+            if data.shape != shape:
+                yield row, f"it is too short for a view of {graph.seconds:g} s"
+            elif not total.isfinite().all():
+                yield row, "it holds values that are not finite"
+            elif int(its_row) != row:
+                yield row, f"its .row is damaged: it holds {int(its_row)}"

@@ -6,7 +6,6 @@ normalisation) followed by `AmplitudeToDB`.
 
 import numpy as np
 
-from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import augment
 from simsiam_dali.data.dali import DataNode, fn, math, types
 from simsiam_dali.data.graph import Graph, LogMel
@@ -96,11 +95,6 @@ def to_front_end_rate(wave: DataNode, rate: DataNode, graph: Graph) -> DataNode:
     return fn.slice(wave, start=start, end=end, axes=[0], out_of_bounds_policy="pad")
 
 
-def max_stretch(cfg: AugmentationConfig) -> float:
-    """Largest tempo a view can draw: how many times its own length of audio it may need."""
-    return max(1.0, cfg.time_stretch_range[1]) if cfg.time_stretch_prob > 0 else 1.0
-
-
 def noise_bank(graph: Graph, seed: int) -> np.ndarray | None:
     """Unit-variance Gaussian noise `(M,)`, `NOISE_BANK_EXTRA_S` longer than a view; None when no view can be noisy."""
     if graph.augmentation.noise_prob == 0:
@@ -136,7 +130,8 @@ def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> D
     # The last frame lies where the wave ends, which is where it begins: nearer than half a hop, they are one.
     overlap = int(2 * (round(graph.seconds * spec.sample_rate) % spec.hop_length) < spec.hop_length)
     start = augment.integer(draws.shift * (frames - overlap))
-    passes = 1 + int(np.ceil(max_stretch(cfg)))
+    longest = max(1.0, cfg.time_stretch_range[1]) if cfg.time_stretch_prob > 0 else 1.0  # in lengths of the view
+    passes = 1 + int(np.ceil(longest))
     mel = augment.circular_slice(mel, start, length, passes, overlap_frames=overlap)
     if cfg.time_stretch_prob > 0 and draws.stretched:
         mel = augment.time_scale(mel, draws.rate, frames, spec.n_mels)
@@ -147,7 +142,7 @@ def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> D
 
 
 def two_views(
-    waves: tuple[DataNode, DataNode], draws: tuple[augment.Draws, ...], bank: DataNode | None, graph: Graph, gpu: bool
+    waves: tuple[DataNode, DataNode], draws: list[augment.Draws], bank: DataNode | None, graph: Graph, gpu: bool
 ) -> tuple[DataNode, DataNode]:
     """Two augmented views `(T, n_mels)` of `waves (N,)`, their crops at the front end's rate.
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.common.distributed import World
-from simsiam_dali.data.shards import ShardSet, open_shards
-from simsiam_dali.data.subset import subset_of
+from simsiam_dali.data.shards import ShardSet, open_shards, subset_of
 from simsiam_dali.embedding.features import CHECKPOINT, Features, create_features
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.write import CleanViews, check_finite, embedding_config

@@ -25,7 +25,7 @@ from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.pack_song import PackSettings
 from simsiam_dali.packing.segments import SILENCE, Pcm, cut_segments, to_int16
-from simsiam_dali.packing.song_audio import BLOCK, BadSong, Resampler
+from simsiam_dali.packing.song_audio import BLOCK, BadSong, resample
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "encoder.safetensors"
@@ -101,7 +101,7 @@ class SongEncoder:
         if pcm.ndim != 1 or not np.isfinite(pcm).all():
             raise UserError(f"a wave must be (samples,) or (channels, samples) of finite numbers, not {pcm.shape}")
         blocks = (pcm[at : at + BLOCK] for at in range(0, len(pcm), BLOCK))
-        return self._mean(self._embed(resampled(blocks, rate, self.packed_rate)), "the wave")
+        return self._mean(self._embed(resample(blocks, rate, self.packed_rate)), "the wave")
 
     @torch.inference_mode()
     def _embed(self, blocks: Iterable[Pcm]) -> list[Tensor]:
@@ -127,21 +127,10 @@ class SongEncoder:
             if np.abs(segment.pcm).max() < SILENCE:
                 continue
             pcm = to_int16(segment.pcm).astype(np.float32) / np.float32(32768)
-            wave = torch.from_numpy(np.concatenate([*resampled([pcm], packed_rate, rate)]))
+            wave = torch.from_numpy(np.concatenate([*resample([pcm], packed_rate, rate)]))
             start = max(0, round((len(wave) - self.samples) / 2)) if self.view_seconds else 0
             wave = wave[start : start + self.samples]
             yield nn.functional.pad(wave, (0, self.samples - len(wave)))
-
-
-def resampled(blocks: Iterable[Pcm], rate_in: int, rate_out: int) -> Iterator[Pcm]:
-    """Mono blocks at another rate."""
-    if rate_in == rate_out:
-        yield from blocks
-        return
-    resampler = Resampler(rate_in, rate_out)
-    for block in blocks:
-        yield from resampler(block)
-    yield from resampler(None)
 
 
 def load_encoder(

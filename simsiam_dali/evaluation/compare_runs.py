@@ -6,15 +6,16 @@ same for every type. A loss does not: SimSiam's is lowest at collapse, and anoth
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simsiam_dali.common.errors import UserError
 
-if TYPE_CHECKING:
-    from mlflow import entities
+if TYPE_CHECKING:  # both take longer to import than the command's help takes
+    import pandas as pd
+    from mlflow.entities import Run
 
 AB_TYPES = ("simsiam", "simple")
 """The two types of the A/B test, the first columns of the table; other types follow."""
@@ -28,255 +29,198 @@ EVALUATE = "python -m simsiam_dali.evaluate"
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of the comparison: its direction, the command that logs it, whether it compares between types."""
+    """A metric of the comparison. better: `higher` or `lower`; comparable: whether two types' values compare."""
 
     name: str
-    higher_is_better: bool
+    better: str
     logged_by: str
     comparable: bool = True
 
-    @property
-    def better(self) -> str:
-        """`higher` or `lower`."""
-        return "higher" if self.higher_is_better else "lower"
-
 
 METRICS = (
-    Metric("classifier/val_mse", False, EVALUATE),
-    Metric("classifier/val_mae", False, EVALUATE),
-    Metric("classifier/val_correlation", True, EVALUATE),
-    Metric("knn/artist", True, TRAIN),
-    Metric("knn/genre", True, TRAIN),
-    Metric("knn/rating_mae", False, TRAIN),
-    Metric("training_time_hours", False, "python -m simsiam_dali.train"),
-    Metric("throughput/samples_per_s", True, "python -m simsiam_dali.train"),
-    Metric("encoder/train_loss", False, "python -m simsiam_dali.train", comparable=False),
-    Metric("encoder/val_loss", False, "python -m simsiam_dali.train, with validation songs", comparable=False),
+    Metric("classifier/val_mse", "lower", EVALUATE),
+    Metric("classifier/val_mae", "lower", EVALUATE),
+    Metric("classifier/val_correlation", "higher", EVALUATE),
+    Metric("knn/artist", "higher", TRAIN),
+    Metric("knn/genre", "higher", TRAIN),
+    Metric("knn/rating_mae", "lower", TRAIN),
+    Metric("training_time_hours", "lower", "python -m simsiam_dali.train"),
+    Metric("throughput/samples_per_s", "higher", "python -m simsiam_dali.train"),
+    Metric("encoder/train_loss", "lower", "python -m simsiam_dali.train", comparable=False),
+    Metric("encoder/val_loss", "lower", "python -m simsiam_dali.train, with validation songs", comparable=False),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
+KNN = [name for name in BY_NAME if name.startswith("knn/")]
+VALUES = [*BY_NAME, *(f"{name}_chance" for name in KNN)]
 DEFAULT_BY = ("classifier/val_mse", "knn/artist")
 """The best run is selected by the first of these that any run has."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """One MLflow run; `values` holds each metric's last value, NaN for infinity. trial: nested in another run."""
-
-    id: str
-    name: str
-    encoder_type: str
-    status: str
-    started: datetime
-    trial: bool
-    shards: str | None
-    seed: str
-    values: Mapping[str, float]
-    untrained: Mapping[str, float] = field(default_factory=dict)
-
-    def value(self, name: str) -> float:
-        """The last value of a metric; NaN where there is none."""
-        return self.values.get(name, math.nan)
-
-
-def encoder_runs(runs: "Iterable[entities.Run]") -> list[Run]:
-    """The runs tagged `encoder_type`, in the same order."""
-    return [
-        Run(
-            id=run.info.run_id,
-            name=run.info.run_name or run.info.run_id,
-            encoder_type=run.data.tags["encoder_type"],
-            status=run.info.status,
-            started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
-            trial="mlflow.parentRunId" in run.data.tags,
-            shards=run.data.tags.get("shards"),
-            seed=run.data.params.get("train.seed", ""),
-            values={name: _finite(value) for name, value in run.data.metrics.items()},
-        )
-        for run in runs
-        if "encoder_type" in run.data.tags
-    ]
-
-
-def _finite(value: float) -> float:
-    return value if abs(value) < LARGEST else math.nan
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and range of one metric over the `n` runs of a type that have it; NaN for none."""
-
-    n: int
-    mean: float
-    low: float
-    high: float
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Of the finite ones among `values`."""
-    finite = [v for v in values if math.isfinite(v)]
-    if not finite:
-        return Spread(0, math.nan, math.nan, math.nan)
-    return Spread(len(finite), math.fsum(finite) / len(finite), min(finite), max(finite))
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """The selected runs of each type, best first, of `candidates` runs; `by` is None where no run has a score."""
+    """The selected runs, those of a type together, best first, of `candidates` runs of each type.
 
-    types: Mapping[str, Sequence[Run]]
+    runs: a row each, with the columns of `_row`; NaN for a value that is missing or not finite. by: the metric that
+    selected them, None where no run has a score.
+    """
+
+    runs: "pd.DataFrame"
     candidates: Mapping[str, int]
     by: Metric | None
     notes: Sequence[str]
 
-    @property
-    def runs(self) -> list[Run]:
-        """All selected runs."""
-        return [run for runs in self.types.values() for run in runs]
+    def spread(self, column: str) -> "pd.DataFrame":
+        """A row for each type: `count` of its runs, `size`, have a value, with this `mean`, `min` and `max`."""
+        return self.runs.groupby("encoder_type", sort=False)[column].agg(["size", "count", "mean", "min", "max"])
 
-    def spread(self, encoder_type: str, name: str) -> Spread:
-        """Of a metric over the selected runs of a type."""
-        return spread(run.value(name) for run in self.types[encoder_type])
+    def ahead(self, metric: Metric) -> tuple[str, str]:
+        """The type with the best mean, and whether its range and the others' are `disjoint` or `overlap`.
 
-    def untrained(self, encoder_type: str, name: str) -> Spread:
-        """Of a metric before training, over the selected runs of a type."""
-        return spread(run.untrained.get(name, math.nan) for run in self.types[encoder_type])
-
-    def ahead(self, metric: Metric) -> tuple[str, bool | None] | None:
-        """(type with the best mean, whether its range is disjoint from the others'); None where no type is ahead.
-
-        The second is None where a type has one run: its range is a point, and tells nothing about another seed.
+        Both are empty where no type is ahead; the second where a type has one run, whose range is a point and tells
+        nothing about another seed.
         """
-        found = {t: s for t in self.types if (s := self.spread(t, metric.name)).n}
-        if not metric.comparable or len(found) < 2:
-            return None
-        sign = 1 if metric.higher_is_better else -1
-        first, *others = sorted(found, key=lambda t: sign * found[t].mean, reverse=True)
-        if found[first].mean == found[others[0]].mean:
-            return None
-        if min(s.n for s in found.values()) == 1:
-            return first, None
-        worst = min(sign * found[first].low, sign * found[first].high)
-        return first, all(worst > max(sign * found[t].low, sign * found[t].high) for t in others)
+        lower = metric.better == "lower"
+        found = self.spread(metric.name).dropna().sort_values("mean", ascending=lower)
+        if not metric.comparable or len(found) < 2 or found["mean"].iloc[0] == found["mean"].iloc[1]:
+            return "", ""
+        if found["count"].min() == 1:
+            return found.index[0], ""
+        best, others = found.iloc[0], found.iloc[1:]
+        disjoint = best["max"] < others["min"].min() if lower else best["min"] > others["max"].max()
+        return found.index[0], "disjoint" if disjoint else "overlap"
 
 
 def selection_metric(name: str) -> Metric:
     """The metric of `--by`. Raises UserError for an unknown one, and for a loss."""
-    known = ", ".join(m.name for m in METRICS if m.comparable)
-    if name in BY_NAME and BY_NAME[name].comparable:
-        return BY_NAME[name]
-    if name in BY_NAME or name.endswith("loss"):
+    comparable = {m.name: m for m in METRICS if m.comparable}
+    if name not in comparable:
         raise UserError(
-            f"--by {name} is refused: a loss cannot show which encoder is better (SimSiam's is lowest at collapse, and"
-            f" two types' losses have different scales); use one of {known}"
+            f"--by {name} is refused; use one of {', '.join(comparable)} (a loss cannot show which encoder is better:"
+            " SimSiam's is lowest at collapse, and two types' losses have different scales)"
         )
-    raise UserError(f"--by {name} is not a metric of the comparison; use one of {known}")
+    return comparable[name]
 
 
 def select(
-    runs: Sequence[Run], metric: Metric | None, number: int, include_trials: bool, shard_set: str | None
+    runs: "Iterable[Run]", metric: Metric | None, number: int, include_trials: bool, shard_set: str | None
 ) -> Comparison:
     """The best `number` runs of each type (0 = all), by `metric` or the first of `DEFAULT_BY` that any run has.
 
     `runs` are newest first, which is also the order of runs without that metric. `shard_set` is the beginning of a
     fingerprint; None is that of the newest run. Raises UserError where no run is left.
     """
-    reasons = Counter(reason for r in runs if (reason := _excluded_because(r, include_trials)))
-    notes = [f"excluded: {_runs(n)} {reason}" for reason, n in reasons.items()]
-    runs = [r for r in runs if not _excluded_because(r, include_trials)]
-    if not runs:
+    import pandas as pd
+
+    tagged = [(run, _excluded_because(run, include_trials)) for run in runs if "encoder_type" in run.data.tags]
+    excluded = Counter(reason for _, reason in tagged if reason)
+    notes = [f"excluded: {n} run{'' if n == 1 else 's'} {reason}" for reason, n in excluded.items()]
+    rows = [_row(run) for run, reason in tagged if not reason]
+    if not rows:
         raise UserError(
             f"no finished run tagged encoder_type{'; ' if notes else ''}{'; '.join(notes)}: train first,"
             f" python -m simsiam_dali.train --encoder-type {AB_TYPES[0]}"
         )
-    runs = _same_shards(runs, shard_set, notes)
+    table = _same_shards(pd.DataFrame(rows), shard_set, notes)
 
+    finite = table.replace(math.inf, math.nan)
     if metric is None:
-        metric = next((BY_NAME[n] for n in DEFAULT_BY if any(math.isfinite(r.value(n)) for r in runs)), None)
-        notes.append(_selection_note(metric))
-    elif not any(math.isfinite(r.value(metric.name)) for r in runs):
+        metric = next((BY_NAME[name] for name in DEFAULT_BY if finite[name].notna().any()), None)
+        if metric is None:
+            notes.append(f"newest runs: none has {' or '.join(DEFAULT_BY)} to select the best by")
+        else:
+            because = "" if metric.name == DEFAULT_BY[0] else f", since no run has {DEFAULT_BY[0]} yet"
+            notes.append(f"best by {metric.name}, {metric.better} is better{because}")
+    elif finite[metric.name].isna().all():
         raise UserError(
             f"no run has {metric.name} yet (logged by {metric.logged_by}): omit --by, or choose another metric"
         )
+    if metric:
+        finite = finite.sort_values(metric.name, ascending=metric.better == "lower", kind="stable")
 
-    types: dict[str, list[Run]] = {}
-    found = Counter(r.encoder_type for r in runs)
-    for encoder_type in sorted(found, key=lambda t: (AB_TYPES.index(t) if t in AB_TYPES else len(AB_TYPES), t)):
-        best = sorted((r for r in runs if r.encoder_type == encoder_type), key=lambda r: _rank(r, metric))
-        types[encoder_type] = best[: number or None]
-        if metric and not math.isfinite(best[0].value(metric.name)):
-            notes.append(f"no {encoder_type} run has {metric.name}: its newest are shown")
-    return Comparison(types, found, metric, notes)
+    found = Counter(finite["encoder_type"])
+    types = [t for t in (*AB_TYPES, *sorted(found.keys() - AB_TYPES)) if t in found]
+    best = [finite[finite["encoder_type"] == t].iloc[: number or None] for t in types]
+    notes += [
+        f"no {t} run has {metric.name}: its newest are shown"
+        for t, own in zip(types, best, strict=True)
+        if metric and own[metric.name].isna().iloc[0]
+    ]
+    selected = pd.concat(best)
+    notes += _missing_notes(table.loc[selected.index])
+    return Comparison(selected, {t: found[t] for t in types}, metric, notes)
 
 
-def with_untrained(
-    comparison: Comparison, metric_history: Callable[[str, str], Sequence[tuple[int, float]]]
-) -> Comparison:
-    """The comparison with each selected run's kNN scores before training, which training logs at step 0.
+def add_untrained(comparison: Comparison, metric_history: Callable[[str, str], Sequence[tuple[int, float]]]) -> None:
+    """Add the columns `knn/*_untrained`: each selected run's score before training, which training logs at step 0.
 
     metric_history: (run id, metric) to (step, value) of every value that was logged.
     """
-
-    def untrained(run: Run) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name in (m.name for m in METRICS if m.name.startswith("knn/") and m.name in run.values):
-            history = metric_history(run.id, name)
+    for name in KNN:
+        untrained = []
+        for run_id in comparison.runs["run_id"]:
+            history = metric_history(run_id, name)
             before = [value for step, value in history if step == 0]
-            if before and len(before) < len(history):
-                found[name] = _finite(before[0])
-        return found
-
-    types = {t: [replace(run, untrained=untrained(run)) for run in runs] for t, runs in comparison.types.items()}
-    return replace(comparison, types=types)
+            known = 0 < len(before) < len(history) and abs(before[0]) < LARGEST
+            untrained.append(before[0] if known else math.nan)
+        comparison.runs[f"{name}_untrained"] = untrained
 
 
-def _excluded_because(run: Run, include_trials: bool) -> str:
+def _row(run: "Run") -> dict[str, Any]:
+    """What is compared of a run: who it is, and each metric's last value; NaN for none, infinity if not finite."""
+    metrics = run.data.metrics
+    return {
+        "encoder_type": run.data.tags["encoder_type"],
+        "run_name": run.info.run_name or run.info.run_id,
+        "run_id": run.info.run_id,
+        "started": datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+        "shards": run.data.tags.get("shards", ""),
+        "seed": run.data.params.get("train.seed", ""),
+        **dict.fromkeys(VALUES, math.nan),
+        **{name: value if abs(value) < LARGEST else math.inf for name, value in metrics.items() if name in VALUES},
+    }
+
+
+def _excluded_because(run: "Run", include_trials: bool) -> str:
     """Why a run is not compared; empty when it is."""
-    if run.trial and not include_trials:
+    if "mlflow.parentRunId" in run.data.tags and not include_trials:
         return "nested in another, such as HPO's trials (include them with --include-trials)"
-    if run.status != "FINISHED":
+    if run.info.status != "FINISHED":
         return "not finished"
-    return "" if run.values.keys() & BY_NAME.keys() else "without any metric of this table"
+    return "" if run.data.metrics.keys() & BY_NAME.keys() else "without any metric of this table"
 
 
-def _runs(number: int) -> str:
-    return "1 run" if number == 1 else f"{number} runs"
-
-
-def _selection_note(metric: Metric | None) -> str:
-    if metric is None:
-        return f"newest runs: none has {' or '.join(DEFAULT_BY)} to select the best by"
-    because = "" if metric.name == DEFAULT_BY[0] else f", since no run has {DEFAULT_BY[0]} yet"
-    return f"best by {metric.name}, {metric.better} is better{because}"
-
-
-def _rank(run: Run, metric: Metric | None) -> tuple[bool, float]:
-    value = run.value(metric.name) if metric else math.nan
-    if math.isnan(value):
-        return True, 0.0
-    return False, -value if metric and metric.higher_is_better else value
-
-
-def _same_shards(runs: Sequence[Run], shard_set: str | None, notes: list[str]) -> list[Run]:
+def _same_shards(runs: "pd.DataFrame", shard_set: str | None, notes: list[str]) -> "pd.DataFrame":
     """The runs on one shard set, and those without the tag `shards`; `notes` gets a line for each other set."""
-    known = list(dict.fromkeys(r.shards for r in runs if r.shards))  # newest first
-    if shard_set is not None:
-        known.sort(key=lambda name: not name.startswith(shard_set))
-        if not known or not known[0].startswith(shard_set):
-            raise UserError(
-                f"no run is on shards {shard_set}; there are runs on {', '.join(map(short, known)) or 'none'}"
-            )
-    if untagged := sum(r.shards is None for r in runs):
-        notes.append(f"{_runs(untagged)} without the tag shards: possibly on other songs")
-    for other in known[1:]:
-        types = Counter(r.encoder_type for r in runs if r.shards == other)
-        counts = ", ".join(f"{n} {t}" for t, n in sorted(types.items()))
-        notes.append(
-            f"excluded: runs on other shards than {short(known[0])}: {counts} (compare them with --shard-set"
-            f" {short(other)})"
-        )
-    return [r for r in runs if r.shards is None or r.shards == known[0]]
+    known = list(dict.fromkeys(filter(None, runs["shards"])))  # newest first
+    wanted = next((shards for shards in known if shards.startswith(shard_set or "")), "")
+    if shard_set and not wanted:
+        there_are = ", ".join(shards[:12] for shards in known) or "none"
+        raise UserError(f"no run is on shards {shard_set}; there are runs on {there_are}")
+    if untagged := int((runs["shards"] == "").sum()):
+        notes.append(f"{untagged} run{'' if untagged == 1 else 's'} without the tag shards: possibly on other songs")
+    for other in known:
+        if other != wanted:
+            types = Counter(runs["encoder_type"][runs["shards"] == other])
+            counts = ", ".join(f"{n} {t}" for t, n in sorted(types.items()))
+            there = f"(compare them with --shard-set {other[:12]})"
+            notes.append(f"excluded: runs on other shards than {wanted[:12]}: {counts} {there}")
+    return runs[runs["shards"].isin(["", wanted])]
 
 
-def short(fingerprint: str) -> str:
-    """The first characters of a shard set's fingerprint, for display."""
-    return fingerprint[:12]
+def _missing_notes(runs: "pd.DataFrame") -> Iterator[str]:
+    """Each metric that a selected run lacks, with the command that logs it; and values that are not finite."""
+    for logged_by in dict.fromkeys(m.logged_by for m in METRICS):
+        names = [m.name for m in METRICS if m.logged_by == logged_by]
+        lacking = _names_where(runs[names].isna())
+        for missing in lacking[lacking != ""].unique():
+            without = runs["run_name"][lacking == missing]
+            where = "every run" if len(without) == len(runs) else ", ".join(without)
+            yield f"missing: {missing} in {where} (logged by {logged_by})"
+    for name, infinite in zip(runs["run_name"], _names_where(runs[list(BY_NAME)] == math.inf), strict=True):
+        if infinite:
+            yield f"not finite: {infinite} in {name}"
+
+
+def _names_where(flags: "pd.DataFrame") -> "pd.Series[str]":
+    """For each row, the names of its columns that are true."""
+    return flags.apply(lambda row: ", ".join(row.index[row]), axis=1)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from pathlib import PurePath
 
 import numpy as np
@@ -32,12 +32,18 @@ def groups(table: pd.DataFrame, split: str) -> np.ndarray:
     """
     keys = [recording_keys(*row) for row in zip(table["title"], table["artists"], table["duration"], strict=True)]
     if split == "album":
-        columns = zip(table["albums"], table["album_artist"], table["artists"], table["path"], strict=True)
-        for own, (albums, album_artist, artists, path) in zip(keys, columns, strict=True):
+        songs = zip(table["albums"], table["album_artist"], table["artists"], table["path"], strict=True)
+        for own, (albums, album_artist, artists, path) in zip(keys, songs, strict=True):
             own += [("album", *key) for key in album_keys(albums, album_artist, artists)]
             if not album_artist:
                 own += [("folder", str(PurePath(path).parent), name_key(album)) for album in albums]
-    return group_ids(keys)
+    # Songs that share a key, directly or through other songs, are connected.
+    number: dict[Hashable, int] = {}
+    rows = [row for row, own in enumerate(keys) for _ in own]
+    columns = [len(keys) + number.setdefault(key, len(number)) for own in keys for key in own]
+    nodes = len(keys) + len(number)
+    graph = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(nodes, nodes))
+    return connected_components(graph, directed=False)[1][: len(keys)].astype("int64")
 
 
 def recording_keys(title: str, artists: Iterable[str], duration: float) -> list[Hashable]:
@@ -48,16 +54,6 @@ def recording_keys(title: str, artists: Iterable[str], duration: float) -> list[
     # Two grids, half a cell apart: lengths that differ little share a cell of one of them.
     cells = (int((duration + shift) // (2 * SAME_SECONDS)) for shift in (0.0, SAME_SECONDS))
     return [("recording", name_key(title), first, grid, cell) for grid, cell in enumerate(cells)]
-
-
-def group_ids(keys: Sequence[Sequence[Hashable]]) -> np.ndarray:
-    """`(N,)` int64: the same number for rows that share a key, directly or through other rows."""
-    number: dict[Hashable, int] = {}
-    rows = [row for row, own in enumerate(keys) for _ in own]
-    columns = [len(keys) + number.setdefault(key, len(number)) for own in keys for key in own]
-    nodes = len(keys) + len(number)
-    graph = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(nodes, nodes))
-    return connected_components(graph, directed=False)[1][: len(keys)].astype("int64")
 
 
 def folds(group: np.ndarray, classes: np.ndarray | None = None, n: int = FOLDS) -> Folds:

@@ -1,12 +1,11 @@
 """The one nearest-neighbour search, by cosine, and the kNN scores of a training's validation.
 
-Similarities are computed a block of queries at a time, by the library of the vectors (NumPy, or torch on its device).
-The order is stable: of equally near songs the first row comes first. `recommendation.search` uses FAISS where a library
-is too large for this.
+Cosines are computed by the library of the vectors (NumPy, or torch on its device). The order is stable: of equally near
+songs the first row comes first.
 
-The scores take a bank (training songs) and queries (validation songs), one row per song, as torch tensors; the caller
-sees to it that no song is in both. Their embeddings are not standardised, so that a score describes what `embed`
-returns, whatever other songs there are. A score is NaN where nothing can be scored; read it beside its chance level.
+The scores take `bank` (training songs, `(N, D)` float) and `query` (validation songs, `(Q, D)`), and a label (int64) or
+a rating (float, 0 to 1) of each song, as torch tensors; no song may be in both. The embeddings are not standardised, so
+that a score describes what `embed` returns, whatever other songs there are. A score is NaN where none can be scored.
 """
 
 import math
@@ -21,8 +20,8 @@ from torch import Tensor
 Vectors = TypeVar("Vectors", np.ndarray, Tensor)
 
 UNKNOWN_LABEL = -1
-# A neighbour's vote weighs exp(cosine / temperature): Wu et al. 2018, arXiv:1805.01978, section 3.4.
 VOTE_TEMPERATURE = 0.07
+"""A neighbour's vote weighs exp(cosine / temperature): Wu et al. 2018, arXiv:1805.01978, section 3.4."""
 BLOCK = 1024
 """Queries compared with the whole bank at a time, to bound the memory: their cosines with 100,000 songs are 400 MB."""
 
@@ -89,10 +88,9 @@ def _first(distance: np.ndarray, k: int) -> np.ndarray:
 
 
 def vote(labels: np.ndarray, near: np.ndarray, cosine: np.ndarray) -> np.ndarray:
-    """The label `(Q,)` that the neighbours `near (Q, k)` vote for, weighted by similarity; -1 without a neighbour.
+    """The one of `labels (N,)` int that a row's neighbours vote for, weighted by similarity, `(Q,)`; -1 without any.
 
-    `labels (N,)` int; `near` and `cosine` as `nearest` returns them. Of labels with equal votes the one with the
-    nearest song wins.
+    `near` and `cosine` as `nearest` returns them. Of labels with equal votes the one with the nearest song wins.
     """
     labels = np.where(near >= 0, labels[near], -1)
     same = labels[:, :, None] == labels[:, None, :]
@@ -104,8 +102,7 @@ def vote(labels: np.ndarray, near: np.ndarray, cosine: np.ndarray) -> np.ndarray
 def knn_labels(bank: Tensor, bank_labels: Tensor, query: Tensor, query_labels: Tensor, k: int) -> float:
     """Accuracy of the k nearest neighbours' vote, weighted by similarity.
 
-    `bank` `(N, D)`, `query` `(Q, D)`, float; labels `(N,)` and `(Q,)`, int64, one per song. Rows with `UNKNOWN_LABEL`
-    are left out, and so are queries whose label no song of the bank has: no vote could be right.
+    Rows with `UNKNOWN_LABEL` are left out, and so are queries whose label no song of the bank has.
     """
     known = bank_labels != UNKNOWN_LABEL
     bank, bank_labels = bank[known], bank_labels[known]
@@ -116,25 +113,23 @@ def knn_labels(bank: Tensor, bank_labels: Tensor, query: Tensor, query_labels: T
     return (predicted == query_labels[scored].cpu()).float().mean().item()
 
 
-def label_chance(bank_labels: Tensor, query_labels: Tensor) -> tuple[float, float]:
-    """Accuracy, on the queries that `knn_labels` scores, of two guesses that ignore the embeddings.
+def label_chance(bank_labels: Tensor, query_labels: Tensor) -> float:
+    """Accuracy, on the queries that `knn_labels` scores, of the better of two guesses that ignore the embeddings.
 
-    The bank's commonest label each time, and labels drawn at the bank's frequencies (expected accuracy).
+    The bank's commonest label each time, or labels drawn at the bank's frequencies (expected accuracy).
     """
     known = bank_labels[bank_labels != UNKNOWN_LABEL]
     scored = query_labels[torch.isin(query_labels, known)]
     if len(scored) == 0:
-        return math.nan, math.nan
-    labels, count = torch.unique(known, return_counts=True)
-    majority = (scored == labels[count.argmax()]).float().mean()
-    drawn = (count / len(known))[torch.searchsorted(labels, scored)].mean()
-    return majority.item(), drawn.item()
+        return math.nan
+    frequency = torch.bincount(known) / len(known)
+    majority, drawn = (scored == frequency.argmax()).float().mean(), frequency[scored].mean()
+    return max(majority.item(), drawn.item())
 
 
 def knn_rating(bank: Tensor, bank_ratings: Tensor, query: Tensor, query_ratings: Tensor, k: int) -> tuple[float, float]:
-    """Mean absolute error and Pearson correlation of the k nearest neighbours' mean rating.
+    """Mean absolute error and Pearson correlation of the k nearest neighbours' mean rating; NaN is unrated, left out.
 
-    `bank` `(N, D)`, `query` `(Q, D)`; ratings `(N,)` and `(Q,)`, float, 0 to 1, NaN = unrated and left out.
     The correlation is NaN where the ratings or the predictions are all equal.
     """
     rated = ~bank_ratings.isnan()

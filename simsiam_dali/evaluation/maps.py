@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
@@ -51,8 +50,7 @@ def categories(labels: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
     """The names of the `COLOURED` commonest first labels, and each song's index among them `(N,)`, -1 for others."""
     first = [own[0] if own else None for own in labels]
     names = [name for name, _ in Counter(name for name in first if name is not None).most_common(COLOURED)]
-    index = {name: i for i, name in enumerate(names)}
-    return names, np.array([-1 if name is None else index.get(name, -1) for name in first], int)
+    return names, np.array([names.index(name) if name in names else -1 for name in first], int)
 
 
 def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
@@ -67,16 +65,8 @@ def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
         axes.spines[:].set_color("#dddddd")
     rated = table["rating"].notna().to_numpy()
     rating.scatter(points[~rated, 0], points[~rated, 1], s=size, color=OTHER, linewidths=0)
-    shown = rating.scatter(
-        points[rated, 0],
-        points[rated, 1],
-        s=size,
-        c=table["rating"][rated],
-        cmap="viridis",
-        vmin=0,
-        vmax=1,
-        linewidths=0,
-    )
+    (x, y), values = points[rated].T, table["rating"][rated]
+    shown = rating.scatter(x, y, s=size, c=values, cmap="viridis", vmin=0, vmax=1, linewidths=0)
     scale = rating.inset_axes((0.2, -0.08, 0.6, 0.03))
     figure.colorbar(shown, cax=scale, orientation="horizontal", label="rating (grey: unrated)")
     _by_category(genre, points, table["genres"], size)
@@ -90,15 +80,14 @@ def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
 
 def _by_category(axes: Axes, points: np.ndarray, labels: Iterable[Sequence[str]], size: float) -> None:
     names, index = categories(labels)
-    axes.scatter(points[index < 0, 0], points[index < 0, 1], s=size, color=OTHER, linewidths=0)
-    entries = [("others, or unknown", OTHER)] if (index < 0).any() else []
-    for i, name in reversed(list(enumerate(names))):
-        axes.scatter(points[index == i, 0], points[index == i, 1], s=size, color=PALETTE[i], linewidths=0)
-        entries.insert(0, (name if len(name) <= 22 else f"{name[:21]}…", PALETTE[i]))
-    handles = [Line2D([], [], ls="", marker="o", color=colour) for _, colour in entries]
-    # The leading space: a label that begins with an underscore would be left out.
+    for i, name in reversed([*enumerate(names), (-1, "others, or unknown")]):  # the commonest in front
+        if (index == i).any():
+            # The leading space: a label that begins with an underscore would be left out.
+            label = f" {name}" if len(name) <= 22 else f" {name[:21]}…"
+            x, y = points[index == i].T
+            axes.scatter(x, y, s=size, color=(*PALETTE, OTHER)[i], linewidths=0, label=label)
     legend = axes.legend(
-        handles, [f" {name}" for name, _ in entries], loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3,
+        reverse=True, markerscale=6 / size**0.5, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3,
         fontsize=8, frameon=False, columnspacing=1, handletextpad=0,
     )  # fmt: skip
     for text in legend.get_texts():
@@ -125,8 +114,7 @@ def page_data(table: pd.DataFrame, vectors: np.ndarray, flat: dict[str, np.ndarr
 
 
 def _in_unit_square(points: np.ndarray) -> list[list[float]]:
-    """Scaled by one factor for both axes and centred."""
-    points = points.astype(float)
+    points = points.astype(float)  # centred, and scaled by one factor for both axes
     low, high = points.min(axis=0), points.max(axis=0)
     scale = max(float((high - low).max()), 1e-9)
     return ((points - (low + high) / 2) / scale + 0.5).round(4).tolist()

@@ -12,7 +12,7 @@ import pandas as pd
 
 from simsiam_dali.evaluation.folds import groups
 from simsiam_dali.evaluation.knn import cosine_blocks, unit
-from simsiam_dali.evaluation.metrics import Metric, interval, mean, score
+from simsiam_dali.evaluation.metrics import Metric, interval, score
 from simsiam_dali.evaluation.plan import all_label_ids
 from simsiam_dali.evaluation.probes import label_matrix
 
@@ -28,11 +28,8 @@ def labels_of(songs: pd.DataFrame) -> tuple[str, list[list[int]]] | None:
     group = groups(songs, "song")
     for target in ("artist", "genre"):
         labels = all_label_ids(songs, target)
-        recordings: dict[int, set[int]] = {}
-        for own, recording in zip(labels, group.tolist(), strict=True):
-            for label in own:
-                recordings.setdefault(label, set()).add(recording)
-        if any(len(own) > 1 for own in recordings.values()):
+        recordings = {(label, recording) for own, recording in zip(labels, group, strict=True) for label in own}
+        if len(recordings) > len({label for label, _ in recordings}):
             return target, labels
     return None
 
@@ -79,21 +76,20 @@ def count(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only
     if (known := labels_of(songs)) is None:
         return None
     label, labels = known
-    labelled = np.array([bool(own) for own in labels])
-    asked = labelled & (songs["split"] == "val").to_numpy() if held_back_only else labelled
-    group = groups(songs, "song")[labelled]
-    own = [labels[row] for row in np.flatnonzero(labelled)]
-    hits = {name: nearest_shares(x[labelled], own, group)[asked[labelled]] for name, x in vectors.items()}
-    first = next(iter(hits))
-    scored = ~np.isnan(hits[first])
-    n = int(scored.sum())
+    rows = np.flatnonzero([bool(own) for own in labels])
+    group = groups(songs, "song")[rows]
+    asked = (songs["split"] == "val").to_numpy()[rows] | (not held_back_only)
+    hits = {name: nearest_shares(x[rows], [labels[row] for row in rows], group)[asked] for name, x in vectors.items()}
+    hits = {name: hit[~np.isnan(hit)] for name, hit in hits.items()}  # of the same songs: labels and groups decide
+    n = len(next(iter(hits.values())))
     if not n:
         return None
-    scores = {name: score(Metric(mean, 1), (hit[scored],), RESAMPLES, seed=0) for name, hit in hits.items()}
+    scores = {name: score(Metric(np.mean, 1), (hit,), RESAMPLES, seed=0) for name, hit in hits.items()}
+    first = next(iter(scores.values()))
     differences = {}
     for name, other in scores.items():
-        low, high = interval(scores[first].resampled - other.resampled)
-        differences[name] = n * (scores[first].value - other.value), n * low, n * high
+        low, high = interval(first.resampled - other.resampled)
+        differences[name] = n * (first.value - other.value), n * low, n * high
     return Counts(label, n, {name: round(n * s.value) for name, s in scores.items()}, differences)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from simsiam_dali.common.names import album_keys, artist_keys, name_key
 from simsiam_dali.evaluation import knn, probes
@@ -23,8 +24,6 @@ ONE_THREAD = 20_000_000
 """Numbers in a table below which threads wait for each other longer than they work, most of all on a busy machine."""
 GUESS = "guess"
 """The baseline without audio: the training songs' mean rating or commonest class, or a random order."""
-
-Run = Callable[[np.ndarray], np.ndarray]
 
 _GROUP = {"song": "recording", "album": "album (or of albums that share a song)"}
 
@@ -73,8 +72,7 @@ class Evaluation:
 class Probe:
     """`run` maps the vectors of `rows` to a value for each of the songs `scored`; `guess` holds such values too.
 
-    `metrics` are computed from `truth` and the values, or from the values alone where there is no truth. out_of_fold:
-    whether the values come from models fitted on folds.
+    Without `truth` the values are the scores. out_of_fold: whether the values come from models fitted on folds.
     """
 
     target: str
@@ -83,7 +81,7 @@ class Probe:
     metrics: tuple[str, ...]
     rows: np.ndarray
     scored: np.ndarray
-    run: Run
+    run: Callable[[np.ndarray], np.ndarray]
     guess: np.ndarray
     truth: np.ndarray | None = None
     out_of_fold: bool = True
@@ -99,12 +97,7 @@ class Probe:
         return self.truth[chosen], values[chosen]
 
 
-def evaluate(
-    table: pd.DataFrame,
-    vectors: Mapping[str, np.ndarray],
-    options: Options,
-    progress: Callable[[list[Probe]], Iterable[Probe]] = iter,
-) -> Evaluation:
+def evaluate(table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Options) -> Evaluation:
     """Probe the first of `vectors` (name to `(N, D)`); the others are its baselines.
 
     `table` has the columns of an embedding table, one row a song; row i of all `vectors` belongs to its row i.
@@ -123,7 +116,9 @@ def evaluate(
                 planned += plan(split, group[split], options, notes)
         done.notes[target] = list(dict.fromkeys(notes))
     threads = 1 if max(x.size for x in vectors.values()) < ONE_THREAD else None
-    for probe in progress(planned):
+    bar = tqdm(planned, unit="probe", leave=False)
+    for probe in bar:
+        bar.set_description(f"{probe.target}, {probe.name}, split by {probe.split}")
         with threadpool_limits(threads):
             values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()} | {GUESS: probe.guess}
         held_back = unseen[probe.scored]
@@ -139,9 +134,9 @@ def evaluate(
                 }
                 if name == "correlation":  # of a constant
                     scores[GUESS] = Score(0.0, 0.0, 0.0, np.zeros(options.resamples))
-                ours, n = scores.pop(next(iter(vectors))), int(chosen.sum())
-                result = ours, scores, verdict(metric, ours, scores)
-                done.figures.append(Figure(probe.target, probe.name, name, probe.split, songs, n, *result))
+                ours = scores.pop(next(iter(vectors)))
+                result = int(chosen.sum()), ours, scores, verdict(metric, ours, scores)
+                done.figures.append(Figure(probe.target, probe.name, name, probe.split, songs, *result))
     return done
 
 
@@ -162,31 +157,29 @@ def _plan_rating(
         return
     if len(rows) < len(table):
         notes.append(f"{len(rows)} of {len(table)} songs are rated.")
-    runs: dict[str, Run] = {
-        "ridge": lambda x: probes.ridge(x, y, parts, own),
-        "knn": lambda x: probes.knn_mean(y, knn.nearest_others(x, own, options.k)[0]),
-        "mlp": lambda x: probes.mlp(x, y, parts, options.seed),
-    }
-    guess = probes.mean_guess(y, parts)
-    for name, run in runs.items():
-        metrics = ("mse", "mae", "correlation")
-        yield Probe("rating", name, split, metrics, rows, rows, run, guess, y, name != "knn")
+    guess, metrics = probes.mean_guess(y, parts), ("mse", "mae", "correlation")
+    probe = partial(Probe, "rating", split=split, metrics=metrics, rows=rows, scored=rows, guess=guess, truth=y)
+    yield probe("ridge", run=lambda x: probes.ridge(x, y, parts, own))
+    nearest = partial(knn.nearest_others, group=own, k=options.k)
+    yield probe("knn", run=lambda x: probes.knn_mean(y, nearest(x)[0]), out_of_fold=False)
+    yield probe("mlp", run=lambda x: probes.mlp(x, y, parts, options.seed))
 
 
 def _plan_labels(
     table: pd.DataFrame, target: str, split: str, group: np.ndarray, options: Options, notes: list[str]
 ) -> Iterator[Probe]:
     labels = all_label_ids(table, target)
+    one = f"{'an' if target[0] in 'aeiou' else 'a'} {target}"
     first = np.array([own[0] if own else -1 for own in labels], int)
     labelled = np.flatnonzero(first >= 0)
     if len(labelled) < MIN_SONGS:
-        notes.append(f"Not evaluated: {_songs(len(labelled))} with {_a(target)}, at least {MIN_SONGS} are needed.")
+        notes.append(f"Not evaluated: {_songs(len(labelled))} with {one}, at least {MIN_SONGS} are needed.")
         return
     if (first[labelled] == first[labelled[0]]).all():
-        notes.append(f"Not evaluated: all {len(labelled)} songs with {_a(target)} have the same one.")
+        notes.append(f"Not evaluated: all {len(labelled)} songs with {one} have the same one.")
         return
     if len(labelled) < len(table):
-        notes.append(f"{_songs(len(table) - len(labelled))} of {len(table)} without {_a(target)}: left out.")
+        notes.append(f"{_songs(len(table) - len(labelled))} of {len(table)} without {one}: left out.")
 
     rows = scored_classes(first, group, options)
     names, classes = np.unique(first[rows], return_inverse=True)
@@ -200,27 +193,20 @@ def _plan_labels(
     if len(names) < 2 or len(rows) < MIN_SONGS:
         notes.append(f"Not classified, split by {split}: fewer than two {target}s or {MIN_SONGS} songs are left.")
     else:
-        own = group[rows]
-        parts = folds(own, classes)
-        runs: dict[str, Run] = {
-            "logistic": lambda x: probes.logistic(x, classes, parts),
-            "knn": lambda x: knn.vote(classes, *knn.nearest_others(x, own, options.k)),
-        }
-        guess = probes.majority_guess(classes)
-        for name, run in runs.items():
-            metrics = ("accuracy", "macro_f1")
-            yield Probe(target, name, split, metrics, rows, rows, run, guess, classes)
+        guess, metrics = probes.majority_guess(classes), ("accuracy", "macro_f1")
+        probe = partial(Probe, target, split=split, metrics=metrics, rows=rows, scored=rows, guess=guess, truth=classes)
+        parts = folds(group[rows], classes)
+        yield probe("logistic", run=lambda x: probes.logistic(x, classes, parts))
+        nearest = partial(knn.nearest_others, group=group[rows], k=options.k)
+        yield probe("knn", run=lambda x: knn.vote(classes, *nearest(x)))
 
     retrieval = probes.Retrieval([labels[row] for row in labelled], group[labelled], RETRIEVED)
     if retrieval.scored.sum() < MIN_SONGS:
         notes.append(f"No mAP, split by {split}: fewer than {MIN_SONGS} songs share their {target} with another one.")
         return
-
-    def precision(x: np.ndarray) -> np.ndarray:
-        return retrieval.average_precision(knn.nearest_others(x, group[labelled], RETRIEVED)[0])
-
-    scored = labelled[retrieval.scored]
-    yield Probe(target, "retrieval", split, ("map_at_10",), labelled, scored, precision, retrieval.guess())
+    found = partial(knn.nearest_others, group=group[labelled], k=RETRIEVED)
+    probe = partial(Probe, target, "retrieval", split, ("map_at_10",), labelled, labelled[retrieval.scored])
+    yield probe(run=lambda x: retrieval.average_precision(found(x)[0]), guess=retrieval.guess())
 
 
 def all_label_ids(table: pd.DataFrame, target: str) -> list[list[int]]:
@@ -243,10 +229,6 @@ def scored_classes(first: np.ndarray, group: np.ndarray, options: Options) -> np
     size = size[(size["size"] >= options.class_songs) & (size["nunique"] >= 2)]
     kept = size.sort_values("size", ascending=False, kind="stable").index[: options.classes]
     return songs.index[songs["label"].isin(kept)].to_numpy()
-
-
-def _a(target: str) -> str:
-    return f"{'an' if target[0] in 'aeiou' else 'a'} {target}"
 
 
 def _songs(n: int) -> str:

@@ -15,9 +15,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 
 from simsiam_dali.evaluation.folds import Folds, folds
+from simsiam_dali.evaluation.knn import BLOCK
 
 ALPHAS = tuple(10.0**power for power in range(6))
 """Ridge penalties to choose from, on standardised dimensions."""
@@ -26,15 +27,13 @@ LOGISTIC_C = 0.1
 HIDDEN = 64
 MLP_ALPHA = 30.0
 """Weight decay, divided by the number of songs: with none of it, a few hundred songs are learned by heart."""
-_BLOCK = 1024  # rows compared with all others at a time
 
 
 def ridge(x: np.ndarray, y: np.ndarray, parts: Folds, group: np.ndarray) -> np.ndarray:
     """Ratings by ridge regression, `(N,)` in 0..1; alpha by cross-validation over the training rows' own groups."""
 
     def model(train: np.ndarray) -> BaseEstimator:
-        # With one group only, alpha comes from leave-one-out.
-        inner = folds(group[train], n=INNER_FOLDS) or None
+        inner = folds(group[train], n=INNER_FOLDS) or None  # None, of one group only: leave-one-out
         return RidgeCV(ALPHAS, cv=inner, scoring="neg_mean_squared_error")
 
     return _out_of_fold(x.astype(np.float64), y, parts, model).clip(0, 1)
@@ -79,10 +78,8 @@ def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
 
 
 def majority_guess(classes: np.ndarray) -> np.ndarray:
-    """The commonest class of all rows, `(N,)`.
-
-    Not of the training rows: among classes of equal size, the commonest there is always one that the test rows lack.
-    """
+    """The commonest class of all rows, `(N,)`."""
+    # Among classes of equal size, the commonest of the training rows is always one that the test rows lack.
     return np.full_like(classes, np.bincount(classes).argmax())
 
 
@@ -94,25 +91,22 @@ def knn_mean(y: np.ndarray, near: np.ndarray) -> np.ndarray:
 
 
 def label_matrix(labels: Sequence[Sequence[int]]) -> csr_array:
-    """1 where a row has a label: `(N, labels)` int32."""
-    rows = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
-    columns = np.fromiter((label for own in labels for label in own), int, len(rows))
-    return csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(labels), columns.max(initial=0) + 1))
+    """1 where a row has a label: `(N, labels)` int."""
+    return csr_array(MultiLabelBinarizer(sparse_output=True).fit_transform(labels))
 
 
 class Retrieval:
-    """mAP@k: do a song's nearest songs share a label with it? Songs of its own group are not counted.
+    """mAP@k: do a song's nearest songs share one of its `labels` (numbers)? Songs of its own group are not counted.
 
-    `labels`: each row's label numbers. Rows with no relevant row at all cannot be scored: `scored (N,)` bool.
+    Rows with no relevant row at all cannot be scored: `scored (N,)` bool.
     """
 
     def __init__(self, labels: Sequence[Sequence[int]], group: np.ndarray, k: int) -> None:
-        self._labels = label_matrix(labels)
-        self._group, self._k = group, k
+        self._labels, self._k = label_matrix(labels), k
         self.relevant = np.zeros(len(labels), int)
         self.candidates = np.zeros(len(labels), int)
-        for start in range(0, len(labels), _BLOCK):
-            block = np.arange(start, min(start + _BLOCK, len(labels)))
+        for start in range(0, len(labels), BLOCK):
+            block = slice(start, start + BLOCK)
             other = group[block, None] != group
             self.relevant[block] = ((self._labels[block] @ self._labels.T).toarray() * other > 0).sum(axis=1)
             self.candidates[block] = other.sum(axis=1)
@@ -123,17 +117,15 @@ class Retrieval:
 
         The mean, over the relevant rows that could be among the first k, of the share of relevant ones down to each.
         """
-        rows = np.flatnonzero(self.scored)
-        near = near[rows, : self._k]
-        shared = [self._labels[rows].multiply(self._labels[column]).sum(axis=1) for column in near.T]
+        near, own = near[self.scored, : self._k], self._labels[self.scored]
+        shared = [own.multiply(self._labels[column]).sum(axis=1) for column in near.T]
         hit = (np.stack(shared, axis=1) > 0) & (near >= 0)
         precision = hit.cumsum(axis=1) / np.arange(1, hit.shape[1] + 1)
-        return (precision * hit).sum(axis=1) / np.minimum(self._k, self.relevant[rows])
+        return (precision * hit).sum(axis=1) / np.minimum(self._k, self.relevant[self.scored])
 
     def guess(self) -> np.ndarray:
         """The expected AP@k of the scored rows in a random order."""
-        rows = np.flatnonzero(self.scored)
-        relevant, others = self.relevant[rows, None], self.candidates[rows, None]
+        relevant, others = self.relevant[self.scored, None], self.candidates[self.scored, None]
         place = np.arange(1, self._k + 1)
         # Place i is relevant with R/M; given that, each of the i - 1 before it is with (R - 1)/(M - 1).
         before = (place - 1) * (relevant - 1) / (others - 1).clip(min=1)

@@ -10,16 +10,14 @@ import jinja2
 
 from simsiam_dali.common.table import table_lines
 from simsiam_dali.evaluation.metrics import METRICS, Score
-from simsiam_dali.evaluation.plan import GUESS, MIN_SONGS, MIN_UNSEEN, TARGETS, Evaluation, Figure, Options
+from simsiam_dali.evaluation.plan import GUESS, MIN_SONGS, MIN_UNSEEN, Evaluation, Options
 
-PROBES = {
+NAMES = {
     "ridge": "linear (ridge)",
     "logistic": "linear (logistic)",
     "knn": "k-NN",
     "mlp": "MLP",
     "retrieval": "retrieval",
-}
-NAMES = {
     "mse": "MSE",
     "mae": "MAE",
     "correlation": "correlation",
@@ -42,31 +40,25 @@ def interval(score: Score) -> str:
     return f"[{number(score.low)}, {number(score.high)}]"
 
 
-def css_class(figure: Figure) -> str:
-    """The class that colours the verdict."""
-    classes = {"better": "good", "worse": "bad"}
-    return classes.get(figure.verdict.split()[0], "open")
-
-
 def classifier_metrics(evaluation: Evaluation) -> dict[str, float]:
     """`classifier/val_*`: scores of the MLP's predicted ratings, split by album."""
     wanted = ("rating", "mlp", "album", "all")
-    chosen = [f for f in evaluation.figures if (f.target, f.probe, f.split, f.songs) == wanted]
-    return {f"classifier/val_{f.metric}": f.score.value for f in chosen}
+    found = (f for f in evaluation.figures if (f.target, f.probe, f.split, f.songs) == wanted)
+    return {f"classifier/val_{f.metric}": f.score.value for f in found}
 
 
 def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Options) -> str:
-    """metrics.json: every figure with its interval and its baselines ("floors"); what is undefined is null."""
+    """metrics.json: every figure with its interval and its baselines; what is undefined is null."""
 
     def plain(score: Score) -> dict[str, float | None]:
-        values = {"value": score.value, "low": score.low, "high": score.high}
+        values = {name: getattr(score, name) for name in ("value", "low", "high")}
         return {name: None if math.isnan(value) else round(value, 6) for name, value in values.items()}
 
     figures = [
         {
             "name": f.name, "target": f.target, "probe": f.probe, "metric": f.metric, "split": f.split,
             "songs": f.songs, "n": f.n, **plain(f.score), "higher_is_better": METRICS[f.metric].sign > 0,
-            "floors": {name: plain(baseline) for name, baseline in f.baselines.items()}, "verdict": f.verdict,
+            "baselines": {name: plain(baseline) for name, baseline in f.baselines.items()}, "verdict": f.verdict,
         }
         for f in evaluation.figures
     ]  # fmt: skip
@@ -76,21 +68,16 @@ def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Opti
     return json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
 
 
-def best_baseline(figure: Figure) -> tuple[str, Score] | None:
-    """The baseline with the best value."""
-    known = [(name, baseline) for name, baseline in figure.baselines.items() if baseline.known]
-    return max(known, key=lambda item: METRICS[figure.metric].sign * item[1].value, default=None)
-
-
 def terminal_table(evaluation: Evaluation) -> Iterator[str]:
     """One line for each figure on all songs, and what could not be evaluated."""
     head = ("target", "split by", "probe", "metric", "songs", "value", "95% interval", "best baseline", "verdict")
     rows = []
     for f in evaluation.figures:
         if f.songs == "all":
-            best = best_baseline(f)
-            baseline = f"{number(best[1].value)} {best[0]}" if best else "–"
-            row = (f.target, f.split, PROBES[f.probe], NAMES[f.metric], str(f.n), number(f.score.value))
+            values = {name: baseline.value for name, baseline in f.baselines.items() if not math.isnan(baseline.value)}
+            best = max(values, key=lambda name: METRICS[f.metric].sign * values[name], default=None)
+            baseline = f"{number(values[best])} {best}" if best else "–"
+            row = (f.target, f.split, NAMES[f.probe], NAMES[f.metric], str(f.n), number(f.score.value))
             rows.append((*row, interval(f.score), baseline, f.verdict))
     if rows:
         yield from table_lines(head, rows)
@@ -99,52 +86,37 @@ def terminal_table(evaluation: Evaluation) -> Iterator[str]:
             yield f"{target}: {note}"
 
 
-def environment() -> jinja2.Environment:
-    """The templates of this package; every text is escaped."""
-    made = jinja2.Environment(
-        loader=jinja2.PackageLoader("simsiam_dali.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    made.filters |= {"number": number, "interval": interval, "css_class": css_class}
-    return made
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("simsiam_dali.evaluation"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+)
+TEMPLATES.filters |= {"number": number, "interval": interval}
 
 
 def map_page(data: Mapping[str, Any]) -> str:
     """map.html, from the result of `maps.page_data`."""
-    return environment().get_template("map.html.j2").render(data=data, songs=len(data["title"]))
+    return TEMPLATES.get_template("map.html.j2").render(data=data, songs=len(data["title"]))
 
 
 def page(
-    evaluation: Evaluation,
-    provenance: Mapping[str, Any],
-    options: Options,
-    pictures: Mapping[str, bytes],
-    map_html: str | None,
+    done: Evaluation, provenance: dict[str, Any], options: Options, pictures: dict[str, bytes], map_html: str | None
 ) -> str:
     """report.html, which needs no other file. pictures: title to PNG."""
-    by_target = {target: [f for f in evaluation.figures if f.target == target] for target in TARGETS}
-    wanted = [(*headline, "album", "all") for headline in HEADLINES]
-    found = {(f.target, f.probe, f.metric, f.split, f.songs): f for f in evaluation.figures}
-    baselines = list(dict.fromkeys(name for f in evaluation.figures for name in f.baselines))
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            evaluation=evaluation,
-            by_target=by_target,
-            headlines=[found[key] for key in wanted if key in found],
-            baselines=baselines,
-            only_guess=baselines == [GUESS],
-            provenance=provenance,
-            options=options,
-            probes=PROBES,
-            names=NAMES,
-            lower=[name for name, metric in METRICS.items() if metric.sign < 0],
-            min_songs=MIN_SONGS,
-            min_unseen=MIN_UNSEEN,
-            pictures={title: base64.b64encode(png).decode() for title, png in pictures.items()},
-            map_html=map_html,
-        )
+    found = {(f.target, f.probe, f.metric): f for f in done.figures if (f.split, f.songs) == ("album", "all")}
+    baselines = list(dict.fromkeys(name for f in done.figures for name in f.baselines))
+    return TEMPLATES.get_template("report.html.j2").render(
+        evaluation=done,
+        headlines=[found[key] for key in HEADLINES if key in found],
+        baselines=baselines,
+        only_guess=baselines == [GUESS],
+        provenance=provenance,
+        options=options,
+        names=NAMES,
+        metrics=METRICS,
+        min_songs=MIN_SONGS,
+        min_unseen=MIN_UNSEEN,
+        pictures={title: base64.b64encode(png).decode() for title, png in pictures.items()},
+        map_html=map_html,
     )

@@ -1,4 +1,1 @@
-"""From a music folder to shards: find songs, decode and cut each, read tags and ratings, split, shuffle, write.
-
-`pack.pack` runs all steps; each other module is one of them. `decode.decode` decodes any single file.
-"""
+"""From a music folder to shards: `pack.pack` runs all steps, and each other module is one of them."""

@@ -9,14 +9,13 @@ from simsiam_dali.packing.tags import Tags
 
 def group_key(split_by: str, tags: Tags, name: str, audio_hash: str) -> str:
     """The group that stays in one split: the song's album, else its artist, else its folder, else the song itself."""
-    folder = str(PurePosixPath(name).parent)
     if split_by == "song":
         return f"song:{audio_hash}"
     if split_by == "album" and tags.albums:
         return f"album:{tags.album_artist}:{tags.albums[0]}".casefold()
     if tags.artists:
         return f"artist:{tags.artists[0]}".casefold()
-    return f"folder:{folder}" if folder != "." else f"path:{name}"
+    return f"folder:{PurePosixPath(name).parent}" if "/" in name else f"path:{name}"
 
 
 def assign_splits(groups: Sequence[str], kept: Sequence[str | None], val_fraction: float, seed: int) -> list[str]:
@@ -24,7 +23,7 @@ def assign_splits(groups: Sequence[str], kept: Sequence[str | None], val_fractio
 
     `groups`: each song's group key; `kept`: the split it already has. A group goes to the split of its other songs,
     if there are any, else to validation if its hash, uniform in 0..1, is below `val_fraction`. If one split would be
-    empty, the new group nearest to it moves there.
+    empty, the new group nearest to it moves there; a single group trains.
     """
     side: dict[str, str] = {}
     for group, split in zip(groups, kept, strict=True):
@@ -33,13 +32,10 @@ def assign_splits(groups: Sequence[str], kept: Sequence[str | None], val_fractio
     new = sorted(set(groups) - set(side), key=lambda group: _uniform(seed, group))
     side |= {group: "val" if _uniform(seed, group) < val_fraction else "train" for group in new}
     splits = {kept_split or side[group] for group, kept_split in zip(groups, kept, strict=True)}
-    if new and val_fraction > 0 and len(set(groups)) > 1 and len(splits) == 1:
-        if "val" in splits:
-            side[new[-1]] = "train"
-        else:
-            side[new[0]] = "val"
-    elif new and "train" not in splits:
-        side[new[-1]] = "train"  # a single group trains
+    if new and splits == {"val"}:
+        side[new[-1]] = "train"
+    elif new and splits == {"train"} and val_fraction > 0 and len(set(groups)) > 1:
+        side[new[0]] = "val"
     return [kept_split or side[group] for group, kept_split in zip(groups, kept, strict=True)]
 
 

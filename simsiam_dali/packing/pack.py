@@ -1,8 +1,9 @@
 """Pack a music folder into a shard set: find songs, decode new ones, split, shuffle, write, replace the old set."""
 
 import contextlib
+import csv
 import errno
-import itertools
+import io
 import shutil
 import signal
 import time
@@ -11,43 +12,20 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import MANIFEST, STAGING, commit, locked, named_files, roll_forward
-from simsiam_dali.data.format import (
-    FILES,
-    FORMAT_VERSION,
-    REFUSED,
-    SEGMENTS,
-    SONGS,
-    FileSum,
-    Manifest,
-    read_manifest,
-    read_table,
-)
+from simsiam_dali.data.format import FILES, FORMAT_VERSION, REFUSED, SEGMENTS, SONGS, Manifest, read_manifest
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.packing.assemble import (
-    Results,
-    Songs,
-    counts,
-    file_rows,
-    key,
-    refused_csv,
-    sample,
-    segment_rows,
-    shards_of,
-    shuffled_cuts,
-    song_row,
-)
+from simsiam_dali.packing import assemble
+from simsiam_dali.packing.assemble import Results, Songs, Spool
 from simsiam_dali.packing.assign_split import assign_splits, group_key
 from simsiam_dali.packing.find import SongFile, find_songs
 from simsiam_dali.packing.pack_song import Job, Packed, PackSettings, Refused, Result, do_job
 from simsiam_dali.packing.process_pool import Died, run_all
 from simsiam_dali.packing.ratings import RatingsFile
-from simsiam_dali.packing.reuse import SEGMENT_COLUMNS, SONG_COLUMNS, PackedBefore, damaged_shards
-from simsiam_dali.packing.spool import Spool
+from simsiam_dali.packing.reuse import PackedBefore, damaged_shards, old_set
 from simsiam_dali.packing.write import write_file, write_manifest, write_shard, write_table
 
 Executor = Callable[[Callable[[Job], Result], Iterable[Job], int], Generator[tuple[Job, Result | Died], None, None]]
@@ -157,8 +135,7 @@ class _Packer:
             if problem := manifest.files[name].problem(self.out / name, always_hash=True):
                 self.report.remarks.append(f"{self.out / name} {problem}: everything was decoded again")
                 return None
-        songs, segments = read_table(self.out / SONGS, SONG_COLUMNS), read_table(self.out / SEGMENTS, SEGMENT_COLUMNS)
-        return ShardSet(self.out, manifest, songs, segments)
+        return old_set(self.out, manifest)
 
     def _decode(self, files: deque[SongFile], workers: int) -> Results:
         """Decode new songs, read all tags; in the order of `files`, which is empty afterwards."""
@@ -196,8 +173,7 @@ class _Packer:
     def _report_files(self, results: Results, passed_over: int) -> None:
         for file, result in results:
             if isinstance(result.outcome, Packed):
-                note = "; ".join(filter(None, [result.outcome.note, result.tags.note]))
-                if note:
+                if note := "; ".join(filter(None, [result.outcome.note, result.tags.note])):
                     self.report.notes.append((file.name, note))
             elif result.outcome.audio:
                 self.report.refused.append((file.name, result.outcome.reason))
@@ -237,22 +213,34 @@ class _Packer:
         staged = self.out / STAGING / "new"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
-        order = shuffled_cuts(songs, self.settings.seed)
-        per_shard = self.settings.segments_per_shard
-        self.report.counts |= counts(songs)
+        shards = assemble.shuffled_shards(songs, self.settings.seed, self.settings.segments_per_shard)
+        self.report.counts |= assemble.counts(songs)
+        refused = io.StringIO()
+        csv.writer(refused, lineterminator="\n").writerows([("path", "reason"), *self.report.refused])
         files = {
-            SONGS: write_table(staged / SONGS, map(song_row, songs)),
-            SEGMENTS: write_table(staged / SEGMENTS, segment_rows(songs, order, per_shard)),
-            FILES: write_table(staged / FILES, file_rows(songs, results)),
-            REFUSED: write_file(staged / REFUSED, refused_csv(results)),
+            SONGS: write_table(staged / SONGS, map(assemble.song_row, songs)),
+            SEGMENTS: write_table(staged / SEGMENTS, assemble.segment_rows(songs, shards)),
+            FILES: write_table(staged / FILES, assemble.file_rows(songs, results)),
+            REFUSED: write_file(staged / REFUSED, refused.getvalue().encode()),
         }
-        if self._is_same(files):
-            self.report.unchanged = True
+        old = self.old.manifest if self.old and not self.damaged else None
+        made_from = str(self.music), asdict(self.settings)
+        self.report.unchanged = (
+            old is not None
+            and (old.music, old.settings) == made_from
+            and not any(old.files[name].problem(folder / name) for name in files for folder in (staged, self.out))
+        )
+        if self.report.unchanged:
             shutil.rmtree(self.out / STAGING, ignore_errors=True)
             return
-        self._check_names(files.keys() | set(shards_of(songs, order, per_shard)))
-        files |= self._write_shards(staged, songs, order)
-        manifest = Manifest(FORMAT_VERSION, str(self.music), asdict(self.settings), self.report.counts, files)
+        self._check_names({MANIFEST, *files, *shards, *(Path(shard).stem + ".idx" for shard in shards)})
+        row = 0
+        with tqdm(total=sum(map(len, shards.values())), unit="segment", desc="writing") as bar:
+            for shard, pairs in shards.items():
+                files |= write_shard(staged / shard, assemble.samples(songs, pairs, row, self.settings.codec))
+                row += len(pairs)
+                bar.update(len(pairs))
+        manifest = Manifest(FORMAT_VERSION, *made_from, self.report.counts, files)
         write_manifest(staged, manifest)
         # The set is complete, and moving it is quick: signals wait.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -261,35 +249,9 @@ class _Packer:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _is_same(self, tables: dict[str, FileSum]) -> bool:
-        """Whether the set in `out` was made from the same songs, tags and settings, and is intact."""
-        if self.old is None or self.damaged:
-            return False
-        manifest = self.old.manifest
-        return (manifest.music, manifest.settings) == (str(self.music), asdict(self.settings)) and all(
-            manifest.files[name].sha256 == table.sha256 and not manifest.files[name].problem(self.out / name)
-            for name, table in tables.items()
-        )
-
     def _check_names(self, names: set[str]) -> None:
         """Raise UserError if a file that is not of the set has one of its names, unless `replace`."""
         ours = {*named_files(self.out), *([MANIFEST] if self.old else [])}
-        names = names | {Path(name).stem + ".idx" for name in names if name.endswith(".tar")} | {MANIFEST}
         foreign = sorted(name for name in names - ours if (self.out / name).exists())
         if foreign and not self.replace:
             raise UserError(f"{self.out / foreign[0]} was not written by make_shards: move it, or give --replace")
-
-    def _write_shards(self, staged: Path, songs: Songs, order: np.ndarray) -> dict[str, FileSum]:
-        files: dict[str, FileSum] = {}
-        with tqdm(total=len(order), unit="segment", desc="writing") as bar:
-
-            def samples(rows: Iterable[tuple[int, str]]) -> Iterator[tuple[str, dict[str, bytes]]]:
-                for row, _ in rows:
-                    number, segment = order[row].tolist()
-                    yield key(row), sample(row, songs[number], segment, self.settings.codec)
-                    bar.update()
-
-            shards = enumerate(shards_of(songs, order, self.settings.segments_per_shard))
-            for shard, rows in itertools.groupby(shards, key=lambda numbered: numbered[1]):
-                files |= write_shard(staged / shard, samples(rows))
-        return files

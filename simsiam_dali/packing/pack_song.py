@@ -3,14 +3,13 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from simsiam_dali.common.files import atomic_write
 from simsiam_dali.packing.decode import decode
 from simsiam_dali.packing.find import SongFile
-from simsiam_dali.packing.segments import SILENCE, Segment, cut_segments, encode
+from simsiam_dali.packing.segments import SILENCE, cut_segments, encode
 from simsiam_dali.packing.song_audio import BadSong, NoAudio, SongAudio
 from simsiam_dali.packing.tags import Tags, read_tags
 
@@ -121,9 +120,12 @@ def _decode(job: Job) -> Packed:
     with atomic_write(target) as scratch:
 
         def encode_all(audio: SongAudio) -> tuple[list[Cut], int]:
-            cuts, silent = list[Cut](), 0
+            cuts, silent, blocks = list[Cut](), 0, audio.blocks()
+            first = list(itertools.islice(blocks, 1))  # with which the rate is known, if the song keeps its own
+            rate = audio.sample_rate or 1
+            length = max(1, round(settings.segment_seconds * rate))
             with scratch.open("wb") as out:
-                for segment, rate in _segments(audio, settings.segment_seconds):
+                for segment in cut_segments(itertools.chain(first, blocks), length):
                     if abs(segment.pcm).max() < SILENCE:
                         silent += 1
                         continue
@@ -140,29 +142,12 @@ def _decode(job: Job) -> Packed:
         if not cuts:
             raise BadSong("is silent")
     assert audio.sample_rate is not None
-    packed = Packed(
-        sample_rate=audio.sample_rate,
-        source_rate=audio.source_rate,
-        channels=audio.channels,
-        duration=audio.seconds,
-        audio_hash=audio.audio_hash,
-        note="; ".join(filter(None, [audio.note, f"{silent} silent segments left out" if silent else ""])),
-        cuts=tuple(cuts),
-    )
+    note = "; ".join(filter(None, [audio.note, f"{silent} silent segments left out" if silent else ""]))
+    rates = audio.sample_rate, audio.source_rate
+    packed = Packed(*rates, audio.channels, audio.seconds, audio.audio_hash, note, tuple(cuts))
     with atomic_write(_cache_file(job, "json")) as scratch:
         scratch.write_text(json.dumps(asdict(packed), default=str))
     return packed
-
-
-def _segments(audio: SongAudio, segment_seconds: float) -> Iterator[tuple[Segment, int]]:
-    """The song's segments and their rate, which is known after the first block if the song keeps its own."""
-    blocks = audio.blocks()
-    first = next(blocks, None)
-    if first is not None:
-        assert audio.sample_rate is not None
-        length = max(1, round(segment_seconds * audio.sample_rate))
-        for segment in cut_segments(itertools.chain([first], blocks), length):
-            yield segment, audio.sample_rate
 
 
 def _load(job: Job) -> Packed | None:

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -25,7 +25,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 @dataclass(frozen=True)
 class Died:
-    """Instead of a result: the process that worked on the task ended without one."""
+    """Instead of a result: the process that worked on the task ended without one, twice."""
 
     exit_code: int | None
 
@@ -33,25 +33,13 @@ class Died:
 def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[tuple[T, R | Died], None, None]:
     """Yield `(task, function(task))` as results come, from `workers` processes, which end with the caller.
 
-    An exception in `function` is raised here. A process that dies yields `Died` for its task and is replaced. A task
-    leaves `tasks` when a worker is free.
+    An exception in `function` is raised here. If a process dies, another one gets its task; if that dies too, `Died` is
+    yielded for it. A task leaves `tasks` when a worker is free.
     """
-    waiting = iter(tasks)
+    waiting: Iterator[tuple[T, bool]] = ((task, True) for task in tasks)
     pool: dict[Connection, BaseProcess] = {}
-    task_of: dict[Connection, T] = {}
-
-    def start(task: T) -> None:
-        ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_work, args=(function, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        pool[ours] = process
-        send(ours, task)
-
-    def send(connection: Connection, task: T) -> None:
-        task_of[connection] = task
-        with contextlib.suppress(BrokenPipeError):  # it died idle, which is seen as the end of its pipe
-            connection.send(task)
+    busy: dict[Connection, tuple[T, bool]] = {}  # the task, and whether its worker is the first to have it
+    idle: list[Connection] = []
 
     def stop(connection: Connection) -> int | None:
         process = pool.pop(connection)
@@ -61,28 +49,34 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
         return process.exitcode
 
     try:
-        for task in itertools.islice(waiting, workers):
-            start(task)
-        while pool:
-            for connection in wait(list(pool)):
-                assert isinstance(connection, Connection)
-                done = task_of.pop(connection)
-                following = next(waiting, None)
+        while True:
+            for task, is_first in itertools.islice(waiting, workers - len(busy)):
+                if not idle:
+                    ours, theirs = _CONTEXT.Pipe()
+                    pool[ours] = _CONTEXT.Process(target=_work, args=(function, theirs), daemon=True)
+                    pool[ours].start()
+                    theirs.close()
+                    idle.append(ours)
+                connection = idle.pop()
+                busy[connection] = task, is_first
+                with contextlib.suppress(ConnectionError):  # it died idle, which is seen as the end of its pipe
+                    connection.send(task)
+            if not busy:
+                return
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                task, is_first = busy.pop(ready)
                 try:
-                    result, error = connection.recv()
+                    result, error = ready.recv()
+                    idle.append(ready)
                 except (EOFError, ConnectionResetError):
-                    pool[connection].join(1)
-                    result, error = Died(stop(connection)), None
-                    if following is not None:
-                        start(following)
-                else:
-                    if following is None:
-                        stop(connection)
-                    else:
-                        send(connection, following)
+                    result, error = Died(stop(ready)), None
+                    if is_first:
+                        waiting = itertools.chain([(task, False)], waiting)
+                        continue
                 if error is not None:
                     raise error
-                yield done, result
+                yield task, result
     finally:
         for connection in list(pool):
             stop(connection)

@@ -31,14 +31,17 @@ class RatingsFile:
         `title` and `artist`. Ratings are 0..1, or 0..5 if any is above 1; an empty one is unrated. A database's are
         0..1, and -1 is unrated.
         """
+        ratings = cls(source)
         try:
             with source.open("rb") as file:
                 is_database = file.read(16) == b"SQLite format 3\0"
-            rows = _database_rows(source) if is_database else _csv_rows(source, music)
-            ratings = cls(source)
-            for path, title, artist, rating in rows:
-                if not math.isnan(rating):
-                    ratings._add(path, title, artist, rating)
+            for path, title, artist, rating in _database_rows(source) if is_database else _csv_rows(source, music):
+                if path:
+                    ratings.by_path[_nfc(path)] = rating
+                if title:
+                    key = _song_key(Path(path).name, title, artist)
+                    # Two songs of one name with two ratings: ambiguous.
+                    ratings.by_name[key] = rating if ratings.by_name.get(key, rating) == rating else None
         except OSError as e:
             raise UserError(f"--ratings {source}: {e.strerror}") from e
         return ratings
@@ -56,14 +59,6 @@ class RatingsFile:
                 if title and (rating := self.by_name.get(_song_key(name, title, artist))) is not None:
                     return rating
         return None
-
-    def _add(self, path: str, title: str, artist: str, rating: float) -> None:
-        if path:
-            self.by_path[_nfc(path)] = rating
-        if title:
-            key = _song_key(Path(path).name, title, artist)
-            # Two songs of one name with two ratings: ambiguous.
-            self.by_name[key] = rating if self.by_name.get(key, rating) == rating else None
 
 
 def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]]:
@@ -83,16 +78,18 @@ def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]
 
     ratings = []
     for line, row in enumerate(rows, 2):
+        text = cell(row, "rating")
         try:
-            ratings.append(float(cell(row, "rating") or "nan"))
+            ratings.append(float(text or "nan"))
         except ValueError as e:
-            raise UserError(f"--ratings {source}, line {line}: rating {cell(row, 'rating')!r} is no number") from e
+            raise UserError(f"--ratings {source}, line {line}: rating {text!r} is no number") from e
         if not (math.isnan(ratings[-1]) or 0 <= ratings[-1] <= 5):
             raise UserError(f"--ratings {source}, line {line}: rating {ratings[-1]:g} is not in 0..1 or 0..5")
     scale = 5 if any(rating > 1 for rating in ratings) else 1
     for row, rating in zip(rows, ratings, strict=True):
-        path = cell(row, "path")
-        yield (_normalised(music / path) if path else "", cell(row, "title"), cell(row, "artist"), rating / scale)
+        if not math.isnan(rating):
+            path = cell(row, "path")
+            yield (_normalised(music / path) if path else "", cell(row, "title"), cell(row, "artist"), rating / scale)
 
 
 def _database_rows(source: Path) -> Iterator[tuple[str, str, str, float]]:
@@ -105,15 +102,12 @@ def _database_rows(source: Path) -> Iterator[tuple[str, str, str, float]]:
                 raise UserError(f"--ratings {source}: a database, but not Clementine's or Strawberry's")
             query = f"SELECT CAST({url} AS BLOB), title, artist, rating FROM songs WHERE rating BETWEEN 0 AND 1"
             for where, title, artist, rating in connection.execute(query):
-                yield _url_path(where or b""), title or "", artist or "", float(rating)
+                path = where or b""
+                if path.startswith(b"file://"):
+                    path = urllib.parse.unquote_to_bytes(path.removeprefix(b"file://"))
+                yield os.fsdecode(path), title or "", artist or "", float(rating)
     except sqlite3.Error as e:
         raise UserError(f"--ratings {source}: cannot be read as a database ({e})") from e
-
-
-def _url_path(url: bytes) -> str:
-    if url.startswith(b"file://"):
-        return os.fsdecode(urllib.parse.unquote_to_bytes(url.removeprefix(b"file://")))
-    return os.fsdecode(url)
 
 
 def _normalised(path: Path) -> str:

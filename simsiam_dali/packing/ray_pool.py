@@ -14,10 +14,6 @@ from simsiam_dali.packing.process_pool import Died
 T = TypeVar("T")
 R = TypeVar("R")
 
-RETRIES = 1
-"""How often a task is given to another process if its own has died: a node may go away, but a song whose decoding dies
-twice is refused."""
-
 
 def cores() -> int:
     """Cores of the cluster. Raises UserError as `run_all` does."""
@@ -31,7 +27,7 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
     ends with the packing. Raises UserError without Ray, or if the cluster does not answer.
     """
     ray, waiting = _ray(), iter(tasks)
-    remote = ray.remote(max_retries=RETRIES)(function)
+    remote = ray.remote(max_retries=1)(function)  # a node may go away, but a song that ends two processes is refused
     running: dict[Any, T] = {}
     try:
         while True:

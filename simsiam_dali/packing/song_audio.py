@@ -1,11 +1,12 @@
 """One song's audio as mono float32 at a given rate, block by block, for either decoder."""
 
+import contextlib
 import hashlib
 import itertools
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -39,39 +40,30 @@ class NoAudio(BadSong):
     """A file without an audio stream, whose suffix is not of audio."""
 
 
-class Resampler:
-    """libswresample from one rate to another, mono float32, fed block by block."""
-
-    def __init__(self, rate_in: int, rate_out: int) -> None:
-        self._rate_in = rate_in
-        self._graph = graph = av.filter.Graph()
-        nodes = [
-            graph.add_abuffer(sample_rate=rate_in, format="flt", layout="mono", time_base=Fraction(1, rate_in)),
-            graph.add("aresample", f"{rate_out}:{RESAMPLER}"),
-            graph.add("aformat", f"sample_fmts=flt:channel_layouts=mono:sample_rates={rate_out}"),
-            graph.add("abuffersink"),
-        ]
-        for node, following in itertools.pairwise(nodes):
-            node.link_to(following)
-        graph.configure()
-        self._pts = 0
-
-    def __call__(self, block: Pcm | None) -> Iterator[Pcm]:
-        """Feed `block` (None: the end) and yield the output that is ready."""
+def resample(blocks: Iterable[Pcm], rate_in: int, rate_out: int) -> Iterator[Pcm]:
+    """Mono float32 blocks at another rate in Hz, by libswresample."""
+    if rate_in == rate_out:
+        yield from blocks
+        return
+    graph, samples = av.filter.Graph(), 0
+    graph.link_nodes(
+        graph.add_abuffer(sample_rate=rate_in, format="flt", layout="mono", time_base=Fraction(1, rate_in)),
+        graph.add("aresample", f"{rate_out}:{RESAMPLER}"),
+        graph.add("aformat", f"sample_fmts=flt:channel_layouts=mono:sample_rates={rate_out}"),
+        graph.add("abuffersink"),
+    ).configure()
+    for block in itertools.chain(blocks, [None]):
         frame = None
         if block is not None:
             frame = av.AudioFrame.from_ndarray(block[None], format="flt", layout="mono")
-            frame.sample_rate = self._rate_in
-            frame.time_base, frame.pts = Fraction(1, self._rate_in), self._pts
-            self._pts += len(block)
-        self._graph.push(frame)
-        while True:
-            try:
-                ready = self._graph.pull()
-            except (BlockingIOError, EOFError):
-                return
-            assert isinstance(ready, av.AudioFrame)
-            yield ready.to_ndarray()[0]
+            frame.sample_rate, frame.time_base, frame.pts = rate_in, Fraction(1, rate_in), samples
+            samples += len(block)
+        graph.push(frame)
+        with contextlib.suppress(BlockingIOError, EOFError):  # until it needs more, or has ended
+            while True:
+                ready = graph.pull()
+                assert isinstance(ready, av.AudioFrame)
+                yield ready.to_ndarray()[0]
 
 
 @dataclass
@@ -80,11 +72,12 @@ class SongAudio(ABC):
 
     `sample_rate` (Hz) None keeps the file's own rate. `declared` is the length in seconds that the file states,
     None if it states none; `peak` the largest |sample|, full scale = 1; `damaged` counts packets, `stopped`: the
-    decoder could not continue after some of it.
+    decoder could not continue after some of it; `decoder_note` tells why another decoder than FFmpeg is used.
     """
 
     path: Path
     sample_rate: int | None = None
+    decoder_note: str = ""
     source_rate: int = 0
     channels: int = 0
     peak: float = 0.0
@@ -101,21 +94,9 @@ class SongAudio(ABC):
         be read, or that holds NaN or infinite samples; `NotDecodable` for one that this decoder does not open;
         `NoAudio` for one that is no audio file.
         """
-        resampler, rate = None, 0
-        for pcm, rate_in in self._decoded():
-            self._measure(pcm, rate_in)
-            self.sample_rate = self.sample_rate or rate_in
-            if rate_in != rate:  # the first block, or a chained stream with another rate
-                if resampler:
-                    yield from resampler(None)
-                resampler = None if rate_in == self.sample_rate else Resampler(rate_in, self.sample_rate)
-                rate = rate_in
-            if resampler:
-                yield from resampler(pcm)
-            else:
-                yield pcm
-        if resampler:
-            yield from resampler(None)
+        for rate, part in itertools.groupby(self._decoded(), key=lambda block: block[1]):  # several in a chained stream
+            self.sample_rate = self.sample_rate or rate
+            yield from resample((self._measured(pcm, rate) for pcm, _ in part), rate, self.sample_rate)
 
     @property
     def seconds(self) -> float:
@@ -128,19 +109,15 @@ class SongAudio(ABC):
         return self._hash.hexdigest()
 
     @property
-    def short(self) -> bool:
-        """Whether the file holds more than was decoded."""
-        return self.stopped or self._less_than_declared
-
-    @property
-    def _less_than_declared(self) -> bool:
+    def is_truncated(self) -> bool:
+        """Whether the file states more audio than was decoded."""
         return self.declared is not None and self.declared - self.seconds > SHORT
 
     @property
     def note(self) -> str:
         """What is wrong with a file that could be decoded nevertheless; empty for an intact one."""
-        notes = []
-        if self._less_than_declared:
+        notes = [self.decoder_note] if self.decoder_note else []
+        if self.is_truncated:
             notes.append(f"truncated: {self.seconds:.1f} of {self.declared:.1f} s")
         elif _ogg_without_end(self.path):
             notes.append(f"truncated: the Ogg stream has no last page, {self.seconds:.1f} s decoded")
@@ -152,13 +129,14 @@ class SongAudio(ABC):
             notes.append(f"clipped: samples of up to {self.peak:.3g} times full scale")
         return "; ".join(notes)
 
-    def _measure(self, pcm: Pcm, rate: int) -> None:
+    def _measured(self, pcm: Pcm, rate: int) -> Pcm:
         peak = float(np.abs(pcm).max(initial=0))
         if not np.isfinite(peak):
             raise BadSong("holds NaN or infinite samples")
         self.peak = max(self.peak, peak)
         self._samples[rate] += len(pcm)
         self._hash.update(to_int16(pcm).tobytes())
+        return pcm
 
     @abstractmethod
     def _decoded(self) -> Iterator[tuple[Pcm, int]]:

@@ -5,10 +5,9 @@ import itertools
 import math
 import re
 import signal
-import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ _NAMES = {
     "albums": ("TALB", "album", "\xa9alb", "WM/AlbumTitle"),
     "album_artist": ("TPE2", "albumartist", "album artist", "album_artist", "aART", "WM/AlbumArtist"),
     "year": (
-        *("TDOR", "originaldate", "originalyear", "TXXX:originalyear", "WM/OriginalReleaseYear"),
+        *("TDOR", "originaldate", "originalyear", "WM/OriginalReleaseYear"),
         *("TDRC", "date", "year", "\xa9day", "WM/Year", "TDRL"),
     ),
     "genres": ("TCON", "genre", "\xa9gen", "WM/Genre"),
@@ -58,13 +57,20 @@ class TookTooLong(Exception):
 
 
 def read_tags(path: Path) -> Tags:
-    """The tags of `path`, in any format; empty, with a note, if they cannot be parsed."""
+    """The tags of `path`, in any format; empty, with a note, if they cannot be parsed.
+
+    In the main thread only, such as a worker's: signals limit the time.
+    """
+    signal.signal(signal.SIGVTALRM, _stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, PARSE_SECONDS)
     try:
-        with _time_limit(PARSE_SECONDS), path.open("rb") as file:
+        with path.open("rb") as file:
             audio = mutagen.File(file)
             values = _values(audio.tags) if audio is not None and audio.tags is not None else {}
     except Exception as e:  # mutagen raises many kinds on broken tags, and audio without tags is still audio
         return Tags(note=f"tags cannot be read ({type(e).__name__})")
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     def field(name: str) -> tuple[str, ...]:
         return next((found for key in _NAMES[name] if (found := clean(values.get(key.lower(), ())))), ())
@@ -81,39 +87,16 @@ def read_tags(path: Path) -> Tags:
     )
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TookTooLong after so many seconds of CPU; in the main thread only, such as a worker's, as signals are."""
-
-    def stop(*_: object) -> None:
-        raise TookTooLong
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+def _stop(*_: object) -> None:
+    raise TookTooLong
 
 
 def merged(first: Tags, other: Tags) -> Tags:
     """`first` with the albums of both, and with the fields that only `other` has."""
+    missing = [f.name for f in fields(Tags) if getattr(first, f.name) in ("", (), None)]
     albums = tuple(dict.fromkeys(first.albums + other.albums))
     rating = other.rating if math.isnan(first.rating) else first.rating
-    return Tags(
-        title=first.title or other.title,
-        artists=first.artists or other.artists,
-        albums=albums,
-        album_artist=first.album_artist or other.album_artist,
-        year=other.year if first.year is None else first.year,
-        genres=first.genres or other.genres,
-        rating=rating,
-        note=first.note or other.note,
-    )
+    return replace(first, **{name: getattr(other, name) for name in missing} | {"albums": albums, "rating": rating})
 
 
 def clean(values: Iterable[str]) -> tuple[str, ...]:
@@ -139,33 +122,27 @@ def _cut(text: str) -> str:
 
 def _values(tags: Any) -> dict[str, list[str]]:
     """Any of mutagen's tag containers as lower-case name -> texts."""
-    if isinstance(tags, ID3):
-        return _id3_values(tags)
     values: dict[str, list[str]] = {}
-    for name, content in tags.items():
-        name = name.lower().removeprefix("----:com.apple.itunes:")
+    for name, content in _id3_items(tags) if isinstance(tags, ID3) else tags.items():
+        texts = values.setdefault(name.lower().removeprefix("----:com.apple.itunes:").removeprefix("txxx:"), [])
         for value in content[:_MAX_READ] if isinstance(content, list | tuple) else [content]:
             if isinstance(value, bytes):  # an MP4 freeform value
                 value = value[:_MAX_READ].decode("utf-8", "replace")
             # An APEv2 value may hold several, separated by zero bytes.
-            values.setdefault(name, []).extend(str(value)[:_MAX_READ].split("\0"))
+            texts += str(value)[:_MAX_READ].split("\0")
     return values
 
 
-def _id3_values(tags: ID3) -> dict[str, list[str]]:
-    values: dict[str, list[str]] = {}
+def _id3_items(tags: ID3) -> Iterator[tuple[str, Any]]:
     for frame in tags.values():
         if frame.FrameID == "POPM":
-            values.setdefault("popm", []).append(str(frame.rating))
+            yield "POPM", frame.rating
         elif isinstance(frame, TextFrame):
             texts = [str(text)[:_MAX_READ] for text in frame.text[:_MAX_READ]]
             if frame.FrameID == "TCON":  # may hold numbers of a list
                 frame.text = texts
                 texts = frame.genres
-            name = f"TXXX:{frame.desc}" if frame.FrameID == "TXXX" else frame.FrameID
-            for key in {name.lower(), name.lower().removeprefix("txxx:")}:
-                values.setdefault(key, []).extend(texts)
-    return values
+            yield frame.desc if frame.FrameID == "TXXX" else frame.FrameID, texts
 
 
 def _rating(values: Mapping[str, list[str]]) -> float:
@@ -180,12 +157,9 @@ def _rating(values: Mapping[str, list[str]]) -> float:
     }
     for name, scale in scales.items():
         for text in values.get(name, ()):
-            try:
-                rating = scale(float(text[:MAX_CHARACTERS]))
-            except ValueError:
-                continue
-            if not math.isnan(rating):
-                return rating
+            with contextlib.suppress(ValueError):
+                if not math.isnan(rating := scale(float(text[:MAX_CHARACTERS]))):
+                    return rating
     return math.nan
 
 

@@ -12,9 +12,6 @@ from simsiam_dali.packing.find import SongFile, find_songs, relative_name
 from simsiam_dali.packing.pack import Report, pack
 from simsiam_dali.packing.pack_song import PackSettings
 
-NO_SPLIT = ""
-"""The `split` of songs that were in neither training nor validation."""
-
 
 @dataclasses.dataclass(frozen=True)
 class TemporarySongs:
@@ -35,7 +32,7 @@ class TemporarySongs:
         """The songs as shards in `folder`, where an interrupted packing continues; and the report."""
         report = pack(self.root, folder, self.settings, len(os.sched_getaffinity(0)), replace=True, files=self.files)
         shards = open_shards(folder)
-        return dataclasses.replace(shards, songs=shards.songs.assign(split=NO_SPLIT)), report
+        return dataclasses.replace(shards, songs=shards.songs.assign(split="")), report  # in neither split
 
 
 def find(paths: list[Path], settings: PackSettings) -> TemporarySongs:

@@ -1,7 +1,5 @@
 """Write the files of a staged shard set, each synced to the disk."""
 
-import hashlib
-import io
 import itertools
 import json
 import os
@@ -24,41 +22,28 @@ ROWS_IN_MEMORY = 1 << 12
 def write_shard(tar: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> dict[str, FileSum]:
     """Write `(key, extension -> content)` samples as a USTAR file without times or owners, and its index."""
     members = []
-    digest = hashlib.sha256()
     with tar.open("wb") as file:
-
-        def put(content: bytes) -> None:
-            file.write(content)
-            digest.update(content)
-
         for key, parts in samples:
             places = {}
             for extension, content in parts.items():
                 header = tarfile.TarInfo(f"{key}.{extension}")
                 header.size = len(content)
-                put(header.tobuf(tarfile.USTAR_FORMAT))
+                file.write(header.tobuf(tarfile.USTAR_FORMAT))
                 places[extension] = (file.tell(), len(content), header.name)
-                put(content + bytes(-len(content) % tarfile.BLOCKSIZE))
+                file.write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
             members.append(places)
-        put(bytes(2 * tarfile.BLOCKSIZE))
-        _sync(file)
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
     index = tar.with_suffix(".idx")
-    return {
-        tar.name: FileSum(tar.stat().st_size, digest.hexdigest(), tar.stat().st_mtime_ns),
-        index.name: write_file(index, index_text(members).encode()),
-    }
+    return {tar.name: _synced(tar), index.name: write_file(index, index_text(members).encode())}
 
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> FileSum:
     """Write a table of the set; its file name selects the schema."""
     schema, remaining = SCHEMAS[path.name], iter(rows)
-    with path.open("wb") as file:
-        with pq.ParquetWriter(file, schema) as writer:
-            while part := list(itertools.islice(remaining, ROWS_IN_MEMORY)):
-                writer.write_table(pa.Table.from_pylist(part, schema))
-        _sync(file)
-    info = path.stat()
-    return FileSum(info.st_size, sha256_of(path), info.st_mtime_ns)
+    with path.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
+        while part := list(itertools.islice(remaining, ROWS_IN_MEMORY)):
+            writer.write_table(pa.Table.from_pylist(part, schema))
+    return _synced(path)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -68,12 +53,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def write_file(path: Path, content: bytes) -> FileSum:
     """Write `content` and sync it to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        _sync(file)
-    return FileSum(len(content), hashlib.sha256(content).hexdigest(), path.stat().st_mtime_ns)
+    path.write_bytes(content)
+    return _synced(path)
 
 
-def _sync(file: io.BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _synced(path: Path) -> FileSum:
+    """Sync a file to the disk, and sum it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    info = path.stat()
+    return FileSum(info.st_size, sha256_of(path), info.st_mtime_ns)

@@ -4,11 +4,11 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from simsiam_dali.common.errors import UserError, printable
@@ -56,35 +56,35 @@ class Library:
         original = Path(os.fsdecode(raw))
         return original if original != path and not path.exists() and original.exists() else path
 
-    def find(self, text: str) -> np.ndarray:
-        """Rows `(n,)` of the songs that `text` names: a file, a folder with songs, a title, or "artist - title".
+    def find(self, text: str) -> list[int]:
+        """Rows of the songs that `text` names: a file, a folder with songs, a title, or "artist - title".
 
         Paths are absolute, or relative to the working or the music folder. Names compare without case; part of a name
         is enough when only one recording has it. Raises UserError for a name of none, or of several recordings.
         """
-        names = [
-            relative_name(path, self.music) for path in self._possible_paths(text) if path.is_relative_to(self.music)
-        ]
+        names = [relative_name(path, self.music) for path in self._paths(text) if path.is_relative_to(self.music)]
         for name in names:
             if name in self._row:
-                return np.array([self._row[name]])
+                return [self._row[name]]
         for name in names:
-            inside = [i for i, path in enumerate(self.path) if name == "." or path.startswith(f"{name}/")]
-            if inside:
-                return np.array(inside)
-        key = name_key(text)
-        keys = self._name_keys
+            if inside := [i for i, path in enumerate(self.path) if name == "." or path.startswith(f"{name}/")]:
+                return inside
+        key, keys = name_key(text), self._name_keys
         found = [i for i, own in enumerate(keys) if key in own] or [i for i, own in enumerate(keys) if key in own[1]]
         if key and found:
-            return self._one_recording(text, found)
+            if len(set(self.recording[found])) == 1:
+                return found[:1]
+            shown = _quoted(f"{self.name(i)} ({self.path[i]})" for i in found[:_LISTED])
+            more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+            raise UserError(f"--like {printable(text)} fits {len(found)} songs: {shown}{more}; give one's path")
         if os.path.lexists(text):
             raise UserError(
                 f"--like {printable(text)} is not among the {len(self)} songs embedded: embed it with "
                 "python -m simsiam_dali.embed --music"
             )
-        shown = {name: self.name(i) for i, own in enumerate(keys) for name in own}
-        close = dict.fromkeys(shown[name] for name in difflib.get_close_matches(key, shown, n=5, cutoff=0.5))
-        hint = f"the closest are {quoted(close)}" if close else "give its path, or a part of its title"
+        name_of = {name: self.name(i) for i, own in enumerate(keys) for name in own}
+        close = dict.fromkeys(name_of[name] for name in difflib.get_close_matches(key, name_of, n=5, cutoff=0.5))
+        hint = f"the closest are {_quoted(close)}" if close else "give its path, or a part of its title"
         raise UserError(f"--like {printable(text)}: no song of that name; {hint}")
 
     @cached_property
@@ -92,14 +92,7 @@ class Library:
         """Each song's title and its "artist - title", to compare."""
         return [(name_key(title), name_key(self.name(i))) for i, title in enumerate(self.title)]
 
-    def _one_recording(self, text: str, found: list[int]) -> np.ndarray:
-        if len(set(self.recording[found])) == 1:
-            return np.array(found[:1])
-        shown = [f"{self.name(i)} ({self.path[i]})" for i in found[:_LISTED]]
-        more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-        raise UserError(f"--like {printable(text)} fits {len(found)} songs: {quoted(shown)}{more}; give one's path")
-
-    def _possible_paths(self, text: str) -> list[Path]:
+    def _paths(self, text: str) -> list[Path]:
         """Paths that `text` may mean: as given, and with links resolved, since the music folder's own path has none."""
         try:
             here = Path(os.path.normpath(Path(text).absolute()))
@@ -109,8 +102,7 @@ class Library:
             return []
 
 
-def quoted(texts: Sequence[str] | dict[str, None]) -> str:
-    """A list for a message of one line."""
+def _quoted(texts: Iterable[str]) -> str:
     return ", ".join(f'"{printable(text)}"' for text in texts)
 
 
@@ -121,20 +113,14 @@ class Variety:
     """
 
     def __init__(self, library: Library, per_artist: int | None = None, per_album: int | None = None) -> None:
-        self._library = library
-        self._most: dict[str, int | None] = {"recording": 1, "artist": per_artist, "album": per_album}
-        self._accepted: Counter[tuple[str, Hashable]] = Counter()
+        recordings = [[int(number)] for number in library.recording]
+        limits = (recordings, 1), (library.artists, per_artist), (library.albums, per_album)
+        self._limits = [(keys, most, Counter[Any]()) for keys, most in limits if most is not None]
 
     def __call__(self, row: int) -> bool:
         """Whether the song is within the limits; if so, it is counted."""
-        library = self._library
-        kinds: list[tuple[str, Sequence[Hashable]]] = [
-            ("recording", [int(library.recording[row])]),
-            ("artist", library.artists[row]),
-            ("album", library.albums[row]),
-        ]
-        own = [(kind, key) for kind, keys in kinds if self._most[kind] is not None for key in keys]
-        if any(self._accepted[kind, key] >= (self._most[kind] or 0) for kind, key in own):
+        if any(accepted[key] >= most for keys, most, accepted in self._limits for key in keys[row]):
             return False
-        self._accepted.update(own)
+        for keys, _, accepted in self._limits:
+            accepted.update(keys[row])
         return True

@@ -1,4 +1,4 @@
-"""Playlists as files: XSPF (https://www.xspf.org/spec), M3U8 (UTF-8, extended), and a CSV table."""
+"""Chosen songs as a table for the terminal, and as files: XSPF (https://www.xspf.org/spec), M3U8 (UTF-8), CSV."""
 
 import csv
 import io
@@ -11,29 +11,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
-from simsiam_dali.common.errors import UserError
+from rich.cells import cell_len, chop_cells
+
+from simsiam_dali.common.errors import UserError, printable
 from simsiam_dali.common.files import atomic_write, refuse_failed_write
+from simsiam_dali.common.table import table_lines
+from simsiam_dali.recommendation.choose import Choice
+from simsiam_dali.recommendation.library import Library
 
 MARK = "simsiam_dali.recommend"
 """At the top of each playlist of this command: only such files are replaced without --replace."""
 CSV_COLUMNS = ("rank", "similarity", "predicted_rating", "std", "artist", "title", "album", "seconds", "path")
-_NAMESPACE = "http://xspf.org/ns/0/"
+
+
+def terminal_table(library: Library, choice: Choice) -> list[str]:
+    """The choice as a table for a terminal; paths are relative to the music folder."""
+    head = ("", "similarity" if "similarity" in choice.scores else "rating", "artist - title", "album", "path")
+    rows = [
+        (
+            str(i + 1),
+            choice.score_text(i),
+            truncate(library.name(row), 50),
+            truncate(library.album[row], 30),
+            printable(library.path[row]),
+        )
+        for i, row in enumerate(choice.rows)
+    ]
+    return table_lines(head, rows)
+
+
+def truncate(text: str, columns: int) -> str:
+    """`text` without control characters, cut where it is wider than `columns` on a terminal."""
+    text = printable(text)
+    return text if cell_len(text) <= columns else f"{chop_cells(text, columns - 1)[0]}…"
 
 
 @dataclass(frozen=True)
 class Entry:
     """A song of a playlist. `path`: absolute, or relative to the playlist's folder; seconds: NaN = unknown.
 
-    scores: by the names of `CSV_COLUMNS`; `note`: the first score as text.
+    `tags`: artist, title and album, each in one line; `scores`: by the names of `CSV_COLUMNS`; `note`: them as text.
     """
 
     path: str
-    artist: str
-    title: str
-    album: str
+    tags: Mapping[str, str]
     seconds: float
     scores: Mapping[str, float]
     note: str
+
+
+def playlist_entries(library: Library, choice: Choice, relative_to: Path | None) -> list[Entry]:
+    """The choice for playlists, with absolute paths or paths relative to a folder."""
+    name = next(iter(choice.scores)).replace("_", " ")
+    entries = []
+    for i, row in enumerate(choice.rows):
+        file = library.file(row)
+        tags = {"artist": library.artist[row], "title": library.title[row], "album": library.album[row]}
+        entries.append(
+            Entry(
+                path=os.path.relpath(file, relative_to.resolve()) if relative_to else str(file),
+                tags={tag: one_line(text) for tag, text in tags.items()},
+                seconds=float(library.table["duration"].iloc[row]),
+                scores={name: float(values[i]) for name, values in choice.scores.items()},
+                note=f"{name} {choice.score_text(i)}",
+            )
+        )
+    return entries
 
 
 def one_line(text: str) -> str:
@@ -44,18 +87,19 @@ def one_line(text: str) -> str:
 
 def xspf(entries: Sequence[Entry], title: str) -> tuple[str, list[str]]:
     """The playlist in XSPF, and the paths that it cannot hold (none)."""
-    root = ET.Element("playlist", version="1", xmlns=_NAMESPACE)
+    root = ET.Element("playlist", version="1", xmlns="http://xspf.org/ns/0/")
     ET.SubElement(root, "title").text = one_line(title)
     ET.SubElement(root, "creator").text = MARK
     tracks = ET.SubElement(root, "trackList")
     for entry in entries:
         track = ET.SubElement(tracks, "track")
-        named = {"title": entry.title, "creator": entry.artist, "annotation": entry.note, "album": entry.album}
-        for name, text in {"location": uri(entry.path), **named}.items():
-            if one_line(text):
-                ET.SubElement(track, name).text = one_line(text)
+        tags = {"title": entry.tags["title"], "creator": entry.tags["artist"]}
+        named = {"location": uri(entry.path), **tags, "annotation": entry.note, "album": entry.tags["album"]}
         if math.isfinite(entry.seconds):
-            ET.SubElement(track, "duration").text = str(round(entry.seconds * 1000))
+            named["duration"] = str(round(entry.seconds * 1000))
+        for name, text in named.items():
+            if text:
+                ET.SubElement(track, name).text = text
     ET.indent(root)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{ET.tostring(root, encoding="unicode")}\n', []
 
@@ -79,39 +123,31 @@ def m3u8(entries: Sequence[Entry], title: str) -> tuple[str, list[str]]:
             left_out.append(entry.path)
             continue
         seconds = round(entry.seconds) if math.isfinite(entry.seconds) else -1
-        name = f"{entry.artist} - {entry.title}" if entry.artist else entry.title
+        name = " - ".join(filter(None, [entry.tags["artist"], entry.tags["title"]]))
         # A line that begins with # is a comment, and players strip leading spaces.
         path = f"./{entry.path}" if entry.path.startswith("#") or entry.path[0].isspace() else entry.path
-        lines += [f"#EXTINF:{seconds},{one_line(name)}", path]
+        lines += [f"#EXTINF:{seconds},{name}", path]
     return "\n".join(lines) + "\n", left_out
 
 
-def table(entries: Sequence[Entry], _title: str) -> tuple[str, list[str]]:
+def csv_table(entries: Sequence[Entry], _title: str) -> tuple[str, list[str]]:
     """The playlist as CSV, and the paths that UTF-8 cannot hold."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    left_out = []
     for rank, entry in enumerate(entries, 1):
-        if not _is_utf8(entry.path):
-            left_out.append(entry.path)
-            continue
-        tags = {"artist": entry.artist, "title": entry.title, "album": entry.album}
-        numbers = {name: f"{value:.4f}" for name, value in entry.scores.items()}
-        seconds = f"{entry.seconds:.1f}" if math.isfinite(entry.seconds) else ""
-        writer.writerow(
-            {
-                "rank": rank,
-                **numbers,
-                **{name: one_line(text) for name, text in tags.items()},
-                "seconds": seconds,
-                "path": entry.path,
-            }
-        )
-    return out.getvalue(), left_out
+        if _is_utf8(entry.path):
+            scores = {name: f"{value:.4f}" for name, value in entry.scores.items()}
+            seconds = f"{entry.seconds:.1f}" if math.isfinite(entry.seconds) else ""
+            writer.writerow({"rank": rank, **scores, **entry.tags, "seconds": seconds, "path": entry.path})
+    return out.getvalue(), [entry.path for entry in entries if not _is_utf8(entry.path)]
 
 
-FORMATS: dict[str, Callable[[Sequence[Entry], str], tuple[str, list[str]]]] = {"xspf": xspf, "m3u8": m3u8, "csv": table}
+FORMATS: dict[str, Callable[[Sequence[Entry], str], tuple[str, list[str]]]] = {
+    "xspf": xspf,
+    "m3u8": m3u8,
+    "csv": csv_table,
+}
 """Option -> the function that returns the file's text and the paths that it cannot hold."""
 
 

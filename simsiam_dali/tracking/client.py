@@ -3,10 +3,11 @@
 A server gets SERVER_TIMEOUT seconds to answer a health request before each group of calls; MLflow retries a call once.
 """
 
+import math
 import os
-import urllib.error
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from simsiam_dali.config.schema import MlflowConfig
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and a run without it never does
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 SERVER_TIMEOUT = 5.0
 """Seconds."""
@@ -30,6 +32,8 @@ ENVIRONMENT = {
 """Set unless the user has set them."""
 
 ADVICE = "correct mlflow.tracking_uri or MLFLOW_TRACKING_URI, or train without MLflow: --set mlflow.enabled=false"
+ADVICE_TO_READ = "correct --tracking-uri, MLFLOW_TRACKING_URI or mlflow.tracking_uri"
+ADVICE_TO_LOG = "correct --tracking-uri, or log nothing to MLflow: --no-mlflow"
 
 
 @contextmanager
@@ -56,9 +60,8 @@ def check_server(uri: str, advice: str) -> None:
     if not is_server(uri):
         return
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT):
-            return
-    except (urllib.error.URLError, OSError, ValueError) as e:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT).close()
+    except (OSError, ValueError) as e:
         raise UserError(f"the MLflow server {uri} does not answer ({e}): start it (mlflow server), or {advice}") from e
 
 
@@ -67,35 +70,87 @@ def is_server(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
 
 
-def database_file(uri: str) -> Path | None:
-    """The SQLite file, or the folder of the old file store, that `uri` names; None for a server or another database."""
+def missing_database(uri: str) -> Path | None:
+    """The SQLite file, or the folder of the old file store, that `uri` names and MLflow would create empty."""
     parts = urlsplit(uri)
-    if parts.scheme == "sqlite":
-        return Path(parts.path[1:])
-    return Path(parts.path) if parts.scheme in ("file", "") else None
+    if parts.scheme not in ("sqlite", "file", ""):
+        return None
+    path = Path(parts.path[1:] if parts.scheme == "sqlite" else parts.path)
+    return None if path.exists() else path
 
 
 def experiment_id(client: "MlflowClient", name: str) -> str:
     """Id of the experiment, which is created when it does not exist."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if not found:
-        try:
-            return str(client.create_experiment(name))
-        except MlflowException as e:
-            if e.error_code != "RESOURCE_ALREADY_EXISTS":  # another process created it just now
-                raise
-            found = client.get_experiment_by_name(name)
-    return str(found.experiment_id)
+    try:  # created before it is looked for, since another process may create it at any moment
+        return str(client.create_experiment(name))
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return str(client.get_experiment_by_name(name).experiment_id)
 
 
 def viewing_hints(config: MlflowConfig) -> Iterator[str]:
     """Lines for the terminal: how to view the experiment in the MLflow UI."""
-    if not config.enabled:
-        return
-    if is_server(config.tracking_uri):
+    if config.enabled and is_server(config.tracking_uri):
         yield f"MLflow     {config.tracking_uri}  (experiment {config.experiment_name})"
-    else:
+    elif config.enabled:
         yield f"MLflow     mlflow ui --backend-store-uri {config.tracking_uri}"
         yield f'           then http://localhost:5000, experiment "{config.experiment_name}"'
+
+
+def experiment_runs(uri: str, name: str) -> "list[Run]":
+    """All runs of an experiment, newest first. Raises UserError where it does not exist."""
+    if path := missing_database(uri):
+        raise UserError(f"there is no MLflow database {path}: train first, or name another with --tracking-uri")
+    with connect(uri, ADVICE_TO_READ) as client:
+        experiment = client.get_experiment_by_name(name)
+        if not experiment or experiment.lifecycle_stage == "deleted":
+            known = ", ".join(sorted(e.name for e in client.search_experiments())) or "none"
+            raise UserError(
+                f"{uri} has no experiment {name!r}; it has {known}: choose one with --experiment, or train first"
+            )
+        page = client.search_runs([experiment.experiment_id])
+        runs = list(page)
+        while page.token:
+            page = client.search_runs([experiment.experiment_id], page_token=page.token)
+            runs += page
+    return runs
+
+
+def metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of every value that was logged."""
+    with connect(uri, ADVICE_TO_READ) as client:
+        return [(point.step, point.value) for point in client.get_metric_history(run_id, metric)]
+
+
+def has_run(uri: str, run_id: str) -> bool:
+    """Whether the database or server has this run."""
+    if missing_database(uri):
+        return False
+    with connect(uri, ADVICE_TO_LOG) as client:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.get_run(run_id)
+        except MlflowException as e:
+            if e.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+    return True
+
+
+def add_to_run(uri: str, run_id: str, values: Mapping[str, float], files: Iterable[Path], folder: str) -> None:
+    """Log the values that are not NaN, at step 0, and upload files into a folder of the run's artifacts.
+
+    The run's status, parameters and tags stay as they are.
+    """
+    with connect(uri, ADVICE_TO_LOG) as client:
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(name, value, now, 0) for name, value in values.items() if not math.isnan(value)]
+        client.log_batch(run_id, metrics=metrics)
+        for path in files:
+            client.log_artifact(run_id, str(path), folder)

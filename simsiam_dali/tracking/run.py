@@ -1,4 +1,4 @@
-"""The MLflow run of a training: parameters, tags, metrics and artifacts. With `mlflow.enabled: false` it does nothing.
+"""The MLflow run of a training: parameters, tags, metrics and artifacts.
 
 An unreachable MLflow never ends a training: metrics and files are buffered in the process and sent later. What a killed
 process had buffered is in the run's journal, from which `backfill` sends it. (MLflow's own asynchronous logging drops
@@ -7,7 +7,7 @@ what its retries cannot send.)
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +22,33 @@ from simsiam_dali.tracking.client import connect, experiment_id
 MAX_METRICS = 1000
 """MLflow accepts no more in one request."""
 
+Value = tuple[str, float, int]
+"""A metric's name, value and step."""
+
 MAX_REASON_LENGTH = 500
 """Characters of the tag `end_reason`; MLflow refuses very long tags."""
 
 
-def run_tags(config: Config) -> dict[str, str]:
-    """The tags that `mlflow.auto_tags` names, where the encoder type has them."""
-    name, own = config.encoder.encoder_type, encoder_type(config).tags
-    everything = {"encoder_type": name, "experiment_variant": f"{name}_{own['loss_type']}", **own}
-    return {tag: everything[tag] for tag in config.mlflow.auto_tags if tag in everything}
-
-
 class Tracker:
-    """Logs nothing: for a training without MLflow, and for ranks other than 0. It keeps an earlier run's id.
+    """The MLflow run of a training; on ranks other than 0, or with `mlflow.enabled: false`, it logs nothing.
 
-    complete: whether MLflow has everything that was logged.
+    run_id: of an earlier run that is continued. complete: whether MLflow has everything that was logged. Raises
+    UserError where MLflow is unreachable at the start.
     """
 
-    complete = True
-
-    def __init__(self, run_id: str | None = None) -> None:
-        self.run_id = run_id
-
-    def backfill(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Log the metrics of the journal's epochs that MLflow lacks. Raises UserError where MLflow is unreachable."""
-
-    def log_epoch(self, record: Mapping[str, Any]) -> None:
-        """Log the finite numbers of an epoch's record."""
-
-    def log_artifact(self, path: Path) -> None:
-        """Upload a copy of a file."""
-
-    def end(self, status: str, reason: str = "") -> None:
-        """Close the run: FINISHED, KILLED or FAILED. A reason becomes the tag `end_reason`."""
-
-
-class MlflowTracker(Tracker):
-    """One MLflow run; `run_id` continues an earlier one. Raises UserError where MLflow is unreachable at the start."""
-
-    def __init__(self, config: Config, shards: ShardSet, run_name: str, run_id: str | None) -> None:
-        self.uri = config.mlflow.tracking_uri
+    def __init__(self, config: Config, shards: ShardSet, run_name: str, run_id: str | None, main: bool) -> None:
+        self.run_id, self.complete = run_id, True
+        self._uri, self._active = config.mlflow.tracking_uri, config.mlflow.enabled and main
+        self._metrics: list[tuple[str, float, int, int]] = []  # not sent yet: name, value, time (ms), step
+        self._files: list[Path] = []
+        if not self._active:
+            return
+        name, of_type = config.encoder.encoder_type, encoder_type(config).tags
+        known = {"encoder_type": name, "experiment_variant": f"{name}_{of_type['loss_type']}", **of_type}
         # Runs on different songs do not compare: the tag shards tells them apart.
-        tags = {**run_tags(config), "shards": shards.fingerprint}
-        with connect(self.uri) as client:
+        tags: dict[str, str] = {"shards": shards.fingerprint}
+        tags |= {tag: known[tag] for tag in config.mlflow.auto_tags if tag in known}
+        with connect(self._uri) as client:
             from mlflow.entities import Param
             from mlflow.tracking.context.registry import resolve_tags
 
@@ -75,77 +59,68 @@ class MlflowTracker(Tracker):
                     client.set_tag(run_id, key, value)
             else:
                 experiment = experiment_id(client, config.mlflow.experiment_name)
-                run_id = client.create_run(experiment, tags=resolve_tags(tags), run_name=run_name).info.run_id
+                run = client.create_run(experiment, tags=resolve_tags(tags), run_name=run_name)
+                self.run_id = run.info.run_id
                 settings = {k: v for k, v in flat(config).items() if not k.startswith("hpo.")}
-                client.log_batch(run_id, params=[Param(k, str(v)) for k, v in settings.items()])
-        super().__init__(run_id)
-        self._metrics: list[Any] = []  # mlflow.entities.Metric, not sent yet
-        self._files: list[Path] = []
+                client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in settings.items()])
 
     def backfill(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Log the metrics of the journal's epochs that MLflow lacks."""
-        names = {name for record in records for name in loggable(record)}
-        with connect(self.uri) as client:
+        """Log the metrics of the journal's epochs that MLflow lacks. Raises UserError where MLflow is unreachable."""
+        if not self._active:
+            return
+        metrics = [(name, value, r["step"]) for r in records for name, value in loggable(r).items()]
+        with connect(self._uri) as client:
+            names = {name for name, _, _ in metrics}
             known = {name: {metric.step for metric in client.get_metric_history(self.run_id, name)} for name in names}
-        for record in records:
-            self._buffer({k: v for k, v in loggable(record).items() if record["step"] not in known[k]}, record["step"])
-        self._send()
+        self._send([(name, value, step) for name, value, step in metrics if step not in known[name]])
 
     def log_epoch(self, record: Mapping[str, Any]) -> None:
         """Log the finite numbers of an epoch's record."""
-        self._buffer(loggable(record), record["step"])
-        self._send()
+        self._send([(name, value, record["step"]) for name, value in loggable(record).items()])
 
     def log_artifact(self, path: Path) -> None:
         """Upload a copy of a file."""
-        self._files.append(path)
-        self._send()
+        self._send(files=[path])
 
     def end(self, status: str, reason: str = "") -> None:
-        """Close the run."""
-        self._send(status, reason)
+        """Close the run: FINISHED, KILLED or FAILED. A reason becomes the tag `end_reason`."""
+        self._send(end=status, reason=reason)
 
-    def _buffer(self, values: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
+    def _send(self, values: Iterable[Value] = (), files: Iterable[Path] = (), end: str = "", reason: str = "") -> None:
+        """Send the buffer, these at its end, and how the run ended; values and files stay there until they are sent."""
+        if not self._active:
+            return
         now = time.time_ns() // 1_000_000
-        self._metrics += [Metric(name, value, now, step) for name, value in values.items()]
-
-    def _send(self, status: str = "", reason: str = "") -> None:
-        """Send the buffer, oldest first, then how the run ended. What cannot be sent now stays in the buffer."""
+        self._metrics += [(name, value, now, step) for name, value, step in values]
+        self._files += files
         try:
-            with connect(self.uri) as client:
+            with connect(self._uri) as client:
+                from mlflow.entities import Metric
+
                 while self._metrics:
-                    client.log_batch(self.run_id, metrics=self._metrics[:MAX_METRICS])
+                    client.log_batch(self.run_id, metrics=[Metric(*metric) for metric in self._metrics[:MAX_METRICS]])
                     del self._metrics[:MAX_METRICS]
                 while self._files:
                     client.log_artifact(self.run_id, str(self._files[0]))
                     del self._files[0]
                 if reason:
                     client.set_tag(self.run_id, "end_reason", reason[:MAX_REASON_LENGTH])
-                if status:
-                    client.set_terminated(self.run_id, status)
+                if end:
+                    client.set_terminated(self.run_id, end)
         except UserError as e:
             if self.complete:
                 tqdm.write(
-                    f"warning: MLflow at {self.uri} is unreachable ({one_line(e.__cause__ or e)}); training continues,"
+                    f"warning: MLflow at {self._uri} is unreachable ({one_line(e.__cause__ or e)}); training continues,"
                     " metrics are buffered and sent later"
                 )
             self.complete = False
             return
         if not self.complete:
-            tqdm.write(f"MLflow at {self.uri} is reachable again and complete")
+            tqdm.write(f"MLflow at {self._uri} is reachable again and complete")
         self.complete = True
 
 
 def loggable(record: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of an epoch's record that are finite: MLflow's databases refuse NaN."""
-    named = {k: v for k, v in record.items() if "/" in k or k == "training_time_hours"}
-    return {k: v for k, v in named.items() if v is not None and math.isfinite(v)}
-
-
-def create_tracker(config: Config, shards: ShardSet, run_name: str, run_id: str | None, main: bool) -> Tracker:
-    """The tracker of this process. Raises UserError when the server does not answer."""
-    if not (config.mlflow.enabled and main):
-        return Tracker(run_id)
-    return MlflowTracker(config, shards, run_name, run_id)
+    metrics = {k: v for k, v in record.items() if v is not None and ("/" in k or k == "training_time_hours")}
+    return {k: v for k, v in metrics.items() if math.isfinite(v)}

@@ -14,7 +14,7 @@ from simsiam_dali.common.files import atomic_write
 from simsiam_dali.config.schema import Config
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.tracking.client import viewing_hints
-from simsiam_dali.tracking.run import create_tracker
+from simsiam_dali.tracking.run import Tracker
 from simsiam_dali.training import checkpoint, curves, journal
 from simsiam_dali.training.collapse import collapse_advice, no_positives_advice
 from simsiam_dali.training.data import TrainingData
@@ -47,7 +47,7 @@ class Run:
         if resumed:
             self._restore(resumed)
         mlflow_run = resumed["mlflow_run"] if resumed else None
-        self.tracker = create_tracker(self.config, data.shards, run_dir.name, mlflow_run, self.world.main)
+        self.tracker = Tracker(self.config, data.shards, run_dir.name, mlflow_run, self.world.main)
         self._report_start()
         steps_to_trace = self.config.train.profile if self.world.main else 0
         self.profiler = Profiler(steps_to_trace, run_dir, self.world.device)
@@ -98,11 +98,11 @@ class Run:
             began = time.perf_counter()
             record |= self.validation.scores()
             record["throughput/validation_seconds"] = time.perf_counter() - began
-        if quarantine := self.data.loader.quarantine:
-            quarantine.read()  # the loaders of the validation have added to it
-            quarantine.rows.update(*self.world.gather(quarantine.rows))
-            quarantine.check()
-            record["data/quarantined"] = len(quarantine.rows)
+        quarantine = self.data.loader.quarantine
+        quarantine.read()  # the loaders of the validation have added to it
+        quarantine.rows.update(*self.world.gather(quarantine.rows))
+        quarantine.check()
+        record["data/quarantined"] = len(quarantine.rows)
         self.journal.write([record])
         self.tracker.log_epoch(record)
         self.world.print(journal.epoch_line(record, self.config.encoder.epochs))
@@ -205,7 +205,7 @@ class Run:
 
     def _report_quarantine(self) -> None:
         quarantine = self.data.loader.quarantine
-        if quarantine and quarantine.rows:
+        if quarantine.rows:
             self.world.print(f"skipping {len(quarantine.rows)} segments that did not decode: see {quarantine.path}")
 
     def _report_start(self) -> None:

@@ -80,7 +80,7 @@ class Validation:
             ids = first_label_ids(songs, column)
             bank_ids, query_ids = ids[bank_songs], ids[query_songs]
             score[f"knn/{name}"] = knn_labels(bank, bank_ids, queries, query_ids, k)
-            score[f"knn/{name}_chance"] = max(label_chance(bank_ids, query_ids))
+            score[f"knn/{name}_chance"] = label_chance(bank_ids, query_ids)
         ratings = torch.tensor(songs["rating"].to_numpy("float32"))
         bank_ratings, query_ratings = ratings[bank_songs], ratings[query_songs]
         error, correlation = knn_rating(bank, bank_ratings, queries, query_ratings, k)

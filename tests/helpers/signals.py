@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import soundfile
 import torch
 from numpy.typing import NDArray
@@ -18,7 +19,9 @@ from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.augment import Draws
+from simsiam_dali.data.format import FileSum, Manifest, read_index
 from simsiam_dali.data.graph import Graph, LogMel, Source
+from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.data.views import noisy_spectrum, view
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -198,3 +201,14 @@ def write_shards(
                 lines.append(" ".join(line))
         indexes[-1].write_text(f"v1.2 {len(lines)}\n" + "\n".join(lines) + "\n")
     return tuple(tars), tuple(indexes)
+
+
+def shard_set(tars: Sequence[Path], seconds: float, codec: str = "flac", packed: str = "once") -> ShardSet:
+    """The set of the `tars` of `write_shards`, opened; each segment is a song of its own."""
+    shards = [tar.name for tar in tars for _ in read_index(tar.with_suffix(".idx"))]
+    keys = [f"{row:09d}" for row in range(len(shards))]
+    segments = pd.DataFrame({"song": range(len(shards)), "key": keys, "split": "train", "shard": shards})
+    songs = pd.DataFrame({"path": [f"song {row}.mp3" for row in range(len(shards))]})
+    settings = {"codec": codec, "sample_rate": RATE, "segment_seconds": seconds}
+    sums = {tar.name: FileSum(tar.stat().st_size, packed, 0) for tar in tars}
+    return ShardSet(tars[0].parent, Manifest(1, "", settings, {}, sums), songs, segments)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 
 def work(task: int) -> int:
@@ -13,3 +14,11 @@ def work(task: int) -> int:
     if task == 7:
         os._exit(9)
     return task * task
+
+
+def work_once_killed(marker: Path) -> str:
+    """The marker's name; the first process that works on it is killed, as by the system when memory is short."""
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return marker.name
