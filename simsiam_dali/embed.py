@@ -17,7 +17,7 @@ from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.signals import raise_keyboard_interrupt
 from simsiam_dali.config.cli import add_checkpoint, add_device, create_parser
 from simsiam_dali.data import s3
-from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.data.shards import open_shards
 from simsiam_dali.embedding.features import BASELINES, CHECKPOINT, create_features
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.write import (
@@ -29,7 +29,6 @@ from simsiam_dali.embedding.write import (
     write_table,
 )
 from simsiam_dali.packing import temporary
-from simsiam_dali.packing.temporary import TemporarySongs
 from simsiam_dali.training.data import log_mel_settings, view_seconds, with_statistics
 
 
@@ -96,23 +95,18 @@ def run(args: argparse.Namespace) -> None:
 
     packed = args.out.with_name(f".{args.out.name}.packed")
     if missing:
-        shards = shards or pack_temporarily(files, packed)
+        if files:
+            shards, report = files.packed(packed)
+            for title, lines in (("refused", report.refused), ("kept", report.notes)):
+                for name, reason in lines:
+                    print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")
+        assert shards is not None
         log_mel = with_statistics(log_mel_settings(config), **trained.statistics)
         views = CleanViews(config, shards, log_mel, World(0, 1, device))
         for out, provenance in missing.items():
             features = create_features(provenance["features"], trained, log_mel, device)
             print(write_table(features, views, provenance, out))
     shutil.rmtree(packed, ignore_errors=True)
-
-
-def pack_temporarily(files: TemporarySongs | None, folder: Path) -> ShardSet:
-    """Pack songs that are in no shard, and print what packing refused or noted."""
-    assert files is not None
-    shards, report = files.packed(folder)
-    for title, lines in (("refused", report.refused), ("kept", report.notes)):
-        for name, reason in lines:
-            print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")
-    return shards
 
 
 @one_line_errors

@@ -24,7 +24,6 @@ from simsiam_dali.data.shards import open_shards
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.search import trials
 from simsiam_dali.search.report import StudyRun
-from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
 from simsiam_dali.search.trials import print_line
 
@@ -66,10 +65,9 @@ def main() -> None:
     args = build_parser().parse_args()
     config = configure(args)
     encoder_type(config)  # raises for an unknown one
-    space = Space(config)
     shards = open_shards(config.data.shards)
     with Interrupt() as interrupt:
-        study = Study(config, shards.fingerprint, space)
+        study = Study(config, shards.fingerprint)
         with study.locked():
             parent = StudyRun(study)
         hpo, val = study.hpo, shards.songs["split"].eq("val").sum()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import fork_server
-from helpers.running import forked_stages
+from helpers.running import forked_stages, mark_damaged
 from helpers.small_music import write_song
 
 from simsiam_dali import embed
@@ -21,6 +22,7 @@ from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.embedding import write
+from simsiam_dali.embedding.features import CHECKPOINT, create_features
 from simsiam_dali.embedding.run import TrainedRun, read_run
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, read_provenance
 from simsiam_dali.models.encoder import song_embeddings
@@ -109,6 +111,26 @@ def test_segments_have_their_start_and_make_up_their_song(tables, small_shards, 
     np.testing.assert_array_equal(means, read_embeddings(tables["simsiam"]).vectors)
 
 
+def test_a_song_with_a_damaged_segment_is_the_mean_of_its_others(small_shards, small_runs, tmp_path):
+    shards = open_shards(Path(shutil.copytree(small_shards, tmp_path / "shards")))
+    mark_damaged(shards, 5)
+    one, here = read_run(str(small_runs["simsiam"])), World(0, 1, torch.device("cpu"))
+    one = dataclasses.replace(one, config=write.embedding_config(one.config, 3.0, data__max_bad_fraction=0.2))
+    log_mel = with_statistics(log_mel_settings(one.config), **one.statistics)
+    views = write.CleanViews(one.config, shards, log_mel, here)
+    features = create_features(CHECKPOINT, one, log_mel, here.device)
+    tables = {}
+    for rows in ("segments", "songs"):
+        provenance = write.table_provenance(CHECKPOINT, rows, one, "", shards.fingerprint)
+        assert "without 1 segments" in write.write_table(features, views, provenance, tmp_path / rows)
+        tables[rows] = read_embeddings(tmp_path / rows)
+    each = tables["segments"]
+    assert each.table["segment"].tolist() == [row for row in range(len(shards.segments)) if row != 5]
+    songs, means = song_embeddings(torch.tensor(each.vectors), torch.tensor(each.table["song"]))
+    assert tables["songs"].table["song"].tolist() == songs.tolist()
+    np.testing.assert_array_equal(tables["songs"].vectors, means)
+
+
 def test_projection_and_the_middle_of_each_segment(small_runs, tmp_path):
     projection = run(small_runs["simsiam"], tmp_path / "p.parquet", "--embedding", "projection")
     assert projection.vectors.shape[1] == 32
@@ -141,9 +163,9 @@ def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(tables, smal
     (parts / f"{len(kept) - 1:06d}.pt").write_bytes(b"cut short")  # as after a power failure
     done = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*.pt"))[:-1]}
     seen: list[dict[Path, int]] = []
-    remove = write.PartialResults.remove
+    remove = shutil.rmtree
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write.PartialResults, "remove", lambda self: (seen.append(stamps(parts)), remove(self)))
+        patch.setattr(shutil, "rmtree", lambda folder, **more: (seen.append(stamps(parts)), remove(folder, **more)))
         run(small_runs["simsiam"], out, "--batch-size", 4)
     assert done.items() <= seen[0].items()  # nothing was done twice
     assert not parts.exists()

@@ -44,7 +44,7 @@ def make_config(folder: Path, space: dict[str, Any] | None = None, **over: objec
 
 
 def make_study(config: Config, fingerprint: str = "0123456789abcdef") -> Study:
-    return Study(config, fingerprint, Space(config))
+    return Study(config, fingerprint)
 
 
 def fake_training(
@@ -270,15 +270,15 @@ def test_a_running_trial_counts_as_killed_only_when_its_lock_is_free(tmp_path):
     first, second = ours.claim(), theirs.claim()
     assert first
     assert second
-    assert (first.trial.number, second.trial.number) == (0, 1)
-    assert first.trial.params != second.trial.params
+    assert (first[0].number, second[0].number) == (0, 1)
+    assert first[0].params != second[0].params
     assert theirs.fail_killed() == []
-    first.lock.close()  # as when its process dies
+    first[1].close()  # as when its process dies
     assert theirs.fail_killed() == [0]
     assert [t.state for t in ours.trials()] == [TrialState.FAIL, TrialState.RUNNING]
     third = theirs.claim()
     assert third
-    assert third.trial.number == 2
+    assert third[0].number == 2
     assert theirs.claim() is None  # three in all, the killed one counted
 
 
@@ -292,8 +292,8 @@ def test_a_trial_that_ends_while_killed_ones_are_looked_for_is_not_killed(tmp_pa
     def ends_after_it_was_asked_for(*states):
         found = asked(*states)
         if states == (TrialState.RUNNING,):
-            ours.optuna.tell(claim.trial, 0.5)
-            claim.lock.close()
+            ours.optuna.tell(claim[0], 0.5)
+            claim[1].close()
         return found
 
     monkeypatch.setattr(theirs, "trials", ends_after_it_was_asked_for)
@@ -479,7 +479,7 @@ def test_one_mlflow_run_is_the_parent_of_all_trials_of_all_processes(tmp_path, m
     claim = study.claim()
     assert claim
     left = client.create_run(found.info.experiment_id, tags=parent.trial_tags(3)).info.run_id
-    claim.lock.close()  # as when its process is killed
+    claim[1].close()  # as when its process is killed
     trials.search(study, StudyRun(study), RUNNING)
     assert client.get_run(left).info.status == "KILLED"
 

@@ -63,21 +63,17 @@ def sample_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
 def embed_songs(features: Sequence[Features], views: CleanViews) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Rows `(S,)` of the song table that have a segment, and the vectors `(S, D)` of each of `features`, by name."""
     made: dict[str, np.ndarray] = {}
-    songs = torch.empty(0)
+    songs, segment_song = torch.empty(0), torch.tensor(views.shards.segments["song"].to_numpy())
     for mode in dict.fromkeys(f.mode for f in features):
         own = [f for f in features if f.mode == mode]
-        rows: list[Tensor] = []
-        vectors: dict[str, list[Tensor]] = {f.name: [] for f in own}
+        batches: list[tuple[Tensor, list[Tensor]]] = []  # segments, and the vectors of each of `own`
         for _, loader in views.loaders(mode):
             for batch in loader:
                 if len(batch.segment):
-                    rows.append(batch.segment.cpu())
-                    for f in own:
-                        vectors[f.name].append(f.compute(batch.data).cpu())
-        ranks = views.world.gather((rows, vectors))
-        segment = torch.cat([x for of_rank, _ in ranks for x in of_rank])
-        for f in own:
-            each = check_finite(torch.cat([x for _, of_rank in ranks for x in of_rank[f.name]]))
-            songs, means = f.song_means(each, views.segment_song[segment])
+                    batches.append((batch.segment.cpu(), [f.compute(batch.data).cpu() for f in own]))
+        batches = [batch for rank in views.world.gather(batches) for batch in rank]
+        song = segment_song[torch.cat([segment for segment, _ in batches])]
+        for i, f in enumerate(own):
+            songs, means = f.song_means(check_finite(torch.cat([vectors[i] for _, vectors in batches])), song)
             made[f.name] = means.numpy()
     return songs.numpy(), {f.name: made[f.name] for f in features}

@@ -54,8 +54,7 @@ class SongEncoder:
     """Embeds songs, on `device`, in fp32.
 
     segment_seconds: how songs are cut; None = as those of the training were. view_seconds: the middle of each segment
-    that is embedded; None = the whole segment. Raises UserError for a view longer than a segment, or too short for the
-    encoder.
+    that is embedded; None = the whole segment. Raises UserError for a view that is too long or too short.
     """
 
     def __init__(

@@ -48,16 +48,15 @@ def write_embeddings(path: Path, embeddings: Embeddings) -> None:
     table = embeddings.table
     types = {"song": pa.int64(), "segment": pa.int64(), "start": pa.float64()}
     types |= {name: SCHEMAS[SONGS].field(name).type for name in _TAGS}
-    fields = [pa.field(name, types[name]) for name in table.columns]
-    arrays = [pa.array(table[f.name].tolist() if pa.types.is_list(f.type) else table[f.name], f.type) for f in fields]
+    schema = pa.schema([(name, types[name]) for name in table.columns])
+    columns = pa.Table.from_pandas(table, schema, preserve_index=False)
     width = embeddings.vectors.shape[1]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.vectors.reshape(-1), pa.float32()), width)
     metadata = {_METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, **embeddings.provenance}).encode()}
-    schema = pa.schema([*fields, pa.field("embedding", vectors.type)], metadata)
     with refuse_failed_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
-            pq.write_table(pa.Table.from_arrays([*arrays, vectors], schema=schema), part)
+            pq.write_table(columns.append_column("embedding", vectors).replace_schema_metadata(metadata), part)
 
 
 def read_embeddings(path: Path) -> Embeddings:

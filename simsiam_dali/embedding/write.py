@@ -49,11 +49,6 @@ class CleanViews:
     log_mel: LogMel
     world: World
 
-    @property
-    def segment_song(self) -> Tensor:
-        """The song of each segment `(N,)`."""
-        return torch.from_numpy(self.shards.segments["song"].to_numpy().copy())
-
     def loaders(self, mode: Literal["clean", "raw"], first: Split = SPLITS[0]) -> Iterator[tuple[Split, Loader]]:
         """This rank's part of each split from `first` on, in the stored order."""
         for split in SPLITS[SPLITS.index(first) :]:
@@ -82,7 +77,17 @@ class PartialResults:
             raise UserError(f"another process is working in {self.folder}: wait until it ends") from e
         except OSError as e:
             raise UserError(f"cannot write {self.folder}: {e.strerror}") from e
-        self._read()
+        while (path := self._file(len(self.parts))).exists():
+            try:
+                part = torch.load(path, weights_only=True)
+            except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
+                break
+            if part.get("key") != self.key:
+                break
+            self.parts.append(part)
+        for path in self.folder.glob("*.pt*"):  # unreadable, of another key, or behind such a part
+            if not path.stem.isdigit() or int(path.stem) >= len(self.parts):
+                path.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,30 +105,8 @@ class PartialResults:
             torch.save(part, file)
         self.parts.append(part)
 
-    def all(self) -> tuple[Tensor, Tensor]:
-        """Rows `(N,)` and vectors `(N, D)` of all parts, in the order in which they were added."""
-        return torch.cat([part["rows"] for part in self.parts]), torch.cat([part["vectors"] for part in self.parts])
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder)
-
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.pt"
-
-    def _read(self) -> None:
-        """Read the parts, up to the first that is missing, unreadable or of another key, and remove all others."""
-        while (path := self._file(len(self.parts))).exists():
-            try:
-                part = torch.load(path, weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
-                break
-            if part.get("key") != self.key:
-                break
-            self.parts.append(part)
-        for path in self.folder.glob("*.pt*"):
-            if not path.stem.isdigit() or int(path.stem) >= len(self.parts):
-                path.unlink()
 
 
 def embed_batches(
@@ -188,9 +171,8 @@ def write_table(features: Features, views: CleanViews, provenance: dict[str, str
     # Hidden, so that no search for songs looks into it.
     with PartialResults(out.with_name(f".{out.name}.partial"), key) as results:
         speed = embed_segments(features, views, results)
-        rows, vectors = results.all()
-        order = torch.argsort(rows)
-        rows, vectors = rows[order], vectors[order]
+        rows, order = torch.cat([part["rows"] for part in results.parts]).sort()
+        vectors = torch.cat([part["vectors"] for part in results.parts])[order]
         quarantine = Quarantine(shards, config.data.max_bad_fraction)
         missing = set(range(len(shards.segments))) - set(rows.tolist())
         if len(rows) + len(missing) != len(shards.segments) or not missing <= quarantine.rows:
@@ -201,10 +183,10 @@ def write_table(features: Features, views: CleanViews, provenance: dict[str, str
             table.table.insert(1, "segment", rows.numpy())
             table.table.insert(2, "start", segments["start"].to_numpy())
         else:
-            songs, means = features.song_means(vectors, views.segment_song)
+            songs, means = features.song_means(vectors, torch.tensor(shards.segments["song"].to_numpy())[rows])
             table = Embeddings.of_songs(shards.songs, songs.numpy(), means.numpy(), provenance)
         write_embeddings(out, table)
-        results.remove()
+        shutil.rmtree(results.folder)
     without = f", without {len(missing)} segments that do not decode (see {quarantine.path})" if missing else ""
     size = f"{len(table.table)} {provenance['rows']} x {vectors.shape[1]} ({provenance['embedding']})"
     return f"{out}: {size}{without}; {speed}"

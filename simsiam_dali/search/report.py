@@ -2,11 +2,11 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-import optuna
 import optuna.visualization.matplotlib as plots
 from matplotlib import pyplot
 from optuna.trial import FrozenTrial, TrialState
@@ -96,12 +96,12 @@ def write_tables(study: Study) -> list[Path]:
 def write_plots(study: Study) -> Iterator[Path]:
     """Write Optuna's plots of the study, those for which it has enough complete trials; yield their paths."""
     values = {trial.value for trial in study.trials(TrialState.COMPLETE)}
-    wanted: dict[str, Callable[[optuna.Study], object]] = {}
+    wanted: list[tuple[str, Any]] = []
     if values:
-        wanted[HISTORY] = plots.plot_optimization_history
+        wanted.append((HISTORY, plots.plot_optimization_history))
     if len(values) > 1:  # importance needs a difference to explain
-        wanted[IMPORTANCE] = plots.plot_param_importances
-    for name, plot in wanted.items():
+        wanted.append((IMPORTANCE, plots.plot_param_importances))
+    for name, plot in wanted:
         path = study.folder / name
         with warnings.catch_warnings(), atomic_write(path) as part:
             warnings.simplefilter("ignore")  # that the plots are experimental, and that trials are few

@@ -100,11 +100,7 @@ class Space:
                 except UserError as e:
                     raise UserError(f"{where}: {str(e).partition(': ')[2]}") from None  # without --set and the value
             self.dimensions[key] = dimension
-
-    @property
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's distributions, by dotted key."""
-        return {key: dimension.distribution for key, dimension in self.dimensions.items()}
+        self.distributions = {key: dimension.distribution for key, dimension in self.dimensions.items()}
 
     def config(self, params: Mapping[str, Any], **fixed: Any) -> Config:
         """The settings with a trial's sampled `params`. fixed: other settings, dotted keys with __ for the dot."""

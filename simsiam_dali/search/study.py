@@ -11,7 +11,6 @@ is reproducible, and two processes never sample the same settings.
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
@@ -24,8 +23,7 @@ from simsiam_dali.common.errors import UserError, one_line
 from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.search.space import Space
 
-MINIMIZED = ("knn/rating_mae",)
-"""The metrics that are errors; the others are scores."""
+MINIMIZED = ("knn/rating_mae",)  # the metrics that are errors; the others are scores
 
 MAY_DIFFER = (
     *("hpo.trials", "hpo.storage", "hpo.study_name", "hpo.pruner.", "hpo.space."),
@@ -39,23 +37,15 @@ SQLITE_TIMEOUT = 60
 """Seconds to wait for another process's write to an SQLite file."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A trial that this process runs, with its lock."""
-
-    trial: optuna.Trial
-    folder: Path
-    lock: IO[str]
-
-
 class Study:
     """Opens the study that the config names, or creates it.
 
-    fingerprint: of the shards. Raises UserError when the study was started with other settings.
+    fingerprint: of the shards. Raises UserError for a wrong `hpo.space`, and when the study was started with
+    other settings.
     """
 
-    def __init__(self, config: Config, fingerprint: str, space: Space) -> None:
-        self.config, self.hpo, self.space = config, config.hpo, space
+    def __init__(self, config: Config, fingerprint: str) -> None:
+        self.config, self.hpo, self.space = config, config.hpo, Space(config)
         self.name = self.hpo.study_name or f"{config.encoder.encoder_type}-{fingerprint[:8]}"
         if Path(self.name).name != self.name:
             raise UserError(f"hpo.study_name is {self.name!r}, which becomes a folder's name: use no slashes")
@@ -135,8 +125,8 @@ class Study:
         """The run folder of a trial."""
         return self.folder / f"trial-{number:04d}"
 
-    def claim(self) -> Claim | None:
-        """Sample the next trial; None when the study has `hpo.trials` trials. Call it `locked`."""
+    def claim(self) -> tuple[optuna.Trial, IO[str]] | None:
+        """Sample the next trial, with its lock; None when the study has `hpo.trials` trials. Call it `locked`."""
         number = len(self.trials())
         if number >= self.hpo.trials:
             return None
@@ -153,7 +143,7 @@ class Study:
             raise UserError(f"{folder}/lock is held by a process of another study: use another --study-name")
         entropy = np.random.SeedSequence([self.config.train.seed, number]).generate_state(1)[0]
         self.optuna.sampler = optuna.samplers.TPESampler(seed=int(entropy))
-        return Claim(self.optuna.ask(self.space.distributions), folder, lock)
+        return self.optuna.ask(self.space.distributions), lock
 
 
 def remove_checkpoint(run_dir: Path) -> None:

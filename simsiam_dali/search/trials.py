@@ -29,7 +29,7 @@ from simsiam_dali.common.signals import Interrupt
 from simsiam_dali.config.load import ENVIRONMENT
 from simsiam_dali.config.schema import Config
 from simsiam_dali.search import report
-from simsiam_dali.search.study import Claim, Study, remove_checkpoint, try_lock
+from simsiam_dali.search.study import Study, remove_checkpoint, try_lock
 from simsiam_dali.tracking.client import viewing_hints
 from simsiam_dali.training import checkpoint
 
@@ -69,9 +69,10 @@ def search(study: Study, parent: report.StudyRun, interrupt: Interrupt) -> None:
             claim = study.claim()
         if claim is None:
             return
-        number = claim.trial.number
-        with claim.lock:
-            failures += run_trial(study, claim, parent.trial_tags(number), interrupt) == TrialState.FAIL
+        trial, lock = claim
+        number = trial.number
+        with lock:
+            failures += run_trial(study, trial, lock, parent.trial_tags(number), interrupt) == TrialState.FAIL
         print_line(report.trial_line(study, number))
         with study.locked():
             report.write_tables(study)
@@ -94,39 +95,41 @@ def close(study: Study, parent: report.StudyRun, status: str) -> FrozenTrial | N
     return study.best()
 
 
-def run_trial(study: Study, claim: Claim, tags: Mapping[str, str], interrupt: Interrupt) -> TrialState:
+def run_trial(
+    study: Study, trial: optuna.Trial, lock: IO[str], tags: Mapping[str, str], interrupt: Interrupt
+) -> TrialState:
     """Train with the trial's sampled settings, and store in the study how that ended; returns the state.
 
     tags: of its MLflow run.
     """
     state, value, reason = TrialState.FAIL, None, ""
     try:
-        value = _train(study, claim, tags, interrupt)
+        value = _train(study, trial, lock, tags, interrupt)
         state = TrialState.COMPLETE
     except optuna.TrialPruned as e:
         state, reason = TrialState.PRUNED, str(e)
     except UserError as e:  # also for sampled settings that are invalid together
         reason = str(e)
     if reason:
-        claim.trial.set_user_attr("reason", reason)
-    study.optuna.tell(claim.trial, value, state)
+        trial.set_user_attr("reason", reason)
+    study.optuna.tell(trial, value, state)
     return state
 
 
-def _train(study: Study, claim: Claim, tags: Mapping[str, str], interrupt: Interrupt) -> float:
+def _train(study: Study, trial: optuna.Trial, lock: IO[str], tags: Mapping[str, str], interrupt: Interrupt) -> float:
     """The trial's value: the mean of the last `hpo.mean_epochs` scores, not the best. Raises UserError, TrialPruned."""
-    trial, hpo = claim.trial, study.hpo
+    hpo, folder = study.hpo, study.trial_folder(trial.number)
     for other in study.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
         if other.number < trial.number and other.params == trial.params:  # only in a space of few values
             raise UserError(f"the same settings as trial {other.number}: not trained again")
-    place = {"train__runs_dir": str(study.folder), "train__run_name": claim.folder.name}
+    place = {"train__runs_dir": str(study.folder), "train__run_name": folder.name}
     config = study.space.config(trial.params, encoder__epochs=hpo.epochs, **TRIAL_SETTINGS, **place)
     scores: list[float] = []
     value = 0.0
     title = f"trial {trial.number} of {hpo.trials}"
     with (
         tqdm(total=hpo.epochs, desc=title, unit="epoch", leave=False, disable=None) as bar,
-        contextlib.closing(epochs(config, claim.folder, claim.lock, tags, interrupt)) as records,
+        contextlib.closing(epochs(config, folder, lock, tags, interrupt)) as records,
     ):
         for record in records:
             if (score := record.get(hpo.metric)) is None:
@@ -195,8 +198,9 @@ def _reason(status: int, log: Path) -> str:
         hint = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
         return f"the training process was killed by {name}{hint}; see {log.name}"
     errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-    own = f"the training process exited with status {status}; see {log.name}"
-    return errors[-1].removeprefix("error: ") if errors else own
+    if errors:
+        return errors[-1].removeprefix("error: ")
+    return f"the training process exited with status {status}; see {log.name}"
 
 
 def start_training(options: Sequence[str], variables: Mapping[str, str], **more: Any) -> subprocess.Popen[bytes]:
