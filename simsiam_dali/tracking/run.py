@@ -32,18 +32,12 @@ MAX_REASON_LENGTH = 500
 class Tracker:
     """The MLflow run of a training; on ranks other than 0, or with `mlflow.enabled: false`, it logs nothing.
 
-    run_id: of an earlier run that is continued. complete: whether MLflow has everything that was logged. Raises
-    UserError where MLflow is unreachable at the start.
+    run_id: of an earlier run that is continued. tags: beside those of the config. complete: whether MLflow has
+    everything that was logged. Raises UserError where MLflow is unreachable at the start.
     """
 
     def __init__(
-        self,
-        config: Config,
-        shards: ShardSet,
-        run_name: str,
-        run_id: str | None,
-        main: bool,
-        more_tags: Mapping[str, str],
+        self, config: Config, shards: ShardSet, run_name: str, run_id: str | None, main: bool, tags: Mapping[str, str]
     ) -> None:
         self.run_id, self.complete = run_id, True
         self._uri, self._active = config.mlflow.tracking_uri, config.mlflow.enabled and main
@@ -54,8 +48,7 @@ class Tracker:
         name, of_type = config.encoder.encoder_type, encoder_type(config).tags
         known = {"encoder_type": name, "experiment_variant": f"{name}_{of_type['loss_type']}", **of_type}
         # Runs on different songs do not compare: the tag shards tells them apart.
-        tags: dict[str, str] = {"shards": shards.fingerprint, **more_tags}
-        tags |= {tag: known[tag] for tag in config.mlflow.auto_tags if tag in known}
+        tags = {"shards": shards.fingerprint, **tags, **{t: known[t] for t in config.mlflow.auto_tags if t in known}}
         with connect(self._uri) as client:
             from mlflow.entities import Param
             from mlflow.tracking.context.registry import resolve_tags
