@@ -26,8 +26,6 @@ from simsiam_dali.evaluation.plan import GUESS, Options, evaluate
 from simsiam_dali.models.registry import ENCODERS
 from simsiam_dali.tracking.client import add_to_run, has_run
 
-ARTIFACTS = "evaluation"
-"""Folder of the run's artifacts."""
 FILES = ("report.html", "metrics.json", "map.html", "umap.png", "t-sne.png", "pca.png")
 
 
@@ -141,7 +139,7 @@ def main() -> None:
     print(f"report  {args.out / 'report.html'}")
     if log:  # last, so that a server that goes away costs no figure
         values = {f.name: f.score.value for f in evaluation.figures} | report.classifier_metrics(evaluation)
-        log(values, [args.out / name for name in files], ARTIFACTS)
+        log(values, [args.out / name for name in files], "evaluation")
     print(f"MLflow  {logged}")
 
 

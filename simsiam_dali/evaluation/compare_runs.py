@@ -139,12 +139,11 @@ def select(
 
     found = Counter(finite["encoder_type"])
     types = [t for t in (*AB_TYPES, *sorted(found.keys() - AB_TYPES)) if t in found]
-    best = [finite[finite["encoder_type"] == t].iloc[: number or None] for t in types]
-    notes += [
-        f"no {t} run has {metric.name}: its newest are shown"
-        for t, own in zip(types, best, strict=True)
-        if metric and own[metric.name].isna().iloc[0]
-    ]
+    best = []
+    for t in types:
+        best.append(finite[finite["encoder_type"] == t].iloc[: number or None])
+        if metric and best[-1][metric.name].isna().iloc[0]:
+            notes.append(f"no {t} run has {metric.name}: its newest are shown")
     selected = pd.concat(best)
     notes += _missing_notes(table.loc[selected.index])
     return Comparison(selected, {t: found[t] for t in types}, metric, notes)
@@ -159,9 +158,8 @@ def add_untrained(comparison: Comparison, metric_history: Callable[[str, str], S
         untrained = []
         for run_id in comparison.runs["run_id"]:
             history = metric_history(run_id, name)
-            before = [value for step, value in history if step == 0]
-            known = 0 < len(before) < len(history) and abs(before[0]) < LARGEST
-            untrained.append(before[0] if known else math.nan)
+            before = [value for step, value in history if step == 0 and abs(value) < LARGEST]
+            untrained.append(before[0] if 0 < len(before) < len(history) else math.nan)
         comparison.runs[f"{name}_untrained"] = untrained
 
 
