@@ -33,7 +33,6 @@ from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import Cut, Job, Packed, PackSettings, Result
 from simsiam_dali.packing.segments import encode
 from simsiam_dali.packing.tags import Tags
-from simsiam_dali.training.data import create_loader, log_mel_settings
 
 RATE = 16000  # Hz
 SECONDS = 0.25  # of a generated segment
@@ -105,10 +104,12 @@ def measure_packing(folder: Path, songs: int, segments: int, step: str) -> dict[
 
 def measure_loading(folder: Path) -> dict[str, Any]:
     """Open what was packed there and read batches; seconds, table sizes and this process's peak memory."""
-    import torch  # not above: the packer's memory is measured without it
+    # Not above: the packer's memory is measured without torch and DALI, which it does not import.
+    import torch
 
     from simsiam_dali.common.distributed import World
     from simsiam_dali.config.load import load_config
+    from simsiam_dali.training.data import create_loader, log_mel_settings
 
     before, began = memory("VmRSS"), time.monotonic()
     shards = open_shards(folder / "shards")

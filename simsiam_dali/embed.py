@@ -50,7 +50,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="the trained encoder, or a baseline (default: %(default)s)")  # fmt: skip
     add("--baselines", type=Path, nargs="?", const=Path(), metavar="DIR",
         help="write all baselines too, into DIR (default: baselines/ beside --out)")  # fmt: skip
-    add("--floors", type=Path, nargs="?", const=Path(), dest="baselines", help=argparse.SUPPRESS)  # the old name
     add("--batch-size", type=int, metavar="N",
         help=f"segments per batch (default: the training's, with at most {FORWARD_SHARE} times its audio)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: the training's; auto = all cores)")

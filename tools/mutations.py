@@ -65,7 +65,7 @@ MUTATIONS = (
     ),
     Mutation(
         "temperature multiplies", "models/losses.py",
-        "z @ z.T / self.temperature", "z @ z.T * self.temperature", "tests/test_simple.py",
+        "z @ z.T / self.settings", "z @ z.T * self.settings", "tests/test_simple.py",
     ),
     Mutation(
         "a row is its own positive", "models/losses.py",

@@ -126,8 +126,8 @@ def closing_lines(output_dim: int, run_dir: Path, epochs: list[dict[str, Any]]) 
     )
     for name, label, guess in scores:
         if last.get(name) is not None:
-            floors = f"untrained encoder {first[name]:.3f}, {guess} {last[name + '_chance']:.3f}"
-            yield f"{label} {last[name]:.3f}  ({floors})"
+            baselines = f"untrained encoder {first[name]:.3f}, {guess} {last[name + '_chance']:.3f}"
+            yield f"{label} {last[name]:.3f}  ({baselines})"
     healthy = output_dim**-0.5
     yield f"z-std {last['encoder/z_std']:.4f}  (healthy: about {healthy:.4f})"
     yield f"checkpoint {run_dir / 'checkpoint.pt'}"
