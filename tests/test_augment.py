@@ -75,7 +75,7 @@ def test_the_interpolation_is_linear_in_time() -> None:
 # --- time shift
 
 
-def test_circular_slice_goes_round_the_end() -> None:
+def test_circular_slice_wraps_around_the_end() -> None:
     x = np.arange(10, dtype=np.float32)
     cases = [(0, 10), (3, 10), (10, 10), (9, 10), (0, 12), (10, 12), (7, 20), (10, 20), (2, 3), (9, 1), (8, 19)]
     starts, lengths = (list(np.int32(column)) for column in zip(*cases, strict=True))
@@ -87,7 +87,7 @@ def test_circular_slice_goes_round_the_end() -> None:
         np.testing.assert_array_equal(result, x[(start + np.arange(length)) % 10], err_msg=f"{start}, {length}")
 
 
-def test_circular_slice_passes_over_what_the_end_repeats() -> None:
+def test_circular_slice_skips_what_the_end_repeats() -> None:
     ring = np.arange(9, dtype=np.float32)
     x = np.append(ring, ring[0])  # as the last frame of a view shows the place where the first begins
     cases = [(0, 10), (3, 10), (8, 10), (9, 10), (4, 20)]
@@ -195,7 +195,7 @@ def test_the_reverb_tail_decays_by_60_db_in_rt60_and_holds_the_energy_drawn() ->
 # --- SpecAugment
 
 
-def test_masks_are_one_band_and_one_stretch_at_the_mean_and_nothing_else_changes() -> None:
+def test_masks_are_one_band_and_one_range_of_frames_at_the_mean() -> None:
     spec = LogMel(mean=-30.0, std=15.0)
     sizes = [(10, 27, 5, 100), (101, 27, FRAMES - 100, 100), (0, 1, 0, 1), (50, 9, 30, 0), (50, 0, 30, 7), (3, 0, 3, 0)]
     draws: list[dict[str, float]] = [{}]

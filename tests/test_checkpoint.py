@@ -91,7 +91,7 @@ def test_a_damaged_one_is_refused_by_name_and_the_one_before_offered(two, damage
     assert previous.name not in str(e.value)
 
 
-def test_a_damaged_one_does_not_push_out_the_good_one_before(two):
+def test_a_damaged_one_does_not_replace_the_good_one_before(two):
     """The run goes on from the one before, and is killed right after its first save."""
     two.write_bytes(two.read_bytes()[:-1])
     checkpoint.save(state(3), two)
@@ -146,7 +146,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, kind, with_sum
 
 
 @pytest.mark.parametrize("numbers", [20_000, 200_000])  # one that fits in a buffer of torch's, one that does not
-def test_a_full_disk_keeps_the_last_good_one_and_says_so(tmp_path, numbers):
+def test_a_full_disk_keeps_the_last_good_one_and_is_reported(tmp_path, numbers):
     with small_disk(tmp_path / "disk", "4m") as disk:
         path = disk / checkpoint.FILE_NAME
         checkpoint.save(state(1, numbers), path)
@@ -221,7 +221,7 @@ def test_killed_while_writing(tmp_path):
     assert files(tmp_path) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME, "config.yaml"}
 
 
-def test_a_run_goes_on_on_its_kind_of_device_only(tmp_path, small_runs):
+def test_a_run_continues_on_its_kind_of_device_only(tmp_path, small_runs):
     """A GPU's checkpoint on a host without one, by what it says of itself; and one from before it said it."""
     run_dir = Path(shutil.copytree(small_runs["simsiam"], tmp_path / "run"))
     path = run_dir / checkpoint.FILE_NAME

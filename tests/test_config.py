@@ -77,7 +77,7 @@ def test_later_sources_win(tmp_path):
     assert (loaded.train.seed, loaded.train.run_name) == (0, "a")
 
 
-def test_every_source_that_sets_a_key_is_told(tmp_path):
+def test_every_source_that_sets_a_key_is_listed(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("encoder: {encoder_type: simsiam}\n")
     sources = (file, {"ENCODER_TYPE": "simple"}, {"encoder.encoder_type": None}, ["encoder.encoder_type=third"])

@@ -87,7 +87,7 @@ def test_every_file_decodes_at_one_loudness_without_clipping(library: Path) -> N
         assert abs(level - 20 * np.log10(LEVEL_RMS)) < 2, path  # dB; a lossy codec drops what is highest
 
 
-def test_format_rate_and_channels_do_not_tell_the_artist(library: Path) -> None:
+def test_format_rate_and_channels_do_not_reveal_the_artist(library: Path) -> None:
     formats, rates, channels = defaultdict(set), defaultdict(set), defaultdict(list)
     for path in own_songs(library):
         audio, rate = decode(path)
@@ -101,7 +101,7 @@ def test_format_rate_and_channels_do_not_tell_the_artist(library: Path) -> None:
     assert all(sorted(found) == [1, 2, 2, 2] for found in channels.values())
 
 
-def test_neither_length_nor_storage_tells_the_artist() -> None:
+def test_neither_length_nor_storage_reveals_the_artist() -> None:
     """As the demo has it: of how many songs is the one nearest in length, or stored the same way, by the artist?"""
     plan = demo.plan_library(192, 0, (18.0, 32.0))
     assert {len([s for s in plan if s.artist == song.artist]) for song in plan} == {4}
@@ -256,7 +256,7 @@ def test_killed_run_leaves_no_half_library(tmp_path: Path) -> None:
         (["--seed", "-1"], "--seed"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_reported_in_one_line(
     arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["make_demo_music.py", str(tmp_path / "music"), *arguments])

@@ -78,7 +78,7 @@ def test_simple_killed_and_resumed_is_as_if_never_stopped(simple, tmp_path, smal
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_one_switch_and_who_chose_is_printed(tmp_path, small_shards):
+def test_one_switch_and_its_source_is_printed(tmp_path, small_shards):
     over = {k: v for k, v in SIMPLE.items() if k != "encoder__encoder_type"} | {"encoder__epochs": 1}
     args = command(tmp_path, small_shards, "--encoder-type", "simple", **over)
     done = run(args, tmp_path, ENCODER_TYPE="simsiam")
@@ -117,7 +117,7 @@ def test_a_loss_is_the_mean_over_the_ranks_that_had_one():
     assert mean_over_ranks([(0.0, 0.0)]) is None
 
 
-def test_batches_without_a_pair_are_counted_said_and_kept_out_of_the_mean(tmp_path, small_shards):
+def test_batches_without_a_pair_are_counted_reported_and_excluded_from_the_mean(tmp_path, small_shards):
     # Two segments a batch, and only songs of one year within 0 years pair: most batches hold no pair.
     over = SIMPLE | {"encoder__batch_size": 2, "encoder__epochs": 1}
     options = ("--set", "encoder.simple.use_artist=false", "--set", "encoder.simple.use_album=false",

@@ -44,7 +44,7 @@ def is_as_if_nothing_had_happened(run_dir: Path, untouched: Path) -> None:
     assert {p.name for p in run_dir.iterdir()} == {p.name for p in untouched.iterdir()}
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_offered_one_goes_on(simple, tmp_path, small_shards):
+def test_a_damaged_checkpoint_is_refused_and_the_offered_one_continues(simple, tmp_path, small_shards):
     """A flipped byte in the newest, half way; the command that the error offers ends as if nothing had happened."""
     args = command(tmp_path, small_shards, **SIMPLE, train__checkpoint_every=2)
     process = start(args, tmp_path)
@@ -67,7 +67,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_offered_one_goes_on(simple, tmp
     is_as_if_nothing_had_happened(run_dir, simple)
 
 
-def test_a_journal_cut_short_by_a_kill_goes_on(simple, tmp_path, small_shards):
+def test_a_journal_cut_short_by_a_kill_continues(simple, tmp_path, small_shards):
     """And one that a kill before the first checkpoint left is begun again."""
     run_dir = tmp_path / "runs/again"
     run_dir.mkdir(parents=True)

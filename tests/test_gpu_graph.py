@@ -66,7 +66,7 @@ def test_both_devices_have_the_same_operators() -> None:
     assert names[0] == names[1]
 
 
-def test_what_a_card_is_said_to_hold_is_what_the_command_takes() -> None:
+def test_the_documented_micro_batch_of_a_card_is_the_one_the_command_chooses() -> None:
     """Up to the batch there is, more memory holds no less; and no row says more than the card has."""
     config = load_config(ROOT / "configs" / "gpu.yaml")
     found = [gpu_tables.fit(config, card * 1e9) for card in gpu_tables.CARDS]

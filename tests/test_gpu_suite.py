@@ -109,7 +109,7 @@ def test_with_cuda_every_step_runs_by_options_that_its_script_has(
     assert gpu_step.build_parser().parse_args(step).batch_sizes[-1] == 192
 
 
-def test_what_the_host_has_on_its_pythonpath_is_kept(tmp_path: Path) -> None:
+def test_the_pythonpath_of_the_host_is_kept(tmp_path: Path) -> None:
     _, said = run(tmp_path, ONLY="b", PYTHONPATH="/carried/site:/more")
     assert f"finds {ROOT}:/carried/site:/more\n" in said
 
@@ -131,7 +131,7 @@ def test_a_step_that_fails_is_named_and_stops_no_other(tmp_path: Path, failing: 
     assert "== d/codec: done" in said
 
 
-def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+def test_steps_without_time_left_are_named(tmp_path: Path) -> None:
     status, said = run(tmp_path, BUDGET="20", ONLY="a b")
     assert status == 0
     assert said.endswith("not begun, no time left (name them in ONLY): a/tests b/run\n")

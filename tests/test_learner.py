@@ -19,7 +19,7 @@ GPU = torch.device("cuda", 0)
     ("capability", "expected"),
     [(7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)],  # T4 and RTX 20; A100; H100
 )
-def test_bf16_is_taken_where_the_gpu_has_it(monkeypatch, capability, expected):
+def test_bf16_is_used_where_the_gpu_has_it(monkeypatch, capability, expected):
     """torch counts emulation unless told not to: here it works on every GPU."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

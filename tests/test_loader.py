@@ -187,7 +187,7 @@ def test_what_divides_comes_whole_each_epoch(waves: list[Array], tmp_path: Path,
         assert sorted(chain.from_iterable(rows(loader) for loader in loaders)) == list(range(20))
 
 
-def test_nobody_sits_out_for_long(source: Source) -> None:
+def test_no_segment_is_dropped_for_long(source: Source) -> None:
     loader = load(source, shuffle_buffer=8)  # of 23 each epoch leaves out 3
     assert set(chain.from_iterable(rows(loader) for _ in range(3))) == set(range(SEGMENTS))
 
@@ -252,7 +252,7 @@ def test_ranks_part_an_ordered_epoch(source: Source, ranks: int, batch_size: int
 
 @pytest.mark.parametrize("shuffle_buffer", [8, 0])
 @pytest.mark.parametrize("after", [0, 1, 3, 5, 6, 10, 11])  # batches; an epoch has 5, or 6 when ordered
-def test_a_restored_loader_goes_on_bit_for_bit(source: Source, shuffle_buffer: int, after: int) -> None:
+def test_a_restored_loader_continues_bit_for_bit(source: Source, shuffle_buffer: int, after: int) -> None:
     mode = "views" if shuffle_buffer else "clean"
     loader = load(source, mode, shuffle_buffer)
     endless = (batch for _ in iter(int, 1) for batch in loader)
@@ -333,7 +333,7 @@ def test_a_segment_too_short_for_a_view_is_one_clear_line(waves: list[Array], tm
          "the GPU or its driver is to blame: CUDA runtime API error cudaErrorIllegalAddress"),
     ],
 )  # fmt: skip
-def test_memory_and_the_gpu_are_not_taken_for_a_damaged_segment(
+def test_memory_and_the_gpu_are_not_mistaken_for_a_damaged_segment(
     source: Source, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = load(source, shuffle_buffer=8)
@@ -389,7 +389,7 @@ def test_batches_lie_on_the_device(source: Source) -> None:
 
 
 @pytest.mark.gpu
-def test_a_restored_loader_goes_on_on_the_device(source: Source) -> None:
+def test_a_restored_loader_continues_on_the_device(source: Source) -> None:
     loader = load(source, "views", 8, gpu=0)
     next(iter(loader))
     state = loader.state_dict()

@@ -175,7 +175,7 @@ def test_every_good_song_is_in_the_shards(hostile: Path) -> None:
         assert counts[row] == int(song.duration / 4) + (song.duration % 4 >= 2)
 
 
-def test_damaged_songs_are_kept_as_far_as_they_decode(hostile: Path) -> None:
+def test_damaged_songs_are_kept_up_to_where_they_decode(hostile: Path) -> None:
     songs = songs_by_path(hostile / "shards")
     for name, (note, least, most) in DAMAGED.items():
         assert note in songs.loc[name, "note"]
@@ -431,7 +431,7 @@ def test_killed_at_any_moment_the_shards_stay_whole(music: Path, pack: Pack) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_leaves_one_line_and_goes_on_later(music: Path, run_here: RunHere, number: int) -> None:
+def test_a_stopped_run_prints_one_line_and_continues_later(music: Path, run_here: RunHere, number: int) -> None:
     write_audio(music / "z, long.wav", np.tile(sound(7, 10.0, 8000), (100, 1)), 8000)  # decoded last
     shards = music.parent / "shards"
     with running(music, "--out", shards, "--workers", "1") as process:

@@ -222,7 +222,7 @@ def runs_out_above(monkeypatch: pytest.MonkeyPatch) -> Any:
     return limit
 
 
-def test_a_trial_step_walks_down_and_leaves_no_trace(shards, runs_out_above):
+def test_a_trial_step_tries_smaller_ones_and_changes_no_state(shards, runs_out_above):
     learner = Learner(config(), shards, HERE)
     before = {name: x.clone() for name, x in learner.encoder.state_dict().items()}
     runs_out_above(5)

@@ -107,7 +107,7 @@ def test_the_interval_is_of_the_paired_differences():
     assert "for 100 of 100 songs; 60 with the untrained encoder" in said
 
 
-def test_an_encoder_that_was_shown_the_tags_is_asked_for_other_songs_only():
+def test_an_encoder_that_learned_from_tags_is_scored_on_other_songs_only():
     songs = song_table(30)
     x = planted(np.arange(30) % 6)
     everyone = sentence(songs, {"embedding": x}, held_back_only=False)
@@ -118,7 +118,7 @@ def test_an_encoder_that_was_shown_the_tags_is_asked_for_other_songs_only():
     assert sentence(songs, {"embedding": x}, held_back_only=True) == ""
 
 
-def test_without_two_songs_of_one_artist_the_genre_is_taken_and_without_labels_nothing_is_said():
+def test_without_two_songs_of_one_artist_the_genre_is_used_and_without_labels_nothing_is_printed():
     x = at(0, 5, 180, 185)
     songs = table([["A"], ["B"], ["C"], []], genres=[["Rock"], ["rock"], ["Jazz"], ["Jazz"]])
     said = sentence(songs, {"embedding": x}, held_back_only=False)
@@ -129,7 +129,7 @@ def test_without_two_songs_of_one_artist_the_genre_is_taken_and_without_labels_n
 
 
 @pytest.mark.parametrize("kind", ["simsiam", "simple"])
-def test_a_training_ends_with_the_sentence_and_evaluate_says_the_same(kind, small_shards, tmp_path):
+def test_a_training_ends_with_the_sentence_and_evaluate_prints_the_same(kind, small_shards, tmp_path):
     tiny = {"encoder__embedding_dim": 24, "encoder__simple__base_channels": 4, "encoder__epochs": 1}
     tiny["train__closing_score"] = "true"
     done = run(command(tmp_path, small_shards, encoder__encoder_type=kind, mlflow__enabled="false", **tiny), tmp_path)

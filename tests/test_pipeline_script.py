@@ -166,7 +166,7 @@ def test_the_classifier_embeds_and_evaluates_the_newest_run_of_the_type(shell):
     )
 
 
-def test_recommend_takes_the_newest_embedded_run_of_the_type_or_the_table_it_is_given(shell):
+def test_recommend_uses_the_newest_embedded_run_of_the_type_or_the_given_table(shell):
     shell.make_run("one", "simsiam", 200, "embeddings.parquet")
     shell.make_run("two", "simple", 100, "embeddings.parquet")
     like = ["--like", "a song"]

@@ -53,7 +53,7 @@ def test_albums_that_share_a_song_are_one_group():
     assert len(set(group)) == 4
 
 
-def test_an_album_is_told_by_whose_it_is():
+def test_an_album_is_identified_by_its_title_and_its_owner():
     table = song_table(4, artists=4, albums=1)  # four artists, each with an "Album 0"
     assert len(set(splits.groups(table, "album"))) == 4
 
@@ -322,7 +322,7 @@ def test_the_largest_classes_are_kept():
         ("albums", [], "Not evaluated: 0 songs with an album, at least 10 are needed."),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_and_the_rest_is_there(column, value, said):
+def test_what_cannot_be_evaluated_is_reported_and_the_rest_is_there(column, value, said):
     table = song_table(30)
     table[column] = [value] * 30
     done = evaluation.evaluate(table, {"e": planted(np.arange(30) % 6)}, evaluation.Options(resamples=20))

@@ -97,7 +97,7 @@ def test_a_tar_cut_short_while_it_is_read_is_named(tmp_path):
 
 @pytest.mark.parametrize(("mode", "shuffle_buffer"), [("views", 8), ("clean", 0), ("raw", 8)])
 @pytest.mark.parametrize("kept", [0, 3000])  # DALI names the sample only where its header can be read
-def test_all_others_come_as_if_nothing_had_been(tmp_path, capsys, mode, shuffle_buffer, kept):
+def test_all_other_segments_are_unchanged(tmp_path, capsys, mode, shuffle_buffer, kept):
     shards = small_set(tmp_path)
     expected = samples(load(shards, mode, shuffle_buffer), 17)  # three turns and some
     damage(shards, 11, kept)
@@ -113,7 +113,7 @@ def test_all_others_come_as_if_nothing_had_been(tmp_path, capsys, mode, shuffle_
 
 
 @pytest.mark.gpu
-def test_all_others_come_as_if_nothing_had_been_on_the_device(tmp_path):
+def test_all_other_segments_are_unchanged_on_the_device(tmp_path):
     shards = small_set(tmp_path)
     expected = [batch.segment.tolist() for batch in islice(load(shards, gpu=0).endless(), 17)]
     damage(shards, 11)
@@ -145,7 +145,7 @@ def test_also_what_decodes_to_nothing_usable(tmp_path):
     assert ".row is damaged" in reasons[20]
 
 
-def test_a_state_knows_what_is_left_out(tmp_path):
+def test_a_state_holds_what_is_skipped(tmp_path):
     """Kept before the fault, and after it; the list itself may be lost."""
     shards = small_set(tmp_path)
     expected = samples(load(shards), 17)
@@ -163,7 +163,7 @@ def test_a_state_knows_what_is_left_out(tmp_path):
         assert samples(restored, 17 - stop) == without(expected[stop:], {11})
 
 
-def test_what_is_listed_is_left_out_from_the_start(tmp_path, monkeypatch):
+def test_what_is_listed_is_skipped_from_the_start(tmp_path, monkeypatch):
     shards = small_set(tmp_path)
     expected = samples(load(shards), 7)
     damage(shards, 11)
@@ -173,7 +173,7 @@ def test_what_is_listed_is_left_out_from_the_start(tmp_path, monkeypatch):
     assert len(listed(shards)) == 1
 
 
-def test_packed_again_nothing_is_left_out_and_the_old_list_stays(tmp_path):
+def test_packed_again_nothing_is_skipped_and_the_old_list_stays(tmp_path):
     shards = small_set(tmp_path)
     damage(shards, 11)
     samples(load(shards), 18)
@@ -223,7 +223,7 @@ def test_a_batch_of_one_cannot_be_learned_from(tmp_path):
         samples(load(shards, batch_size=2), 12)
 
 
-def test_a_fault_that_passes_leaves_nothing_out(tmp_path, monkeypatch):
+def test_a_fault_that_passes_skips_nothing(tmp_path, monkeypatch):
     """An error whose cause nobody finds, such as a network's, gets one more try, and no more."""
     shards = small_set(tmp_path)
     expected = samples(load(shards), 12)
@@ -273,7 +273,7 @@ def test_a_list_that_cannot_be_read_is_one_clear_line(tmp_path, line):
 
 
 @pytest.mark.faults
-def test_a_run_and_its_embedding_go_on_without_them(tmp_path, small_shards, capsys, monkeypatch):
+def test_a_run_and_its_embedding_continue_without_them(tmp_path, small_shards, capsys, monkeypatch):
     shards = open_shards(Path(shutil.copytree(small_shards, tmp_path / "shards")))
     bad = [0, shards.count("train") + 2]  # one to train on, one to validate
     for row in bad:

@@ -139,7 +139,7 @@ def test_on_gpus_tensors_of_the_cpu_are_exchanged_too(monkeypatch):
     assert dict(part.split(":") for part in backend.split(",")) == {"cpu": "gloo", "cuda": "nccl"}
 
 
-def test_two_processes_train_one_model_and_one_goes_on_with_it(tmp_path, small_shards):
+def test_two_processes_train_one_model_and_one_continues_it(tmp_path, small_shards):
     args = command(tmp_path, small_shards, encoder__batch_size=4, **{**SHARED, "encoder__epochs": 2})
     done = run(launched(2, args), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -229,7 +229,7 @@ def test_two_hosts_train_one_model(hosts, tmp_path, small_shards):
 
 
 @pytest.mark.faults
-def test_a_killed_rank_ends_all_with_one_error_and_any_number_goes_on(tmp_path, small_shards):
+def test_a_killed_rank_ends_all_with_one_error_and_any_number_continues(tmp_path, small_shards):
     """4 processes, one killed; 2, the one that writes killed; 1, killed; 2 to the end."""
     args = command(tmp_path, small_shards, encoder__batch_size=2, train__checkpoint_every=1, **SHARED)
     resume = [sys.executable, "-m", "simsiam_dali.train", "--resume", "--set", f"train.runs_dir={tmp_path}/runs"]

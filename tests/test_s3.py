@@ -93,7 +93,7 @@ def test_batches_and_states_are_those_of_the_same_shards_on_the_disk(small_shard
     assert not list(remote.root.glob("*.tar"))  # DALI reads them where they are
 
 
-def test_a_sample_damaged_there_is_left_out_and_listed_in_the_cache(bucket, small_shards):
+def test_a_sample_damaged_there_is_skipped_and_listed_in_the_cache(bucket, small_shards):
     name = "train-000000.tar"
     words = (small_shards / name).with_suffix(".idx").read_text().splitlines()[3].split()
     content = bytearray((small_shards / name).read_bytes())

@@ -334,7 +334,7 @@ def test_waveforms_of_any_length_give_one_embedding(samples: int) -> None:
     assert (model.embedding_dim, model.output_dim) == (24, 24)
 
 
-def test_frames_are_as_long_and_as_far_apart_as_said() -> None:
+def test_frames_are_as_long_and_as_far_apart_as_documented() -> None:
     model = encoder().eval()
     with torch.no_grad():
         for samples, frames in ((MIN_SAMPLES, 1), (MIN_SAMPLES + 8191, 1), (MIN_SAMPLES + 8192, 2)):

@@ -157,25 +157,25 @@ def test_channels_last_reaches_every_layer_and_changes_nothing() -> None:
     assert layouts == [True] * 3
 
 
-def test_a_missing_pretrained_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_pretrained_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file: .*nowhere\.pt"):
         small(pretrained_backbone=tmp_path / "nowhere.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"these are not weights", b"PK\x03\x04 cut short"])
-def test_a_file_of_something_else_is_said(tmp_path: Path, content: bytes) -> None:
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "weights.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"weights\.pt is not a state dict"):
         small(pretrained_backbone=tmp_path / "weights.pt")
 
 
-def test_a_whole_checkpoint_is_said(tmp_path: Path) -> None:
+def test_a_whole_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {"conv1.weight": torch.zeros(1)}, "epoch": 3}, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="holds more than a state dict"):
         small(pretrained_backbone=tmp_path / "checkpoint.pt")
 
 
-def test_missing_unknown_and_misshapen_weights_are_said(weights: Path, tmp_path: Path) -> None:
+def test_missing_unknown_and_misshapen_weights_are_reported(weights: Path, tmp_path: Path) -> None:
     state = torch.load(weights, weights_only=True)
     missing = {name: value for name, value in state.items() if name != "layer1.0.bn1.running_var"}
     unknown = state | {"layer4.2.conv1.weight": torch.zeros(1)}
@@ -193,7 +193,7 @@ def test_weights_without_batch_counters_load(weights: Path, tmp_path: Path) -> N
     assert torch.equal(small(pretrained_backbone=tmp_path / "old.pt").backbone.bn1.weight, state["bn1.weight"])
 
 
-def test_a_failed_download_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_download_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_network(*_args: object, **_kwargs: object) -> None:
         raise URLError("Name or service\nnot known")
 

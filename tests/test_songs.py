@@ -107,7 +107,7 @@ def test_a_stream_that_changes_its_rate_keeps_its_length(tmp_path: Path) -> None
     assert (audio.source_rate, audio.channels) == (44100, 2)
 
 
-def test_what_ffmpeg_cannot_go_on_with_is_kept_so_far_and_told(tmp_path: Path) -> None:
+def test_where_ffmpeg_cannot_continue_the_song_is_kept_so_far_and_reported(tmp_path: Path) -> None:
     decoded, audio = decode(chained(tmp_path, ".ogg"), 16000)
     assert len(decoded) == 32000
     assert "cannot be read beyond 2.0 s" in audio.note
@@ -127,7 +127,7 @@ def test_libsndfile_decodes_what_ffmpeg_refuses(tmp_path: Path) -> None:
         assert getattr(by_libsndfile, name) == getattr(by_ffmpeg, name)
 
 
-def test_libsndfile_gets_no_say_where_it_decodes_no_more(tmp_path: Path) -> None:
+def test_libsndfile_is_not_used_where_it_decodes_no_more(tmp_path: Path) -> None:
     """A lost page: soundfile on its own repeats audio there, so that the length comes out right."""
     path = write_audio(tmp_path / "a.ogg", sound(1, 8.0, 44100, 2), 44100)
     content = path.read_bytes()
@@ -142,7 +142,7 @@ def test_libsndfile_gets_no_say_where_it_decodes_no_more(tmp_path: Path) -> None
     assert audio.note == by_ffmpeg.note == f"truncated: {audio.seconds:.1f} of 8.0 s"
 
 
-def test_the_longer_of_two_decodings_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longer_of_two_decodings_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_audio(tmp_path / "a.flac", sound(1, 8.0))
     expected, _ = decode(path)
     whole = FFmpegAudio._decoded
@@ -176,12 +176,12 @@ def test_a_disk_that_fails_is_not_the_end_of_the_file(tmp_path: Path, monkeypatc
     assert caught.value.transient
 
 
-def test_samples_beyond_full_scale_are_told(tmp_path: Path) -> None:
+def test_samples_beyond_full_scale_are_reported(tmp_path: Path) -> None:
     _, audio = decode(write_audio(tmp_path / "a.wav", 20 * sound(1, 1.0), subtype="FLOAT"))
     assert audio.note.startswith("clipped")
 
 
-def test_what_is_no_audio_is_told_apart_from_broken_audio(tmp_path: Path) -> None:
+def test_what_is_no_audio_is_distinguished_from_broken_audio(tmp_path: Path) -> None:
     for name in ("a.mp3", "a.data"):
         (tmp_path / name).write_text("this is no music\n" * 500)
     with pytest.raises(NoAudio):
@@ -249,7 +249,7 @@ def test_encoding_clips() -> None:
     assert np.frombuffer(content[-10:], "<i2").tolist() == [-32767, -32767, 0, 32767, 32767]
 
 
-def test_finding_ends_and_sorts_out(tmp_path: Path) -> None:
+def test_finding_ends_and_sorts_out_other_files(tmp_path: Path) -> None:
     music = tmp_path / "music"
     for name in ("b/2.MP3", "a/1.flac", "z.unknown", "cover.jpg", "list.m3u", ".hidden.mp3", ".trash/3.mp3"):
         (music / name).parent.mkdir(parents=True, exist_ok=True)

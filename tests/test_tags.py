@@ -111,7 +111,7 @@ def test_odd_values_are_made_fit_for_a_table(tmp_path: Path) -> None:
     assert len(tags.albums[0]) == MAX_CHARACTERS
 
 
-def test_broken_tags_are_none_and_told(tmp_path: Path) -> None:
+def test_broken_tags_are_empty_and_reported(tmp_path: Path) -> None:
     path = tagged(tmp_path / "a.flac", title=["t"])
     path.write_bytes(path.read_bytes()[:50])
     tags = read_tags(path)
@@ -267,7 +267,7 @@ def test_hostile_tags_and_names_break_neither_a_table_nor_a_terminal(tmp_path: P
         text.encode()
 
 
-def test_tags_that_take_too_long_are_none_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tags_that_take_too_long_are_empty_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list of short texts, which mutagen takes apart in quadratic time."""
     path = tagged(tmp_path / "a.mp3", TPE1(encoding=0, text=["a"] * 200_000))
     monkeypatch.setattr("simsiam_dali.packing.tags.PARSE_SECONDS", 0.05)

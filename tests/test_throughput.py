@@ -145,7 +145,7 @@ def test_what_a_stage_decodes_is_counted_where_it_is_decoded(tiny: Config, kind:
     assert summary([window], 1.0)["decoded_over_given"] == 1
 
 
-def test_a_stage_that_decodes_more_than_it_gives_says_so() -> None:
+def test_a_stage_that_decodes_more_than_it_returns_is_reported() -> None:
     windows = [Window([0] * 100, 1.0, None, 1, 1, 0, 0, decoded) for decoded in (100, 110)]
     assert summary(windows, 1.0)["decoded_over_given"] == 1.05
     assert "decoded_over_given" not in summary([Window([0], 1.0, None, 1, 1, 0, 0)], 1.0)
@@ -199,7 +199,7 @@ def test_generated_songs_are_songs_of_their_own(tmp_path: Path, monkeypatch: pyt
     assert open_shards(again).fingerprint == shards.fingerprint
 
 
-def test_too_few_segments_are_said_in_one_line(small_shards: Path, capsys: Any) -> None:
+def test_too_few_segments_are_reported_in_one_line(small_shards: Path, capsys: Any) -> None:
     throughput.Bench(throughput.build_parser().parse_args(["--device", "cpu", "--shards", str(small_shards)]))
     (line,) = capsys.readouterr().err.splitlines()
     count = open_shards(small_shards).count("train")

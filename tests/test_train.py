@@ -313,7 +313,7 @@ def test_refused_a_run_that_exists_and_settings_a_resume_cannot_change(whole, tm
     assert "neither a checkpoint" in done.stderr
 
 
-def test_help_tells_defaults():
+def test_help_shows_defaults():
     done = subprocess.run([sys.executable, "-m", "simsiam_dali.train", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     for word in ("--encoder-type", "--resume", "--set a.b=c", "default 128", "encoder.epochs"):

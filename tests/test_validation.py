@@ -65,7 +65,7 @@ def test_validation_takes_at_most_a_tenth_of_the_passes_and_no_less_often_than_t
     assert every == 1 or scored > 0.1 * (every - 1) * trained
 
 
-def test_a_number_is_taken_as_it_is():
+def test_a_number_is_kept_as_it_is():
     assert epochs_between(config(train__validate_every=3), Counts(10, 1000)) == 3
 
 
@@ -148,7 +148,7 @@ def test_threads_are_tried_one_graph_at_a_time(small_shards, graphs_at_release, 
     assert graphs_at_release == [(1, 0), (2, 0), (3, 0)]
 
 
-def test_the_encoder_trains_on_as_before(small_shards):
+def test_the_encoder_is_in_training_mode_again_afterwards(small_shards):
     checked = opened(small_shards)
     checked.learner.encoder.train()
     state = {name: x.clone() for name, x in checked.learner.encoder.state_dict().items()}
