@@ -106,7 +106,7 @@ class Loader:
         self.decoded = 0  # segments that the graph decoded for all batches so far, of any epoch
         self.step = 0  # batches of this epoch already yielded
         self._batches_since_snapshot, self._snapshot_time = 0, 0.0
-        self._build(None)
+        self.begin(seed)
 
     def __len__(self) -> int:
         return self.steps
