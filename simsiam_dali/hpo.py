@@ -14,6 +14,7 @@ import sys
 
 from optuna.trial import TrialState
 
+import simsiam_dali.data.dali  # noqa: F401 - a missing DALI is reported here, and not by each trial
 from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.signals import Interrupt

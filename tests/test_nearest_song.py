@@ -186,6 +186,7 @@ def test_an_interrupted_closing_score_leaves_a_complete_run(small_runs, tmp_path
 import signal
 from simsiam_dali import train
 from simsiam_dali.embedding import closing_score
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 closing_score.closing_score = lambda *_: signal.raise_signal(signal.SIGINT)
 train.main()
 """

@@ -38,11 +38,15 @@ def refuse_failed_write(path: Path, advice: str = "") -> Iterator[None]:
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into `folder`: all are written beside it first, so that a failure leaves what was there."""
+    """Write files into `folder`: all are written beside it first, so that a failure leaves what was there.
+
+    The last one marks them as one set: it goes before the others are replaced, and comes after them.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
         for name, content in files.items():
             (Path(part) / name).write_bytes(content)
         folder.mkdir(exist_ok=True)
+        (folder / list(files)[-1]).unlink(missing_ok=True)
         for name in files:
             (Path(part) / name).replace(folder / name)
