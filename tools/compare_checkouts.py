@@ -126,10 +126,14 @@ def use(checkout: Checkout, music: Path) -> None:
         shutil.copytree(checkout.folder / f"runs/{encoder}-killed", checkout.folder / f"runs/{encoder}-resumed")
         resume(checkout, f"{encoder}-resumed")
         table = f"tables/{encoder}/embeddings.parquet"
-        baselines = ("--baselines", f"tables/{encoder}/baselines")
-        checkout.run("-m", "simsiam_dali.embed", "--checkpoint", f"runs/{encoder}", "--out", table, *baselines)
+        # An older checkout calls its baselines floors.
+        name = "baselines" if '"--baselines"' in (checkout.root / "simsiam_dali/embed.py").read_text() else "floors"
+        baselines = checkout.folder / f"tables/{encoder}" / name
+        embed = ("-m", "simsiam_dali.embed", "--checkpoint", f"runs/{encoder}", "--out", table)
+        checkout.run(*embed, f"--{name}", baselines)
         options = ("--resamples", 20, "--no-maps", "--no-mlflow")
         checkout.run("-m", "simsiam_dali.evaluate", "--embeddings", table, "--out", f"evaluation/{encoder}", *options)
+        baselines.rename(baselines.with_name("baselines"))
 
 
 def resume(checkout: Checkout, name: str) -> None:
@@ -242,7 +246,6 @@ def compare(before: Path, after: Path) -> Iterator[str]:
                 yield f"{name}: only before"
         print(f"compared the tables {', '.join(tables)}")
         texts = [(folder / "evaluation" / encoder / "metrics.json").read_text() for folder in (before, after)]
-        # An older checkout calls its baselines floors.
         a, b = (json.loads(text.replace('"floors": {', '"baselines": {')) for text in texts)
         a, b = (without(metrics, *ABOUT_THE_CALL, *IN_WORDS) for metrics in (a, b))
         yield from differences_of(a, b, f"{encoder}'s metrics.json")
