@@ -139,7 +139,7 @@ def test_the_demo_convinces(tmp_path):
     assert int(found[1]) > 96
     assert int(found[2]) > 0
     assert int(found[3]) > 0
-    assert len(re.findall(r"^ +\d+ +0\.\d{3}  .* - ", end, re.MULTILINE)) == demo.NEIGHBOURS
+    assert len(re.findall(r"^\d+ +0\.\d{3} +.* - ", end, re.MULTILINE)) == demo.NEIGHBOURS
     paths = dict(re.findall(r"^(report|map|playlist|log) +(\S+)$", end, re.MULTILINE))
     assert len(paths) == 4
     assert all(Path(path).stat().st_size for path in paths.values())

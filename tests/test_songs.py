@@ -285,3 +285,12 @@ def test_the_pyav_that_may_be_installed_has_what_opens_a_song() -> None:
     assert Requirement(line).specifier.contains(av.__version__)
     assert not Requirement(line).specifier.contains("19.0.0")
     assert Requirement(line).specifier.contains("18.1.0")
+
+
+def test_a_rate_that_no_recording_has_is_refused(tmp_path):
+    """A damaged header: libswresample's filter from 50 MHz to 16 kHz does not fit in memory."""
+    header = bytearray(write_audio(tmp_path / "a.wav", sound(1, 0.5)).read_bytes())
+    header[24:28] = (50_353_698).to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(header)
+    with pytest.raises(BadSong, match="sample rate of 50353698 Hz"):
+        decoding.decode(tmp_path / "a.wav", 16000, lambda song: list(song.blocks()))

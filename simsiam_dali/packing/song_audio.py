@@ -19,6 +19,8 @@ from simsiam_dali.packing.segments import Pcm, to_int16
 BLOCK = 1 << 16  # source samples handled at once
 SHORT = 0.25
 """Seconds by which a decoded length may differ from another: codecs pad to whole frames."""
+MAX_RATE = 3_000_000
+"""Hz: DSD512 decodes to 2.8 MHz. Of more, as in a damaged header, libswresample's filter does not fit in memory."""
 # FFmpeg's default resampler (filter_size=32) passes aliases at -12 dB and loses 3 dB at 7.5 kHz. With
 # these, from 44.1 and 48 kHz to 16 kHz, the passband is flat to 7.5 kHz and aliases stay below -90 dB.
 RESAMPLER = "filter_size=192:cutoff=0.96"
@@ -90,11 +92,13 @@ class SongAudio(ABC):
     def blocks(self) -> Iterator[Pcm]:
         """Mono float32 blocks at `sample_rate`, down to the last packet that decodes.
 
-        Channels are averaged. Damaged packets are skipped and counted. Raises `BadSong` for a file that cannot
-        be read, or that holds NaN or infinite samples; `NotDecodable` for one that this decoder does not open;
-        `NoAudio` for one that is no audio file.
+        Channels are averaged. Damaged packets are skipped and counted. Raises `BadSong` for a file that cannot be read,
+        that holds NaN or infinite samples, or a rate above `MAX_RATE`; `NotDecodable` for one that this decoder does
+        not open; `NoAudio` for one that is no audio file.
         """
         for rate, part in itertools.groupby(self._decoded(), key=lambda block: block[1]):  # several in a chained stream
+            if rate > MAX_RATE:
+                raise BadSong(f"has a sample rate of {rate} Hz in its header")
             self.sample_rate = self.sample_rate or rate
             yield from resample((self._measured(pcm, rate) for pcm, _ in part), rate, self.sample_rate)
 

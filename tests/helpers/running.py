@@ -128,7 +128,7 @@ def wait_for_step(process: fork_server.Process | subprocess.Popen[str], run_pare
             if any(f'"step": {step}, "loss"' in line for line in path.read_text().splitlines()):
                 return
         time.sleep(0.01)
-    raise AssertionError(f"never came to step {step}: {process.communicate()[1][-2000:]}")
+    raise AssertionError(f"never came to step {step} (status {process.poll()}): {process.communicate()}")
 
 
 def refusal(args: list[str], folder: Path, **environment: str) -> str:
