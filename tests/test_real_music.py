@@ -13,6 +13,7 @@ from helpers import fork_server
 from helpers.running import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
+import equal_time
 import experiments
 import halves
 import map as song_map
@@ -179,6 +180,64 @@ def test_the_experiments_page_holds_the_newest_results():
     assert experiments.page_with_tables() == experiments.PAGE.read_text()
     newest = json.loads(max(experiments.RESULTS.glob("experiments-*.json")).read_text())
     assert newest["rows"].keys() <= {*experiments.ROWS, experiments.PROJECTION, experiments.UNTRAINED}
+
+
+def row_of(scores: np.ndarray) -> dict[str, equal_time.Scores]:
+    """`(seeds, songs)` as the document has them; the songs of half b come from the training on a."""
+    songs = dict(zip(halves.HALVES, np.array_split(np.arange(scores.shape[1]), 2), strict=True))
+    return {
+        str(seed): {half: dict.fromkeys(equal_time.METRICS, own[songs[half]].tolist()) for half in halves.HALVES}
+        for seed, own in enumerate(scores)
+    }
+
+
+def test_epochs_are_as_many_as_the_recipe_s_time_allows():
+    assert equal_time.epochs_of({equal_time.BASE: 1.0, "slow": 2.0, "fast": 0.5, "endless": 500.0}, 80) == {
+        equal_time.BASE: 80, "slow": 40, "fast": 160, "endless": 1,
+    }  # fmt: skip
+
+
+def test_the_interval_covers_another_draw_of_seeds_and_songs():
+    """True mean 0, with an effect of each seed and of each song: about 95 of 100 intervals hold it, with 5 seeds fewer.
+
+    A bootstrap over the songs alone would miss the seeds' part.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [0.1 * rng.standard_normal((5, 1)) + 0.3 * rng.standard_normal((1, 60)) for _ in range(200)]
+    held = [low <= 0 <= high for low, high in map(equal_time.interval, drawn)]
+    assert 0.80 <= np.mean(held) <= 1.0
+    assert equal_time.interval(np.full((5, 60), 0.25)) == pytest.approx((0.25, 0.25))
+
+
+def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up():
+    rng = np.random.default_rng(0)
+    base = rng.random((3, 40))
+    found = equal_time.difference(row_of(base + 0.1), row_of(base), "soundtrack/map")
+    assert found == pytest.approx(np.full((3, 40), 0.1))
+    one_seed_more = equal_time.difference(row_of(rng.random((4, 40))), row_of(base), "soundtrack/map")
+    assert one_seed_more.shape == (3, 40)  # of the seeds that both have
+    assert not equal_time.is_given_up(row_of(base + 0.1), row_of(base))
+    assert equal_time.is_given_up(row_of(base - 0.1), row_of(base))
+    assert not equal_time.is_given_up(row_of(base[:1] - 0.1), row_of(base[:1]))  # one seed decides nothing
+    half = {seed: {"a": own["a"]} for seed, own in row_of(base).items()}
+    assert equal_time.difference(half, row_of(base), "soundtrack/map") is None
+
+
+@pytest.mark.parametrize("row", equal_time.CANDIDATES)
+def test_each_candidate_changes_the_recipe(row):
+    def config(name: str) -> Config:
+        job = equal_time.trainings(name, 5, 0)[0]
+        return load_config(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
+
+    assert (config(row) == config(equal_time.BASE)) == (row == equal_time.BASE)
+
+
+def test_what_is_chosen_and_what_is_reported_share_no_soundtrack():
+    script = (ROOT / "benchmarks/real_music/fetch.sh").read_text()
+    chosen, reported = (script.partition(f"\n{name}=(")[2].partition(")")[0].split() for name in ("packages", "report"))
+    assert len(chosen) == 11
+    assert len(reported) == 17
+    assert not {*chosen} & {*reported}
 
 
 def test_the_peer_begins_as_simsiam_does_and_has_its_loss():

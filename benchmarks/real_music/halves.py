@@ -37,10 +37,14 @@ def python(words: Sequence[object], log: Path | None = None, threads: int | None
         )
 
 
-def prepare(folder: Path, music: Path) -> None:
-    """Fetch the music into `music` and pack `folder/a` and `folder/b`, whatever of it is not there yet."""
+def prepare(folder: Path, music: Path, report: bool = False) -> None:
+    """Fetch the music into `music` and pack `folder/a` and `folder/b`, whatever of it is not there yet.
+
+    report: of the soundtracks on which recipes are reported, instead of those on which they are chosen.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if subprocess.run(["bash", ROOT / "benchmarks/real_music/fetch.sh", music]).returncode:
+    options = ["--report"] if report else []
+    if subprocess.run(["bash", ROOT / "benchmarks/real_music/fetch.sh", music, *options]).returncode:
         raise UserError(f"not all of the music could be fetched into {music} (see above)")
     everything = folder / "all"
     if not (everything / "manifest.json").exists():

@@ -1,0 +1,213 @@
+"""Which change of the recipe learns more in the same time? python benchmarks/real_music/equal_time.py --json FILE
+
+Each candidate is trained for as long as the recipe of configs/real_music_*.yaml is (its 80 epochs), not for as many
+epochs: first the seconds of an epoch are measured, of all candidates in turn (waiting for data counts), and a
+candidate that takes twice as long gets half the epochs. Five seeds, each from both halves; scores as in run.py. The
+intervals of the differences from the recipe are of a bootstrap over seeds and songs, both drawn anew each time, since
+another seed moves a score about as much as another song does. A candidate is given up as soon as its interval of
+mAP@10 lies below 0.
+
+Candidates are compared on one set of soundtracks (`--part choose`, fetch.sh), and only the chosen ones are scored on
+another, which no choice has seen (`--part report --rows ROW`, fetch.sh --report). FILE holds the scores of every song
+after every training: the same command continues where it was stopped, on another machine too.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import halves
+import numpy as np
+import run
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import machine
+
+from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.files import atomic_write
+from simsiam_dali.config.load import load_config
+
+BASE = "the recipe"
+METRICS = ("soundtrack/knn", "soundtrack/map")
+TIMED_EPOCHS = 4
+"""Epochs by which a candidate's speed is measured; the first, in which everything is built, does not count."""
+RESAMPLES = 4000
+MIN_SEEDS = 2
+"""Seeds after which a candidate may be given up: of one seed there is nothing to resample."""
+
+NOISE = {"encoder.simsiam.augmentation.noise_prob": 0.3}
+SHORT = {"data.view_seconds": 2.5, "encoder.simsiam.augmentation.time_mask_param": 7}
+NO_SHIFT = {"encoder.simsiam.augmentation.time_shift_prob": 0}
+CANDIDATES: dict[str, dict[str, Any]] = {
+    BASE: {},
+    "with noise": NOISE,
+    "views of 2.5 s": SHORT,
+    "no time shift": NO_SHIFT,
+    "no frequency mask": {"encoder.simsiam.augmentation.frequency_mask_prob": 0},
+    "weight decay 1e-4": {"encoder.simsiam.weight_decay": 1e-4},
+    "projector of 3 layers": {"encoder.simsiam.projection_layers": 3},
+    "noise, 2.5 s, no shift": NOISE | SHORT | NO_SHIFT,
+}
+"""What a row of the table is called, and its settings over the recipe's."""
+
+
+def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
+    """Each candidate's epochs in the time of `base_epochs` of the recipe's. cost: of an epoch, the recipe's being 1."""
+    return {row: max(1, round(base_epochs / own)) for row, own in cost.items()}
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean of `(seeds, songs)` differences: seeds and songs are drawn anew, each as often as it is.
+
+    A song's differences stay together in a resample, and so do a seed's: both are what another experiment would have
+    other ones of (a two-way bootstrap: Owen 2007, doi:10.1214/07-AOAS122).
+    """
+    rng = np.random.default_rng(0)
+    seeds, songs = differences.shape
+    seed_weight = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    song_weight = rng.multinomial(songs, np.full(songs, 1 / songs), RESAMPLES) / songs
+    means = ((seed_weight @ differences) * song_weight).sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+Scores = dict[str, dict[str, list[float]]]
+"""Of one training seed: the half learned from -> metric -> the score of each song of the other half."""
+
+
+def by_seed(row: Mapping[str, Scores], metric: str) -> dict[str, np.ndarray]:
+    """Seed -> each song's score, for the seeds that have been trained from both halves."""
+    whole = {seed: halves_of for seed, halves_of in row.items() if len(halves_of) == len(halves.HALVES)}
+    return {seed: np.concatenate([own[half][metric] for half in halves.HALVES]) for seed, own in whole.items()}
+
+
+def difference(row: Mapping[str, Scores], base: Mapping[str, Scores], metric: str) -> np.ndarray | None:
+    """`(seeds, songs)`: the row's scores minus the recipe's, of the seeds that both have; None without any."""
+    own, other = by_seed(row, metric), by_seed(base, metric)
+    common = [seed for seed in own if seed in other]
+    return np.stack([own[seed] - other[seed] for seed in common]) if common else None
+
+
+def is_given_up(row: Mapping[str, Scores], base: Mapping[str, Scores]) -> bool:
+    """Whether the interval of mAP@10's difference lies below 0."""
+    found = difference(row, base, "soundtrack/map")
+    return found is not None and len(found) >= MIN_SEEDS and interval(found)[1] < 0
+
+
+def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
+    """A candidate's trainings by one seed, one from each half."""
+    settings = {"encoder.epochs": epochs, **CANDIDATES[row]}
+    return [halves.Job(row, "simsiam", half, seed, settings, {row: ()}) for half in halves.HALVES]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What trains. shards: the folder of the halves, as `halves.prepare` packs them."""
+
+    shards: Path
+    config: Path
+    device: torch.device
+    side_by_side: int
+
+    def train(self, wanted: Sequence[halves.Job], folder: Path) -> None:
+        """Train, and embed the other half, whatever is not in `folder` yet."""
+        halves.run_all(wanted, self.shards, folder, self.config, self.device, self.side_by_side)
+
+    def costs(self, rows: Sequence[str]) -> dict[str, float]:
+        """Seconds of an epoch of each candidate over the recipe's, which is timed in the same sitting.
+
+        Medians, from a short training on each half, as many side by side as later.
+        """
+        with TemporaryDirectory(dir=self.shards) as name:
+            seconds = {row: self._epoch_seconds(row, Path(name)) for row in (BASE, *rows)}
+        return {row: seconds[row] / seconds[BASE] for row in rows}
+
+    def _epoch_seconds(self, row: str, folder: Path) -> float:
+        timed = trainings(row, TIMED_EPOCHS, 0)
+        self.train(timed, folder)
+        seconds: list[float] = []
+        for job in timed:
+            journal = folder / "runs" / f"{halves.slug(job.name)}-{job.trained_on}-0" / "metrics.jsonl"
+            records = map(json.loads, journal.read_text().splitlines())
+            hours = [record["training_time_hours"] for record in records if record.get("epoch")]
+            seconds += [3600 * (after - before) for before, after in itertools.pairwise(hours)]
+        return statistics.median(seconds)
+
+
+def add_scores(doc: dict[str, Any], done: Sequence[halves.Job], folder: Path) -> None:
+    """Put the scores of trainings into the document."""
+    for job in done:
+        found = run.of_each_song(job.table(folder, job.name))
+        own = doc["scores"].setdefault(job.name, {}).setdefault(str(job.seed), {})
+        own[job.trained_on] = {metric: found[metric].round(4).tolist() for metric in METRICS}
+
+
+def write(doc: Mapping[str, Any], path: Path) -> None:
+    """Write the document, whole or not at all."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(doc) + "\n")
+
+
+def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
+    """The Markdown table."""
+    yield "| | epochs | seeds | 5-NN | difference | mAP@10 | difference |"
+    yield "|---|---|---|---|---|---|---|"
+    for row, own in doc["scores"].items():
+        cells = [str(doc["epochs"][row]), str(len(by_seed(own, METRICS[0])))]
+        for metric in METRICS:
+            values = list(by_seed(own, metric).values())
+            cells.append(f"{np.mean(values):.3f}" if values else "")
+            gap = None if row == BASE else difference(own, doc["scores"][BASE], metric)
+            cells.append("" if gap is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(gap.mean(), *interval(gap)))
+        yield f"| {row} | {' | '.join(cells)} |"
+
+
+@one_line_errors
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run.add_common(parser)
+    add = parser.add_argument
+    add("--part", choices=["choose", "report"], default="choose", help="soundtracks to compare on (default: choose)")
+    add("--seeds", type=int, default=5, metavar="N", help="trainings of each candidate on each half (default: 5)")
+    add("--rows", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="ROW",
+        help=f"candidates, beside {BASE} (default: all): {', '.join(CANDIDATES)}")  # fmt: skip
+    args = parser.parse_args()
+    if not args.json:
+        raise UserError("--json FILE is needed: the scores of finished trainings are kept there")
+    device, config, side_by_side = run.common(args)
+    work = args.work.resolve() / args.part
+    halves.prepare(work, (args.music or work / "music").resolve(), report=args.part == "report")
+    setup, folder = Setup(work, config, device, side_by_side), work / "equal-time"
+    doc = json.loads(args.json.read_text()) if args.json.exists() else {"cost": {BASE: 1.0}, "scores": {}}
+    doc["environment"] = machine.environment(device)
+    rows = list(dict.fromkeys([BASE, *args.rows]))
+    if untimed := [row for row in rows if row not in doc["cost"]]:
+        doc["cost"] |= setup.costs(untimed)
+        write(doc, args.json)
+    doc["epochs"] = epochs_of(doc["cost"], load_config(config).encoder.epochs)
+
+    for seed in range(args.seeds):
+        for row in rows:
+            known = doc["scores"].get(row, {})
+            if row != BASE and is_given_up(known, doc["scores"][BASE]):
+                continue
+            done = known.get(str(seed), {})
+            wanted = [job for job in trainings(row, doc["epochs"][row], seed) if job.trained_on not in done]
+            if wanted:
+                setup.train(wanted, folder)
+                add_scores(doc, wanted, folder)
+                write(doc, args.json)
+    print("\n".join(table_lines(doc)))
+
+
+if __name__ == "__main__":
+    main()
