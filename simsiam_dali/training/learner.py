@@ -48,7 +48,7 @@ class Learner:
         encoder = kind.create(pretrained)
         if config.train.sync_bn and world.size > 1:
             if world.device.type == "cpu":
-                raise UserError("train.sync_bn: torch computes batch norm over all processes on GPUs only")
+                raise UserError("train.sync_bn works on GPUs only: leave it off on CPUs")
             encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         if config.train.activation_checkpointing:
             recompute_blocks(encoder)
