@@ -65,16 +65,20 @@ def test_simple_learns_which_songs_are_by_one_artist(tmp_path, small_shards):
     assert trained > untrained + 0.1
 
 
-def test_simple_killed_and_resumed_is_as_if_never_stopped(simple, tmp_path, small_shards):
-    process = start(command(tmp_path, small_shards, train__checkpoint_every=2, **SIMPLE), tmp_path)
-    wait_for_step(process, tmp_path / "runs", max(losses(simple)) // 2)
+@pytest.mark.parametrize("own", [SIMPLE, {"encoder__encoder_type": "joint"}], ids=["simple", "joint"])
+def test_killed_and_resumed_is_as_if_never_stopped(own, tmp_path, small_shards):
+    whole = train(tmp_path / "whole", small_shards, **own)
+    process = start(
+        command(tmp_path, small_shards, train__checkpoint_every=2, mlflow__enabled="false", **own), tmp_path
+    )
+    wait_for_step(process, tmp_path / "runs", max(losses(whole)) // 2)
     process.kill()
     process.communicate()
     (run_dir,) = (tmp_path / "runs").iterdir()
     done = run([sys.executable, "-m", "simsiam_dali.train", "--resume", str(run_dir)], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(run_dir) == losses(simple)
-    ours, theirs = (checkpoint.load(d / checkpoint.FILE_NAME)["learner"]["encoder"] for d in (run_dir, simple))
+    assert losses(run_dir) == losses(whole)
+    ours, theirs = (checkpoint.load(d / checkpoint.FILE_NAME)["learner"]["encoder"] for d in (run_dir, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -89,7 +93,7 @@ def test_one_switch_and_its_source_is_printed(tmp_path, small_shards):
 def test_the_environment_chooses_and_an_unknown_type_is_refused_with_the_known_ones(tmp_path, small_shards):
     line = refusal(command(tmp_path, small_shards), tmp_path, ENCODER_TYPE="simpel")
     assert "'simpel'" in line
-    assert "simple, simsiam" in line
+    assert "joint, simple, simsiam" in line
 
 
 def test_the_same_shards_and_songs_for_both_types(small_shards):

@@ -109,11 +109,11 @@ def test_a_learning_rate_that_another_setting_overrules_is_refused(tmp_path):
         Space(make_config(tmp_path, encoder__learning_rate=0.1))
 
 
-@pytest.mark.parametrize("encoder_type", ["simsiam", "simple"])
-def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type):
+@pytest.mark.parametrize(("encoder_type", "section"), [("simsiam",) * 2, ("simple",) * 2, ("joint", "simsiam")])
+def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type, section):
     space = Space(load_config(assignments=[f"encoder.encoder_type={encoder_type}"]))
-    assert f"encoder.{encoder_type}.learning_rate" in space.dimensions
-    assert f"encoder.{encoder_type}.weight_decay" in space.dimensions
+    assert f"encoder.{section}.learning_rate" in space.dimensions
+    assert f"encoder.{section}.weight_decay" in space.dimensions
 
 
 @pytest.mark.parametrize("metric", ["encoder/val_loss", "encoder/train_loss"])

@@ -55,6 +55,16 @@ class SpaceConfig(Section):
         },
         description="the same",
     )
+    joint: Space = Field(
+        {
+            "encoder.simsiam.learning_rate": {"low": 0.01, "high": 1.0, "log": True},
+            "encoder.simsiam.weight_decay": {"low": 1e-5, "high": 1e-3, "log": True},
+            "encoder.joint.tag_weight": {"low": 0.05, "high": 5.0, "log": True},
+            "encoder.joint.rating_weight": {"low": 0.05, "high": 5.0, "log": True},
+            "encoder.joint.contrastive_temperature": {"low": 0.05, "high": 1.0, "log": True},
+        },
+        description="the same",
+    )
 
 
 class HpoConfig(Section):

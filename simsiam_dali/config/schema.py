@@ -109,16 +109,9 @@ class SimSiamConfig(OptimizerConfig):
     augmentation: AugmentationConfig = AugmentationConfig()
 
 
-class SimpleConfig(OptimizerConfig):
-    """The baseline: a 1-D CNN on the waveform, which learns from tags."""
+class TagPairsConfig(Section):
+    """Which segments are a positive pair of the contrastive loss, by their songs' tags."""
 
-    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="rule of the update")
-    learning_rate: float = Field(
-        0.001, gt=0, description="adamw: as it is; sgd: for 256 segments a step, scaled by batch / 256"
-    )
-    weight_decay: float = Field(1e-4, ge=0, description="L2 for sgd, decoupled for adamw")
-    base_channels: int = Field(32, ge=1, description="channels of the first layer; each block doubles them")
-    loss_type: Literal["metadata_contrastive"] = Field("metadata_contrastive", description="what it learns from")
     use_artist: bool = Field(True, description="segments by one artist are a positive pair")
     use_album: bool = Field(True, description="segments of one album are a positive pair")
     use_year: bool = Field(True, description="segments of years close together are a positive pair")
@@ -132,10 +125,30 @@ class SimpleConfig(OptimizerConfig):
         return self
 
 
+class SimpleConfig(TagPairsConfig, OptimizerConfig):
+    """The baseline: a 1-D CNN on the waveform, which learns from tags."""
+
+    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="rule of the update")
+    learning_rate: float = Field(
+        0.001, gt=0, description="adamw: as it is; sgd: for 256 segments a step, scaled by batch / 256"
+    )
+    weight_decay: float = Field(1e-4, ge=0, description="L2 for sgd, decoupled for adamw")
+    base_channels: int = Field(32, ge=1, description="channels of the first layer; each block doubles them")
+    loss_type: Literal["metadata_contrastive"] = Field("metadata_contrastive", description="what it learns from")
+
+
+class JointConfig(TagPairsConfig):
+    """SimSiam and the tags and ratings as further teachers; everything else is read from encoder.simsiam."""
+
+    tag_weight: float = Field(0.5, ge=0, description="of the contrastive loss by tags; SimSiam's has 1")
+    rating_weight: float = Field(0.5, ge=0, description="of the squared error of the songs' ratings (0 to 1)")
+    contrastive_temperature: float = Field(0.1, gt=0, description="temperature of the softmax over similarities")
+
+
 class EncoderConfig(Section):
     """Which encoder, and the settings every encoder shares."""
 
-    encoder_type: str = Field("simsiam", description="the A/B switch: simsiam or simple")
+    encoder_type: str = Field("simsiam", description="the A/B switch: simsiam, simple or joint")
     embedding_dim: int = Field(2048, ge=1, description="width of simple's embedding; simsiam's is its backbone's")
     epochs: int = Field(100, ge=1, description="passes over the training segments")
     final_training_epochs: int = Field(50, ge=1, description="the same for the best settings that hpo has found")
@@ -145,6 +158,7 @@ class EncoderConfig(Section):
     )
     simple: SimpleConfig = SimpleConfig()
     simsiam: SimSiamConfig = SimSiamConfig()
+    joint: JointConfig = JointConfig()
 
 
 class TrainConfig(Section):

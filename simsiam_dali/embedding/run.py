@@ -49,8 +49,8 @@ def read_run(run: str, option: str = "--checkpoint", embedding: str | None = Non
     path = checkpoint.find(run, TrainConfig().runs_dir, option)
     saved = checkpoint.load(path, option)
     config = load_config(base=saved["config"])
-    if embedding and config.encoder.encoder_type != "simsiam":
-        raise UserError(f"--embedding is for simsiam: an encoder of type {config.encoder.encoder_type} has one output")
+    if embedding and embedding not in encoder_type(config).outputs:
+        raise UserError(f"--embedding: an encoder of type {config.encoder.encoder_type} has one output")
     return TrainedRun(
         path=path,
         sha256=sha256_of(path),

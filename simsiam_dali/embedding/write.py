@@ -30,6 +30,7 @@ from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.embedding.features import CHECKPOINT, Features
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import Embeddings, read_provenance, write_embeddings
+from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import create_loader, view_seconds
 from simsiam_dali.training.throughput import StepClock
 
@@ -243,7 +244,7 @@ def table_provenance(name: str, rows: str, run: TrainedRun, music: str, fingerpr
     """`Embeddings.provenance` of a table of the features `name`, with one row per "songs" or "segments"."""
     config, output = run.config, name
     if name in (CHECKPOINT, "untrained"):
-        output = config.encoder.simsiam.embedding if config.encoder.encoder_type == "simsiam" else "embedding"
+        output = config.encoder.simsiam.embedding if "backbone" in encoder_type(config).outputs else "embedding"
     return {
         "features": name,
         "rows": rows,

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from simsiam_dali.common.names import album_keys, artist_keys, name_key
 from simsiam_dali.evaluation import knn, probes
 from simsiam_dali.evaluation.folds import SPLITS, folds, groups
+from simsiam_dali.evaluation.hubness import Hubness, hubness
 from simsiam_dali.evaluation.metrics import METRICS, Arrays, Score, score, verdict
 
 TARGETS = ("rating", "artist", "album", "genre")
@@ -62,10 +63,14 @@ class Figure:
 
 @dataclass
 class Evaluation:
-    """`notes`: for each target, which songs were left out, and what could not be evaluated and why."""
+    """`notes`: for each target, which songs were left out, and what could not be evaluated and why.
+
+    `hubness`: of the embedding, and of each baseline that has vectors.
+    """
 
     figures: list[Figure] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    hubness: dict[str, Hubness] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ def evaluate(table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Op
             else:
                 planned += plan(split, group[split], options, notes)
         done.notes[target] = list(dict.fromkeys(notes))
+    if len(table) > RETRIEVED:  # among fewer, everybody is everybody's neighbour
+        done.hubness = {name: hubness(x, group["song"], RETRIEVED) for name, x in vectors.items()}
     threads = 1 if max(x.size for x in vectors.values()) < ONE_THREAD else None
     bar = tqdm(planned, unit="probe", leave=False)
     for probe in bar:

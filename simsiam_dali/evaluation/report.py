@@ -10,7 +10,7 @@ import jinja2
 
 from simsiam_dali.common.table import table_lines
 from simsiam_dali.evaluation.metrics import METRICS, Score
-from simsiam_dali.evaluation.plan import GUESS, MIN_SONGS, MIN_UNSEEN, Evaluation, Options
+from simsiam_dali.evaluation.plan import GUESS, MIN_SONGS, MIN_UNSEEN, RETRIEVED, Evaluation, Options
 
 NAMES = {
     "ridge": "linear (ridge)",
@@ -64,6 +64,7 @@ def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Opti
     ]  # fmt: skip
     classifier = {name: None if math.isnan(v) else v for name, v in classifier_metrics(evaluation).items()}
     everything = {"classifier": classifier, "figures": figures, "statements": evaluation.notes}
+    everything["hubness"] = {name: vars(own) for name, own in evaluation.hubness.items()}
     everything |= {"options": vars(options), "provenance": provenance}
     return json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
 
@@ -84,6 +85,9 @@ def terminal_table(evaluation: Evaluation) -> Iterator[str]:
     for target, notes in evaluation.notes.items():
         for note in notes:
             yield f"{target}: {note}"
+    if evaluation.hubness:
+        ours, *others = (f"{own.never:.0%} ({name})" for name, own in evaluation.hubness.items())
+        yield f"songs that are never among another song's {RETRIEVED} nearest: {', '.join([ours, *others])}"
 
 
 TEMPLATES = jinja2.Environment(
@@ -117,6 +121,7 @@ def page(
         metrics=METRICS,
         min_songs=MIN_SONGS,
         min_unseen=MIN_UNSEEN,
+        retrieved=RETRIEVED,
         pictures={title: base64.b64encode(png).decode() for title, png in pictures.items()},
         map_html=map_html,
     )

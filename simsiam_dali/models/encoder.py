@@ -60,6 +60,11 @@ class EncoderType(ABC):
     learns_from_tags: ClassVar[bool] = False
     """Whether it learns from artists or albums: then only songs not trained on can show what it has learned."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("embedding",)
+    """What `embed` can return; with several, `settings.embedding` is one of them."""
+    sections: ClassVar[tuple[str, ...]] = ()
+    """The sections of `encoder.` in the config that it reads."""
+
     settings: OptimizerConfig
     """The type's section of the config."""
     variant: str

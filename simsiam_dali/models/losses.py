@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam_dali.config.schema import SimpleConfig
+from simsiam_dali.config.schema import TagPairsConfig
 
 UNKNOWN = -1  # an id or a year that is not known, and the padding of a row's ids
 
@@ -24,6 +24,16 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
 
 
+def rating_loss(predicted: Tensor, rating: Tensor) -> Tensor:
+    """Mean squared error of ratings `(B,)`, any float dtype, to a float32 scalar. NaN is unrated, and counts nothing.
+
+    Exactly 0 where nothing is rated.
+    """
+    rated = ~rating.isnan()
+    error = (predicted.float() - rating.nan_to_num()).square() * rated
+    return error.sum() / rated.sum().clamp(min=1)
+
+
 class MetadataContrastiveLoss(nn.Module):
     """Multi-positive InfoNCE: songs that share an artist, an album or a time attract, all others of the batch repel.
 
@@ -31,7 +41,7 @@ class MetadataContrastiveLoss(nn.Module):
     metadata in place of one class label: a row may have several artists and albums, and matching is not transitive.
     """
 
-    def __init__(self, settings: SimpleConfig) -> None:
+    def __init__(self, settings: TagPairsConfig) -> None:
         super().__init__()
         self.settings = settings
 

@@ -14,7 +14,7 @@ Each layer's output, for base_channels C, and one frame's hop and receptive fiel
     head           embedding_dim, linear
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ class SimpleType(EncoderType):
     min_samples = MIN_SAMPLES
     is_contrastive = True
     learns_from_tags = True
+    sections: ClassVar[tuple[str, ...]] = ("simple",)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

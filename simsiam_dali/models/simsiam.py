@@ -7,7 +7,7 @@ The encoder f is a ResNet and a projector, h is the predictor (section 3 and fig
 The loss and its stop-gradient are in `losses.simsiam_loss`.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,15 @@ class SimSiam(Encoder):
     def __init__(self, settings: SimSiamConfig, pretrained: bool = True) -> None:
         super().__init__()
         self.settings = settings
-        self.backbone, backbone_dim = create_backbone(
+        self.backbone, self.backbone_dim = create_backbone(
             settings.backbone, pretrained and settings.pretrained_backbone, settings.backbone_width, settings.pooling
         )
-        self.projector = create_projector(backbone_dim, settings.projection_dim, settings.projection_layers)
+        self.projector = create_projector(self.backbone_dim, settings.projection_dim, settings.projection_layers)
         self.predictor = create_predictor(settings.projection_dim, settings.predictor_hidden_dim)
         self.output_dim = settings.projection_dim
-        self.embedding_dim = backbone_dim if settings.embedding == "backbone" else settings.projection_dim
+        self.embedding_dim = self.backbone_dim if settings.embedding == "backbone" else settings.projection_dim
 
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
         """Two views `(B, n_mels, T)`, normalised log-mel, to p1, p2, z1, z2, each `(B, projection_dim)`.
 
         The views pass one after the other, never concatenated, so that each has batch-norm statistics of its
@@ -96,6 +96,8 @@ class SimSiamType(EncoderType):
     batches = "views"
     embeds = "clean"
     warn_of_collapse = True
+    outputs = ("backbone", "projection")
+    sections: ClassVar[tuple[str, ...]] = ("simsiam",)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -19,6 +19,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config, setting_fields
 from simsiam_dali.config.section import Section
+from simsiam_dali.models.registry import encoder_type
 
 NOT_SEARCHED = {
     "encoder.encoder_type": "each type has a study of its own",
@@ -120,7 +121,7 @@ def _why_not_searched(key: str, config: Config) -> str | None:
         return "cannot be searched: only settings of data. and encoder. change what the encoder learns"
     if key in NOT_SEARCHED:
         return f"cannot be searched: {NOT_SEARCHED[key]}"
-    if section == "encoder" and leaf and owner != config.encoder.encoder_type:
+    if section == "encoder" and leaf and owner not in encoder_type(config).sections:
         return f"has no effect, since encoder.encoder_type is {config.encoder.encoder_type}"
     if section == "encoder" and leaf == "learning_rate" and config.encoder.learning_rate is not None:
         return "cannot be searched: encoder.learning_rate is set and overrides it; set encoder.learning_rate to null"
