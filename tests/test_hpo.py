@@ -20,6 +20,7 @@ from simsiam_dali import hpo
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
+from simsiam_dali.models.registry import ENCODERS
 from simsiam_dali.search import report, trials
 from simsiam_dali.search.report import StudyRun
 from simsiam_dali.search.space import Space
@@ -109,8 +110,9 @@ def test_a_learning_rate_that_another_setting_overrules_is_refused(tmp_path):
         Space(make_config(tmp_path, encoder__learning_rate=0.1))
 
 
-@pytest.mark.parametrize(("encoder_type", "section"), [("simsiam",) * 2, ("simple",) * 2, ("joint", "simsiam")])
-def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type, section):
+@pytest.mark.parametrize("encoder_type", list(ENCODERS))
+def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type):
+    section = ENCODERS[encoder_type].sections[0]
     space = Space(load_config(assignments=[f"encoder.encoder_type={encoder_type}"]))
     assert f"encoder.{section}.learning_rate" in space.dimensions
     assert f"encoder.{section}.weight_decay" in space.dimensions

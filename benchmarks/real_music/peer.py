@@ -30,7 +30,7 @@ from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.embedding.features import encoder_features
 from simsiam_dali.embedding.write import CleanViews, embedding_config, write_table
 from simsiam_dali.models.encoder import Encoder
-from simsiam_dali.models.simsiam import create_backbone
+from simsiam_dali.models.resnet import create_backbone
 from simsiam_dali.training.data import create_loader, log_mel_settings, with_threads
 
 

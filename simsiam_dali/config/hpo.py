@@ -65,6 +65,14 @@ class SpaceConfig(Section):
         },
         description="the same",
     )
+    contrastive: Space = Field(
+        {
+            "encoder.simsiam.learning_rate": {"low": 0.01, "high": 1.0, "log": True},
+            "encoder.simsiam.weight_decay": {"low": 1e-5, "high": 1e-3, "log": True},
+            "encoder.contrastive.temperature": {"low": 0.05, "high": 1.0, "log": True},
+        },
+        description="the same",
+    )
 
 
 class HpoConfig(Section):

@@ -137,6 +137,12 @@ class SimpleConfig(TagPairsConfig, OptimizerConfig):
     loss_type: Literal["metadata_contrastive"] = Field("metadata_contrastive", description="what it learns from")
 
 
+class ContrastiveConfig(Section):
+    """A contrastive loss on SimSiam's views (SimCLR); everything else is read from encoder.simsiam."""
+
+    temperature: float = Field(0.2, gt=0, description="temperature of the softmax over similarities")
+
+
 class JointConfig(TagPairsConfig):
     """SimSiam and the tags and ratings as further teachers; everything else is read from encoder.simsiam."""
 
@@ -148,7 +154,7 @@ class JointConfig(TagPairsConfig):
 class EncoderConfig(Section):
     """Which encoder, and the settings every encoder shares."""
 
-    encoder_type: str = Field("simsiam", description="the A/B switch: simsiam, simple or joint")
+    encoder_type: str = Field("simsiam", description="the A/B switch: simsiam, simple, joint or contrastive")
     embedding_dim: int = Field(2048, ge=1, description="width of simple's embedding; simsiam's is its backbone's")
     epochs: int = Field(100, ge=1, description="passes over the training segments")
     final_training_epochs: int = Field(50, ge=1, description="the same for the best settings that hpo has found")
@@ -159,6 +165,7 @@ class EncoderConfig(Section):
     simple: SimpleConfig = SimpleConfig()
     simsiam: SimSiamConfig = SimSiamConfig()
     joint: JointConfig = JointConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
 
 
 class TrainConfig(Section):

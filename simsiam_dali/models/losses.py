@@ -24,6 +24,20 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
 
 
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """SimCLR's loss: each projection is to be nearer to the other view's than to all others of the batch.
+
+    Projections `(B, D)` of the two views, any float dtype, to a float32 scalar, also under autocast (arXiv:2002.05709,
+    equation 1 and algorithm 1): the mean cross-entropy of the 2 B rows over the cosines with the 2 B - 1 others.
+    """
+    with torch.autocast(z1.device.type, enabled=False):
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        logits = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
+        other_view = torch.arange(len(z), device=z.device).roll(len(z1))
+        return F.cross_entropy(logits, other_view)
+
+
 def rating_loss(predicted: Tensor, rating: Tensor) -> Tensor:
     """Mean squared error of ratings `(B,)`, any float dtype, to a float32 scalar. NaN is unrated, and counts nothing.
 

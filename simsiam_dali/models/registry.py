@@ -2,12 +2,18 @@
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
+from simsiam_dali.models.contrastive import ContrastiveType
 from simsiam_dali.models.encoder import EncoderType
 from simsiam_dali.models.joint import JointType
 from simsiam_dali.models.simple import SimpleType
 from simsiam_dali.models.simsiam import SimSiamType
 
-ENCODERS: dict[str, type[EncoderType]] = {"simsiam": SimSiamType, "simple": SimpleType, "joint": JointType}
+ENCODERS: dict[str, type[EncoderType]] = {
+    "simsiam": SimSiamType,
+    "simple": SimpleType,
+    "joint": JointType,
+    "contrastive": ContrastiveType,
+}
 
 
 def encoder_type(config: Config) -> EncoderType:

@@ -14,28 +14,17 @@ from torch import Tensor, nn
 
 from simsiam_dali.config.schema import Config, SimSiamConfig
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, Scored
+from simsiam_dali.models.encoder import EncoderType, LossFn, Scored
 from simsiam_dali.models.losses import simsiam_loss
-from simsiam_dali.models.resnet import create_backbone
+from simsiam_dali.models.projected import Projected
 
 
-class SimSiam(Encoder):
-    """ResNet backbone, projector and predictor.
-
-    pretrained: False where the weights will come from a checkpoint. Raises `UserError` when the weights that
-    `settings.pretrained_backbone` names cannot be had or do not fit.
-    """
+class SimSiam(Projected):
+    """ResNet backbone, projector and predictor; arguments as of `Projected`."""
 
     def __init__(self, settings: SimSiamConfig, pretrained: bool = True) -> None:
-        super().__init__()
-        self.settings = settings
-        self.backbone, self.backbone_dim = create_backbone(
-            settings.backbone, pretrained and settings.pretrained_backbone, settings.backbone_width, settings.pooling
-        )
-        self.projector = create_projector(self.backbone_dim, settings.projection_dim, settings.projection_layers)
+        super().__init__(settings, pretrained)
         self.predictor = create_predictor(settings.projection_dim, settings.predictor_hidden_dim)
-        self.output_dim = settings.projection_dim
-        self.embedding_dim = self.backbone_dim if settings.embedding == "backbone" else settings.projection_dim
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
         """Two views `(B, n_mels, T)`, normalised log-mel, to p1, p2, z1, z2, each `(B, projection_dim)`.
@@ -47,15 +36,6 @@ class SimSiam(Encoder):
         z2 = self.projector(self.features(view2))
         return self.predictor(z1), self.predictor(z2), z1, z2
 
-    def features(self, view: Tensor) -> Tensor:
-        """One view `(B, n_mels, T)` to the backbone's pooled output `(B, D)`."""
-        return self.backbone(view.unsqueeze(1))
-
-    def embed(self, view: Tensor) -> Tensor:
-        """One view `(B, n_mels, T)` to its embedding `(B, embedding_dim)`, not normalised."""
-        features = self.features(view)
-        return features if self.settings.embedding == "backbone" else self.projector(features)
-
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; `fix_lr` marks the predictor, whose learning rate is then not decayed.
 
@@ -66,18 +46,6 @@ class SimSiam(Encoder):
             {"params": encoder, "fix_lr": False},
             {"params": list(self.predictor.parameters()), "fix_lr": self.settings.fix_predictor_lr},
         ]
-
-
-def create_projector(in_dim: int, dim: int, layers: int) -> nn.Sequential:
-    """Two or three layers of width `dim`; no ReLU after the last and no affine in its batch norm."""
-    hidden: list[nn.Module] = []
-    for width in [in_dim, dim][: layers - 1]:
-        hidden += [nn.Linear(width, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True)]
-    return nn.Sequential(
-        *hidden,
-        nn.Linear(dim, dim, bias=False),  # output layer
-        nn.BatchNorm1d(dim, affine=False),
-    )
 
 
 def create_predictor(dim: int, hidden_dim: int) -> nn.Sequential:

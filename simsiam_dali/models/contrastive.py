@@ -1,0 +1,55 @@
+"""A contrastive peer of SimSiam: Chen et al., "A Simple Framework for Contrastive Learning", arXiv:2002.05709 (SimCLR).
+
+Backbone, projector, views and optimizer are SimSiam's. There is no predictor, and the batch's other segments repel.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from simsiam_dali.config.schema import Config
+from simsiam_dali.data.shards import ShardSet
+from simsiam_dali.models.encoder import EncoderType, LossFn, Scored
+from simsiam_dali.models.losses import nt_xent
+from simsiam_dali.models.projected import Projected
+
+
+class Contrastive(Projected):
+    """ResNet backbone and projector."""
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        """Two views `(B, n_mels, T)`, normalised log-mel, to their projections `(B, projection_dim)`."""
+        return self.projector(self.features(view1)), self.projector(self.features(view2))
+
+
+class ContrastiveType(EncoderType):
+    """`encoder_type: contrastive`: two augmented views, no labels."""
+
+    batches = "views"
+    embeds = "clean"
+    outputs = ("backbone", "projection")
+    sections: ClassVar[tuple[str, ...]] = ("simsiam", "contrastive")
+    is_contrastive = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.settings = config.encoder.simsiam
+        self.variant = self.settings.backbone
+        pretrained = str(bool(self.settings.pretrained_backbone)).lower()
+        self.tags = {"loss_type": "nt_xent", "backbone": self.settings.backbone, "pretrained": pretrained}
+
+    def create(self, pretrained: bool = True) -> Contrastive:
+        """See the base class."""
+        return Contrastive(self.config.encoder.simsiam, pretrained)
+
+    def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:  # noqa: ARG002  (no labels)
+        """See the base class."""
+        has_loss = torch.ones((), dtype=torch.bool, device=device)
+        temperature = self.config.encoder.contrastive.temperature
+
+        def score(outputs: Any, segment: Tensor) -> Scored:  # noqa: ARG001
+            z1, z2 = outputs
+            return Scored(nt_xent(z1, z2, temperature), has_loss, z1)
+
+        return score
