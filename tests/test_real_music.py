@@ -225,11 +225,12 @@ def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up():
 
 @pytest.mark.parametrize("row", equal_time.CANDIDATES)
 def test_each_candidate_changes_the_recipe(row):
-    def config(name: str) -> Config:
+    def trained(name: str) -> tuple[Config, str, int]:
         job = equal_time.trainings(name, 5, 0)[0]
-        return load_config(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
+        config = load_config(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
+        return config, job.kind, job.segment_seconds
 
-    assert (config(row) == config(equal_time.BASE)) == (row == equal_time.BASE)
+    assert (trained(row) == trained(equal_time.BASE)) == (row == equal_time.BASE)
 
 
 def test_what_is_chosen_and_what_is_reported_share_no_soundtrack():

@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +35,7 @@ from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.files import atomic_write
 from simsiam_dali.config.load import load_config
 
-BASE = "the recipe"
+BASE, PEER = "the recipe", "SimSiam of lightly's parts"
 METRICS = ("soundtrack/knn", "soundtrack/map")
 TIMED_EPOCHS = 4
 """Epochs by which a candidate's speed is measured; the first, in which everything is built, does not count."""
@@ -43,20 +43,38 @@ RESAMPLES = 4000
 MIN_SEEDS = 2
 """Seeds after which a candidate may be given up: of one seed there is nothing to resample."""
 
+
+@dataclass(frozen=True)
+class Candidate:
+    """kind: an encoder type, or lightly. settings: over the recipe's. segment_seconds: of the shards."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "simsiam"
+    segment_seconds: int = halves.SEGMENT_SECONDS
+
+
 NOISE = {"encoder.simsiam.augmentation.noise_prob": 0.3}
 SHORT = {"data.view_seconds": 2.5, "encoder.simsiam.augmentation.time_mask_param": 7}
 NO_SHIFT = {"encoder.simsiam.augmentation.time_shift_prob": 0}
-CANDIDATES: dict[str, dict[str, Any]] = {
-    BASE: {},
-    "with noise": NOISE,
-    "views of 2.5 s": SHORT,
-    "no time shift": NO_SHIFT,
-    "no frequency mask": {"encoder.simsiam.augmentation.frequency_mask_prob": 0},
-    "weight decay 1e-4": {"encoder.simsiam.weight_decay": 1e-4},
-    "projector of 3 layers": {"encoder.simsiam.projection_layers": 3},
-    "noise, 2.5 s, no shift": NOISE | SHORT | NO_SHIFT,
+CANDIDATES = {
+    BASE: Candidate(),
+    "segments of 60 s": Candidate(segment_seconds=60),
+    "contrastive": Candidate(kind="contrastive"),
+    "contrastive, segments of 60 s": Candidate(kind="contrastive", segment_seconds=60),
+    "joint": Candidate(kind="joint"),
+    "joint, segments of 60 s": Candidate(kind="joint", segment_seconds=60),
+    "with noise": Candidate(NOISE),
+    "views of 2.5 s": Candidate(SHORT),
+    "no time shift": Candidate(NO_SHIFT),
+    "no frequency mask": Candidate({"encoder.simsiam.augmentation.frequency_mask_prob": 0}),
+    "weight decay 1e-4": Candidate({"encoder.simsiam.weight_decay": 1e-4}),
+    "projector of 3 layers": Candidate({"encoder.simsiam.projection_layers": 3}),
+    "noise, 2.5 s, no shift": Candidate(NOISE | SHORT | NO_SHIFT),
+    "simple (from tags)": Candidate(kind="simple"),
+    PEER: Candidate(kind="lightly"),
 }
-"""What a row of the table is called, and its settings over the recipe's."""
+"""What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
+the segment, the farther apart."""
 
 
 def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
@@ -104,8 +122,9 @@ def is_given_up(row: Mapping[str, Scores], base: Mapping[str, Scores]) -> bool:
 
 def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
     """A candidate's trainings by one seed, one from each half."""
-    settings = {"encoder.epochs": epochs, **CANDIDATES[row]}
-    return [halves.Job(row, "simsiam", half, seed, settings, {row: ()}) for half in halves.HALVES]
+    own = CANDIDATES[row]
+    settings = {"encoder.epochs": epochs, **own.settings}
+    return [halves.Job(row, own.kind, half, seed, settings, {row: ()}, own.segment_seconds) for half in halves.HALVES]
 
 
 @dataclass(frozen=True)
@@ -126,9 +145,11 @@ class Setup:
 
         Medians, from a short training on each half, as many side by side as later.
         """
+        timed = [row for row in rows if row != PEER]
         with TemporaryDirectory(dir=self.shards) as name:
-            seconds = {row: self._epoch_seconds(row, Path(name)) for row in (BASE, *rows)}
-        return {row: seconds[row] / seconds[BASE] for row in rows}
+            seconds = {row: self._epoch_seconds(row, Path(name)) for row in (BASE, *timed)}
+        # The peer keeps no journal: it is given the recipe's steps.
+        return {row: seconds[row] / seconds[BASE] if row in seconds else 1.0 for row in rows}
 
     def _epoch_seconds(self, row: str, folder: Path) -> float:
         timed = trainings(row, TIMED_EPOCHS, 0)
@@ -148,6 +169,7 @@ def add_scores(doc: dict[str, Any], done: Sequence[halves.Job], folder: Path) ->
         found = run.of_each_song(job.table(folder, job.name))
         own = doc["scores"].setdefault(job.name, {}).setdefault(str(job.seed), {})
         own[job.trained_on] = {metric: found[metric].round(4).tolist() for metric in METRICS}
+        doc.setdefault("untagged", {})[job.trained_on] = np.flatnonzero(found["soundtrack/untagged"]).tolist()
 
 
 def write(doc: Mapping[str, Any], path: Path) -> None:
@@ -156,16 +178,24 @@ def write(doc: Mapping[str, Any], path: Path) -> None:
         part.write_text(json.dumps(doc) + "\n")
 
 
+def untagged_songs(doc: Mapping[str, Any]) -> np.ndarray:
+    """Columns of `by_seed`'s scores that are of songs with neither artist nor album."""
+    (first, *_) = (own for seeds in doc["scores"].values() for own in seeds.values() if "a" in own)
+    return np.concatenate([doc["untagged"]["a"], np.add(doc["untagged"]["b"], len(first["a"][METRICS[0]]))]).astype(int)
+
+
 def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     """The Markdown table."""
-    yield "| | epochs | seeds | 5-NN | difference | mAP@10 | difference |"
-    yield "|---|---|---|---|---|---|---|"
-    for row, own in doc["scores"].items():
+    scored = {row: own for row, own in doc["scores"].items() if by_seed(own, METRICS[0])}
+    untagged = untagged_songs(doc)
+    yield f"| | epochs | seeds | 5-NN | | mAP@10 | | mAP@10 of {len(untagged)} untagged songs | |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row, own in scored.items():
         cells = [str(doc["epochs"][row]), str(len(by_seed(own, METRICS[0])))]
-        for metric in METRICS:
-            values = list(by_seed(own, metric).values())
-            cells.append(f"{np.mean(values):.3f}" if values else "")
+        for metric, columns in ((METRICS[0], slice(None)), (METRICS[1], slice(None)), (METRICS[1], untagged)):
+            cells.append(f"{np.mean([each[columns] for each in by_seed(own, metric).values()]):.3f}")
             gap = None if row == BASE else difference(own, doc["scores"][BASE], metric)
+            gap = None if gap is None else gap[:, columns]
             cells.append("" if gap is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(gap.mean(), *interval(gap)))
         yield f"| {row} | {' | '.join(cells)} |"
 
@@ -178,6 +208,7 @@ def main() -> None:
     add = parser.add_argument
     add("--part", choices=["choose", "report"], default="choose", help="soundtracks to compare on (default: choose)")
     add("--seeds", type=int, default=5, metavar="N", help="trainings of each candidate on each half (default: 5)")
+    add("--epochs", type=int, metavar="N", help="of the recipe, whose time all get (default: as configured)")
     add("--rows", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="ROW",
         help=f"candidates, beside {BASE} (default: all): {', '.join(CANDIDATES)}")  # fmt: skip
     args = parser.parse_args()
@@ -185,15 +216,19 @@ def main() -> None:
         raise UserError("--json FILE is needed: the scores of finished trainings are kept there")
     device, config, side_by_side = run.common(args)
     work = args.work.resolve() / args.part
-    halves.prepare(work, (args.music or work / "music").resolve(), report=args.part == "report")
+    rows = list(dict.fromkeys([BASE, *args.rows]))
+    lengths = {CANDIDATES[row].segment_seconds for row in rows}
+    halves.prepare(work, (args.music or work / "music").resolve(), args.part == "report", lengths)
     setup, folder = Setup(work, config, device, side_by_side), work / "equal-time"
     doc = json.loads(args.json.read_text()) if args.json.exists() else {"cost": {BASE: 1.0}, "scores": {}}
     doc["environment"] = machine.environment(device)
-    rows = list(dict.fromkeys([BASE, *args.rows]))
     if untimed := [row for row in rows if row not in doc["cost"]]:
         doc["cost"] |= setup.costs(untimed)
         write(doc, args.json)
-    doc["epochs"] = epochs_of(doc["cost"], load_config(config).encoder.epochs)
+    base_epochs = args.epochs or load_config(config).encoder.epochs
+    if doc.setdefault("base_epochs", base_epochs) != base_epochs:
+        raise UserError(f"{args.json} is of {doc['base_epochs']} epochs of the recipe: choose another file")
+    doc["epochs"] = epochs_of(doc["cost"], base_epochs)
 
     for seed in range(args.seeds):
         for row in rows:

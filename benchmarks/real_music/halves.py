@@ -1,11 +1,12 @@
 """Real music in two halves, and what is trained on one of them embedding the other."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from simsiam_dali.data.shards import open_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 HALVES = ("a", "b")
-PACKING = ("--segment-seconds", "20", "--min-seconds", "10", "--val-fraction", "0", "--codec", "wav")
+SEGMENT_SECONDS = 20
+"""How songs are cut where a job does not say otherwise."""
+PACKING = ("--min-seconds", "10", "--val-fraction", "0", "--codec", "wav")
 """Below ten seconds lie the games' sound effects. WAV, since a core that trains has better to do than decode FLAC."""
 
 
@@ -37,10 +40,11 @@ def python(words: Sequence[object], log: Path | None = None, threads: int | None
         )
 
 
-def prepare(folder: Path, music: Path, report: bool = False) -> None:
-    """Fetch the music into `music` and pack `folder/a` and `folder/b`, whatever of it is not there yet.
+def prepare(folder: Path, music: Path, report: bool = False, lengths: Collection[int] = (SEGMENT_SECONDS,)) -> None:
+    """Fetch the music into `music` and pack both halves below `folder`, whatever of it is not there yet.
 
-    report: of the soundtracks on which recipes are reported, instead of those on which they are chosen.
+    report: of the soundtracks on which recipes are reported, instead of those on which they are chosen. lengths: of
+    segments, s; each has a pair of halves.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--report"] if report else []
@@ -48,10 +52,10 @@ def prepare(folder: Path, music: Path, report: bool = False) -> None:
         raise UserError(f"not all of the music could be fetched into {music} (see above)")
     everything = folder / "all"
     if not (everything / "manifest.json").exists():
-        python(["tools/make_shards.py", music, "--out", everything, *PACKING])
+        pack(music, everything, SEGMENT_SECONDS)
     halves = split(open_shards(everything).songs["path"])
-    for half in HALVES:
-        shards = folder / half
+    for half, seconds in itertools.product(HALVES, lengths):
+        shards = shards_of(folder, half, seconds)
         if (shards / "manifest.json").exists():
             continue
         songs = folder / f"{half}-songs"
@@ -62,7 +66,17 @@ def prepare(folder: Path, music: Path, report: bool = False) -> None:
                 os.link(music / path, songs / path) if same_disk(music, folder) else shutil.copy(
                     music / path, songs / path
                 )
-        python(["tools/make_shards.py", songs, "--out", shards, *PACKING])
+        pack(songs, shards, seconds)
+
+
+def pack(music: Path, shards: Path, segment_seconds: int) -> None:
+    """Pack all songs of a folder, to train on."""
+    python(["tools/make_shards.py", music, "--out", shards, "--segment-seconds", segment_seconds, *PACKING])
+
+
+def shards_of(folder: Path, half: str, segment_seconds: int) -> Path:
+    """Where a half's shards lie."""
+    return folder / (half if segment_seconds == SEGMENT_SECONDS else f"{half}-{segment_seconds}s")
 
 
 def same_disk(one: Path, other: Path) -> bool:
@@ -89,8 +103,9 @@ def split(paths: Iterable[str]) -> dict[str, str]:
 class Job:
     """A training on one half, and the tables it makes of the other.
 
-    kind: simsiam, simple or lightly. settings: dotted key to value, over the config file. tables: the row of the result
-    that a table is for, to its options of `simsiam_dali.embed`; lightly makes one table.
+    kind: an encoder type, or lightly. settings: dotted key to value, over the config file. tables: the row of the
+    result that a table is for, to its options of `simsiam_dali.embed`; lightly makes one table. segment_seconds: of the
+    shards, to learn from and to embed.
     """
 
     name: str
@@ -99,6 +114,7 @@ class Job:
     seed: int
     settings: dict[str, object]
     tables: dict[str, tuple[str, ...]]
+    segment_seconds: int = SEGMENT_SECONDS
 
     def table(self, folder: Path, row: str) -> Path:
         """Where a table lies."""
@@ -127,10 +143,12 @@ def run(job: Job, shards: Path, folder: Path, config: Path, device: torch.device
     for directory in ("logs", "tables", "runs"):
         (folder / directory).mkdir(parents=True, exist_ok=True)
     sets = [word for key, value in job.settings.items() for word in ("--set", f"{key}={value}")]
-    source = ["--config", config, "--shards", shards / job.trained_on, "--seed", job.seed]
+    learned_from = shards_of(shards, job.trained_on, job.segment_seconds)
+    to_embed = shards_of(shards, other(job.trained_on), job.segment_seconds)
+    source = ["--config", config, "--shards", learned_from, "--seed", job.seed]
     if job.kind == "lightly":
         (row,) = wanted
-        words = ["--embed", shards / other(job.trained_on), "--out", job.table(folder, row), *sets]
+        words = ["--embed", to_embed, "--out", job.table(folder, row), *sets]
         python(["benchmarks/real_music/peer.py", *source, *words], log, threads)
         return
     training = folder / "runs" / name
@@ -140,7 +158,7 @@ def run(job: Job, shards: Path, folder: Path, config: Path, device: torch.device
         words = ["--encoder-type", job.kind, "--run-name", name, "--set", f"train.runs_dir={folder / 'runs'}", *sets]
         python(["-m", "simsiam_dali.train", *source, *words], log, threads)
     for row, options in wanted.items():
-        words = ["--checkpoint", training, "--shards", shards / other(job.trained_on), "--device", device.type]
+        words = ["--checkpoint", training, "--shards", to_embed, "--device", device.type]
         if device.type == "cuda":
             words[-1] = "gpu"
         python(["-m", "simsiam_dali.embed", *words, "--out", job.table(folder, row), *options], log, threads)

@@ -70,11 +70,16 @@ def plan(seeds: int) -> Iterator[halves.Job]:
 
 
 def of_each_song(table: Path) -> dict[str, np.ndarray]:
-    """`soundtrack/knn`, `soundtrack/map`, and so for artist: the score of each song that can be scored, in order."""
+    """`soundtrack/knn`, `soundtrack/map`, and so for artist: the score of each song that can be scored, in order.
+
+    `soundtrack/untagged`: whether it has neither artist nor album.
+    """
     songs = read_song_embeddings(table)
     rows = songs.table.assign(albums=[[halves.soundtrack(path)] for path in songs.table["path"]])
     names = {name: i for i, name in enumerate(dict.fromkeys(own for (own,) in rows["albums"]))}
     labels = {"soundtrack": [[names[own]] for (own,) in rows["albums"]], "artist": all_label_ids(rows, "artist")}
+    tags = zip(all_label_ids(songs.table, "artist"), all_label_ids(songs.table, "album"), strict=True)
+    untagged = np.array([not artists and not albums for artists, albums in tags])
     found = {}
     for target in TARGETS:
         labelled = np.flatnonzero([bool(own) for own in labels[target]])
@@ -86,6 +91,7 @@ def of_each_song(table: Path) -> dict[str, np.ndarray]:
         vote = knn.vote(first, near[:, :NEIGHBOURS], cosine[:, :NEIGHBOURS])
         found[f"{target}/knn"] = (vote == first)[retrieval.scored].astype(float)
         found[f"{target}/map"] = retrieval.average_precision(near)
+        found[f"{target}/untagged"] = untagged[labelled][retrieval.scored]
     return found
 
 
