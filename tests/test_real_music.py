@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import fork_server
 from helpers.running import ROOT
+from scipy.stats import norm
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
 import equal_time
@@ -18,6 +19,7 @@ import experiments
 import halves
 import map as song_map
 import peer
+import retrieval
 import run
 
 from simsiam_dali.common.distributed import World
@@ -288,3 +290,37 @@ def test_the_peer_takes_as_many_steps_as_training(small_shards):
     trained = peer.train(config, shards, log_mel_settings(config), world)
     steps = shards.count("train") // config.encoder.batch_size
     assert trained.backbone.bn1.num_batches_tracked - before == 2 * steps  # two views a step
+
+
+def test_whitening_and_mutual_proximity_by_hand():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 6)) @ rng.standard_normal((6, 6))
+    white = retrieval.whitened(x, 0)
+    assert np.cov(white.T, bias=True) == pytest.approx(np.eye(6), abs=1e-6)
+    barely = retrieval.by_cosine(retrieval.whitened(x, 1e9), standardise=False)
+    assert barely == pytest.approx(retrieval.by_cosine(x), abs=1e-5)  # a rotation of the standardised vectors
+
+    # A hub near to all: to each other song it is nearest, until its distances to the others count as well.
+    spread = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.9, 0.1, 0], [0.6, 0.6, 0.6]])
+    similarity = retrieval.by_cosine(spread, standardise=False)
+    near, _ = retrieval.find_by(similarity, 1)
+    assert near[1:3, 0].tolist() == [4, 4]
+    proximity = retrieval.mutual_proximity(similarity)
+    assert proximity == pytest.approx(proximity.T)
+    others = np.delete(similarity[0], 0)
+    z = (similarity[0, 3] - others.mean()) / others.std()
+    back = np.delete(similarity[3], 3)
+    z_back = (similarity[0, 3] - back.mean()) / back.std()
+    assert proximity[0, 3] == pytest.approx(norm.cdf(z) * norm.cdf(z_back))
+
+
+def test_todays_rule_is_what_the_scores_are_of(tmp_path):
+    rng = np.random.default_rng(0)
+    songs = [(f"{package}/{i}", [f"artist {i % 3}"]) for package in ("one", "two") for i in range(12)]
+    for job in equal_time.trainings(equal_time.BASE, 1, 0):
+        write_table(job.table(tmp_path, job.name), songs, rng.standard_normal((24, 5)))
+    found = retrieval.scores(equal_time.BASE, tmp_path, 1, retrieval.RULES[retrieval.TODAY])
+    table = equal_time.trainings(equal_time.BASE, 1, 0)[0].table(tmp_path, equal_time.BASE)
+    assert found["0"]["a"]["soundtrack/map"] == run.of_each_song(table)["soundtrack/map"].tolist()
+    lines = list(retrieval.table_lines(equal_time.BASE, tmp_path, 1))
+    assert len(lines) == 2 + len(retrieval.RULES)

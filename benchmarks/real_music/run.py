@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,11 @@ def plan(seeds: int) -> Iterator[halves.Job]:
     yield from (*ours[:one], *theirs[:one], *ours[one:], *theirs[one:], *tagged)
 
 
-def of_each_song(table: Path) -> dict[str, np.ndarray]:
+Find = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+"""As `knn.nearest_others`: of vectors `(N, D)`, none of a row's own group, the k nearest rows and their similarity."""
+
+
+def of_each_song(table: Path, find: Find = knn.nearest_others) -> dict[str, np.ndarray]:
     """`soundtrack/knn`, `soundtrack/map`, and so for artist: the score of each song that can be scored, in order.
 
     `soundtrack/untagged`: whether it has neither artist nor album.
@@ -86,7 +90,7 @@ def of_each_song(table: Path) -> dict[str, np.ndarray]:
         each = np.arange(len(labelled))  # leave out the song itself, and no other
         own = [labels[target][row] for row in labelled]
         first = np.array([ids[0] for ids in own])
-        near, cosine = knn.nearest_others(songs.vectors[labelled], each, RETRIEVED)
+        near, cosine = find(songs.vectors[labelled], each, RETRIEVED)
         retrieval = probes.Retrieval(own, each, RETRIEVED)
         vote = knn.vote(first, near[:, :NEIGHBOURS], cosine[:, :NEIGHBOURS])
         found[f"{target}/knn"] = (vote == first)[retrieval.scored].astype(float)
