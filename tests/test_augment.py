@@ -217,8 +217,8 @@ SAMPLES = 2000
 
 
 def drawn(cfg: AugmentationConfig, seed: int = 0, frames: int = 1876) -> dict[str, Array]:
-    """What `SAMPLES` views drew: name -> (SAMPLES,)."""
-    names = [field.name for field in dataclasses.fields(augment.Draws)]
+    """What `SAMPLES` views drew: name -> (SAMPLES,). Without mixup and crop (tests/test_mixing.py)."""
+    names = [field.name for field in dataclasses.fields(augment.Draws) if field.default is dataclasses.MISSING]
 
     @pipeline_def(batch_size=SAMPLES, num_threads=2, device_id=None, enable_conditionals=True)
     def graph() -> tuple[Any, ...]:

@@ -39,11 +39,15 @@ def source(waves: list[Array], tmp_path_factory: pytest.TempPathFactory) -> Sour
     return Source(tars, indexes, "flac", native_rate=False, segment_seconds=SECONDS)
 
 
+ALL_DRAWN = {"time_mask_param": 5, "mixup_prob": 0.5, "crop_prob": 0.5}
+"""The default probabilities, and those that are off by default."""
+
+
 def load(
     source: Source, mode: Any = "raw", shuffle_buffer: int = 0, ranks: int = 1, rank: int = 0, **settings: Any
 ) -> Loader:
     source = replace(source, shuffle_buffer=shuffle_buffer, num_shards=ranks, shard_id=rank)
-    graph = Graph(source, LogMel(), mode, SECONDS, AugmentationConfig(time_mask_param=5))
+    graph = Graph(source, LogMel(), mode, SECONDS, AugmentationConfig(**ALL_DRAWN))
     settings = {"count": SEGMENTS, "batch_size": 4, "threads": 2, "prefetch": 2, "seed": 0, **settings}
     return Loader(graph, quarantine=quarantine(source), **settings)
 

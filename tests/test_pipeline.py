@@ -13,7 +13,8 @@ from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
 from simsiam_dali.data.pipeline import Settings, build
 
-NAMES = ("time_shift", "time_stretch", "pitch_shift", "noise", "gain", "reverb", "frequency_mask", "time_mask")
+NAMES = ("time_shift", "time_stretch", "pitch_shift", "noise", "gain", "reverb", "frequency_mask", "time_mask",
+         "mixup", "crop")  # fmt: skip
 OFF = AugmentationConfig(**{f"{name}_prob": 0.0 for name in NAMES})
 ALL = AugmentationConfig(**{f"{name}_prob": 1.0 for name in NAMES})
 SECONDS = 3.0
@@ -223,7 +224,8 @@ def test_stereo_is_mixed_to_mono(tmp_path: Path) -> None:
 def test_the_gpu_gives_what_the_cpu_gives(mode: str, native_rate: bool, tmp_path: Path) -> None:
     rates = RATES if native_rate else (RATE,) * 5
     shards = write_shards(tmp_path, [song(SECONDS, seed, rate) for seed, rate in enumerate(rates)], rates)
-    one = graph(shards, mode, AugmentationConfig(), native_rate=native_rate, spec=LogMel(mean=-30.0, std=15.0))
+    drawn = AugmentationConfig(mixup_prob=0.5, crop_prob=0.5)
+    one = graph(shards, mode, drawn, native_rate=native_rate, spec=LogMel(mean=-30.0, std=15.0))
     assert_same_on_both_devices(one, 5, batches=4)
 
 

@@ -19,7 +19,7 @@ Address = Annotated[str, Field(pattern=r"^s3://[^/]+")]
 
 
 class AugmentationConfig(Section):
-    """The eight augmentations; each view of each sample draws its own. Probability 0 is off."""
+    """The augmentations; each view of each sample draws its own. Probability 0 is off."""
 
     time_shift_prob: Probability = Field(1.0, description="circular shift in time")
     time_shift_range: tuple[float, float] = Field((0.0, 1.0), description="shift, as a fraction of the view")
@@ -34,6 +34,10 @@ class AugmentationConfig(Section):
     reverb_prob: Probability = Field(0.2, description="late reverberation of a room (Polack's energy model)")
     reverb_rt60_range: tuple[float, float] = Field((0.2, 1.2), description="RT60, time to decay by 60 dB, s")
     reverb_drr_range: tuple[float, float] = Field((0.0, 12.0), description="direct-to-reverberant energy ratio, dB")
+    mixup_prob: Probability = Field(0.0, description="another segment of the batch is mixed in, as log-mel mixup")
+    mixup_range: tuple[float, float] = Field((0.0, 0.4), description="the other's share of the power (BYOL-A)")
+    crop_prob: Probability = Field(0.0, description="random resized crop of the log-mel")
+    crop_range: tuple[float, float] = Field((0.6, 1.0), description="part of the frames, and of the mel bins, it keeps")
     spec_augment: bool = Field(True, description="frequency and time masks (SpecAugment, arXiv:1904.08779)")
     frequency_mask_prob: Probability = Field(0.5, description="one band of mel bins set to the mean")
     frequency_mask_param: int = Field(27, ge=0, description="largest width F, mel bins")
@@ -48,6 +52,10 @@ class AugmentationConfig(Section):
             raise ValueError("pitch_shift_range: at most 12 semitones up or down")
         if not 0 <= self.time_shift_range[0] <= self.time_shift_range[1] <= 1:
             raise ValueError("time_shift_range: fractions lie between 0 and 1")
+        if not 0 <= self.mixup_range[0] <= self.mixup_range[1] <= 1:
+            raise ValueError("mixup_range: shares lie between 0 and 1")
+        if not 0 < self.crop_range[0] <= self.crop_range[1] <= 1:
+            raise ValueError("crop_range: parts are above 0, and at most 1")
         if self.reverb_rt60_range[0] <= 0:
             raise ValueError("reverb_rt60_range: RT60 is above 0 s")
         return self

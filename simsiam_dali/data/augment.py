@@ -1,16 +1,17 @@
-"""The eight augmentations as functions from DALI nodes to DALI nodes, and their random draws.
+"""The augmentations as functions from DALI nodes to DALI nodes, and their random draws.
 
 Each is applied where it is cheap. On the waveform `(N,)`: noise. On the power spectrogram `(F, bins)`, time first:
-pitch shift, by the mel filters. On the mel power `(F, n_mels)`: time shift, time stretch, reverb, gain. On the
-normalised log-mel: the masks. Drawing is separate from applying: `draw` makes the random numbers, the rest is a
-deterministic function of them, so a test can set a known draw, and a GPU graph can be compared with a CPU graph on
-the same draws.
+pitch shift, by the mel filters. On the mel power `(F, n_mels)`: time shift, time stretch, reverb, gain, mixup. On the
+normalised log-mel: resized crop, masks. Mixup and crop are in `mixing`. Drawing is separate from applying: `draw` makes
+the random numbers, the rest is a deterministic function of them, so a test can set a known draw, and a GPU graph can be
+compared with a CPU graph on the same draws.
 
 Argument inputs (everything in `Draws`) are always CPU scalars, which DALI accepts for operators on either device.
 """
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,10 @@ LOW_PASS_TAPS = 129
 
 PITCH_STEP = 0.125
 """Semitones from one mel filter bank to the next: a pitch shift is rounded to the nearest."""
+
+
+Part = tuple[DataNode | float, DataNode | float]
+"""Where a part starts, and how much of the whole it is, both in parts of the whole."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ class Draws:
     mel_width: DataNode  # FLOAT, whole number of mel bins
     time_start: DataNode  # FLOAT, frame where the time mask starts
     time_width: DataNode  # FLOAT, whole number of frames
+    share: DataNode | float = 0.0  # FLOAT in [0, 1], of the power of another segment of the batch
+    other: DataNode | int = 0  # INT32, that segment's place in the batch
+    cropped: DataNode | bool = False  # BOOL
+    crop_frames: Part = (0.0, 1.0)  # FLOAT, where the crop starts and how much it keeps, parts of the view
+    crop_mels: Part = (0.0, 1.0)  # FLOAT, the same along frequency
 
 
 def derive_seed(seed: int, name: str) -> int:
@@ -76,12 +86,24 @@ def draw(cfg: AugmentationConfig, frames: int, n_mels: int, seed: int) -> Draws:
         width = math.floor(pick(f"{name} width", (0.0, min(param, size) + 1.0))) * coin(name, probability)
         return math.floor(pick(f"{name} start", (0.0, 1.0)) * (size - width + 1)), width
 
+    def crop(name: str) -> Part:
+        kept = pick(f"crop {name} kept", cfg.crop_range)
+        return pick(f"crop {name} start", (0.0, 1.0)) * (1.0 - kept), kept
+
     stretched, pitched = coin("stretch", cfg.time_stretch_prob), coin("pitch", cfg.pitch_shift_prob)
     noisy = coin("noise", cfg.noise_prob)
     masks = float(cfg.spec_augment)
     mel_start, mel_width = mask("mel mask", cfg.frequency_mask_prob * masks, cfg.frequency_mask_param, n_mels)
     time_start, time_width = mask("time mask", cfg.time_mask_prob * masks, cfg.time_mask_param, frames)
+    # Without operators where they are off, so that a checkpoint of the graph fits graphs without them.
+    mix: dict[str, Any] = {}
+    if cfg.mixup_prob > 0:
+        mix["share"] = pick("mix", cfg.mixup_range) * coin("mix", cfg.mixup_prob)
+        mix["other"] = fn.batch_permutation(no_fixed_points=True, seed=derive_seed(seed, "mix with"))
+    if cfg.crop_prob > 0:
+        mix |= {"cropped": coin("crop", cfg.crop_prob) > 0, "crop_frames": crop("frames"), "crop_mels": crop("mels")}
     return Draws(
+        **mix,
         shift=pick("shift", cfg.time_shift_range) * coin("shift", cfg.time_shift_prob),
         rate=1.0 + stretched * (pick("stretch", cfg.time_stretch_range) - 1.0),
         semitones=pitched * pick("pitch", cfg.pitch_shift_range),

@@ -6,7 +6,7 @@ normalisation) followed by `AmplitudeToDB`.
 
 import numpy as np
 
-from simsiam_dali.data import augment
+from simsiam_dali.data import augment, mixing
 from simsiam_dali.data.dali import DataNode, fn, math, types
 from simsiam_dali.data.graph import Graph, LogMel
 
@@ -111,7 +111,7 @@ def noisy_spectrum(wave: DataNode, draws: augment.Draws, bank: DataNode | None, 
 
 
 def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> DataNode:
-    """A view `(T, n_mels)` from its `spectrum`: pitch, time shift, tempo, reverb, gain, log, masks."""
+    """A view `(T, n_mels)` from its `spectrum`: pitch, time shift, tempo, reverb, gain, mixup, log, crop, masks."""
     spec, cfg, mel = graph.log_mel, graph.augmentation, spectrum
     frames, hop_seconds = spec.frames(graph.seconds), spec.hop_length / spec.sample_rate
     if cfg.pitch_shift_prob > 0:
@@ -130,7 +130,12 @@ def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> D
     if cfg.reverb_prob > 0 and draws.reverberant:
         mel = augment.reverb(mel, draws.rt60, draws.drr_db, cfg.reverb_rt60_range[1], hop_seconds, gpu)
     mel = augment.gain(mel, draws.gain_db)
-    return augment.spec_augment(normalise(mel, spec), draws)
+    if cfg.mixup_prob > 0:
+        mel = mixing.mixup(mel, draws.share, draws.other)
+    log_mel = normalise(mel, spec)
+    if cfg.crop_prob > 0 and draws.cropped:
+        log_mel = mixing.resized_crop(log_mel, draws.crop_frames, draws.crop_mels, (frames, spec.n_mels))
+    return augment.spec_augment(log_mel, draws)
 
 
 def two_views(
