@@ -6,6 +6,7 @@ python benchmarks/report.py --check   exits with 1 when one of them is out of da
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -205,6 +206,16 @@ def embed_section(name: str, doc: Doc) -> Iterator[str]:
     )
 
 
+def augmentation_section(name: str, doc: Doc) -> Iterator[str]:
+    """A result of benchmarks/augmentations.py."""
+    yield from ("", f"## What an augmentation costs: {name}", "", f"{machine(doc)}.", "")
+    yield f"Views of {doc['seconds']:g} s that all draw it, `python benchmarks/augmentations.py`."
+    yield from ("", "| augmentation | core-ms a view, over a view without any | low | high |", "|---|---|---|---|")
+    for augmentation, values in doc["core_ms"].items():
+        label = "none: STFT, mel filters, log" if augmentation == "none" else augmentation
+        yield f"| {label} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |"
+
+
 def with_table(readme: str, docs: Mapping[str, Doc]) -> str:
     """The README with the table between its markers."""
     head, begin, rest = readme.partition(BEGIN)
@@ -219,15 +230,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when a file would change")
     check = parser.parse_args().check
-    docs, embeds = (
+    docs, embeds, augmentations = (
         {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        for folder in (RESULTS, RESULTS / "embed")
+        for folder in (RESULTS, RESULTS / "embed", RESULTS / "augmentations")
     )
     pages = {
         ROOT / "README.md": with_table((ROOT / "README.md").read_text(), docs),
         ROOT / "benchmarks" / "RESULTS.md": INTRO
         + "".join(f"{line}\n" for name, doc in docs.items() for line in section(name, doc))
-        + "".join(f"{line}\n" for name, doc in embeds.items() for line in embed_section(name, doc)),
+        + "".join(f"{line}\n" for name, doc in embeds.items() for line in embed_section(name, doc))
+        + "".join(f"{line}\n" for name, doc in augmentations.items() for line in augmentation_section(name, doc)),
     }
     stale = {page: text for page, text in pages.items() if not page.exists() or page.read_text() != text}
     if check and stale:
