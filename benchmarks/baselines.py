@@ -187,7 +187,7 @@ def from_data_loader(segments: Segments, batch_size: int, workers: int, device: 
         pin_memory=device.type == "cuda",
     )
     for view1, view2, rows in loader:
-        yield Batch(view1.to(device, non_blocking=True), view2.to(device, non_blocking=True), rows)
+        yield Batch(tuple(view.to(device, non_blocking=True) for view in (view1, view2)), rows)
 
 
 Waves = tuple[Tensor, list[tuple[int, int]], Tensor]  # (B, longest), each one's samples and rate in Hz, rows
@@ -223,4 +223,4 @@ def from_webdataset(shards: ShardSet, views: Views, batch_size: int, workers: in
     )
     for waves, sizes, rows in loader:
         waves = waves.to(views.device, non_blocking=True)
-        yield Batch(*views.of_batch([(wave[:n], rate) for wave, (n, rate) in zip(waves, sizes, strict=True)]), rows)
+        yield Batch(views.of_batch([(wave[:n], rate) for wave, (n, rate) in zip(waves, sizes, strict=True)]), rows)

@@ -36,7 +36,7 @@ from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.dali import DataNode, OperatorConcurrency, fn, pipeline_def, types
 from simsiam_dali.data.graph import Source
-from simsiam_dali.data.loader import Batch, Single
+from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.pipeline import build_on_cpu, read
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.models.registry import encoder_type
@@ -187,16 +187,16 @@ class Front:
             yield torch.from_dlpack(row.as_tensor()).reshape(-1)
 
 
-def random_batch(config: Config, shards: ShardSet, device: torch.device) -> Batch | Single:
+def random_batch(config: Config, shards: ShardSet, device: torch.device) -> Batch:
     """A batch that has always been on the device; its segments are the first of the shards, going round."""
     log_mel, size = log_mel_settings(config), config.train.micro_batch_of(config.encoder.batch_size)
     shapes = encoder_type(config).input_shapes(log_mel, view_seconds(config, shards))
     data = [torch.randn(size, *shape, device=device) for shape in shapes]
     segment = torch.arange(size) % len(shards.segments)
-    return Batch(*data, segment) if len(data) == 2 else Single(*data, segment)
+    return Batch(tuple(data), segment)
 
 
-def trained(config: Config, shards: ShardSet, world: World, batches: Iterable[Batch | Single], steps: int) -> Stage:
+def trained(config: Config, shards: ShardSet, world: World, batches: Iterable[Batch], steps: int) -> Stage:
     """The trainer's step on each of `batches`, under the trainer's clock. steps: in an epoch, for the learning rate."""
     learner = Learner(config, shards, world)
     learner.encoder.train()
@@ -212,7 +212,7 @@ def trained(config: Config, shards: ShardSet, world: World, batches: Iterable[Ba
     return Stage(run(), world.device, clock=clock)
 
 
-def _noting(batches: Iterable[Batch | Single], rows: list[Tensor]) -> Iterator[Batch | Single]:
+def _noting(batches: Iterable[Batch], rows: list[Tensor]) -> Iterator[Batch]:
     """The batches as they come; the segments of each are added to `rows`."""
     for batch in batches:
         rows.append(batch.segment)

@@ -62,7 +62,7 @@ def by_hand(run_dir: Path, shards_dir: Path, song: int) -> torch.Tensor:
     encoder, here, units = one.encoder(), World(0, 1, torch.device("cpu")), []
     for split in ("train", "val"):
         for batch in create_loader(one.config, shards, log_mel, here, split, kind.embeds):
-            for data, segment in zip(batch.data, batch.segment.tolist(), strict=True):
+            for data, segment in zip(batch.inputs[0], batch.segment.tolist(), strict=True):
                 if shards.segments["song"][segment] == song:
                     with torch.no_grad():
                         units.append(torch.nn.functional.normalize(encoder.embed(data[None])[0], dim=0))

@@ -81,7 +81,9 @@ def test_the_loss_is_the_weighted_sum_of_the_three_teachers(small_shards: Path) 
     by_tags, _ = MetadataContrastiveLoss(JointConfig())(torch.cat([t1, t2]), *twice)
     by_rating = torch.stack([rating_loss(r, ratings) for r in (r1, r2)]).mean()
     scored = score(made, segment)
-    assert scored.loss.item() == pytest.approx((simsiam_loss(p1, p2, z1, z2) + 0.7 * by_tags + 0.3 * by_rating).item())
+    assert scored.loss.item() == pytest.approx(
+        (simsiam_loss((p1, p2), (z1, z2)) + 0.7 * by_tags + 0.3 * by_rating).item()
+    )
     assert scored.has_loss
     assert scored.z is z1
 

@@ -18,7 +18,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import pipeline
 from simsiam_dali.data.graph import Graph, LogMel, Source
-from simsiam_dali.data.loader import Batch, Loader, Single, device_fault, measure_log_mel
+from simsiam_dali.data.loader import Batch, Loader, device_fault, measure_log_mel
 from simsiam_dali.data.quarantine import Quarantine
 
 SECONDS = 0.5
@@ -93,7 +93,8 @@ def test_the_old_thread_pool_gives_the_same_batches(source: Source) -> None:
         "import hashlib, pickle, sys\n"
         "load, source = pickle.load(sys.stdin.buffer)\n"
         "digest = hashlib.sha256()\n"
-        "[digest.update(x.numpy().tobytes()) for batch in load(source, 'views', shuffle_buffer=8) for x in batch]\n"
+        "batches = load(source, 'views', shuffle_buffer=8)\n"
+        "[digest.update(x.numpy().tobytes()) for batch in batches for x in batch.inputs]\n"
         "print(digest.hexdigest())\n"
     )
     digests = [
@@ -115,20 +116,20 @@ def test_the_old_thread_pool_gives_the_same_batches(source: Source) -> None:
 def test_a_batch_of_views(source: Source) -> None:
     batch = next(iter(load(source, "views", shuffle_buffer=8)))
     assert isinstance(batch, Batch)
-    for view in (batch.view1, batch.view2):
+    for view in (batch.inputs[0], batch.inputs[1]):
         assert view.shape == (4, 128, FRAMES)
         assert view.dtype == torch.float32
         assert view.is_contiguous()
     assert batch.segment.shape == (4,)
     assert batch.segment.dtype == torch.int64
-    assert not torch.equal(batch.view1, batch.view2)
+    assert not torch.equal(batch.inputs[0], batch.inputs[1])
 
 
 def test_a_batch_of_waves_holds_the_segments_of_its_rows(source: Source, waves: list[Array]) -> None:
     for batch in load(source, shuffle_buffer=8):
-        assert isinstance(batch, Single)
-        assert batch.data.dtype == torch.float32
-        for wave, row in zip(batch.data, batch.segment.tolist(), strict=True):
+        assert isinstance(batch, Batch)
+        assert batch.inputs[0].dtype == torch.float32
+        for wave, row in zip(batch.inputs[0], batch.segment.tolist(), strict=True):
             np.testing.assert_allclose(wave, waves[row], atol=2e-5)  # 16 bits
 
 
@@ -138,8 +139,8 @@ def test_batches_stay_as_they_were_given(source: Source) -> None:
     held, copies = [], []
     for _ in range(3):
         for batch in loader:
-            held.append(batch.data)
-            copies.append(batch.data.clone())
+            held.append(batch.inputs[0])
+            copies.append(batch.inputs[0].clone())
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
 
 
@@ -224,7 +225,7 @@ def test_a_rank_sees_the_other_ranks_parts_in_later_epochs(source: Source) -> No
 
 def test_ranks_draw_differently(source: Source) -> None:
     views = [next(iter(load(source, "views", 1, ranks=2, rank=rank, batch_size=8))) for rank in range(2)]
-    masks = [(batch.view1 == 0).any(dim=1) for batch in views]
+    masks = [(batch.inputs[0] == 0).any(dim=1) for batch in views]
     assert not torch.equal(*masks)
 
 
@@ -238,7 +239,7 @@ def test_an_ordered_loader_gives_every_segment_once_in_order(source: Source, bat
         batches = list(loader)
         assert len(batches) == len(loader)
         assert rows(batches) == list(range(SEGMENTS))
-        assert all(batch.data.shape[0] == len(batch.segment) for batch in batches)
+        assert all(batch.inputs[0].shape[0] == len(batch.segment) for batch in batches)
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(3, 4), (3, 7), (2, 11), (5, 1), (3, 8)])
@@ -270,7 +271,8 @@ def test_a_restored_loader_continues_bit_for_bit(source: Source, shuffle_buffer:
     restored.load_state_dict(state)
     again = list(islice((batch for _ in iter(int, 1) for batch in restored), 9))
     for a, b in zip(expected, again, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert torch.equal(a.segment, b.segment)
+        assert all(torch.equal(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
     if shuffle_buffer:
         assert restored.decoded == 9 * 4  # the left-over batch of each epoch is not decoded after a restart either
 
@@ -384,11 +386,11 @@ def test_measured_mean_and_std_are_those_of_the_log_mel(tmp_path: Path) -> None:
 def test_batches_lie_on_the_device(source: Source) -> None:
     on_cpu, on_gpu = (load(source, "views", 8, gpu=gpu) for gpu in (None, 0))
     for a, b in zip(on_cpu, on_gpu, strict=True):
-        assert {b.view1.device, b.view2.device} == {torch.device("cuda", 0)}
+        assert {b.inputs[0].device, b.inputs[1].device} == {torch.device("cuda", 0)}
         assert b.segment.device == torch.device("cpu")  # the reader's output, not pinned
         assert not b.segment.is_pinned()
         assert a.segment.tolist() == b.segment.tolist()
-    held = [(batch.view1, batch.view1.clone()) for batch in on_gpu]
+    held = [(batch.inputs[0], batch.inputs[0].clone()) for batch in on_gpu]
     assert all(torch.equal(x, copy) for x, copy in held)
 
 
@@ -401,4 +403,4 @@ def test_a_restored_loader_continues_on_the_device(source: Source) -> None:
     restored.load_state_dict(state)
     for a, b in zip(loader, restored, strict=True):
         assert a.segment.tolist() == b.segment.tolist()
-        torch.testing.assert_close(a.view1, b.view1, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.inputs[0], b.inputs[0], rtol=0, atol=1e-5)

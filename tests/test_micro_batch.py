@@ -56,11 +56,12 @@ def config(**over: object) -> Config:
 
 def batch(size: int) -> Batch:
     g = torch.Generator().manual_seed(3)
-    return Batch(torch.randn(size, 32, 47, generator=g), torch.randn(size, 32, 47, generator=g), torch.arange(size))
+    return Batch(tuple(torch.randn(size, 32, 47, generator=g) for _ in range(2)), torch.arange(size))
 
 
 def parts(whole: Batch, size: int) -> list[Batch]:
-    return [Batch(*own) for own in zip(*(x.split(size) for x in whole), strict=True)]
+    pieces = zip(zip(*(x.split(size) for x in whole.inputs), strict=True), whole.segment.split(size), strict=True)
+    return [Batch(*own) for own in pieces]
 
 
 def without_batch_norm(module: nn.Module) -> None:
@@ -152,7 +153,7 @@ def test_recomputed_activations_take_less_memory_by_the_estimate_and_in_truth(sh
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            outputs = encoder.train()(*batch(4)[:2])
+            outputs = encoder.train()(*batch(4).inputs)
         del outputs
         return sum(sizes.values())
 
@@ -212,10 +213,10 @@ def runs_out_above(monkeypatch: pytest.MonkeyPatch) -> Any:
     def limit(segments: int) -> None:
         forward = SimSiam.forward
 
-        def limited(self: SimSiam, view1: Tensor, view2: Tensor) -> Any:
-            if len(view1) > segments:
+        def limited(self: SimSiam, *views: Tensor) -> Any:
+            if len(views[0]) > segments:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward(self, view1, view2)
+            return forward(self, *views)
 
         monkeypatch.setattr(SimSiam, "forward", limited)
 
@@ -331,10 +332,10 @@ from simsiam_dali.models.simsiam import SimSiam
 from simsiam_dali.training import micro_batch
 micro_batch.TRIED_ON = ("cpu",)
 forward = SimSiam.forward
-def limited(self, view1, view2):
-    if self.training and len(view1) > 2:
+def limited(self, *views):
+    if self.training and len(views[0]) > 2:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return forward(self, view1, view2)
+    return forward(self, *views)
 SimSiam.forward = limited
 sys.exit(train.main())
 """

@@ -181,6 +181,19 @@ def test_two_views_come_from_one_place_or_from_two(kind: str, sweeps: Any) -> No
         assert len(np.unique(where.round(3))) == len(where)
 
 
+@pytest.mark.parametrize("kind", ["same", "independent"])
+def test_more_views_leave_the_first_two_as_they_are(kind: str, sweeps: Any) -> None:
+    """And each further one has draws and, where crops are independent, a place of its own."""
+    drawn = {"augmentation": AugmentationConfig(time_mask_param=10), "crops": kind}
+    two = outputs(crops(sweeps, "views", **drawn), 8, batches=4)
+    four = outputs(crops(sweeps, "views", **drawn, views=4), 8, batches=4)
+    for a, b in zip((two[0], two[1], two[-1]), (four[0], four[1], four[-1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len({view.tobytes() for view in four[:4]}) == 4
+    plain = outputs(crops(sweeps, "views", crops=kind, views=4), 8, batches=4)
+    assert len({view.tobytes() for view in plain[:4]}) == (1 if kind == "same" else 4)
+
+
 def test_the_clean_crop_is_the_middle(sweeps: Any) -> None:
     view = outputs(crops(sweeps, "clean"), 1)[0]
     assert view.shape == (1, 128, LogMel().frames(SHORT))

@@ -68,7 +68,7 @@ Batches = list[list[tuple[Any, ...]]]
 def samples(loader: Loader, batches: int) -> Batches:
     """Each batch as its samples: (row, the bytes of each view)."""
     return [
-        [(int(row), *(x[n].numpy().tobytes() for x in batch[:-1])) for n, row in enumerate(batch.segment)]
+        [(int(row), *(x[n].numpy().tobytes() for x in batch.inputs)) for n, row in enumerate(batch.segment)]
         for batch in islice(loader.endless(), batches)
     ]
 
@@ -314,5 +314,5 @@ def test_a_run_and_its_embedding_continue_without_them(tmp_path, small_shards, c
 def test_the_memory_of_a_dropped_batch_is_its_own(tmp_path):
     shards = small_set(tmp_path)
     damage(shards, 11)
-    held = [(batch.view1, batch.view1.clone()) for batch in islice(load(shards).endless(), 12)]
+    held = [(batch.inputs[0], batch.inputs[0].clone()) for batch in islice(load(shards).endless(), 12)]
     assert all(torch.equal(x, copy) for x, copy in held)

@@ -262,7 +262,7 @@ def test_the_peer_begins_as_simsiam_does_and_has_its_loss():
     p1, p2, z1, z2 = ours(view1, view2)
     (z0_, p0_), (z1_, p1_) = theirs(view1), theirs(view2)
     criterion = peer.NegativeCosineSimilarity()
-    assert float(simsiam_loss(p1, p2, z1, z2)) == pytest.approx(
+    assert float(simsiam_loss((p1, p2), (z1, z2))) == pytest.approx(
         float(0.5 * (criterion(z0_, p1_) + criterion(z1_, p0_))), abs=1e-5
     )
 

@@ -211,7 +211,7 @@ def random_loss_inputs() -> list[Tensor]:
 
 def test_no_gradient_flows_into_the_projections_as_targets() -> None:
     p1, p2, z1, z2 = random_loss_inputs()
-    simsiam_loss(p1, p2, z1, z2).backward()
+    simsiam_loss((p1, p2), (z1, z2)).backward()
     assert z1.grad is None
     assert z2.grad is None
     assert p1.grad.abs().sum() > 0
@@ -223,7 +223,7 @@ def test_the_encoder_learns_through_the_predictor_only() -> None:
 
     def stem_gradient(predictions: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
         model.zero_grad()
-        simsiam_loss(*predictions, *targets).backward()
+        simsiam_loss(predictions, targets).backward()
         return model.backbone.conv1.weight.grad.clone()
 
     p1, p2, z1, z2 = model(*views())
@@ -237,22 +237,41 @@ def test_the_encoder_learns_through_the_predictor_only() -> None:
 def test_loss_of_equal_orthogonal_and_opposite_vectors() -> None:
     x = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
     y = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
-    assert simsiam_loss(x, x * 7, x * 2, x).item() == pytest.approx(-1)
-    assert simsiam_loss(x, x, y, y).item() == pytest.approx(0)
-    assert simsiam_loss(x, x, -x, -x).item() == pytest.approx(1)
+    assert simsiam_loss((x, x * 7), (x * 2, x)).item() == pytest.approx(-1)
+    assert simsiam_loss((x, x), (y, y)).item() == pytest.approx(0)
+    assert simsiam_loss((x, x), (-x, -x)).item() == pytest.approx(1)
 
 
 def test_loss_pairs_each_prediction_with_the_other_view() -> None:
     x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert simsiam_loss(p1=x, p2=y, z1=y, z2=x).item() == pytest.approx(-1)
-    assert simsiam_loss(p1=x, p2=y, z1=x, z2=y).item() == pytest.approx(0)
+    assert simsiam_loss((x, y), (y, x)).item() == pytest.approx(-1)
+    assert simsiam_loss((x, y), (x, y)).item() == pytest.approx(0)
+
+
+def test_loss_of_several_views_compares_each_with_the_mean_of_the_others() -> None:
+    g = torch.Generator().manual_seed(3)
+    p, z = torch.randn(2, 4, 5, 6, generator=g, dtype=torch.float64)  # four views of five segments
+    terms = []
+    for view in range(4):
+        target = sum(z[other] for other in range(4) if other != view) / 3
+        terms += [-float(a @ b / (a.norm() * b.norm())) for a, b in zip(p[view], target, strict=True)]
+    assert simsiam_loss(list(p), list(z)).item() == pytest.approx(sum(terms) / len(terms), abs=1e-6)
+
+
+def test_the_encoder_takes_any_number_of_views() -> None:
+    model = small().eval()
+    first, second = views()
+    p1, p2, p3, z1, z2, z3 = model(first, second, first)
+    torch.testing.assert_close((p1, z1), (p3, z3))
+    torch.testing.assert_close(model(second, first)[0], p2)
+    assert z2.shape == z1.shape == p1.shape
 
 
 def test_loss_is_float32_under_bf16_autocast() -> None:
     p1, p2, z1, z2 = (x.detach().bfloat16() for x in random_loss_inputs())
-    exact = simsiam_loss(*(x.double() for x in (p1, p2, z1, z2))).item()
+    exact = simsiam_loss((p1.double(), p2.double()), (z1.double(), z2.double())).item()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = simsiam_loss(p1, p2, z1, z2)
+        loss = simsiam_loss((p1, p2), (z1, z2))
         inner = negative_cosine(p1, z2)
     assert loss.dtype == inner.dtype == torch.float32
     assert loss.item() == pytest.approx(exact, abs=1e-6)
@@ -263,7 +282,8 @@ def test_a_step_lowers_the_loss() -> None:
     optimizer = torch.optim.SGD(model.param_groups(), lr=0.05, momentum=0.9)
     losses = []
     for _ in range(4):
-        loss = simsiam_loss(*model(*views()))
+        outputs = model(*views())
+        loss = simsiam_loss(outputs[:2], outputs[2:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

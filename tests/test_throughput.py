@@ -35,7 +35,7 @@ from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import AugmentationConfig, Config
 from simsiam_dali.data.graph import LogMel
-from simsiam_dali.data.loader import Batch, Single
+from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.training.data import create_loader
 
@@ -285,10 +285,10 @@ def test_only_on_a_gpu_the_training_stages_take_no_turns(
 class Sleepy:
     """A loader that sleeps before each batch, and knows how long it slept."""
 
-    def __init__(self, batch: Batch | Single, seconds: float) -> None:
+    def __init__(self, batch: Batch, seconds: float) -> None:
         self.batch, self.seconds, self.slept = batch, seconds, 0.0
 
-    def __iter__(self) -> Iterator[Batch | Single]:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             began = time.perf_counter()
             time.sleep(self.seconds)
@@ -340,7 +340,7 @@ def test_a_baselines_clean_view_is_the_graphs(small_shards: Path, tiny: Config, 
     graph = create_loader(whole, shards, spec, World(0, 1, CPU), "train", "clean")
     ours = next(iter(graph))
     theirs = {row: view for view, _, row in Segments(shards, views(full, spec, 3.0))}
-    for view, row in zip(ours.data, ours.segment.tolist(), strict=True):
+    for view, row in zip(ours.inputs[0], ours.segment.tolist(), strict=True):
         torch.testing.assert_close(theirs[row], view, rtol=1e-3, atol=1e-3)
 
 

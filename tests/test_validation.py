@@ -105,7 +105,7 @@ def test_what_does_not_fit_whole_is_not_kept(small_shards, monkeypatch):
     """Half of the views would save nothing, and would take memory."""
     whole = opened(small_shards)
     expected = whole.scores()
-    sizes = {key: sum(x.nbytes for batch in kept for x in batch) for key, kept in whole._kept.items()}
+    sizes = {key: sum(x.nbytes for batch in kept for x in batch.inputs) for key, kept in whole._kept.items()}
     monkeypatch.setattr(validation, "KEPT_BYTES", max(sizes.values()) + 1)
     partly = opened(small_shards)
     for _ in range(2):

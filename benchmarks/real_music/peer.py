@@ -80,8 +80,7 @@ def train(config: Config, shards: ShardSet, log_mel: LogMel, world: World) -> Pe
     batches = loader.endless()
     for _ in (bar := trange(steps, unit="step", disable=None)):
         batch = next(batches)
-        z0, p0 = peer(batch.view1)
-        z1, p1 = peer(batch.view2)
+        (z0, p0), (z1, p1) = map(peer, batch.inputs)
         loss = 0.5 * (criterion(z0, p1) + criterion(z1, p0))
         optimizer.zero_grad()
         loss.backward()

@@ -69,8 +69,9 @@ class DataConfig(Section):
     )
     sample_rate: int = Field(16000, ge=4000, le=192000, description="rate at the mel front end, Hz")
     view_seconds: float | None = Field(None, gt=0, description="length of a view, s; null = the whole segment")
+    views: int = Field(2, ge=2, le=8, description="augmented views of a segment, which are to agree with each other")
     view_crops: Literal["same", "independent"] = Field(
-        "same", description="with views shorter than the segment: both from one place of it, or each from its own"
+        "same", description="with views shorter than the segment: all from one place of it, or each from its own"
     )
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="DALI's CPU threads per process; auto measures for some seconds, and sets prefetch too"

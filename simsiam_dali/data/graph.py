@@ -47,9 +47,9 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Graph:
-    """All settings of the graph. seconds: length of a view. augmentation, crops: for mode "views" only.
+    """All settings of the graph. seconds: length of a view. augmentation, crops, views: for mode "views" only.
 
-    epoch: which batches are decoded; None decodes all.
+    epoch: which batches are decoded; None decodes all. views: how many augmented views a segment has.
     """
 
     source: Source
@@ -59,3 +59,4 @@ class Graph:
     augmentation: AugmentationConfig
     crops: Literal["same", "independent"] = "same"
     epoch: Epoch | None = None
+    views: int = 2

@@ -51,18 +51,17 @@ def device_fault(error: Exception, batch_size: int, group: int = 1) -> str | Non
 
 
 class Batch(NamedTuple):
-    """Two augmented views of the same segments: log-mel `(B, n_mels, T)` float32; `segment (B,)` int64, their rows."""
+    """What an encoder takes of some segments, and their rows in the segment table, `segment (B,)` int64 on the CPU.
 
-    view1: Tensor
-    view2: Tensor
+    inputs, float32: the augmented views, log-mel `(B, n_mels, T)` each; or one clean log-mel, or one waveform `(B, N)`.
+    """
+
+    inputs: tuple[Tensor, ...]
     segment: Tensor
 
-
-class Single(NamedTuple):
-    """One clean log-mel `(B, n_mels, T)` or one waveform `(B, N)`, float32, of each segment; `segment (B,)` int64."""
-
-    data: Tensor
-    segment: Tensor
+    def to(self, device: torch.device) -> "Batch":
+        """The inputs on `device`; rows stay where they are."""
+        return self._replace(inputs=tuple(x.to(device) for x in self.inputs))
 
 
 class Loader:
@@ -127,7 +126,7 @@ class Loader:
                         " use a larger --batch-size"
                     )
                 outputs = [x[keep.to(x.device)] for x in outputs]
-            yield Batch(*outputs) if self.graph.mode == "views" else Single(*outputs)
+            yield Batch(tuple(outputs[:-1]), outputs[-1])
         for _ in range(self._reader_batches - self.steps):
             self._run()  # the rest of the reader's pass, which fills no group: read, not decoded
         self.step = 0
@@ -255,7 +254,7 @@ def measure_log_mel(loader: Loader, segments: int) -> LogMel:
     """
     number, first, second = 0, 0.0, 0.0  # values, their sum, the sum of their squares
     for batch in loader:
-        x = batch.data.double()
+        x = batch.inputs[0].double()
         number += x.numel()
         first += x.sum().item()
         second += x.square().sum().item()

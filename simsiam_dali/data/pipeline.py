@@ -15,7 +15,7 @@ import numpy as np
 from simsiam_dali.data import augment
 from simsiam_dali.data.dali import DataNode, OperatorConcurrency, Pipeline, fn, pipeline_def, types
 from simsiam_dali.data.graph import Epoch, Graph, Source
-from simsiam_dali.data.views import clean_view, crop, noise_bank, to_front_end_rate, two_views
+from simsiam_dali.data.views import augmented_views, clean_view, crop, noise_bank, to_front_end_rate
 
 NEW_THREAD_POOL = "DALI_USE_NEW_THREAD_POOL"
 """Read by DALI when the first pipeline of a process is built."""
@@ -33,7 +33,7 @@ class Settings:
 
 
 def build(graph: Graph, settings: Settings, state: str | None = None) -> Pipeline:
-    """Build the pipeline. Outputs: [view1, view2, row, total, samples] in mode "views", [view or wave, ...] otherwise.
+    """Build the pipeline. Outputs: [each view, row, total, samples] in mode "views", [view or wave, ...] otherwise.
 
     Views are `(T, n_mels)`, time first. total, on the CPU: a number of each decoded segment that is finite only if
     all of the segment is. samples, on the CPU, INT32: its length as it was decoded; 0 in a batch outside `graph.epoch`,
@@ -91,7 +91,7 @@ def define(graph: Graph, settings: Settings, state: str | None = None) -> Pipeli
         elif is_used(graph.epoch, settings.batch_size):
             outputs = decode(encoded, random, graph, noise, on_gpu)
         else:
-            outputs = not_decoded(graph.mode, on_gpu)
+            outputs = not_decoded(graph, on_gpu)
         *data, total, samples = outputs
         return (*data, row, total, samples)
 
@@ -129,7 +129,7 @@ def read(source: Source, seed: int) -> tuple[DataNode, DataNode]:
 
 
 Random = tuple[list[DataNode | float], list[augment.Draws]]
-"""Where each view's crop starts, 0 to 1, and in mode "views" each view's augmentations."""
+"""Where each crop starts, 0 to 1, one for each view or one for all; in mode "views" each view's augmentations."""
 
 
 def draw(graph: Graph, seed: int) -> Random:
@@ -143,11 +143,11 @@ def draw(graph: Graph, seed: int) -> Random:
 
     if graph.mode != "views":
         return [0.5 if graph.source.shuffle_buffer == 0 else draw_crop("crop")], []
-    crop1 = draw_crop("crop 1")
-    crop2 = draw_crop("crop 2") if graph.crops == "independent" else crop1
+    numbers = range(1, graph.views + 1)
+    crops = [draw_crop(f"crop {number}") for number in (numbers if graph.crops == "independent" else [1])]
     frames = graph.log_mel.frames(graph.seconds)
-    seeds = [augment.derive_seed(seed, f"view {number}") for number in (1, 2)]
-    return [crop1, crop2], [augment.draw(graph.augmentation, frames, graph.log_mel.n_mels, own) for own in seeds]
+    seeds = [augment.derive_seed(seed, f"view {number}") for number in numbers]
+    return crops, [augment.draw(graph.augmentation, frames, graph.log_mel.n_mels, own) for own in seeds]
 
 
 def is_used(epoch: Epoch, batch_size: int) -> DataNode:
@@ -174,21 +174,22 @@ def decode(
     def wave_of(at: DataNode | float) -> DataNode:
         return to_front_end_rate(crop(wave, rate, graph, at), rate, graph, on_gpu)
 
-    first = wave_of(crops[0])
+    waves = [wave_of(at) for at in crops]
     if graph.mode == "raw":
-        return first, total, samples
+        return waves[0], total, samples
     if graph.mode == "clean":
-        return clean_view(first, graph.log_mel), total, samples
-    second = wave_of(crops[1]) if graph.crops == "independent" else first
-    # One bank for both views: DALI keeps a copy of a constant for each sample of the batch.
+        return clean_view(waves[0], graph.log_mel), total, samples
+    if len(waves) < graph.views:
+        waves = waves * graph.views
+    # One bank for all views: DALI keeps a copy of a constant for each sample of the batch.
     bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
-    return (*two_views((first, second), draws, bank, graph, on_gpu), total, samples)
+    return (*augmented_views(waves, draws, bank, graph, on_gpu), total, samples)
 
 
-def not_decoded(mode: str, on_gpu: bool) -> tuple[DataNode, ...]:
+def not_decoded(graph: Graph, on_gpu: bool) -> tuple[DataNode, ...]:
     """Placeholders for the data, total and samples of a batch that is not decoded."""
-    size = (1,) if mode == "raw" else (1, 1)
+    size = (1,) if graph.mode == "raw" else (1, 1)
     data = types.Constant(np.zeros(size, np.float32), device="gpu" if on_gpu else "cpu")
     total = types.Constant(np.float32(0), device="cpu")
     samples = types.Constant(np.int32(0), device="cpu")
-    return (*[data] * (2 if mode == "views" else 1), total, samples)
+    return (*[data] * (graph.views if graph.mode == "views" else 1), total, samples)

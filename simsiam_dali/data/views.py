@@ -4,6 +4,9 @@ The mel front end equals `torchaudio.transforms.MelSpectrogram` (periodic Hann w
 normalisation) followed by `AmplitudeToDB`.
 """
 
+import functools
+import operator
+
 import numpy as np
 
 from simsiam_dali.data import augment, mixing
@@ -138,16 +141,16 @@ def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> D
     return augment.spec_augment(log_mel, draws)
 
 
-def two_views(
-    waves: tuple[DataNode, DataNode], draws: list[augment.Draws], bank: DataNode | None, graph: Graph, gpu: bool
-) -> tuple[DataNode, DataNode]:
-    """Two augmented views `(T, n_mels)` of `waves (N,)`, their crops at the front end's rate.
+def augmented_views(
+    waves: list[DataNode], draws: list[augment.Draws], bank: DataNode | None, graph: Graph, gpu: bool
+) -> list[DataNode]:
+    """The augmented views `(T, n_mels)` of `waves (N,)`, their crops at the front end's rate.
 
-    If both show the same crop and neither is noisy, they share its STFT, the most expensive part of a view.
+    If all show the same crop and none is noisy, they share its STFT, the most expensive part of a view.
     """
-    if graph.crops == "same" and (draws[0].noisy | draws[1].noisy) == 0:
-        spectrum1 = spectrum2 = spectrum(waves[0], graph)
+    if graph.crops == "same" and functools.reduce(operator.or_, [own.noisy for own in draws]) == 0:
+        shared = spectrum(waves[0], graph)
+        spectra = [shared for _ in waves]
     else:
-        spectrum1 = noisy_spectrum(waves[0], draws[0], bank, graph)
-        spectrum2 = noisy_spectrum(waves[1], draws[1], bank, graph)
-    return view(spectrum1, draws[0], graph, gpu), view(spectrum2, draws[1], graph, gpu)
+        spectra = [noisy_spectrum(wave, own, bank, graph) for wave, own in zip(waves, draws)]  # noqa: B905 - DALI's zip
+    return [view(each, own, graph, gpu) for each, own in zip(spectra, draws)]  # noqa: B905

@@ -70,7 +70,7 @@ def embed_songs(features: Sequence[Features], views: CleanViews) -> tuple[np.nda
         for _, loader in views.loaders(mode):
             for batch in loader:
                 if len(batch.segment):
-                    batches.append((batch.segment.cpu(), [f.compute(batch.data).cpu() for f in own]))
+                    batches.append((batch.segment.cpu(), [f.compute(batch.inputs[0]).cpu() for f in own]))
         batches = [batch for rank in views.world.gather(batches) for batch in rank]
         song = segment_song[torch.cat([segment for segment, _ in batches])]
         for i, f in enumerate(own):

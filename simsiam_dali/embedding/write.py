@@ -24,7 +24,7 @@ from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.format import SPLITS, Split
 from simsiam_dali.data.graph import LogMel
-from simsiam_dali.data.loader import Loader, Single
+from simsiam_dali.data.loader import Batch, Loader
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.embedding.features import CHECKPOINT, Features
@@ -112,7 +112,7 @@ class PartialResults:
 
 def embed_batches(
     features: Features,
-    batches: Iterable[Single],
+    batches: Iterable[Batch],
     results: PartialResults,
     split: Split,
     loader_state: Callable[[], dict[str, Any]],
@@ -125,7 +125,7 @@ def embed_batches(
     vectors: list[Tensor] = []  # on the device: the host waits for it once per part
     since = time.perf_counter()
     for batch in batches:
-        vectors.append(features.compute(batch.data))
+        vectors.append(features.compute(batch.inputs[0]))
         rows.append(batch.segment)
         yield batch.segment
         if time.perf_counter() - since >= PART_SECONDS:

@@ -18,13 +18,13 @@ from simsiam_dali.models.projected import Projected
 class Contrastive(Projected):
     """ResNet backbone and projector."""
 
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views `(B, n_mels, T)`, normalised log-mel, to their projections `(B, projection_dim)`."""
-        return self.projector(self.features(view1)), self.projector(self.features(view2))
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Views `(B, n_mels, T)`, normalised log-mel, to their projections `(B, projection_dim)`."""
+        return tuple(self.projector(self.features(view)) for view in views)
 
 
 class ContrastiveType(EncoderType):
-    """`encoder_type: contrastive`: two augmented views, no labels."""
+    """`encoder_type: contrastive`: augmented views, no labels."""
 
     batches = "views"
     embeds = "clean"
@@ -49,7 +49,6 @@ class ContrastiveType(EncoderType):
         temperature = self.config.encoder.contrastive.temperature
 
         def score(outputs: Any, segment: Tensor) -> Scored:  # noqa: ARG001
-            z1, z2 = outputs
-            return Scored(nt_xent(z1, z2, temperature), has_loss, z1)
+            return Scored(nt_xent(outputs, temperature), has_loss, outputs[0])
 
         return score

@@ -48,7 +48,7 @@ class EncoderType(ABC):
     """All that the trainer knows of an encoder type, for one config."""
 
     batches: ClassVar[Literal["views", "raw"]]
-    """Input of the forward: two augmented views, or the waveform."""
+    """Input of the forward: `data.views` augmented views, or the waveform."""
     embeds: ClassVar[Literal["clean", "raw"]]
     """Input of `embed`: one view without augmentation, or the waveform."""
     min_samples: ClassVar[int] = 1
@@ -86,7 +86,7 @@ class EncoderType(ABC):
     def input_shapes(self, log_mel: "LogMel", seconds: float) -> list[tuple[int, ...]]:
         """Shape of each input of the forward, for one segment."""
         if self.batches == "views":
-            return [(log_mel.n_mels, log_mel.frames(seconds))] * 2
+            return [(log_mel.n_mels, log_mel.frames(seconds))] * self.config.data.views
         return [(round(seconds * log_mel.sample_rate),)]
 
 

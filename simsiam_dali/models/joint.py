@@ -1,7 +1,7 @@
 """SimSiam and two teachers on one backbone: the songs' tags, and the listener's ratings where there are any.
 
 A step's loss is SimSiam's, plus `tag_weight` times the contrastive loss by tags, plus `rating_weight` times the squared
-error of the rating that is read from the embedding. Songs without tags or ratings still teach by their two views. Each
+error of the rating that is read from the embedding. Songs without tags or ratings still teach by their views. Each
 teacher has a head of its own, so that the backbone's output need not be what either of them compares.
 """
 
@@ -33,16 +33,15 @@ class Joint(SimSiam):
         )
         self.rating_head = nn.Linear(self.backbone_dim, 1)
 
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-        """Two views `(B, n_mels, T)` to p1, p2, z1, z2 `(B, projection_dim)`, t1, t2 `(B, TAG_DIM)` and r1, r2 `(B,)`.
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Views `(B, n_mels, T)` to the p and the z of each, `(B, projection_dim)`, as SimSiam's, and two more of each.
 
-        t is what the tags compare, r the rating.
+        t `(B, TAG_DIM)` is what the tags compare, r `(B,)` the rating; the p of all views come first, then all z, t, r.
         """
-        h1, h2 = self.features(view1), self.features(view2)
-        z1, z2 = self.projector(h1), self.projector(h2)
-        tags = self.tag_head(h1), self.tag_head(h2)
-        ratings = self.rating_head(h1).squeeze(1), self.rating_head(h2).squeeze(1)
-        return self.predictor(z1), self.predictor(z2), z1, z2, *tags, *ratings
+        features = [self.features(view) for view in views]
+        z = [self.projector(h) for h in features]
+        ratings = (self.rating_head(h).squeeze(1) for h in features)
+        return *map(self.predictor, z), *z, *map(self.tag_head, features), *ratings
 
     def param_groups(self) -> list[dict[str, Any]]:
         """SimSiam's; the heads go with the encoder."""
@@ -52,7 +51,7 @@ class Joint(SimSiam):
 
 
 class JointType(SimSiamType):
-    """`encoder_type: joint`: two augmented views, and whatever tags and ratings the songs have."""
+    """`encoder_type: joint`: augmented views, and whatever tags and ratings the songs have."""
 
     is_contrastive = True
     learns_from_tags = True
@@ -76,13 +75,14 @@ class JointType(SimSiamType):
         rating = torch.tensor(shards.songs["rating"].to_numpy("float32")[song], device=device)  # NaN is unrated
 
         def score(outputs: Any, segment: Tensor) -> Scored:
-            p1, p2, z1, z2, t1, t2, r1, r2 = outputs
+            views = len(outputs) // 4
+            p, z, t, r = (outputs[start : start + views] for start in range(0, len(outputs), views))
             if device.type == "cuda" and segment.device.type == "cpu":
                 segment = segment.pin_memory()  # the host need not wait for a copy from pinned memory
             segment = segment.to(device, non_blocking=True)
-            by_tags, _ = tag_loss(torch.cat([t1, t2]), *(torch.cat([own, own]) for own in labels.of(segment)))
-            by_rating = rating_loss(torch.cat([r1, r2]), rating[segment].repeat(2))
-            loss = simsiam_loss(p1, p2, z1, z2) + own.tag_weight * by_tags + own.rating_weight * by_rating
-            return Scored(loss, has_loss, z1)
+            by_tags, _ = tag_loss(torch.cat(t), *(torch.cat([label] * views) for label in labels.of(segment)))
+            by_rating = rating_loss(torch.cat(r), rating[segment].repeat(views))
+            loss = simsiam_loss(p, z) + own.tag_weight * by_tags + own.rating_weight * by_rating
+            return Scored(loss, has_loss, z[0])
 
         return score

@@ -1,5 +1,7 @@
 """Training objectives."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,13 +11,22 @@ from simsiam_dali.config.schema import TagPairsConfig
 UNKNOWN = -1  # an id or a year that is not known, and the padding of a row's ids
 
 
-def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+def simsiam_loss(p: Sequence[Tensor], z: Sequence[Tensor]) -> Tensor:
     """Symmetrised negative cosine similarity with stop-gradient (arXiv:2011.10566, equations 1 to 4).
 
-    Predictions and projections `(B, D)`, any float dtype, to a float32 scalar in [-1, 1]. -1 is reached both by perfect
-    predictions and by collapse: never choose a checkpoint by it.
+    Predictions and projections of each view, `(B, D)`, any float dtype, to a float32 scalar in [-1, 1]. A view's
+    prediction is compared with the mean projection of all other views, which is FastSiam's target (Pototzky et al.,
+    GCPR 2022, section 3); of two views it is the other one's. -1 is reached both by perfect predictions and by
+    collapse: never choose a checkpoint by it.
     """
-    return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
+    losses = [negative_cosine(own, mean_of_others(z, view)) for view, own in enumerate(p)]
+    return torch.stack(losses).mean()
+
+
+def mean_of_others(z: Sequence[Tensor], view: int) -> Tensor:
+    """The mean of all but one of the projections `(B, D)`."""
+    others = [*z[:view], *z[view + 1 :]]
+    return others[0] if len(others) == 1 else torch.stack(others).mean(dim=0)
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -24,18 +35,22 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """SimCLR's loss: each projection is to be nearer to the other view's than to all others of the batch.
+def nt_xent(z: Sequence[Tensor], temperature: float) -> Tensor:
+    """SimCLR's loss: each projection is to be nearer to the segment's other views than to all others of the batch.
 
-    Projections `(B, D)` of the two views, any float dtype, to a float32 scalar, also under autocast (arXiv:2002.05709,
-    equation 1 and algorithm 1): the mean cross-entropy of the 2 B rows over the cosines with the 2 B - 1 others.
+    Projections of each view, `(B, D)`, any float dtype, to a float32 scalar, also under autocast. Of two views it is
+    arXiv:2002.05709, equation 1 and algorithm 1: the mean cross-entropy of the 2 B rows over the cosines with the
+    2 B - 1 others. Of more, a row's is the mean over its other views (L_out of arXiv:2004.11362, equation 2).
     """
-    with torch.autocast(z1.device.type, enabled=False):
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        logits = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
-        other_view = torch.arange(len(z), device=z.device).roll(len(z1))
-        return F.cross_entropy(logits, other_view)
+    views, rows = len(z), len(z[0])
+    with torch.autocast(z[0].device.type, enabled=False):
+        x = F.normalize(torch.cat(list(z)).float(), dim=1)
+        itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        log_share = (x @ x.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=1)
+        segment = torch.arange(rows, device=x.device).repeat(views)
+        other_views = (segment[:, None] == segment) & ~itself
+        # Not by indexing with the mask, for which the host would wait.
+        return -log_share.masked_fill(~other_views, 0.0).sum() / (len(x) * (views - 1))
 
 
 def rating_loss(predicted: Tensor, rating: Tensor) -> Tensor:

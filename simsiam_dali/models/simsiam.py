@@ -26,15 +26,14 @@ class SimSiam(Projected):
         super().__init__(settings, pretrained)
         self.predictor = create_predictor(settings.projection_dim, settings.predictor_hidden_dim)
 
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-        """Two views `(B, n_mels, T)`, normalised log-mel, to p1, p2, z1, z2, each `(B, projection_dim)`.
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Views `(B, n_mels, T)`, normalised log-mel, to the p of each and the z of each, `(B, projection_dim)`.
 
         The views pass one after the other, never concatenated, so that each has batch-norm statistics of its
         own, as in the published code. In training mode B must be at least 2.
         """
-        z1 = self.projector(self.features(view1))
-        z2 = self.projector(self.features(view2))
-        return self.predictor(z1), self.predictor(z2), z1, z2
+        z = [self.projector(self.features(view)) for view in views]
+        return *map(self.predictor, z), *z
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; `fix_lr` marks the predictor, whose learning rate is then not decayed.
@@ -59,7 +58,7 @@ def create_predictor(dim: int, hidden_dim: int) -> nn.Sequential:
 
 
 class SimSiamType(EncoderType):
-    """`encoder_type: simsiam`: two augmented views, no labels."""
+    """`encoder_type: simsiam`: augmented views, no labels."""
 
     batches = "views"
     embeds = "clean"
@@ -83,7 +82,8 @@ class SimSiamType(EncoderType):
         has_loss = torch.ones((), dtype=torch.bool, device=device)
 
         def score(outputs: Any, segment: Tensor) -> Scored:  # noqa: ARG001
-            p1, p2, z1, z2 = outputs
-            return Scored(simsiam_loss(p1, p2, z1, z2), has_loss, z1)
+            views = len(outputs) // 2
+            p, z = outputs[:views], outputs[views:]
+            return Scored(simsiam_loss(p, z), has_loss, z[0])
 
         return score

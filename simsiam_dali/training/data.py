@@ -144,6 +144,7 @@ def create_loader(
         seconds=view_seconds(config, shards),
         augmentation=config.encoder.simsiam.augmentation,
         crops=config.data.view_crops,
+        views=config.data.views,
     )
     if config.data.threads == "auto":
         raise ValueError("data.threads is still auto: `with_threads` chooses a number first")

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from simsiam_dali.common.distributed import World, rows_of_all_ranks
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
-from simsiam_dali.data.loader import Batch, Single
+from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.encoder import Encoder, Scored
 from simsiam_dali.models.recompute import recompute_blocks
@@ -78,22 +78,22 @@ class Learner:
         """The precision's context, for whatever runs the encoder."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.half)
 
-    def score(self, batch: Batch | Single) -> Scored:
+    def score(self, batch: Batch) -> Scored:
         """The loss of a batch for validation: of this rank alone, without DDP, so nothing waits for another rank."""
         with self.autocast():
-            return self.loss_fn(self.encoder(*batch[:-1]), batch.segment)
+            return self.loss_fn(self.encoder(*batch.inputs), batch.segment)
 
-    def _score(self, batch: Batch | Single) -> Scored:
+    def _score(self, batch: Batch) -> Scored:
         """The training loss; a contrastive one is computed on the batches of all ranks."""
         with self.autocast():
-            outputs, segment = self.model(*batch[:-1]), batch.segment
+            outputs, segment = self.model(*batch.inputs), batch.segment
             if self.is_contrastive:
                 segment = rows_of_all_ranks(segment)
                 together = tuple(map(rows_of_all_ranks, outputs if isinstance(outputs, tuple) else (outputs,)))
                 outputs = together if isinstance(outputs, tuple) else together[0]
             return self.loss_fn(outputs, segment)
 
-    def step(self, batches: Iterable[Batch | Single], lr: float, fixed_lr: float) -> Scored:
+    def step(self, batches: Iterable[Batch], lr: float, fixed_lr: float) -> Scored:
         """One step at these learning rates, on the mean gradient of `micro_batches` batches.
 
         Returns their mean loss, whether any of them had one, and their z concatenated, detached and on the device.
@@ -121,7 +121,7 @@ class Learner:
         """Ranks all-reduce their gradients once a step, in its last backward pass."""
         return contextlib.nullcontext() if last or self.parallel is None else self.parallel.no_sync()
 
-    def trial_step(self, batch: Batch | Single) -> None:
+    def trial_step(self, batch: Batch) -> None:
         """A forward and a backward pass that change no state.
 
         Raises torch.OutOfMemoryError where they do not fit.
@@ -130,7 +130,7 @@ class Learner:
         self.encoder.train()
         try:
             with self.autocast():
-                loss = self.loss_fn(self.encoder(*batch[:-1]), batch.segment).loss
+                loss = self.loss_fn(self.encoder(*batch.inputs), batch.segment).loss
             self.scaler.scale(loss).backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)

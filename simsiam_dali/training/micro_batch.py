@@ -11,7 +11,7 @@ from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
-from simsiam_dali.data.loader import Batch, Single
+from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.recompute import recompute_blocks
 from simsiam_dali.models.registry import encoder_type
@@ -86,7 +86,7 @@ def choose_by_trial_step(
             data = [torch.rand(size, *shape, device=world.device) for shape in shapes]
             data.append(torch.empty(bytes_beside(learner, shards, size), dtype=torch.uint8, device=world.device))
             segment = torch.arange(size) % len(shards.segments)
-            learner.trial_step(Batch(data[0], data[1], segment) if len(shapes) == 2 else Single(data[0], segment))
+            learner.trial_step(Batch(tuple(data[:-1]), segment))
         except torch.OutOfMemoryError:
             fits = False
         data = []

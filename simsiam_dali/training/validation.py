@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.config.schema import Config
-from simsiam_dali.data.loader import Batch, Single, release_memory
+from simsiam_dali.data.loader import Batch, release_memory
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.evaluation.knn import knn_labels, knn_rating, label_chance, rating_chance
 from simsiam_dali.models.encoder import song_embeddings
@@ -43,7 +43,7 @@ class Validation:
         self.config, self.shards, self.world = data.config, data.shards, data.world
         self.kind = encoder_type(data.config)
         self.every = epochs_between(data.config, data.shards)
-        self._kept: dict[tuple[Split, str], list[Batch | Single]] = {}
+        self._kept: dict[tuple[Split, str], list[Batch]] = {}
         self._free = KEPT_BYTES
         self._song = torch.from_numpy(data.shards.segments["song"].to_numpy().copy())  # of each segment
 
@@ -93,24 +93,24 @@ class Validation:
         rows, embeddings = [], []
         for batch in self._batches(split, self.kind.embeds, segments):
             with self.learner.autocast():
-                embeddings.append(self.learner.encoder.embed(batch[0]).float().cpu())
+                embeddings.append(self.learner.encoder.embed(batch.inputs[0]).float().cpu())
             rows.append(batch.segment.cpu())
         parts = self.world.gather((torch.cat(rows), torch.cat(embeddings)))
         segment, embedding = (torch.cat(x) for x in zip(*parts, strict=True))
         return song_embeddings(embedding, self._song[segment])
 
-    def _batches(self, split: Split, mode: Mode, segments: int) -> Iterator[Batch | Single]:
+    def _batches(self, split: Split, mode: Mode, segments: int) -> Iterator[Batch]:
         """This rank's part of the split's first `segments`, on the learner's device; kept where they fit."""
         if (kept := self._kept.get((split, mode))) is not None:
             for batch in kept:
-                yield _to_device(batch, self.learner.device)
+                yield batch.to(self.learner.device)
             return
-        keep: list[Batch | Single] = []
+        keep: list[Batch] = []
         size = 0
         for batch in self._computed(split, mode, segments):
-            size += sum(x.nbytes for x in batch)
+            size += sum(x.nbytes for x in batch.inputs)
             if size <= self._free:
-                keep.append(batch._replace(**{name: x.cpu().clone() for name, x in batch._asdict().items()}))
+                keep.append(Batch(tuple(x.cpu().clone() for x in batch.inputs), batch.segment.clone()))
             else:  # all of it or nothing
                 keep.clear()
             yield batch
@@ -135,12 +135,7 @@ def epochs_between(config: Config, shards: ShardSet) -> int:
     """
     if config.train.validate_every != "auto":
         return config.train.validate_every
-    views = 2 if encoder_type(config).batches == "views" else 1
+    views = config.data.views if encoder_type(config).batches == "views" else 1
     training, validation = shards.count("train"), shards.count("val")
     passes = validation * (views + 1) + min(training, config.train.knn_segments)
     return max(1, math.ceil(passes / (COST * TRAINING_PASSES * views * training)))
-
-
-def _to_device(batch: Batch | Single, device: torch.device) -> Batch | Single:
-    """The data on `device`; rows stay on the CPU, as in a loader's batch."""
-    return batch._replace(**{name: x.to(device) for name, x in batch._asdict().items() if name != "segment"})

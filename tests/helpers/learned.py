@@ -35,7 +35,7 @@ def embedded(run_dir: Path, folder: Path, trained: bool, split: Literal["train",
     mode = encoder_type(settings).embeds
     batches = list(create_loader(settings, shards, log_mel, here, split, mode))
     song_of = torch.from_numpy(shards.segments["song"].to_numpy().copy())
-    return torch.cat([encoder.embed(b.data) for b in batches]), song_of[torch.cat([b.segment for b in batches])]
+    return torch.cat([encoder.embed(b.inputs[0]) for b in batches]), song_of[torch.cat([b.segment for b in batches])]
 
 
 def unseen_segments_of_the_artist(run_dir: Path, folder: Path, trained: bool) -> float:

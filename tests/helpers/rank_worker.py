@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from simsiam_dali.common.distributed import World, process_group, rows_of_all_ranks
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
-from simsiam_dali.data.loader import Batch, Single
+from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.training.data import create_loader, log_mel_settings
 from simsiam_dali.training.learner import Learner
@@ -92,13 +92,13 @@ def settings(encoder: str, ranks: int) -> Config:
     return load_config(assignments=sets)
 
 
-def global_batch(encoder: str) -> Batch | Single:
+def global_batch(encoder: str) -> Batch:
     """The same on every rank, whatever their number."""
     draw = torch.Generator().manual_seed(1)
     segment = torch.arange(SEGMENTS)
     if encoder == "simple":
-        return Single(torch.randn(SEGMENTS, 16000, generator=draw), segment)
-    return Batch(*(torch.randn(SEGMENTS, 16, 47, generator=draw) for _ in range(2)), segment)
+        return Batch((torch.randn(SEGMENTS, 16000, generator=draw),), segment)
+    return Batch(tuple(torch.randn(SEGMENTS, 16, 47, generator=draw) for _ in range(2)), segment)
 
 
 def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, Any]:
@@ -110,7 +110,8 @@ def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, A
         if name.endswith("weight") and not parameter.any():  # a residual branch that is still switched off
             torch.nn.init.constant_(parameter, 0.5)
     batch, each = global_batch(encoder), SEGMENTS // w.size
-    mine = type(batch)(*(x[w.rank * each : (w.rank + 1) * each] for x in batch))
+    own = slice(w.rank * each, (w.rank + 1) * each)
+    mine = Batch(tuple(x[own] for x in batch.inputs), batch.segment[own])
     losses = w.gather(float(learner.step([mine], 0.1, 0.1).loss))
     return {
         "loss": sum(losses) / len(losses),
