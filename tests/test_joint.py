@@ -15,7 +15,7 @@ from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.models.encoder import LossFn
 from simsiam_dali.models.joint import TAG_DIM, Joint
 from simsiam_dali.models.labels import SongLabels
-from simsiam_dali.models.losses import MetadataContrastiveLoss, rating_loss, simsiam_loss
+from simsiam_dali.models.losses import MetadataContrastiveLoss, nt_xent, rating_loss, simsiam_loss
 from simsiam_dali.models.registry import encoder_type
 
 JOINT = {"encoder__encoder_type": "joint"}
@@ -65,15 +65,21 @@ def test_without_any_rating_the_loss_and_its_gradient_are_0() -> None:
     assert not predicted.grad.any()
 
 
-def test_the_loss_is_the_weighted_sum_of_the_three_teachers(small_shards: Path) -> None:
-    weights = "encoder.joint.tag_weight=0.7", "encoder.joint.rating_weight=0.3"
+@pytest.mark.parametrize("views_loss", ["simsiam", "contrastive"])
+def test_the_loss_is_the_weighted_sum_of_the_three_teachers(small_shards: Path, views_loss: str) -> None:
+    weights = (
+        "encoder.joint.tag_weight=0.7",
+        "encoder.joint.rating_weight=0.3",
+        f"encoder.joint.views_loss={views_loss}",
+    )
     shards, segment = open_shards(small_shards), torch.arange(8)
     song = shards.segments["song"].to_numpy()[:8]
     shards.songs.loc[song[0], "rating"] = math.nan
     ratings = torch.tensor(shards.songs["rating"].to_numpy("float32")[song])
     assert 0 < ratings.isnan().sum() < 8
     encoder, score = create(shards, *weights)
-    p1, p2, z1, z2, t1, t2, r1, r2 = made = outputs(encoder)
+    z1, z2, t1, t2, r1, r2, *p = made = outputs(encoder)
+    assert len(p) == (2 if views_loss == "simsiam" else 0)
     assert t1.shape == (8, TAG_DIM)
     assert r1.shape == (8,)
     labels = SongLabels.from_songs(shards.songs, shards.segments["song"].to_numpy())
@@ -81,9 +87,8 @@ def test_the_loss_is_the_weighted_sum_of_the_three_teachers(small_shards: Path) 
     by_tags, _ = MetadataContrastiveLoss(JointConfig())(torch.cat([t1, t2]), *twice)
     by_rating = torch.stack([rating_loss(r, ratings) for r in (r1, r2)]).mean()
     scored = score(made, segment)
-    assert scored.loss.item() == pytest.approx(
-        (simsiam_loss((p1, p2), (z1, z2)) + 0.7 * by_tags + 0.3 * by_rating).item()
-    )
+    by_views = simsiam_loss(p, (z1, z2)) if p else nt_xent((z1, z2), 0.2)
+    assert scored.loss.item() == pytest.approx((by_views + 0.7 * by_tags + 0.3 * by_rating).item())
     assert scored.has_loss
     assert scored.z is z1
 
@@ -98,7 +103,7 @@ def test_every_teacher_reaches_the_backbone_and_every_parameter_is_optimized_onc
         encoder, _ = create(open_shards(small_shards))
         for head in {"predictor", "tag_head", "rating_head"} - {name}:
             getattr(encoder, head).requires_grad_(False)
-        p1, _, _, _, t1, _, r1, _ = outputs(encoder)
+        _, _, t1, _, r1, _, p1, _ = outputs(encoder)
         {"predictor": p1, "tag_head": t1, "rating_head": r1}[name].square().sum().backward()
         stem = next(encoder.backbone.parameters()).grad
         assert stem is not None

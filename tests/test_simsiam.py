@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.config.schema import SimSiamConfig
+from simsiam_dali.config.schema import Config, EncoderConfig, SimSiamConfig
 from simsiam_dali.models.losses import negative_cosine, simsiam_loss
 from simsiam_dali.models.simsiam import SimSiam
 
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 def small(seed: int = 0, **changes: Any) -> SimSiam:
     torch.manual_seed(seed)
     sizes = {"backbone": "resnet18", "projection_dim": 32, "predictor_hidden_dim": 8}
-    return SimSiam(SimSiamConfig(**(sizes | changes)))
+    return SimSiam(Config(encoder=EncoderConfig(simsiam=SimSiamConfig(**(sizes | changes)))))
 
 
 def views(batch: int = 4) -> tuple[Tensor, Tensor]:
@@ -265,6 +265,17 @@ def test_the_encoder_takes_any_number_of_views() -> None:
     torch.testing.assert_close((p1, z1), (p3, z3))
     torch.testing.assert_close(model(second, first)[0], p2)
     assert z2.shape == z1.shape == p1.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("embedding", ["backbone", "projection"])
+def test_a_view_is_embedded_in_windows_where_that_is_set(embedding: str) -> None:
+    """A second at 16 kHz and a hop of 512 samples has 32 frames: two windows and 10 frames that fill none."""
+    whole, windowed = small(embedding=embedding).eval(), small(embedding=embedding, embedding_seconds=1.0).eval()
+    view = torch.randn(3, 32, 74, generator=torch.Generator().manual_seed(0))
+    parts = [nn.functional.normalize(whole.embed(view[:, :, start : start + 32]), dim=1) for start in (0, 32)]
+    torch.testing.assert_close(windowed.embed(view), (parts[0] + parts[1]) / 2)
+    torch.testing.assert_close(windowed.embed(view[:, :, :20]), whole.embed(view[:, :, :20]))
 
 
 def test_loss_is_float32_under_bf16_autocast() -> None:

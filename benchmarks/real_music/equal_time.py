@@ -46,35 +46,45 @@ MIN_SEEDS = 2
 
 @dataclass(frozen=True)
 class Candidate:
-    """kind: an encoder type, or lightly. settings: over the recipe's. segment_seconds: of the shards."""
+    """kind: an encoder type, or lightly. settings: over the recipe's. segment_seconds: of the shards it learns from."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "simsiam"
     segment_seconds: int = halves.SEGMENT_SECONDS
 
 
-NOISE = {"encoder.simsiam.augmentation.noise_prob": 0.3}
-SHORT = {"data.view_seconds": 2.5, "encoder.simsiam.augmentation.time_mask_param": 7}
-NO_SHIFT = {"encoder.simsiam.augmentation.time_shift_prob": 0}
+AUGMENTATION = "encoder.simsiam.augmentation"
+NOISE = {f"{AUGMENTATION}.noise_prob": 0.3}
+SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
+NO_SHIFT = {f"{AUGMENTATION}.time_shift_prob": 0}
+SHORT_NOISY = NOISE | SHORT | NO_SHIFT
+WINDOWS = {"encoder.simsiam.embedding": "projection", "encoder.simsiam.embedding_seconds": 2.5}
+CONTRASTIVE_JOINT = {"encoder.joint.views_loss": "contrastive"}
 CANDIDATES = {
     BASE: Candidate(),
-    "segments of 60 s": Candidate(segment_seconds=60),
-    "contrastive": Candidate(kind="contrastive"),
-    "contrastive, segments of 60 s": Candidate(kind="contrastive", segment_seconds=60),
-    "joint": Candidate(kind="joint"),
-    "joint, segments of 60 s": Candidate(kind="joint", segment_seconds=60),
     "with noise": Candidate(NOISE),
     "views of 2.5 s": Candidate(SHORT),
     "no time shift": Candidate(NO_SHIFT),
-    "no frequency mask": Candidate({"encoder.simsiam.augmentation.frequency_mask_prob": 0}),
+    "no frequency mask": Candidate({f"{AUGMENTATION}.frequency_mask_prob": 0}),
     "weight decay 1e-4": Candidate({"encoder.simsiam.weight_decay": 1e-4}),
     "projector of 3 layers": Candidate({"encoder.simsiam.projection_layers": 3}),
-    "noise, 2.5 s, no shift": Candidate(NOISE | SHORT | NO_SHIFT),
+    "noise, 2.5 s, no shift": Candidate(SHORT_NOISY),
+    "four views": Candidate({"data.views": 4}),
+    "with mixup": Candidate({f"{AUGMENTATION}.mixup_prob": 1.0}),
+    "with resized crop": Candidate({f"{AUGMENTATION}.crop_prob": 1.0}),
+    "segments of 60 s": Candidate(segment_seconds=60),
+    "contrastive": Candidate(kind="contrastive"),
+    "contrastive, 60 s": Candidate(kind="contrastive", segment_seconds=60),
+    "SimSiam, 60 s, noise, 2.5 s, no shift": Candidate(SHORT_NOISY, segment_seconds=60),
+    "contrastive, 60 s, noise, 2.5 s, no shift": Candidate(SHORT_NOISY, "contrastive", 60),
+    "the same, windows of the projection": Candidate(SHORT_NOISY | WINDOWS, "contrastive", 60),
+    "joint": Candidate(kind="joint"),
+    "joint, 60 s, noise, 2.5 s, no shift": Candidate(SHORT_NOISY | CONTRASTIVE_JOINT, "joint", 60),
     "simple (from tags)": Candidate(kind="simple"),
     PEER: Candidate(kind="lightly"),
 }
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
-the segment, the farther apart."""
+the segment, the farther apart. "The same" is the row above it."""
 
 
 def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
@@ -217,7 +227,7 @@ def main() -> None:
     device, config, side_by_side = run.common(args)
     work = args.work.resolve() / args.part
     rows = list(dict.fromkeys([BASE, *args.rows]))
-    lengths = {CANDIDATES[row].segment_seconds for row in rows}
+    lengths = {halves.SEGMENT_SECONDS, *(CANDIDATES[row].segment_seconds for row in rows)}
     halves.prepare(work, (args.music or work / "music").resolve(), args.part == "report", lengths)
     setup, folder = Setup(work, config, device, side_by_side), work / "equal-time"
     doc = json.loads(args.json.read_text()) if args.json.exists() else {"cost": {BASE: 1.0}, "scores": {}}

@@ -105,7 +105,7 @@ class Job:
 
     kind: an encoder type, or lightly. settings: dotted key to value, over the config file. tables: the row of the
     result that a table is for, to its options of `simsiam_dali.embed`; lightly makes one table. segment_seconds: of the
-    shards, to learn from and to embed.
+    shards it learns from.
     """
 
     name: str
@@ -144,7 +144,7 @@ def run(job: Job, shards: Path, folder: Path, config: Path, device: torch.device
         (folder / directory).mkdir(parents=True, exist_ok=True)
     sets = [word for key, value in job.settings.items() for word in ("--set", f"{key}={value}")]
     learned_from = shards_of(shards, job.trained_on, job.segment_seconds)
-    to_embed = shards_of(shards, other(job.trained_on), job.segment_seconds)
+    to_embed = shards_of(shards, other(job.trained_on), SEGMENT_SECONDS)  # all rows are asked about the same audio
     source = ["--config", config, "--shards", learned_from, "--seed", job.seed]
     if job.kind == "lightly":
         (row,) = wanted

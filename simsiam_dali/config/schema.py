@@ -108,6 +108,9 @@ class SimSiamConfig(OptimizerConfig):
         False, description="true = torchvision's ImageNet weights, or a local state_dict file"
     )
     embedding: Literal["backbone", "projection"] = Field("backbone", description="what a song's embedding is")
+    embedding_seconds: float | None = Field(
+        None, gt=0, description="embed a view in windows of this length, and average them, s; null = the whole view"
+    )
     projection_dim: int = Field(2048, ge=1, description="width of the projector's layers")
     projection_layers: Literal[2, 3] = Field(2, description="layers of the projector (the paper has 3)")
     predictor_hidden_dim: int = Field(512, ge=1, description="the predictor's bottleneck")
@@ -153,9 +156,12 @@ class ContrastiveConfig(Section):
 
 
 class JointConfig(TagPairsConfig):
-    """SimSiam and the tags and ratings as further teachers; everything else is read from encoder.simsiam."""
+    """Tags and ratings as teachers beside the views; everything else is read from encoder.simsiam."""
 
-    tag_weight: float = Field(0.5, ge=0, description="of the contrastive loss by tags; SimSiam's has 1")
+    views_loss: Literal["simsiam", "contrastive"] = Field(
+        "simsiam", description="the loss on the views; the latter's temperature is encoder.contrastive's"
+    )
+    tag_weight: float = Field(0.5, ge=0, description="of the contrastive loss by tags; the views' has 1")
     rating_weight: float = Field(0.5, ge=0, description="of the squared error of the songs' ratings (0 to 1)")
     contrastive_temperature: float = Field(0.1, gt=0, description="temperature of the softmax over similarities")
 

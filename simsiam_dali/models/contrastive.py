@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import EncoderType, LossFn, Scored
+from simsiam_dali.models.encoder import LossFn, Scored
 from simsiam_dali.models.losses import nt_xent
-from simsiam_dali.models.projected import Projected
+from simsiam_dali.models.projected import Projected, ProjectedType
 
 
 class Contrastive(Projected):
@@ -23,25 +22,16 @@ class Contrastive(Projected):
         return tuple(self.projector(self.features(view)) for view in views)
 
 
-class ContrastiveType(EncoderType):
+class ContrastiveType(ProjectedType):
     """`encoder_type: contrastive`: augmented views, no labels."""
 
-    batches = "views"
-    embeds = "clean"
-    outputs = ("backbone", "projection")
-    sections: ClassVar[tuple[str, ...]] = ("simsiam", "contrastive")
     is_contrastive = True
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.settings = config.encoder.simsiam
-        self.variant = self.settings.backbone
-        pretrained = str(bool(self.settings.pretrained_backbone)).lower()
-        self.tags = {"loss_type": "nt_xent", "backbone": self.settings.backbone, "pretrained": pretrained}
+    sections: ClassVar[tuple[str, ...]] = ("simsiam", "contrastive")
+    loss_type = "nt_xent"
 
     def create(self, pretrained: bool = True) -> Contrastive:
         """See the base class."""
-        return Contrastive(self.config.encoder.simsiam, pretrained)
+        return Contrastive(self.config, pretrained)
 
     def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:  # noqa: ARG002  (no labels)
         """See the base class."""

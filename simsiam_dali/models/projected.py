@@ -1,22 +1,27 @@
 """A ResNet on log-mel views and a projector, on whose output the self-supervised losses compare the views."""
 
+from typing import ClassVar
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam_dali.config.schema import SimSiamConfig
-from simsiam_dali.models.encoder import Encoder
+from simsiam_dali.config.schema import Config, SimSiamConfig
+from simsiam_dali.models.encoder import Encoder, EncoderType
 from simsiam_dali.models.resnet import create_backbone
 
 
 class Projected(Encoder):
-    """ResNet backbone and projector.
+    """ResNet backbone and projector, by the config's `encoder.simsiam`.
 
     pretrained: False where the weights will come from a checkpoint. Raises `UserError` when the weights that
     `settings.pretrained_backbone` names cannot be had or do not fit.
     """
 
-    def __init__(self, settings: SimSiamConfig, pretrained: bool = True) -> None:
+    def __init__(self, config: Config, pretrained: bool = True) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings = settings = config.encoder.simsiam
+        seconds, rate = settings.embedding_seconds, config.data.sample_rate
+        self.window = None if seconds is None else 1 + round(seconds * rate) // settings.hop_length  # frames
         self.backbone, self.backbone_dim = create_backbone(
             settings.backbone, pretrained and settings.pretrained_backbone, settings.backbone_width, settings.pooling
         )
@@ -29,9 +34,38 @@ class Projected(Encoder):
         return self.backbone(view.unsqueeze(1))
 
     def embed(self, view: Tensor) -> Tensor:
-        """One view `(B, n_mels, T)` to its embedding `(B, embedding_dim)`, not normalised."""
+        """One view `(B, n_mels, T)` to its embedding `(B, embedding_dim)`, not normalised.
+
+        With `settings.embedding_seconds` it is the mean of the embeddings of the windows that fit into the view, back
+        to back, each scaled to length 1: an encoder that learned from short views is asked about short ones.
+        """
+        if self.window is None or view.shape[2] < self.window:
+            return self._embed(view)
+        batch, n_mels, frames = view.shape
+        number = frames // self.window
+        windows = view[:, :, : number * self.window].reshape(batch, n_mels, number, self.window).transpose(1, 2)
+        embedded = F.normalize(self._embed(windows.reshape(-1, n_mels, self.window)), dim=1)
+        return embedded.reshape(batch, number, -1).mean(dim=1)
+
+    def _embed(self, view: Tensor) -> Tensor:
         features = self.features(view)
         return features if self.settings.embedding == "backbone" else self.projector(features)
+
+
+class ProjectedType(EncoderType):
+    """What the encoder types on views have in common."""
+
+    batches = "views"
+    embeds = "clean"
+    outputs = ("backbone", "projection")
+    loss_type: ClassVar[str]
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.settings: SimSiamConfig = config.encoder.simsiam
+        self.variant = self.settings.backbone
+        pretrained = str(bool(self.settings.pretrained_backbone)).lower()
+        self.tags = {"loss_type": self.loss_type, "backbone": self.settings.backbone, "pretrained": pretrained}
 
 
 def create_projector(in_dim: int, dim: int, layers: int) -> nn.Sequential:

@@ -12,19 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from simsiam_dali.config.schema import Config, SimSiamConfig
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import EncoderType, LossFn, Scored
+from simsiam_dali.models.encoder import LossFn, Scored
 from simsiam_dali.models.losses import simsiam_loss
-from simsiam_dali.models.projected import Projected
+from simsiam_dali.models.projected import Projected, ProjectedType
 
 
 class SimSiam(Projected):
     """ResNet backbone, projector and predictor; arguments as of `Projected`."""
 
-    def __init__(self, settings: SimSiamConfig, pretrained: bool = True) -> None:
-        super().__init__(settings, pretrained)
-        self.predictor = create_predictor(settings.projection_dim, settings.predictor_hidden_dim)
+    def __init__(self, config: Config, pretrained: bool = True) -> None:
+        super().__init__(config, pretrained)
+        self.predictor = create_predictor(self.settings.projection_dim, self.settings.predictor_hidden_dim)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Views `(B, n_mels, T)`, normalised log-mel, to the p of each and the z of each, `(B, projection_dim)`.
@@ -57,25 +57,16 @@ def create_predictor(dim: int, hidden_dim: int) -> nn.Sequential:
     )
 
 
-class SimSiamType(EncoderType):
+class SimSiamType(ProjectedType):
     """`encoder_type: simsiam`: augmented views, no labels."""
 
-    batches = "views"
-    embeds = "clean"
     warn_of_collapse = True
-    outputs = ("backbone", "projection")
     sections: ClassVar[tuple[str, ...]] = ("simsiam",)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.settings: SimSiamConfig = config.encoder.simsiam
-        self.variant = self.settings.backbone
-        pretrained = str(bool(self.settings.pretrained_backbone)).lower()
-        self.tags = {"loss_type": "negative_cosine", "backbone": self.settings.backbone, "pretrained": pretrained}
+    loss_type = "negative_cosine"
 
     def create(self, pretrained: bool = True) -> SimSiam:
         """See the base class."""
-        return SimSiam(self.settings, pretrained)
+        return SimSiam(self.config, pretrained)
 
     def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:  # noqa: ARG002  (no labels)
         """See the base class."""
