@@ -210,6 +210,18 @@ def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {row} | {' | '.join(cells)} |"
 
 
+def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:
+    """The table, and what it is of."""
+    songs = len(next(iter(by_seed(doc["scores"][BASE], METRICS[0]).values())))
+    env = doc["environment"]
+    yield from table_lines(doc)
+    yield ""
+    yield (
+        f"{songs} songs; the time of {doc['base_epochs']} epochs of the recipe; {env['cpu']}, {env['cores']} cores;"
+        f" {env['date']}, commit {env['commit']}."
+    )
+
+
 @one_line_errors
 def main() -> None:
     """The command."""
@@ -251,7 +263,7 @@ def main() -> None:
                 setup.train(wanted, folder)
                 add_scores(doc, wanted, folder)
                 write(doc, args.json)
-    print("\n".join(table_lines(doc)))
+    print("\n".join(page_lines(doc)))
 
 
 if __name__ == "__main__":

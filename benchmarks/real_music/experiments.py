@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import equal_time
 import halves
 import run
 
@@ -109,7 +110,12 @@ def run_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     yield run.environment_line(doc)
 
 
-TABLES = {"run": run_lines, "experiments": table_lines}
+TABLES = {
+    "run": run_lines,
+    "experiments": table_lines,
+    "equal-time-choose": equal_time.page_lines,
+    "equal-time-report": equal_time.page_lines,
+}
 """What stands between two comments of the page, made from the newest result of that name."""
 
 

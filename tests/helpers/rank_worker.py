@@ -23,7 +23,7 @@ from simsiam_dali.training.learner import Learner
 
 SEGMENTS = 8  # of the global batch
 EPOCHS = 3
-CASES = {"simsiam": ("simsiam", True), "simple": ("simple", True), "apart": ("simsiam", False)}
+CASES = {name: (name, True) for name in ("simsiam", "simple", "contrastive", "joint")} | {"apart": ("simsiam", False)}
 """Encoder type, and whether batch norm is over all ranks."""
 
 
