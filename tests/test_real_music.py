@@ -23,6 +23,7 @@ import retrieval
 import run
 
 from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
@@ -317,10 +318,15 @@ def test_whitening_and_mutual_proximity_by_hand():
 def test_todays_rule_is_what_the_scores_are_of(tmp_path):
     rng = np.random.default_rng(0)
     songs = [(f"{package}/{i}", [f"artist {i % 3}"]) for package in ("one", "two") for i in range(12)]
+    folder = tmp_path / "equal-time"
     for job in equal_time.trainings(equal_time.BASE, 1, 0):
-        write_table(job.table(tmp_path, job.name), songs, rng.standard_normal((24, 5)))
-    found = retrieval.scores(equal_time.BASE, tmp_path, 1, retrieval.RULES[retrieval.TODAY])
-    table = equal_time.trainings(equal_time.BASE, 1, 0)[0].table(tmp_path, equal_time.BASE)
+        for name in (job.name, "MFCC"):
+            write_table(job.table(folder, name), songs, rng.standard_normal((24, 5)))
+    row = retrieval.Row.open(equal_time.BASE, tmp_path, 1)
+    found = row.scores(retrieval.RULES[retrieval.TODAY])
+    table = equal_time.trainings(equal_time.BASE, 1, 0)[0].table(folder, equal_time.BASE)
     assert found["0"]["a"]["soundtrack/map"] == run.of_each_song(table)["soundtrack/map"].tolist()
-    lines = list(retrieval.table_lines(equal_time.BASE, tmp_path, 1))
+    lines = list(retrieval.table_lines(row))
     assert len(lines) == 2 + len(retrieval.RULES)
+    with pytest.raises(UserError, match="train first"):
+        retrieval.Row.open(equal_time.BASE, tmp_path, 2)

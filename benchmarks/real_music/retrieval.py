@@ -6,16 +6,20 @@ differences from today's rule; hubness as `simsiam_dali.evaluate` reports it.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import equal_time
+import halves
 import numpy as np
 import run
 from scipy.special import ndtr
 from scipy.stats import skew
 
 from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.evaluation.knn import nearest_others, unit
 
 TODAY = "cosine, standardised"
@@ -62,57 +66,98 @@ def by_cosine(vectors: np.ndarray, standardise: bool = True) -> np.ndarray:
     return x @ x.T
 
 
-RULES: dict[str, run.Find] = {
-    TODAY: nearest_others,
-    "cosine": lambda x, own, k: nearest_others(x, own, k, standardise=False),
-    "cosine, centred": lambda x, own, k: nearest_others(x - x.mean(axis=0), own, k, standardise=False),
-    "PCA-whitened, shrinkage 1": lambda x, own, k: nearest_others(whitened(x, 1), own, k, standardise=False),
-    "PCA-whitened, shrinkage 0.1": lambda x, own, k: nearest_others(whitened(x, 0.1), own, k, standardise=False),
-    "mutual proximity": lambda x, _, k: find_by(mutual_proximity(by_cosine(x)), k),
-    "local scaling": lambda x, _, k: find_by(local_scaling(by_cosine(x)), k),
+def cosine_of_plain(vectors: np.ndarray, group: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """By the cosine of the vectors as they are."""
+    return nearest_others(vectors, group, k, standardise=False)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """change: of a table's vectors and the songs' MFCC statistics, before the search."""
+
+    find: run.Find = nearest_others
+    change: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda x, _: x
+
+
+RULES = {
+    TODAY: Rule(),
+    "cosine": Rule(cosine_of_plain),
+    "cosine, centred": Rule(cosine_of_plain, lambda x, _: x - x.mean(axis=0)),
+    "PCA-whitened, shrinkage 1": Rule(cosine_of_plain, lambda x, _: whitened(x, 1)),
+    "PCA-whitened, shrinkage 0.1": Rule(cosine_of_plain, lambda x, _: whitened(x, 0.1)),
+    "MFCC statistics beside it": Rule(cosine_of_plain, lambda x, mfcc: np.hstack([unit(x), unit(mfcc)])),
+    "mutual proximity": Rule(lambda x, _, k: find_by(mutual_proximity(by_cosine(x)), k)),
+    "local scaling": Rule(lambda x, _, k: find_by(local_scaling(by_cosine(x)), k)),
 }
 
 
-def scores(row: str, folder: Path, seeds: int, find: run.Find) -> dict[str, equal_time.Scores]:
-    """The row's scores by a rule, as equal_time.py keeps them."""
-    found: dict[str, equal_time.Scores] = {}
-    for seed in range(seeds):
-        for job in equal_time.trainings(row, 1, seed):
-            if not (table := job.table(folder, row)).exists():
-                raise UserError(f"no {table}: train first with equal_time.py --rows '{row}'")
-            each = run.of_each_song(table, find)
-            own = {metric: each[metric].tolist() for metric in equal_time.METRICS}
-            found.setdefault(str(seed), {})[job.trained_on] = own
-    return found
+@dataclass(frozen=True)
+class Row:
+    """The tables of one row of equal_time.py. mfcc: half learned from -> MFCC statistics of the other half's songs."""
 
+    tables: dict[int, dict[str, Path]]
+    mfcc: dict[str, np.ndarray]
 
-def hubs(row: str, folder: Path, seeds: int, find: run.Find) -> tuple[float, float]:
-    """Mean skewness of the 10-occurrence, and mean share of songs that are nobody's neighbour."""
-    found = []
-    for seed in range(seeds):
-        for job in equal_time.trainings(row, 1, seed):
-            vectors = run.read_song_embeddings(job.table(folder, row)).vectors
-            near, _ = find(vectors, np.arange(len(vectors)), run.RETRIEVED)
-            occurrence = np.bincount(near.ravel(), minlength=len(vectors))
+    @classmethod
+    def open(cls, name: str, work: Path, seeds: int) -> Self:
+        """Raises UserError where a table is missing; MFCCs are computed where they are."""
+        folder = work / "equal-time"
+        tables: dict[int, dict[str, Path]] = {}
+        for job in (job for seed in range(seeds) for job in equal_time.trainings(name, 1, seed)):
+            table = job.table(folder, name)
+            if not table.exists():
+                raise UserError(f"no {table}: train first with equal_time.py --rows '{name}'")
+            tables.setdefault(job.seed, {})[job.trained_on] = table
+        mfcc = {}
+        for job in equal_time.trainings(equal_time.BASE, 1, 0):
+            table, run_dir = job.table(folder, "MFCC"), folder / "runs" / f"{halves.slug(job.name)}-{job.trained_on}-0"
+            if not table.exists():
+                shards = halves.shards_of(work, halves.other(job.trained_on), halves.SEGMENT_SECONDS)
+                words = ["--checkpoint", run_dir, "--shards", shards, "--features", "mfcc", "--out", table]
+                halves.python(["-m", "simsiam_dali.embed", *words])
+            mfcc[job.trained_on] = read_song_embeddings(table).vectors
+        return cls(tables, mfcc)
+
+    def vectors(self, rule: Rule, seed: int, half: str) -> np.ndarray:
+        """What is searched."""
+        return rule.change(read_song_embeddings(self.tables[seed][half]).vectors, self.mfcc[half])
+
+    def scores(self, rule: Rule) -> dict[str, equal_time.Scores]:
+        """By a rule, as equal_time.py keeps them."""
+        found: dict[str, equal_time.Scores] = {}
+        for seed, halves_of in self.tables.items():
+            for half, table in halves_of.items():
+                each = run.of_each_song(table, rule.find, self.vectors(rule, seed, half))
+                own = {metric: each[metric].tolist() for metric in equal_time.METRICS}
+                found.setdefault(str(seed), {})[half] = own
+        return found
+
+    def hubness(self, rule: Rule) -> tuple[float, float]:
+        """Means of the skewness of the 10-occurrence and of the share of songs that are nobody's neighbour."""
+        found = []
+        for seed, half in ((seed, half) for seed, halves_of in self.tables.items() for half in halves_of):
+            x = self.vectors(rule, seed, half)
+            near, _ = rule.find(x, np.arange(len(x)), run.RETRIEVED)
+            occurrence = np.bincount(near.ravel(), minlength=len(x))
             found.append((skew(occurrence), np.mean(occurrence == 0)))
-    skewness, never = np.mean(found, axis=0)
-    return float(skewness), float(never)
+        skewness, never = np.mean(found, axis=0)
+        return float(skewness), float(never)
 
 
-def table_lines(row: str, folder: Path, seeds: int) -> Iterator[str]:
+def table_lines(row: Row) -> Iterator[str]:
     """The Markdown table."""
     yield "| nearest by | 5-NN | | mAP@10 | | skewness | nobody's neighbour |"
     yield "|---|---|---|---|---|---|---|"
-    today = scores(row, folder, seeds, RULES[TODAY])
-    for name, find in RULES.items():
-        own, cells = scores(row, folder, seeds, find), []
+    today = row.scores(RULES[TODAY])
+    for name, rule in RULES.items():
+        own, cells = row.scores(rule), []
         for metric in equal_time.METRICS:
             gap = equal_time.difference(own, today, metric)
             assert gap is not None
             cells.append(f"{np.mean([*equal_time.by_seed(own, metric).values()]):.3f}")
             low, high = equal_time.interval(gap)
             cells.append("" if name == TODAY else f"{gap.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
-        skewness, never = hubs(row, folder, seeds, find)
+        skewness, never = row.hubness(rule)
         yield f"| {name} | {' | '.join(cells)} | {skewness:.2f} | {never:.1%} |"
 
 
@@ -128,7 +173,7 @@ def main() -> None:
     )
     add("--seeds", type=int, default=5, metavar="N", help="how many there are (default: 5)")
     args = parser.parse_args()
-    print("\n".join(table_lines(args.row, args.work / args.part / "equal-time", args.seeds)))
+    print("\n".join(table_lines(Row.open(args.row, args.work / args.part, args.seeds))))
 
 
 if __name__ == "__main__":

@@ -73,12 +73,15 @@ Find = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 """As `knn.nearest_others`: of vectors `(N, D)`, none of a row's own group, the k nearest rows and their similarity."""
 
 
-def of_each_song(table: Path, find: Find = knn.nearest_others) -> dict[str, np.ndarray]:
+def of_each_song(
+    table: Path, find: Find = knn.nearest_others, vectors: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """`soundtrack/knn`, `soundtrack/map`, and so for artist: the score of each song that can be scored, in order.
 
-    `soundtrack/untagged`: whether it has neither artist nor album.
+    `soundtrack/untagged`: whether it has neither artist nor album. vectors `(N, D)`: instead of the table's own.
     """
     songs = read_song_embeddings(table)
+    vectors = songs.vectors if vectors is None else vectors
     rows = songs.table.assign(albums=[[halves.soundtrack(path)] for path in songs.table["path"]])
     names = {name: i for i, name in enumerate(dict.fromkeys(own for (own,) in rows["albums"]))}
     labels = {"soundtrack": [[names[own]] for (own,) in rows["albums"]], "artist": all_label_ids(rows, "artist")}
@@ -90,7 +93,7 @@ def of_each_song(table: Path, find: Find = knn.nearest_others) -> dict[str, np.n
         each = np.arange(len(labelled))  # leave out the song itself, and no other
         own = [labels[target][row] for row in labelled]
         first = np.array([ids[0] for ids in own])
-        near, cosine = find(songs.vectors[labelled], each, RETRIEVED)
+        near, cosine = find(vectors[labelled], each, RETRIEVED)
         retrieval = probes.Retrieval(own, each, RETRIEVED)
         vote = knn.vote(first, near[:, :NEIGHBOURS], cosine[:, :NEIGHBOURS])
         found[f"{target}/knn"] = (vote == first)[retrieval.scored].astype(float)
