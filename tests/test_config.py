@@ -56,6 +56,8 @@ def test_gpu_yaml_holds_the_plan_s_values():
         "time_mask_prob": 0.5,
         "gain_prob": 0.8,
         "reverb_prob": 0.2,
+        "mixup_prob": 0.0,
+        "crop_prob": 0.0,
     }
     assert (simsiam.optimizer, simsiam.sgd_momentum, simsiam.weight_decay) == ("sgd", 0.9, 5e-4)
     simple = loaded.encoder.simple
