@@ -311,7 +311,7 @@ def test_refused_in_one_line(small_runs, tmp_path, monkeypatch, capsys, options,
 
 
 def test_simple_has_no_projection(small_runs, tmp_path):
-    with pytest.raises(UserError, match="--embedding is for simsiam"):
+    with pytest.raises(UserError, match="encoder of type simple has one output"):
         run(small_runs["simple"], tmp_path / "e.parquet", "--embedding", "projection")
 
 
