@@ -188,6 +188,28 @@ def write(doc: Mapping[str, Any], path: Path) -> None:
         part.write_text(json.dumps(doc) + "\n")
 
 
+def baseline_table(feature: str, half: str, work: Path) -> Path:
+    """The table of a baseline's features of the songs that `half` is tested on, from the recipe's first training."""
+    folder = work / "equal-time"
+    job = next(job for job in trainings(BASE, 1, 0) if job.trained_on == half)
+    table = job.table(folder, run.BASELINES[feature])
+    if not table.exists():
+        shards = halves.shards_of(work, halves.other(half), halves.SEGMENT_SECONDS)
+        run_dir = folder / "runs" / f"{halves.slug(BASE)}-{half}-0"
+        words = ["--checkpoint", run_dir, "--shards", shards, "--features", feature, "--out", table]
+        halves.python(["-m", "simsiam_dali.embed", *words])
+    return table
+
+
+def baselines(work: Path) -> dict[str, dict[str, float]]:
+    """Each baseline's scores: the mean over the songs of both halves."""
+    found = {}
+    for feature, name in run.BASELINES.items():
+        each = [run.of_each_song(baseline_table(feature, half, work)) for half in halves.HALVES]
+        found[name] = {metric: float(np.concatenate([own[metric] for own in each]).mean()) for metric in METRICS}
+    return found
+
+
 def untagged_songs(doc: Mapping[str, Any]) -> np.ndarray:
     """Columns of `by_seed`'s scores that are of songs with neither artist nor album."""
     (first, *_) = (own for seeds in doc["scores"].values() for own in seeds.values() if "a" in own)
@@ -208,6 +230,8 @@ def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
             gap = None if gap is None else gap[:, columns]
             cells.append("" if gap is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(gap.mean(), *interval(gap)))
         yield f"| {row} | {' | '.join(cells)} |"
+    for name, own_scores in doc.get("baselines", {}).items():
+        yield f"| {name} | | | {own_scores[METRICS[0]]:.3f} | | {own_scores[METRICS[1]]:.3f} | | | |"
 
 
 def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:
@@ -263,6 +287,9 @@ def main() -> None:
                 setup.train(wanted, folder)
                 add_scores(doc, wanted, folder)
                 write(doc, args.json)
+    if "baselines" not in doc:
+        doc["baselines"] = baselines(work)
+        write(doc, args.json)
     print("\n".join(page_lines(doc)))
 
 

@@ -108,15 +108,8 @@ class Row:
             if not table.exists():
                 raise UserError(f"no {table}: train first with equal_time.py --rows '{name}'")
             tables.setdefault(job.seed, {})[job.trained_on] = table
-        mfcc = {}
-        for job in equal_time.trainings(equal_time.BASE, 1, 0):
-            table, run_dir = job.table(folder, "MFCC"), folder / "runs" / f"{halves.slug(job.name)}-{job.trained_on}-0"
-            if not table.exists():
-                shards = halves.shards_of(work, halves.other(job.trained_on), halves.SEGMENT_SECONDS)
-                words = ["--checkpoint", run_dir, "--shards", shards, "--features", "mfcc", "--out", table]
-                halves.python(["-m", "simsiam_dali.embed", *words])
-            mfcc[job.trained_on] = read_song_embeddings(table).vectors
-        return cls(tables, mfcc)
+        mfcc = {half: equal_time.baseline_table("mfcc", half, work) for half in halves.HALVES}
+        return cls(tables, {half: read_song_embeddings(table).vectors for half, table in mfcc.items()})
 
     def vectors(self, rule: Rule, seed: int, half: str) -> np.ndarray:
         """What is searched."""
