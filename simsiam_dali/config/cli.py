@@ -69,7 +69,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--embedding", choices=["backbone", "projection"],
-        help="of a simsiam encoder (default: encoder.simsiam.embedding of the training)",
+        help="of an encoder on views (default: encoder.simsiam.embedding of the training)",
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam_dali.config.schema import Config, SimSiamConfig
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.models.encoder import Encoder, EncoderType
 from simsiam_dali.models.resnet import create_backbone
 
@@ -20,8 +21,8 @@ class Projected(Encoder):
     def __init__(self, config: Config, pretrained: bool = True) -> None:
         super().__init__()
         self.settings = settings = config.encoder.simsiam
-        seconds, rate = settings.embedding_seconds, config.data.sample_rate
-        self.window = None if seconds is None else 1 + round(seconds * rate) // settings.hop_length  # frames
+        log_mel = LogMel(config.data.sample_rate, settings.n_fft, settings.hop_length, settings.n_mels)
+        self.window = log_mel.frames(settings.embedding_seconds) if settings.embedding_seconds else None  # frames
         self.backbone, self.backbone_dim = create_backbone(
             settings.backbone, pretrained and settings.pretrained_backbone, settings.backbone_width, settings.pooling
         )
