@@ -211,6 +211,25 @@ def test_the_ten_commonest_are_coloured():
     assert (place[12:] == -1).sum() == 12
 
 
+def test_the_map_is_coloured_by_what_the_most_songs_have():
+    table = song_table(60)
+    assert maps.commonest_kind(table) == "genre"  # which all have; one in five is unrated
+    table["rating"] = 0.5
+    assert maps.commonest_kind(table) == "rating"
+    table["rating"] = np.nan
+    table["path"] = [f"song {i}.mp3" for i in range(60)]  # no folders
+    table["artists"] = [[f"artist {i}"] for i in range(60)]  # ten of them have a colour
+    table["genres"] = [["rock"]] * 60  # one colour for all
+    table["year"] = pd.array([1970 + i % 40 for i in range(60)], dtype="Int64")
+    assert maps.commonest_kind(table) == "decade"
+    assert maps.kinds(table)["decade"][25] == ["1990s"]
+    table["year"] = pd.array([None] * 60, dtype="Int64")
+    assert maps.commonest_kind(table) == "artist"
+    table["path"] = [f"{'ab'[i % 2]}/album/song {i}.mp3" for i in range(60)]
+    assert maps.commonest_kind(table) == "folder"
+    assert maps.kinds(table)["folder"][1] == ["b"]
+
+
 def test_names_that_look_like_formulas_are_drawn():
     table = song_table(12)
     table["artists"] = [["A$AP $Rocky^{"], ["_under"], ["東京"], ["<b>"]] * 3

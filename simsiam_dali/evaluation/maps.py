@@ -53,6 +53,27 @@ def categories(labels: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
     return names, np.array([names.index(name) if name in names else -1 for name in first], int)
 
 
+def kinds(table: pd.DataFrame) -> dict[str, list[Sequence[str]]]:
+    """What songs are coloured by, beside the rating: each song's labels, none where it has none."""
+    folders = [path.partition("/")[0] if "/" in path else None for path in table["path"]]
+    decades = [None if pd.isna(year) else f"{year // 10 * 10}s" for year in table["year"]]
+    return {
+        "genre": list(table["genres"]),
+        "artist": list(table["artists"]),
+        "folder": [[name] if name else [] for name in folders],
+        "decade": [[name] if name else [] for name in decades],
+    }
+
+
+def commonest_kind(table: pd.DataFrame) -> str:
+    """By what the most songs have a colour; of equals the rating, then the first kind."""
+    coloured = {"rating": int(table["rating"].notna().sum())}
+    for name, labels in kinds(table).items():
+        names, index = categories(labels)
+        coloured[name] = int((index >= 0).sum()) if len(names) > 1 else 0  # one colour tells nothing
+    return max(coloured, key=lambda name: coloured[name])
+
+
 def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:
     """A PNG of `points (N, 2)` three times: coloured by rating, genre and artist."""
     figure = Figure(figsize=(15, 5.4), layout="constrained")
@@ -97,7 +118,7 @@ def _by_category(axes: Axes, points: np.ndarray, labels: Iterable[Sequence[str]]
 def page_data(table: pd.DataFrame, vectors: np.ndarray, flat: dict[str, np.ndarray]) -> dict[str, Any]:
     """The data of the interactive page, as plain lists: songs, positions in 0..1, and each song's nearest by cosine."""
     near, cosine = nearest_others(vectors, np.arange(len(table)), NEAREST, standardise=False)
-    coloured = {"genre": categories(table["genres"]), "artist": categories(table["artists"])}
+    coloured = {name: categories(labels) for name, labels in kinds(table).items()}
     return {
         "title": [title or path for title, path in zip(table["title"], table["path"], strict=True)],
         "artist": [", ".join(names) for names in table["artists"]],
@@ -106,6 +127,7 @@ def page_data(table: pd.DataFrame, vectors: np.ndarray, flat: dict[str, np.ndarr
         "maps": {name: _in_unit_square(points) for name, points in flat.items()},
         "near": [row[row >= 0].tolist() for row in near],
         "cosine": [row[np.isfinite(row)].round(3).tolist() for row in cosine.astype(float)],
+        "colour_by": commonest_kind(table),
         "classes": {name: {"names": names, "of": index.tolist()} for name, (names, index) in coloured.items()},
         "palette": PALETTE,
         "other": OTHER,
