@@ -1,12 +1,14 @@
-"""Recommend songs: python -m simsiam_dali.recommend --like SONG, --top or --explore
+"""Recommend songs: python -m simsiam_dali.recommend --like SONG, --path FROM TO, --top or --explore
 
-Reads an embedding table and prints songs: those that sound like others, the unrated ones with the highest predicted
-rating, or the unrated ones whose rating would be most informative. Writes them as playlists too.
+Reads an embedding table and prints songs: those that sound like others, those that lead from one song to another in
+even steps, the unrated ones with the highest predicted rating, or the unrated ones whose rating would be most
+informative. Writes them as playlists too.
 """
 
 import argparse
 import dataclasses
 import io
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -36,6 +38,15 @@ def warn(problem: str, paths: Sequence[str]) -> None:
         print(f"warning: {problem}: {shown}{more}", file=sys.stderr)
 
 
+def year_range(text: str) -> tuple[int, int]:
+    """The first and the last year of "1994" or "1990-1999"."""
+    found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
+    first, last = (int(year) for year in (found[1], found[2] or found[1])) if found else (1, 0)
+    if first > last:
+        raise argparse.ArgumentTypeError(f"expected a year, or two such as 1990-1999, not {text!r}")
+    return first, last
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = create_parser("recommend", __doc__)
@@ -45,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--like", nargs="+", metavar="SONG",
         help='songs nearest to any of these; a song is a file, a folder of songs, a title or "artist - title"',
     )  # fmt: skip
+    mode.add_argument("--path", nargs=2, metavar=("FROM", "TO"), help="songs that lead from one song to another")
     mode.add_argument("--top", action="store_true", help="unrated songs with the highest predicted rating")
     mode.add_argument(
         "--explore", action="store_true", help="unrated songs whose rating is most uncertain, to rate next"
@@ -56,8 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
             f"--max-per-{kind}", type=whole_number(1), metavar="N", help=f"at most N songs of one {kind} (default: any)"
         )
     for kind in ("artist", "album"):
-        add(f"--exclude-same-{kind}", action="store_true", help=f"with --like: no song of the given songs' {kind}s")
+        add(
+            f"--exclude-same-{kind}",
+            action="store_true",
+            help=f"with --like or --path: no other song of the given songs' {kind}s",
+        )
     add("--min-seconds", type=float, metavar="S", help="leave out songs shorter than S seconds (default: none)")
+    add("--year", type=year_range, metavar="Y[-Y]", help="only songs of a year, or of years such as 1990-1999")
+    add("--genre", metavar="NAME", help="only songs of a genre")
+    add("--min-rating", type=float, metavar="R", help="only songs with a rating of at least R, 0 to 1")
     add("--xspf", type=Path, metavar="FILE", help="write them as an XSPF playlist")
     add("--m3u8", type=Path, metavar="FILE", help="write them as an M3U8 playlist")
     add("--csv", type=Path, metavar="FILE", help="write them as a CSV table")

@@ -1,4 +1,4 @@
-"""Choose songs: those nearest to others, those with the highest predicted rating, or those to rate next."""
+"""Choose songs: those nearest to others, a path, those with the highest predicted rating, or those to rate next."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,23 @@ from itertools import islice
 import numpy as np
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.names import name_key
 from simsiam_dali.evaluation.knn import cosine_blocks, unit
 from simsiam_dali.recommendation.library import Library, Variety
+from simsiam_dali.recommendation.path import song_path
 from simsiam_dali.recommendation.rating_model import MIN_RATED, RatingModel
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options of the command: songs like those named in `like`, else the `top` ones, else those to explore."""
+    """The options of the command: songs like those named in `like`, a `path`, the `top` ones, else those to explore.
+
+    year: first and last; genre: a name, compared without case; min_rating: 0 to 1. A song whose tag is not known does
+    not fit.
+    """
 
     like: Sequence[str] | None = None
+    path: Sequence[str] | None = None
     top: bool = False
     count: int = 25
     max_per_artist: int | None = None
@@ -25,6 +32,9 @@ class Request:
     exclude_same_artist: bool = False
     exclude_same_album: bool = False
     min_seconds: float | None = None
+    year: tuple[int, int] | None = None
+    genre: str | None = None
+    min_rating: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ class Choice:
 
 def choose(library: Library, vectors: np.ndarray, request: Request) -> Choice:
     """The songs that are requested, from their vectors `(N, D)`. Raises UserError when none is left."""
+    if request.path:
+        return choose_path(library, unit(vectors), request)
     seeds = sorted({row for text in request.like or () for row in library.find(text)})
     rows = candidates(library, seeds, request)
     unit_vectors = unit(vectors)
@@ -65,19 +77,46 @@ def choose(library: Library, vectors: np.ndarray, request: Request) -> Choice:
     return Choice(rows[chosen].tolist(), {name: values[chosen] for name, values in scores.items()}, title)
 
 
+def choose_path(library: Library, x: np.ndarray, request: Request) -> Choice:
+    """The songs from one to another, in their order; x: unit vectors `(N, D)`. Raises UserError where it cannot."""
+    if request.max_per_artist or request.max_per_album:
+        raise UserError("--max-per-artist and --max-per-album do not go with --path, which varies artists itself")
+    if request.count < 3:
+        raise UserError("--count: a path has at least 3 songs")
+    assert request.path is not None
+    ends = [library.find(text) for text in request.path]
+    if any(len(rows) > 1 for rows in ends):
+        raise UserError("--path goes from one song to another: name two songs, no folder")
+    (start,), (end,) = ends
+    if library.recording[start] == library.recording[end]:
+        raise UserError("--path goes from one song to another: both are the same recording")
+    allowed = np.zeros(len(library), bool)
+    allowed[candidates(library, [start, end], request)] = True
+    rows = song_path(x, (start, end), request.count, allowed, library.recording, library.artists)
+    step = np.r_[1.0, (x[rows[1:]] * x[rows[:-1]]).sum(axis=1)]
+    return Choice(rows, {"similarity": step}, f"path from {library.name(start)} to {library.name(end)}")
+
+
 def candidates(library: Library, seeds: Sequence[int], request: Request) -> np.ndarray:
     """Rows `(C,)` that may be chosen; `seeds`: the rows of the songs given. Raises UserError when there are none."""
     candidate = np.ones(len(library), bool)
     if request.min_seconds is not None:
         candidate &= ~(library.table["duration"].to_numpy(float) < request.min_seconds)
-    if request.like:
+    if request.year is not None:
+        candidate &= library.table["year"].between(*request.year).fillna(False).to_numpy(bool)
+    if request.genre is not None:
+        wanted = name_key(request.genre)
+        candidate &= np.array([wanted in map(name_key, names) for names in library.table["genres"]])
+    if request.min_rating is not None:
+        candidate &= (library.table["rating"] >= request.min_rating).to_numpy(bool)
+    if request.like or request.path:
         candidate &= ~np.isin(library.recording, library.recording[seeds])
         excluded = (request.exclude_same_artist, library.artists), (request.exclude_same_album, library.albums)
         for exclude, keys in excluded:
             of_seeds = {key for row in seeds for key in keys[row]} if exclude else set()
             candidate &= np.array([of_seeds.isdisjoint(own) for own in keys])
     elif request.exclude_same_artist or request.exclude_same_album:
-        raise UserError("--exclude-same-artist and --exclude-same-album go with --like")
+        raise UserError("--exclude-same-artist and --exclude-same-album go with --like and --path")
     else:  # songs without a rating, of which no other file has one either
         rated = np.isfinite(library.table["rating"].to_numpy(float))
         candidate &= ~np.isin(library.recording, library.recording[rated])

@@ -1,0 +1,83 @@
+"""A walk through the library from one song to another, in even steps."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.evaluation.probes import label_matrix
+
+CANDIDATES = 64
+"""Songs considered for each place of a path, beside as many as it has places: those nearest to where it would lie."""
+
+SAME_ARTIST = 1e3
+"""Cost of two songs of an artist in a row, where a step costs at most 16: only taken where there is no other way."""
+
+
+def waypoints(start: np.ndarray, end: np.ndarray, count: int) -> np.ndarray:
+    """`count` unit vectors `(count, D)` on the great circle between two, evenly spaced, without the two."""
+    angle = np.arccos(np.clip(start @ end, -1.0, 1.0))
+    share = np.arange(1, count + 1)[:, None] / (count + 1)
+    if np.sin(angle) < 1e-6:  # one place, or opposite ends of the sphere, between which no way is shorter
+        points = (1 - share) * start + share * end
+    else:
+        points = (np.sin((1 - share) * angle) * start + np.sin(share * angle) * end) / np.sin(angle)
+    return points / np.linalg.norm(points, axis=1, keepdims=True).clip(min=1e-9)
+
+
+def song_path(
+    x: np.ndarray,
+    ends: tuple[int, int],
+    count: int,
+    allowed: np.ndarray,
+    recording: np.ndarray,
+    artists: Sequence[Sequence[str]],
+) -> list[int]:
+    """Rows of `count` songs, at least 3, from the first of `ends` to the second, both among them.
+
+    Of all ways through each place's candidates, the one with the least sum of the steps' fourth powers, which a single
+    long step would dominate. x: unit vectors `(N, D)`. allowed: BOOL `(N,)`, which songs may lie between. recording
+    `(N,)`: of songs with one number only one is taken. artists: each song's. Raises UserError where too few are left.
+    """
+    start, end = ends
+    between = count - 2
+    free = np.flatnonzero(allowed & ~np.isin(recording, recording[[start, end]]))
+    _, first = np.unique(recording[free], return_index=True)
+    free = free[np.sort(first)]
+    if len(free) < between:
+        raise UserError(f"a path of {count} songs needs {between} between its ends, and {len(free)} are left: --count")
+    nearness = waypoints(x[start], x[end], between) @ x[free].T
+    places = [free[np.argsort(-row, kind="stable")[: CANDIDATES + between]] for row in nearness]
+    own = free[linear_sum_assignment(-nearness)[1]]
+    places = [np.union1d(place, song) for place, song in zip(places, own, strict=True)]
+    column = {int(row): place for place, row in enumerate(free)}
+    names = {name: number for number, name in enumerate({name for own in artists for name in own})}
+    labels = label_matrix([[names[name] for name in own] for own in artists])
+    while True:
+        rows = _cheapest(x, start, end, places, labels)
+        twice = next(((a, b) for a, b in itertools.combinations(range(between), 2) if rows[a] == rows[b]), None)
+        if twice is None:
+            return [start, *rows, end]
+        # It stays where it is nearer, but no place loses its own song: so each has one left, whatever is taken away.
+        farther = min(twice, key=lambda place: (rows[place] == own[place], nearness[place, column[rows[place]]]))
+        places[farther] = places[farther][places[farther] != rows[farther]]
+
+
+def _cheapest(x: np.ndarray, start: int, end: int, places: Sequence[np.ndarray], labels: csr_array) -> list[int]:
+    """One song of each of `places`, by dynamic programming over the steps' costs."""
+    layers = [np.array([start]), *places, np.array([end])]
+    total, came_from = np.zeros(1), []
+    for before, after in itertools.pairwise(layers):
+        squared = (2 - 2 * x[before] @ x[after].T).clip(min=0)
+        same_artist = (labels[before] @ labels[after].T).toarray() > 0
+        cost = total[:, None] + squared**2 + SAME_ARTIST * same_artist
+        came_from.append(cost.argmin(axis=0))
+        total = cost.min(axis=0)
+    rows, place = [], 0
+    for layer, back in zip(reversed(layers[:-1]), reversed(came_from), strict=True):
+        place = back[place]
+        rows.append(int(layer[place]))
+    return rows[-2::-1]
