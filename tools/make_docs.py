@@ -45,6 +45,7 @@ def options_table(parser: argparse.ArgumentParser) -> Iterator[str]:
         if action.dest == "help" or action.help == argparse.SUPPRESS:
             continue
         value = action.metavar or ("\\|".join(map(str, action.choices)) if action.choices else "")
+        value = " ".join(value) if isinstance(value, tuple) else value
         name = ", ".join(action.option_strings) or action.metavar or action.dest
         shown = (
             f"`{name}`" if action.nargs == 0 or not action.option_strings else f"`{name} {value}`".replace(" `", "`")
