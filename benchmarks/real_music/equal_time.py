@@ -267,7 +267,6 @@ def main() -> None:
     halves.prepare(work, (args.music or work / "music").resolve(), args.part == "report", lengths)
     setup, folder = Setup(work, config, device, side_by_side), work / "equal-time"
     doc = json.loads(args.json.read_text()) if args.json.exists() else {"cost": {BASE: 1.0}, "scores": {}}
-    doc["environment"] = machine.environment(device)
     if untimed := [row for row in rows if row not in doc["cost"]]:
         doc["cost"] |= setup.costs(untimed)
         write(doc, args.json)
@@ -286,6 +285,7 @@ def main() -> None:
             if wanted:
                 setup.train(wanted, folder)
                 add_scores(doc, wanted, folder)
+                doc["environment"] = machine.environment(device)  # of the latest training
                 write(doc, args.json)
     if "baselines" not in doc:
         doc["baselines"] = baselines(work)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import csr_array
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.evaluation.probes import label_matrix
@@ -54,30 +53,42 @@ def song_path(
     own = free[linear_sum_assignment(-nearness)[1]]
     places = [np.union1d(place, song) for place, song in zip(places, own, strict=True)]
     column = {int(row): place for place, row in enumerate(free)}
-    names = {name: number for number, name in enumerate({name for own in artists for name in own})}
-    labels = label_matrix([[names[name] for name in own] for own in artists])
+    layers = [np.array([start]), *places, np.array([end])]
+    costs = step_costs(x, layers, artists)
+    taken_away = [np.zeros(len(layer)) for layer in layers]  # infinite where a song is another place's
     while True:
-        rows = _cheapest(x, start, end, places, labels)
+        rows = cheapest(layers, costs, taken_away)[1:-1]
         twice = next(((a, b) for a, b in itertools.combinations(range(between), 2) if rows[a] == rows[b]), None)
         if twice is None:
             return [start, *rows, end]
         # It stays where it is nearer, but no place loses its own song: so each has one left, whatever is taken away.
         farther = min(twice, key=lambda place: (rows[place] == own[place], nearness[place, column[rows[place]]]))
-        places[farther] = places[farther][places[farther] != rows[farther]]
+        taken_away[farther + 1][layers[farther + 1] == rows[farther]] = np.inf
 
 
-def _cheapest(x: np.ndarray, start: int, end: int, places: Sequence[np.ndarray], labels: csr_array) -> list[int]:
-    """One song of each of `places`, by dynamic programming over the steps' costs."""
-    layers = [np.array([start]), *places, np.array([end])]
-    total, came_from = np.zeros(1), []
+def step_costs(x: np.ndarray, layers: Sequence[np.ndarray], artists: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    """The cost of each step from a song of one layer to one of the next: `(songs here, songs there)` of each pair."""
+    names = {name: number for number, name in enumerate({name for own in artists for name in own})}
+    used = np.unique(np.concatenate(layers))
+    labels = label_matrix([[names[name] for name in artists[row]] for row in used])
+    costs = []
     for before, after in itertools.pairwise(layers):
         squared = (2 - 2 * x[before] @ x[after].T).clip(min=0)
-        same_artist = (labels[before] @ labels[after].T).toarray() > 0
-        cost = total[:, None] + squared**2 + SAME_ARTIST * same_artist
-        came_from.append(cost.argmin(axis=0))
-        total = cost.min(axis=0)
-    rows, place = [], 0
+        here, there = (labels[np.searchsorted(used, layer)] for layer in (before, after))
+        costs.append(squared**2 + SAME_ARTIST * ((here @ there.T).toarray() > 0))
+    return costs
+
+
+def cheapest(layers: Sequence[np.ndarray], costs: Sequence[np.ndarray], taken_away: Sequence[np.ndarray]) -> list[int]:
+    """One song of each layer, with the least sum of costs, by dynamic programming."""
+    total, came_from = taken_away[0], []
+    for cost, own in zip(costs, taken_away[1:], strict=True):
+        through = total[:, None] + cost
+        came_from.append(through.argmin(axis=0))
+        total = through.min(axis=0) + own
+    place = int(total.argmin())
+    rows = [int(layers[-1][place])]
     for layer, back in zip(reversed(layers[:-1]), reversed(came_from), strict=True):
-        place = back[place]
+        place = int(back[place])
         rows.append(int(layer[place]))
-    return rows[-2::-1]
+    return rows[::-1]
