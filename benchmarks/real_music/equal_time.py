@@ -68,23 +68,24 @@ CANDIDATES = {
     "no frequency mask": Candidate({f"{AUGMENTATION}.frequency_mask_prob": 0}),
     "weight decay 1e-4": Candidate({"encoder.simsiam.weight_decay": 1e-4}),
     "projector of 3 layers": Candidate({"encoder.simsiam.projection_layers": 3}),
-    "noise, 2.5 s, no shift": Candidate(SHORT_NOISY),
+    "short views": Candidate(SHORT_NOISY),
     "four views": Candidate({"data.views": 4}),
     "with mixup": Candidate({f"{AUGMENTATION}.mixup_prob": 1.0}),
     "with resized crop": Candidate({f"{AUGMENTATION}.crop_prob": 1.0}),
     "segments of 60 s": Candidate(segment_seconds=60),
     "contrastive": Candidate(kind="contrastive"),
     "contrastive, 60 s": Candidate(kind="contrastive", segment_seconds=60),
-    "SimSiam, 60 s, noise, 2.5 s, no shift": Candidate(SHORT_NOISY, segment_seconds=60),
-    "contrastive, 60 s, noise, 2.5 s, no shift": Candidate(SHORT_NOISY, "contrastive", 60),
-    "the same, windows of the projection": Candidate(SHORT_NOISY | WINDOWS, "contrastive", 60),
+    "SimSiam, 60 s, short views": Candidate(SHORT_NOISY, segment_seconds=60),
+    "contrastive, 60 s, short views": Candidate(SHORT_NOISY, "contrastive", 60),
+    "contrastive, 60 s, short views, windows": Candidate(SHORT_NOISY | WINDOWS, "contrastive", 60),
     "joint": Candidate(kind="joint"),
-    "joint, 60 s, noise, 2.5 s, no shift": Candidate(SHORT_NOISY | CONTRASTIVE_JOINT, "joint", 60),
+    "joint, 60 s, short views": Candidate(SHORT_NOISY | CONTRASTIVE_JOINT, "joint", 60),
     "simple (from tags)": Candidate(kind="simple"),
     PEER: Candidate(kind="lightly"),
 }
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
-the segment, the farther apart. "The same" is the row above it."""
+the segment, the farther apart. Short views are of 2.5 s, with noise and without a circular shift; windows: songs are
+embedded by the projection, in windows of a view's length."""
 
 
 def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
