@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-seconds", type=float, metavar="S", help="leave out songs shorter than S seconds (default: none)")
     add("--year", type=year_range, metavar="Y[-Y]", help="only songs of a year, or of years such as 1990-1999")
     add("--genre", metavar="NAME", help="only songs of a genre")
-    add("--min-rating", type=float, metavar="R", help="only songs with a rating of at least R, 0 to 1")
+    add("--min-rating", type=float, metavar="R", help="with --like or --path: only songs rated at least R, 0 to 1")
     add("--xspf", type=Path, metavar="FILE", help="write them as an XSPF playlist")
     add("--m3u8", type=Path, metavar="FILE", help="write them as an M3U8 playlist")
     add("--csv", type=Path, metavar="FILE", help="write them as a CSV table")

@@ -67,8 +67,13 @@ def test_simple_learns_which_songs_are_by_one_artist(tmp_path, small_shards):
 
 @pytest.mark.parametrize(
     "own",
-    [SIMPLE, {"encoder__encoder_type": "joint"}, {"encoder__encoder_type": "contrastive"}],
-    ids=["simple", "joint", "contrastive"],
+    [
+        SIMPLE,
+        {"encoder__encoder_type": "joint"},
+        {"encoder__encoder_type": "contrastive"},
+        {"encoder__encoder_type": "joint", "encoder__joint__views_loss": "contrastive", "data__views": 3},
+    ],
+    ids=["simple", "joint", "contrastive", "joint, contrastive, three views"],
 )
 def test_killed_and_resumed_is_as_if_never_stopped(own, tmp_path, tmp_path_factory, small_shards):
     whole = train(tmp_path_factory.mktemp("whole"), small_shards, **own)

@@ -114,6 +114,8 @@ def test_filters_keep_what_fits(folder: Path) -> None:
     }
     with pytest.raises(UserError, match="none of the 80 songs is left"):
         found("--genre", "polka")
+    with pytest.raises(UserError, match="--min-rating goes with --like and --path"):
+        chosen(folder, "--top", "--min-rating", 0.5)
 
 
 @pytest.mark.parametrize("text", ["1999-1990", "nineties", "1990-", "-1990", ""])

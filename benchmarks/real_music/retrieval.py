@@ -16,10 +16,10 @@ import halves
 import numpy as np
 import run
 from scipy.special import ndtr
-from scipy.stats import skew
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.embedding.table import read_song_embeddings
+from simsiam_dali.evaluation.hubness import of_neighbours
 from simsiam_dali.evaluation.knn import nearest_others, unit
 
 TODAY = "cosine, standardised"
@@ -131,10 +131,8 @@ class Row:
         for seed, half in ((seed, half) for seed, halves_of in self.tables.items() for half in halves_of):
             x = self.vectors(rule, seed, half)
             near, _ = rule.find(x, np.arange(len(x)), run.RETRIEVED)
-            occurrence = np.bincount(near.ravel(), minlength=len(x))
-            found.append((skew(occurrence), np.mean(occurrence == 0)))
-        skewness, never = np.mean(found, axis=0)
-        return float(skewness), float(never)
+            found.append(of_neighbours(near))
+        return float(np.mean([each.skewness for each in found])), float(np.mean([each.never for each in found]))
 
 
 def table_lines(row: Row) -> Iterator[str]:
@@ -161,9 +159,7 @@ def main() -> None:
     add = parser.add_argument
     add("row", choices=list(equal_time.CANDIDATES), metavar="ROW", help="a row of equal_time.py")
     add("--work", type=Path, default=Path("real_music"), metavar="DIR", help="as of equal_time.py")
-    parser.add_argument(
-        "--part", choices=["choose", "report"], default="choose", help="of soundtracks (default: choose)"
-    )
+    add("--part", choices=["choose", "report"], default="choose", help="as of equal_time.py (default: choose)")
     add("--seeds", type=int, default=5, metavar="N", help="how many there are (default: 5)")
     args = parser.parse_args()
     print("\n".join(table_lines(Row.open(args.row, args.work / args.part, args.seeds))))

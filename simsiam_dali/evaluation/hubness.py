@@ -22,7 +22,11 @@ class Hubness:
 
 def hubness(vectors: np.ndarray, group: np.ndarray, k: int) -> Hubness:
     """Of vectors `(N, D)` by cosine, each dimension standardised; songs of one group `(N,)` are no neighbours."""
-    near, _ = nearest_others(vectors, group, k)
+    return of_neighbours(nearest_others(vectors, group, k)[0])
+
+
+def of_neighbours(near: np.ndarray) -> Hubness:
+    """Of each song's nearest `(N, k)`, -1 where there is none."""
     occurrence = np.bincount(near[near >= 0], minlength=len(near))
     skewness = float(skew(occurrence)) if np.ptp(occurrence) else 0.0
     return Hubness(skewness, float(np.mean(occurrence == 0)))

@@ -117,6 +117,8 @@ def candidates(library: Library, seeds: Sequence[int], request: Request) -> np.n
             candidate &= np.array([of_seeds.isdisjoint(own) for own in keys])
     elif request.exclude_same_artist or request.exclude_same_album:
         raise UserError("--exclude-same-artist and --exclude-same-album go with --like and --path")
+    elif request.min_rating is not None:
+        raise UserError("--min-rating goes with --like and --path: the other modes list songs without a rating")
     else:  # songs without a rating, of which no other file has one either
         rated = np.isfinite(library.table["rating"].to_numpy(float))
         candidate &= ~np.isin(library.recording, library.recording[rated])
