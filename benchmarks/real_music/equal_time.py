@@ -1,8 +1,8 @@
 """Which change of the recipe learns more in the same time? python benchmarks/real_music/equal_time.py --json FILE
 
 Each candidate is trained for as long as the recipe of configs/real_music_*.yaml is (its 80 epochs, or --epochs), not
-for as many epochs: first the seconds of an epoch are measured, of all candidates in turn (waiting for data counts), and a
-candidate that takes twice as long gets half the epochs. Five seeds, each from both halves; scores as in run.py. The
+for as many epochs: first the seconds of an epoch are measured, of all candidates in turn (waiting for data counts), and
+a candidate that takes twice as long gets half the epochs. Five seeds, each from both halves; scores as in run.py. The
 intervals of the differences from the recipe are of a bootstrap over seeds and songs, both drawn anew each time, since
 another seed moves a score about as much as another song does. A candidate is given up as soon as its interval of
 mAP@10 lies below 0.
