@@ -1,6 +1,7 @@
 """Runs as training logs them, made through the MLflow client alone, and a real MLflow server."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -45,10 +46,20 @@ def log_run(
 
 
 def free_port() -> int:
-    """A port of loopback that is not in use."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port of loopback that is not in use, below those that the system gives to outgoing connections."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        if can_listen(port):
+            return port
+    raise RuntimeError("no free port")
+
+
+def can_listen(port: int) -> bool:
+    """Whether nobody has the port."""
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            return True
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -84,6 +95,10 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGKILL)  # its workers too: they are of its session
         server.wait()
+        deadline = time.monotonic() + START_SECONDS
+        while not can_listen(port):  # a worker may end after its parent, and has the port until then
+            assert time.monotonic() < deadline, f"a killed server keeps port {port}"
+            time.sleep(0.05)
 
 
 def answers(uri: str) -> bool:
