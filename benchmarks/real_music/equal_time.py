@@ -80,6 +80,7 @@ CANDIDATES = {
     "contrastive, 60 s, short views, windows": Candidate(SHORT_NOISY | WINDOWS, "contrastive", 60),
     "joint": Candidate(kind="joint"),
     "joint, 60 s, short views": Candidate(SHORT_NOISY | CONTRASTIVE_JOINT, "joint", 60),
+    "joint, 60 s, short views, windows": Candidate(SHORT_NOISY | WINDOWS | CONTRASTIVE_JOINT, "joint", 60),
     "simple (from tags)": Candidate(kind="simple"),
     PEER: Candidate(kind="lightly"),
 }
