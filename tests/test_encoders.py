@@ -71,9 +71,10 @@ def test_simple_learns_which_songs_are_by_one_artist(tmp_path, small_shards):
         SIMPLE,
         {"encoder__encoder_type": "joint"},
         {"encoder__encoder_type": "contrastive"},
+        {"encoder__encoder_type": "byol"},
         {"encoder__encoder_type": "joint", "encoder__joint__views_loss": "contrastive", "data__views": 3},
     ],
-    ids=["simple", "joint", "contrastive", "joint, contrastive, three views"],
+    ids=["simple", "joint", "contrastive", "byol", "joint, contrastive, three views"],
 )
 def test_killed_and_resumed_is_as_if_never_stopped(own, tmp_path, tmp_path_factory, small_shards):
     whole = train(tmp_path_factory.mktemp("whole"), small_shards, **own)
@@ -102,7 +103,7 @@ def test_one_switch_and_its_source_is_printed(tmp_path, small_shards):
 def test_the_environment_chooses_and_an_unknown_type_is_refused_with_the_known_ones(tmp_path, small_shards):
     line = refusal(command(tmp_path, small_shards), tmp_path, ENCODER_TYPE="simpel")
     assert "'simpel'" in line
-    assert "contrastive, joint, simple, simsiam" in line
+    assert "byol, contrastive, joint, simple, simsiam" in line
 
 
 def test_the_same_shards_and_songs_for_both_types(small_shards):

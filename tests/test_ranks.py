@@ -58,7 +58,7 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
     return max(float((a - b).norm() / b.norm()) for a, b in pairs if b.any())
 
 
-@pytest.mark.parametrize("encoder", ["simsiam", "simple", "contrastive", "joint"])
+@pytest.mark.parametrize("encoder", ["simsiam", "simple", "contrastive", "joint", "byol"])
 def test_the_gradients_are_those_of_one_process_with_the_whole_batch(ranks, alone, encoder):
     ours, theirs = ranks[1]["steps"][encoder], alone["steps"][encoder]
     assert all(gradient.any() for gradient in theirs["gradients"].values())

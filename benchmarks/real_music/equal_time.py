@@ -73,6 +73,7 @@ CANDIDATES = {
     "with mixup": Candidate({f"{AUGMENTATION}.mixup_prob": 1.0}),
     "with resized crop": Candidate({f"{AUGMENTATION}.crop_prob": 1.0}),
     "segments of 60 s": Candidate(segment_seconds=60),
+    "momentum target (BYOL)": Candidate(kind="byol"),
     "contrastive": Candidate(kind="contrastive"),
     "contrastive, 60 s": Candidate(kind="contrastive", segment_seconds=60),
     "SimSiam, 60 s, short views": Candidate(SHORT_NOISY, segment_seconds=60),

@@ -73,6 +73,14 @@ class SpaceConfig(Section):
         },
         description="the same",
     )
+    byol: Space = Field(
+        {
+            "encoder.simsiam.learning_rate": {"low": 0.01, "high": 1.0, "log": True},
+            "encoder.simsiam.weight_decay": {"low": 1e-5, "high": 1e-3, "log": True},
+            "encoder.byol.momentum": {"choices": [0.9, 0.97, 0.99, 0.997]},
+        },
+        description="the same",
+    )
 
 
 class HpoConfig(Section):

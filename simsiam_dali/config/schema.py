@@ -155,6 +155,12 @@ class ContrastiveConfig(Section):
     temperature: float = Field(0.2, gt=0, description="temperature of the softmax over similarities")
 
 
+class ByolConfig(Section):
+    """SimSiam's views and networks with a momentum target (BYOL); everything else is read from encoder.simsiam."""
+
+    momentum: float = Field(0.99, ge=0, lt=1, description="of the moving average that the target's weights are")
+
+
 class JointConfig(TagPairsConfig):
     """Tags and ratings as teachers beside the views; everything else is read from encoder.simsiam."""
 
@@ -169,7 +175,7 @@ class JointConfig(TagPairsConfig):
 class EncoderConfig(Section):
     """Which encoder, and the settings every encoder shares."""
 
-    encoder_type: str = Field("simsiam", description="the A/B switch: simsiam, simple, joint or contrastive")
+    encoder_type: str = Field("simsiam", description="the A/B switch: simsiam, simple, joint, contrastive or byol")
     embedding_dim: int = Field(2048, ge=1, description="width of simple's embedding; simsiam's is its backbone's")
     epochs: int = Field(100, ge=1, description="passes over the training segments")
     final_training_epochs: int = Field(50, ge=1, description="the same for the best settings that hpo has found")
@@ -181,6 +187,7 @@ class EncoderConfig(Section):
     simsiam: SimSiamConfig = SimSiamConfig()
     joint: JointConfig = JointConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
+    byol: ByolConfig = ByolConfig()
 
 
 class TrainConfig(Section):

@@ -31,6 +31,9 @@ class Encoder(nn.Module):
         """Optimizer groups; `fix_lr` marks those whose learning rate is not decayed."""
         return [{"params": list(self.parameters()), "fix_lr": False}]
 
+    def after_step(self) -> None:
+        """Called after each step of the optimizer, on all ranks, whose weights are equal."""
+
 
 class Scored(NamedTuple):
     """The loss of a batch. All tensors stay on the device, so that the host does not wait for it."""

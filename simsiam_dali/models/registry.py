@@ -2,6 +2,7 @@
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
+from simsiam_dali.models.byol import ByolType
 from simsiam_dali.models.contrastive import ContrastiveType
 from simsiam_dali.models.encoder import EncoderType
 from simsiam_dali.models.joint import JointType
@@ -13,6 +14,7 @@ ENCODERS: dict[str, type[EncoderType]] = {
     "simple": SimpleType,
     "joint": JointType,
     "contrastive": ContrastiveType,
+    "byol": ByolType,
 }
 
 

@@ -112,6 +112,7 @@ class Learner:
         with mark("update"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self.encoder.after_step()
         if len(parts) == 1:
             return parts[0]
         loss, has_loss, z = zip(*parts, strict=True)

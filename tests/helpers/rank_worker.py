@@ -23,7 +23,9 @@ from simsiam_dali.training.learner import Learner
 
 SEGMENTS = 8  # of the global batch
 EPOCHS = 3
-CASES = {name: (name, True) for name in ("simsiam", "simple", "contrastive", "joint")} | {"apart": ("simsiam", False)}
+CASES = {name: (name, True) for name in ("simsiam", "simple", "contrastive", "joint", "byol")} | {
+    "apart": ("simsiam", False)
+}
 """Encoder type, and whether batch norm is over all ranks."""
 
 
@@ -115,7 +117,7 @@ def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, A
     losses = w.gather(float(learner.step([mine], 0.1, 0.1).loss))
     return {
         "loss": sum(losses) / len(losses),
-        "gradients": {name: p.grad.clone() for name, p in learner.encoder.named_parameters()},
+        "gradients": {name: p.grad.clone() for name, p in learner.encoder.named_parameters() if p.requires_grad},
         "state": learner.encoder.state_dict(),
     }
 
