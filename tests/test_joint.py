@@ -19,6 +19,7 @@ from simsiam_dali.models.losses import MetadataContrastiveLoss, nt_xent, rating_
 from simsiam_dali.models.registry import encoder_type
 
 JOINT = {"encoder__encoder_type": "joint"}
+SIMSIAM_LOSS = "encoder.joint.views_loss=simsiam"
 CPU = torch.device("cpu")
 
 
@@ -94,13 +95,13 @@ def test_the_loss_is_the_weighted_sum_of_the_three_teachers(small_shards: Path, 
 
 
 def test_every_teacher_reaches_the_backbone_and_every_parameter_is_optimized_once(small_shards: Path) -> None:
-    encoder, score = create(open_shards(small_shards))
+    encoder, score = create(open_shards(small_shards), SIMSIAM_LOSS)
     score(outputs(encoder), torch.arange(8)).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
     grouped = [p for group in encoder.param_groups() for p in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(encoder.parameters()))
     for name in ("predictor", "tag_head", "rating_head"):
-        encoder, _ = create(open_shards(small_shards))
+        encoder, _ = create(open_shards(small_shards), SIMSIAM_LOSS)
         for head in {"predictor", "tag_head", "rating_head"} - {name}:
             getattr(encoder, head).requires_grad_(False)
         _, _, t1, _, r1, _, p1, _ = outputs(encoder)

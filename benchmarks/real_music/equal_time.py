@@ -59,7 +59,6 @@ SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
 NO_SHIFT = {f"{AUGMENTATION}.time_shift_prob": 0}
 SHORT_NOISY = NOISE | SHORT | NO_SHIFT
 WINDOWS = {"encoder.simsiam.embedding": "projection", "encoder.simsiam.embedding_seconds": 2.5}
-CONTRASTIVE_JOINT = {"encoder.joint.views_loss": "contrastive"}
 CANDIDATES = {
     BASE: Candidate(),
     "with noise": Candidate(NOISE),
@@ -79,9 +78,9 @@ CANDIDATES = {
     "SimSiam, 60 s, short views": Candidate(SHORT_NOISY, segment_seconds=60),
     "contrastive, 60 s, short views": Candidate(SHORT_NOISY, "contrastive", 60),
     "contrastive, 60 s, short views, windows": Candidate(SHORT_NOISY | WINDOWS, "contrastive", 60),
-    "joint": Candidate(kind="joint"),
-    "joint, 60 s, short views": Candidate(SHORT_NOISY | CONTRASTIVE_JOINT, "joint", 60),
-    "joint, 60 s, short views, windows": Candidate(SHORT_NOISY | WINDOWS | CONTRASTIVE_JOINT, "joint", 60),
+    "joint, SimSiam's loss": Candidate({"encoder.joint.views_loss": "simsiam"}, "joint"),
+    "joint, 60 s, short views": Candidate(SHORT_NOISY, "joint", 60),
+    "joint, 60 s, short views, windows": Candidate(SHORT_NOISY | WINDOWS, "joint", 60),
     "simple (from tags)": Candidate(kind="simple"),
     PEER: Candidate(kind="lightly"),
 }

@@ -165,7 +165,7 @@ class JointConfig(TagPairsConfig):
     """Tags and ratings as teachers beside the views; everything else is read from encoder.simsiam."""
 
     views_loss: Literal["simsiam", "contrastive"] = Field(
-        "simsiam", description="the loss on the views; the latter's temperature is encoder.contrastive's"
+        "contrastive", description="the loss on the views; the latter's temperature is encoder.contrastive's"
     )
     tag_weight: float = Field(0.5, ge=0, description="of the contrastive loss by tags; the views' has 1")
     rating_weight: float = Field(0.5, ge=0, description="of the squared error of the songs' ratings (0 to 1)")
