@@ -185,6 +185,23 @@ def test_the_experiments_page_holds_the_newest_results():
     assert newest["rows"].keys() <= {*experiments.ROWS, experiments.PROJECTION, experiments.UNTRAINED}
 
 
+def test_the_config_of_the_winner_is_what_was_compared() -> None:
+    """All that shapes what is learned; how long, on what device and how it is recorded may differ."""
+    own = equal_time.CANDIDATES["joint, 60 s, short views, windows"]
+    settings = [f"{key}={value}" for key, value in own.settings.items()]
+    compared = load_config(CPU_FILE, assignments=settings).model_dump()
+    joint = load_config(ROOT / "configs" / "joint.yaml")
+    assert joint.encoder.encoder_type == own.kind
+    found = joint.model_dump()
+    for section in ("joint", "contrastive", "simsiam"):
+        compared["encoder"][section].pop("predictor_hidden_dim", None)  # of a predictor that joint does not have here
+        found["encoder"][section].pop("predictor_hidden_dim", None)
+        assert found["encoder"][section] == compared["encoder"][section]
+    for key in ("view_seconds", "view_crops", "views", "sample_rate"):
+        assert found["data"][key] == compared["data"][key]
+    assert found["encoder"]["batch_size"] == compared["encoder"]["batch_size"]
+
+
 def row_of(scores: np.ndarray) -> dict[str, equal_time.Scores]:
     """`(seeds, songs)` as the document has them; the songs of half b come from the training on a."""
     songs = dict(zip(halves.HALVES, np.array_split(np.arange(scores.shape[1]), 2), strict=True))
