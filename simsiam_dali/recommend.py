@@ -1,23 +1,29 @@
-"""Recommend songs: python -m simsiam_dali.recommend --like SONG, --path FROM TO, --radio SONG, --top or --explore
+"""Recommend songs: python -m simsiam_dali.recommend --like SONG, --path FROM TO, --radio SONG, --top, --explore
 
 Reads an embedding table and prints songs: those that sound like others, those that lead from one song to another in
 even steps, a varied order around one song, the unrated ones with the highest predicted rating, or the unrated ones
 whose rating would be most informative. Writes them as playlists too, which can be made again from a newer table.
+--duplicates lists the recordings that the library holds more than once.
 """
 
 import argparse
 import dataclasses
 import io
+import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from simsiam_dali.common.errors import UserError, one_line_errors, printable
 from simsiam_dali.config.cli import add_embeddings, create_parser, whole_number
 from simsiam_dali.embedding.table import read_song_embeddings
-from simsiam_dali.recommendation.choose import Request, choose
+from simsiam_dali.evaluation.knn import unit
+from simsiam_dali.recommendation.choose import Request, choose, fitting
+from simsiam_dali.recommendation.duplicates import duplicates_csv, duplicates_table, find_duplicates
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import (
     FORMATS,
@@ -64,6 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument(
         "--explore", action="store_true", help="unrated songs whose rating is most uncertain, to rate next"
     )
+    mode.add_argument(
+        "--duplicates", action="store_true",
+        help="recordings that are there in several files, compared by their audio; the best file first",
+    )  # fmt: skip
     add("--unlike", nargs="+", metavar="SONG", help="with --like: songs that are not near any of these")
     add("--count", type=whole_number(1), default=default.count, metavar="N",
         help="songs to list (default: %(default)s)")  # fmt: skip
@@ -90,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--xspf", type=Path, metavar="FILE", help="write them as an XSPF playlist")
     add("--m3u8", type=Path, metavar="FILE", help="write them as an M3U8 playlist")
-    add("--csv", type=Path, metavar="FILE", help="write them as a CSV table")
+    add("--csv", type=Path, metavar="FILE", help="write them, or the duplicates, as a CSV table")
     add("--save", metavar="NAME", help="write NAME.m3u8 and NAME.xspf, and NAME.json to make them again from")
     add("--playlists", type=Path, default=Path("playlists"), metavar="DIR", help="where to save (default: %(default)s)")
     paths = parser.add_mutually_exclusive_group()
@@ -121,6 +131,9 @@ def run(args: argparse.Namespace) -> None:
     library = Library(songs.table, (args.music or Path(songs.provenance.get("music", ""))).resolve())
     names = {field.name for field in dataclasses.fields(Request)} - {"songs"}
     request = Request(**{name: getattr(args, name) for name in names})
+    if args.duplicates:
+        list_duplicates(args, library, songs.vectors, request)
+        return
     choice = choose(library, songs.vectors, request)
     print(f"{len(choice.rows)} of {len(library)} songs: {printable(choice.title)}\n")
     print("\n".join(terminal_table(library, choice)))
@@ -141,6 +154,26 @@ def run(args: argparse.Namespace) -> None:
         )  # fmt: skip
         print(f"wrote {', '.join(shlex.quote(str(path)) for path in written.files)}")
         warn(LEFT_OUT.format(written.files[1]), written.left_out)
+
+
+def list_duplicates(args: argparse.Namespace, library: Library, vectors: np.ndarray, request: Request) -> None:
+    """Print the recordings that are there more than once, and write the CSV table."""
+    default, used = Request(), {"min_seconds", "year", "genre"}
+    unused = [field.name for field in dataclasses.fields(Request) if field.name not in used]
+    given = [name for name in unused if getattr(request, name) != getattr(default, name)]
+    given += [name for name in ("xspf", "m3u8", "save") if getattr(args, name) is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} does not go with --duplicates")
+    x, rows = unit(vectors), np.flatnonzero(fitting(library, request))
+    found = find_duplicates(library, x, rows, len(os.sched_getaffinity(0)))
+    for row, reason in found.unread.items():
+        warn(f"not compared: {reason}", [library.path[row]])
+    files = sum(map(len, found.groups))
+    print(f"{len(found.groups)} recordings are there more than once, in {files} of {len(rows)} files\n")
+    print("\n".join(duplicates_table(library, found)))
+    if args.csv:
+        write_playlist(args.csv, duplicates_csv(library, x, found, args.relative_to, args.path_prefix))
+        print(f"wrote {shlex.quote(str(args.csv))}")
 
 
 @one_line_errors

@@ -159,16 +159,7 @@ def choose_path(library: Library, x: np.ndarray, request: Request) -> Choice:
 
 def candidates(library: Library, seeds: Sequence[int], request: Request, unlike: Sequence[int] = ()) -> np.ndarray:
     """Rows `(C,)` that may be chosen, beside the rows given, `seeds` and `unlike`. Raises UserError for none."""
-    candidate = ~np.isin(library.recording, library.recording[list(unlike)])
-    if request.min_seconds is not None:
-        candidate &= ~(library.table["duration"].to_numpy(float) < request.min_seconds)
-    if request.year is not None:
-        candidate &= library.table["year"].between(*request.year).fillna(False).to_numpy(bool)
-    if request.genre is not None:
-        wanted = name_key(request.genre)
-        candidate &= np.array([wanted in map(name_key, names) for names in library.table["genres"]])
-    if request.min_rating is not None:
-        candidate &= (library.table["rating"] >= request.min_rating).to_numpy(bool)
+    candidate = fitting(library, request) & ~np.isin(library.recording, library.recording[list(unlike)])
     if request.like or request.path or request.radio:
         candidate &= ~np.isin(library.recording, library.recording[seeds])
         excluded = (request.exclude_same_artist, library.artists), (request.exclude_same_album, library.albums)
@@ -187,6 +178,21 @@ def candidates(library: Library, seeds: Sequence[int], request: Request, unlike:
     if not candidate.any():
         raise UserError(f"none of the {len(library)} songs is left to recommend: all are rated, given or excluded")
     return np.flatnonzero(candidate)
+
+
+def fitting(library: Library, request: Request) -> np.ndarray:
+    """Which songs fit the request's length, year, genre and rating, bool `(N,)`."""
+    fits = np.ones(len(library), bool)
+    if request.min_seconds is not None:
+        fits &= ~(library.table["duration"].to_numpy(float) < request.min_seconds)
+    if request.year is not None:
+        fits &= library.table["year"].between(*request.year).fillna(False).to_numpy(bool)
+    if request.genre is not None:
+        wanted = name_key(request.genre)
+        fits &= np.array([wanted in map(name_key, names) for names in library.table["genres"]])
+    if request.min_rating is not None:
+        fits &= (library.table["rating"] >= request.min_rating).to_numpy(bool)
+    return fits
 
 
 def nearest_cosine(seeds: np.ndarray, x: np.ndarray) -> np.ndarray:

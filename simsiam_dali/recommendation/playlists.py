@@ -23,6 +23,10 @@ MARK = "simsiam_dali.recommend"
 """At the top of each playlist of this command: only such files are replaced without --replace."""
 CSV_COLUMNS = ("rank", "similarity", "predicted_rating", "std", "artist", "title", "album", "seconds", "path")
 
+DUPLICATE_COLUMNS = (
+    "group", "copy", "codec", "kbit_s", "seconds", "similarity", "bit_errors", "lag_seconds", "artist", "title", "path",
+)  # fmt: skip
+
 
 def terminal_table(library: Library, choice: Choice) -> list[str]:
     """The choice as a table for a terminal; paths are relative to the music folder."""
@@ -173,7 +177,8 @@ def check_writable(path: Path, replace: bool) -> None:
         return
     except OSError as e:
         raise UserError(f"{path} cannot be written over ({e.strerror}): choose another file") from e
-    ours = MARK.encode() in head or head.startswith(",".join(CSV_COLUMNS).encode())
+    tables = (",".join(columns).encode() for columns in (CSV_COLUMNS, DUPLICATE_COLUMNS))
+    ours = MARK.encode() in head or head.startswith(tuple(tables))
     if head and not ours and not replace:
         raise UserError(f"{path} exists and is no playlist of this command: choose another file, or give --replace")
 
