@@ -87,7 +87,7 @@ def test_the_command_walks_from_one_song_to_another(folder: Path) -> None:
     ("options", "told"),
     [
         (("--path", "Title 3", "Title 3"), "both are the same recording"),
-        (("--path", "Title 3", "artist 1"), "name two songs, no folder"),
+        (("--path", "Title 3", "artist 1"), "--path takes one song, and artist 1 is a folder of 10"),
         (("--path", "Title 3", "Title 4", "--count", 2), "at least 3 songs"),
         (("--path", "Title 3", "Title 4", "--max-per-artist", 1), "varies artists itself"),
         (("--path", "Title 3", "Title 4", "--count", 90), "a path of 90 songs needs 88"),
@@ -114,7 +114,7 @@ def test_filters_keep_what_fits(folder: Path) -> None:
     }
     with pytest.raises(UserError, match="none of the 80 songs is left"):
         found("--genre", "polka")
-    with pytest.raises(UserError, match="--min-rating goes with --like and --path"):
+    with pytest.raises(UserError, match="--min-rating goes with --like, --path"):
         chosen(folder, "--top", "--min-rating", 0.5)
 
 

@@ -13,6 +13,7 @@ from simsiam_dali.packing.segments import Pcm
 from simsiam_dali.packing.song_audio import BLOCK, BadSong, NoAudio, NotDecodable, SongAudio
 
 UNOPENED = "does not open as audio"
+OPEN_OPTIONS = {"protocol_whitelist": "file"}  # keeps a playlist in disguise from the network
 
 
 class FFmpegAudio(SongAudio):
@@ -39,9 +40,7 @@ class FFmpegAudio(SongAudio):
                     raise BadSong("is empty (0 bytes)")
                 file.seek(0)
                 # A file object, not a name: read errors are Python's, and a name may hold any byte.
-                # The whitelist keeps a playlist in disguise from the network.
-                options = {"protocol_whitelist": "file"}
-                with av.open(file, "r", metadata_errors="replace", options=options) as container:
+                with av.open(file, "r", metadata_errors="replace", options=OPEN_OPTIONS) as container:
                     if not container.streams.audio:
                         raise (NotDecodable if known else NoAudio)("holds no audio stream")
                     yield from self._decode(container, container.streams.audio[0])

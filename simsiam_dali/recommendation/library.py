@@ -56,19 +56,27 @@ class Library:
         original = Path(os.fsdecode(raw))
         return original if original != path and not path.exists() and original.exists() else path
 
-    def find(self, text: str) -> list[int]:
+    def at(self, name: str) -> list[int]:
+        """Rows of the song, or of the songs of the folder, with this path relative to the music folder."""
+        if name in self._row:
+            return [self._row[name]]
+        return [i for i, path in enumerate(self.path) if name == "." or path.startswith(f"{name}/")]
+
+    def locate(self, text: str, option: str = "--like") -> str:
+        """The path, relative to the music folder, of the song or folder that `text` names. Raises as `find` does."""
+        name = self._named_path(text)
+        return self.path[self.find(text, option)[0]] if name is None else name
+
+    def find(self, text: str, option: str = "--like") -> list[int]:
         """Rows of the songs that `text` names: a file, a folder with songs, a title, or "artist - title".
 
         Paths are absolute, or relative to the working or the music folder. Names compare without case; part of a name
-        is enough when only one recording has it. Raises UserError for a name of none, or of several recordings.
+        is enough when only one recording has it. Raises UserError, which names the `option`, for a name of none, or of
+        several recordings.
         """
-        names = [relative_name(path, self.music) for path in self._paths(text) if path.is_relative_to(self.music)]
-        for name in names:
-            if name in self._row:
-                return [self._row[name]]
-        for name in names:
-            if inside := [i for i, path in enumerate(self.path) if name == "." or path.startswith(f"{name}/")]:
-                return inside
+        name = self._named_path(text)
+        if name is not None:
+            return self.at(name)
         key, keys = name_key(text), self._name_keys
         found = [i for i, own in enumerate(keys) if key in own] or [i for i, own in enumerate(keys) if key in own[1]]
         if key and found:
@@ -76,21 +84,27 @@ class Library:
                 return found[:1]
             shown = _quoted(f"{self.name(i)} ({self.path[i]})" for i in found[:_LISTED])
             more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-            raise UserError(f"--like {printable(text)} fits {len(found)} songs: {shown}{more}; give one's path")
+            raise UserError(f"{option} {printable(text)} fits {len(found)} songs: {shown}{more}; give one's path")
         if os.path.lexists(text):
             raise UserError(
-                f"--like {printable(text)} is not among the {len(self)} songs embedded: embed it with "
+                f"{option} {printable(text)} is not among the {len(self)} songs embedded: embed it with "
                 "python -m simsiam_dali.embed --music"
             )
         name_of = {name: self.name(i) for i, own in enumerate(keys) for name in own}
         close = dict.fromkeys(name_of[name] for name in difflib.get_close_matches(key, name_of, n=5, cutoff=0.5))
         hint = f"the closest are {_quoted(close)}" if close else "give its path, or a part of its title"
-        raise UserError(f"--like {printable(text)}: no song of that name; {hint}")
+        raise UserError(f"{option} {printable(text)}: no song of that name; {hint}")
 
     @cached_property
     def _name_keys(self) -> list[tuple[str, str]]:
         """Each song's title and its "artist - title", to compare."""
         return [(name_key(title), name_key(self.name(i))) for i, title in enumerate(self.title)]
+
+    def _named_path(self, text: str) -> str | None:
+        """The path, relative to the music folder, of the song or the folder with songs whose path `text` is."""
+        names = [relative_name(path, self.music) for path in self._paths(text) if path.is_relative_to(self.music)]
+        songs = (name for name in names if name in self._row)
+        return next(songs, None) or next((name for name in names if self.at(name)), None)
 
     def _paths(self, text: str) -> list[Path]:
         """Paths that `text` may mean: as given, and with links resolved, since the music folder's own path has none."""

@@ -23,6 +23,10 @@ MARK = "simsiam_dali.recommend"
 """At the top of each playlist of this command: only such files are replaced without --replace."""
 CSV_COLUMNS = ("rank", "similarity", "predicted_rating", "std", "artist", "title", "album", "seconds", "path")
 
+DUPLICATE_COLUMNS = (
+    "group", "copy", "codec", "kbit_s", "seconds", "similarity", "bit_errors", "lag_seconds", "artist", "title", "path",
+)  # fmt: skip
+
 
 def terminal_table(library: Library, choice: Choice) -> list[str]:
     """The choice as a table for a terminal; paths are relative to the music folder."""
@@ -48,7 +52,7 @@ def truncate(text: str, columns: int) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A song of a playlist. `path`: absolute, or relative to the playlist's folder; seconds: NaN = unknown.
+    """A song of a playlist. `path`: as the player will read it; seconds: NaN = unknown.
 
     `tags`: artist, title and album, each in one line; `scores`: by the names of `CSV_COLUMNS`; `note`: them as text.
     """
@@ -60,23 +64,36 @@ class Entry:
     note: str
 
 
-def playlist_entries(library: Library, choice: Choice, relative_to: Path | None) -> list[Entry]:
-    """The choice for playlists, with absolute paths or paths relative to a folder."""
-    name = next(iter(choice.scores)).replace("_", " ")
+def playlist_entries(
+    library: Library, choice: Choice, relative_to: Path | None, prefix: str | None = None
+) -> list[Entry]:
+    """The choice for playlists.
+
+    Paths are relative to the folder `relative_to`; or those below the music folder behind `prefix`, which is the music
+    folder as another machine sees it; or absolute where both are None.
+    """
+    name = next(iter(choice.scores), "").replace("_", " ")
     entries = []
     for i, row in enumerate(choice.rows):
         file = library.file(row)
         tags = {"artist": library.artist[row], "title": library.title[row], "album": library.album[row]}
         entries.append(
             Entry(
-                path=os.path.relpath(file, relative_to.resolve()) if relative_to else str(file),
+                path=player_path(file, library.music, relative_to, prefix),
                 tags={tag: one_line(text) for tag, text in tags.items()},
                 seconds=float(library.table["duration"].iloc[row]),
                 scores={name: float(values[i]) for name, values in choice.scores.items()},
-                note=f"{name} {choice.score_text(i)}",
+                note=f"{name} {choice.score_text(i)}".strip(),
             )
         )
     return entries
+
+
+def player_path(file: Path, music: Path, relative_to: Path | None, prefix: str | None) -> str:
+    """The absolute path `file`, a song below `music`, as `playlist_entries` describes it."""
+    if prefix is not None:
+        return str(Path(prefix) / file.relative_to(music))
+    return os.path.relpath(file, relative_to.resolve()) if relative_to else str(file)
 
 
 def one_line(text: str) -> str:
@@ -160,7 +177,8 @@ def check_writable(path: Path, replace: bool) -> None:
         return
     except OSError as e:
         raise UserError(f"{path} cannot be written over ({e.strerror}): choose another file") from e
-    ours = MARK.encode() in head or head.startswith(",".join(CSV_COLUMNS).encode())
+    tables = (",".join(columns).encode() for columns in (CSV_COLUMNS, DUPLICATE_COLUMNS))
+    ours = MARK.encode() in head or head.startswith(tuple(tables))
     if head and not ours and not replace:
         raise UserError(f"{path} exists and is no playlist of this command: choose another file, or give --replace")
 
