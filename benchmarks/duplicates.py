@@ -6,6 +6,7 @@ pairs that the command finds are compared with those that are known: two files o
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -52,12 +53,14 @@ def seconds(path: Path) -> float:
 
 
 def blocks(path: Path) -> Iterator[np.ndarray]:
-    """Stereo float32 `(2, samples)` at `RATE`."""
+    """Stereo float32 `(2, samples)` at `RATE`; packets that do not decode are skipped, as by the packer."""
     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=RATE)
     with av.open(str(path)) as file:
-        for frame in itertools.chain(file.decode(audio=0), [None]):
-            for part in resampler.resample(frame):
-                yield part.to_ndarray()
+        for packet in file.demux(audio=0):
+            with contextlib.suppress(av.error.FFmpegError):
+                for frame in packet.decode():
+                    yield from (part.to_ndarray() for part in resampler.resample(frame))
+        yield from (part.to_ndarray() for part in resampler.resample(None))
 
 
 def encode(path: Path, pcm: np.ndarray, codec: str, kbit_s: int | None = None) -> None:

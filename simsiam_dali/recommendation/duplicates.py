@@ -26,8 +26,10 @@ from simsiam_dali.recommendation.fingerprint import MAX_LAG, MIN_OVERLAP, Match,
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import DUPLICATE_COLUMNS, one_line, player_path, truncate
 
-MIN_COSINE = 0.8
-"""Cosine of standardised embeddings from which a pair is a candidate."""
+MIN_COSINE = 0.5
+"""Cosine of standardised embeddings from which a pair is a candidate: some MP3s of 64 kbit/s are no nearer."""
+NEAREST = 20
+"""A pair is a candidate where one is among so many nearest of the other, of like length: bounds the work."""
 _BLOCK = 1024
 
 
@@ -60,23 +62,25 @@ class Duplicates:
 def candidate_pairs(x: np.ndarray, seconds: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Pairs of `rows (R,)`, `(P, 2)`, the lower first, which may be one recording by vector and length.
 
-    x: unit vectors `(N, D)` of all songs; seconds `(N,)`: their lengths, NaN = unknown, which is in no pair.
+    Each song with at most `NEAREST` others that are nearest to it. x: unit vectors `(N, D)` of all songs; seconds
+    `(N,)`: their lengths, NaN = unknown, which is in no pair.
     """
     rows = rows[np.argsort(seconds[rows], kind="stable")]
     rows = rows[np.isfinite(seconds[rows])]
     length, pairs = seconds[rows], [np.empty((0, 2), np.int64)]
-    # Sorted by length, the songs that may be copies of a block's are a slice.
-    longest = np.minimum(length + 2 * MAX_LAG, length / MIN_OVERLAP)
+    longest = np.minimum(length + 2 * MAX_LAG, length / MIN_OVERLAP)  # that a copy of each can be
     for start in range(0, len(rows), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        end = int(np.searchsorted(length, longest[block].max(), side="right"))
-        cosine = x[rows[block]] @ x[rows[start:end]].T
-        i, j = np.nonzero(cosine >= MIN_COSINE)
-        i, j = i[j > i] + start, j[j > i] + start
-        near = length[j] <= longest[i]
-        pairs.append(np.column_stack([rows[i[near]], rows[j[near]]]))
-    found = np.sort(np.concatenate(pairs), axis=1)
-    return found[np.lexsort(found.T[::-1])]
+        block = np.arange(start, min(start + _BLOCK, len(rows)))
+        # Sorted by length, the songs that may be copies of a block's are a slice.
+        first = np.searchsorted(longest, length[start])
+        other = np.arange(first, np.searchsorted(length, longest[block[-1]], side="right"))
+        cosine = x[rows[block]] @ x[rows[other]].T
+        fits = (length[other] <= longest[block, None]) & (length[block, None] <= longest[other])
+        cosine[~fits | (block[:, None] == other)] = -np.inf
+        near = np.argpartition(-cosine, min(NEAREST, len(other)) - 1, axis=1)[:, :NEAREST]
+        i, column = np.nonzero(np.take_along_axis(cosine, near, axis=1) >= MIN_COSINE)
+        pairs.append(np.column_stack([rows[block[i]], rows[other[near[i, column]]]]))
+    return np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
 
 
 def find_duplicates(library: Library, x: np.ndarray, rows: np.ndarray, workers: int) -> Duplicates:

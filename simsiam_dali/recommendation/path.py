@@ -48,8 +48,10 @@ def song_path(
     free = free[np.sort(first)]
     if len(free) < between:
         raise UserError(f"a path of {count} songs needs {between} between its ends, and {len(free)} are left: --count")
-    nearness = waypoints(x[start], x[end], between) @ x[free].T
-    places = [free[np.argsort(-row, kind="stable")[: CANDIDATES + between]] for row in nearness]
+    # In the precision of x, and before the selection: else NumPy copies all of x, twice as wide.
+    nearness = (waypoints(x[start], x[end], between).astype(x.dtype) @ x.T)[:, free]
+    near = np.argpartition(-nearness, min(CANDIDATES + between, len(free)) - 1)[:, : CANDIDATES + between]
+    places = list(free[near])
     own = free[linear_sum_assignment(-nearness)[1]]
     places = [np.union1d(place, song) for place, song in zip(places, own, strict=True)]
     column = {int(row): place for place, row in enumerate(free)}
