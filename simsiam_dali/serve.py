@@ -12,7 +12,7 @@ import socket
 import sys
 from pathlib import Path
 
-from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.errors import UserError, one_line_errors, printable
 from simsiam_dali.config.cli import create_parser
 from simsiam_dali.embedding.table import read_song_embeddings
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     library = ServedLibrary(args.embeddings, songs, music, args.ratings)
     app = Guard(create_app(library, args.playlists), address, token)
     query = f"?token={token}" if token else ""
-    found = f"{len(library)} songs of {library.files_found()} files found in {music}"
+    found = f"{len(library)} songs, {library.files_found()} of their files found in {printable(str(music))}"
     print(f"{address.url}{query} serves {found}; Ctrl-C ends it", flush=True)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none", http="h11",

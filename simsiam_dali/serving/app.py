@@ -17,12 +17,13 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.serving import audio
 from simsiam_dali.serving.library import ServedLibrary, as_bytes
-from simsiam_dali.serving.playlists import Playlists
-from simsiam_dali.serving.search import MIN_PATH
 from simsiam_dali.serving.security import App
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+
+MIN_PATH = 3
+"""Songs of the shortest path, as in recommendation.choose."""
 
 Count = Annotated[int, Query(ge=1, le=500)]
 Row = Annotated[int, Field(ge=0, lt=2**31)]
@@ -71,7 +72,7 @@ def create_app(library: ServedLibrary, playlists_dir: Path) -> App:
     _add_library(app, library)
     _add_search(app, library)
     _add_audio(app, library)
-    _add_playlists(app, library, Playlists(playlists_dir, library))
+    _add_playlists(app, library, playlists_dir)
     return app
 
 
@@ -187,19 +188,20 @@ def _transcoded(found: audio.Audio, wanted: str) -> Response:
     return StreamingResponse(body, 206 if part else 200, headers, media_type="audio/wav")
 
 
-def _add_playlists(app: FastAPI, library: ServedLibrary, playlists: Playlists) -> None:
+def _add_playlists(app: FastAPI, library: ServedLibrary, folder: Path) -> None:
     @app.get("/api/playlists")
     def names() -> Response:
-        return _json({"names": playlists.names()})
+        return _json({"names": library.search().playlist_names(folder)})
 
     @app.get("/api/playlists/{name}")
     def songs(name: str) -> Response:
-        found = playlists.songs(name)
-        if found is None:
+        rows = library.search().playlist(folder, name)
+        if rows is None:
             raise HTTPException(404, "no such playlist")
-        return _json({"name": name, "songs": found})
+        return _json({"name": name, "songs": rows})
 
     @app.post("/api/playlists")
     def save(queue: SavedQueue) -> Response:
         _known(library, *queue.songs)
-        return _json({"files": playlists.save(queue.name, queue.songs, queue.replace)})
+        files = library.search().save_playlist(folder, queue.name, queue.songs, queue.replace)
+        return _json({"files": files})

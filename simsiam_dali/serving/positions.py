@@ -110,7 +110,7 @@ def write_map(path: Path, points: np.ndarray, key: str) -> None:
     if path.exists() and not _is_map(path):
         raise FileExistsError(None, "another file has that name")
     with atomic_write(path) as part, part.open("wb") as file:
-        np.savez(file, points=points, **{_KEY: np.array(key)})
+        np.savez(file, points=points, simsiam_dali_table_sha256=np.array(key))
 
 
 def _is_map(path: Path) -> bool:

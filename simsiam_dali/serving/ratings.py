@@ -46,9 +46,14 @@ class Ratings:
                 self.values[row] = self._value(ratings, row)
 
     def _value(self, ratings: RatingsFile, row: int) -> float:
-        path, title, artists = self._table.loc[row, ["path", "title", "artists"]]
+        path, title, artists = self._named(row)
         found = ratings.lookup(file_of(path, self._music), title, artists)
         return self._tags[row] if found is None else found
+
+    def _named(self, row: int) -> tuple[str, str, list[str]]:
+        """A song's path, title and artists."""
+        path, title, artists = (self._table[name].iloc[row] for name in ("path", "title", "artists"))
+        return path, title, artists
 
     def rate(self, row: int, rating: float | None) -> float:
         """Keep a rating, 0..1, or remove it with None; returns what the song's rating now is, NaN = none.
@@ -95,7 +100,7 @@ class Ratings:
         header += [name for name in COLUMNS if name not in column]
         column = {name: column.get(name, name) for name in COLUMNS}
         _to_unit_scale(rows, column["rating"])
-        path, title, artists = self._table.loc[row, ["path", "title", "artists"]]
+        path, title, artists = self._named(row)
         own = {"path": path, "title": title, "artist": ", ".join(artists)}
         if os.fsencode(file_of(path, self._music)) != os.fsencode(self._music / path):
             # No UTF-8 holds the file's name, so it is known by its title.

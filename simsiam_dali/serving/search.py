@@ -6,6 +6,7 @@ already shown.
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -17,8 +18,8 @@ from simsiam_dali.recommendation.choose import Request, candidates, fit_ratings
 from simsiam_dali.recommendation.library import Library, Variety
 from simsiam_dali.recommendation.path import song_path
 from simsiam_dali.recommendation.radio import radio
+from simsiam_dali.recommendation.saved import chosen, read_saved, save
 
-MIN_PATH = 3
 CLUSTERS = 10
 """As many as the map has colours."""
 
@@ -28,7 +29,7 @@ class Search:
 
     def __init__(self, library: Library, vectors: np.ndarray) -> None:
         self.library = library
-        self._x = unit(vectors)
+        self._vectors, self._x = vectors, unit(vectors)
         self._clusters: np.ndarray | None = None
         self._lock = Lock()
 
@@ -77,3 +78,25 @@ class Search:
                 order = np.argsort(-np.bincount(labels), kind="stable")
                 self._clusters = np.argsort(order)[labels]
             return self._clusters
+
+    def playlist_names(self, folder: Path) -> list[str]:
+        """Names of the saved playlists of a folder. Raises UserError where one is damaged."""
+        return [saved.name for saved in read_saved(folder)]
+
+    def playlist(self, folder: Path, name: str) -> list[int] | None:
+        """Rows of a saved playlist, as its request chooses them now; None where there is none of that name.
+
+        Songs that the library no longer has are left out of a list of songs. Raises UserError where nothing is left.
+        """
+        saved = next((saved for saved in read_saved(folder) if saved.name == name), None)
+        if saved is None:
+            return None
+        if saved.request.songs:
+            return [row for path in saved.request.songs for row in self.library.at(path)]
+        return chosen(self.library, self._vectors, saved).rows
+
+    def save_playlist(self, folder: Path, name: str, rows: Sequence[int], replace: bool) -> list[str]:
+        """Save songs in this order; returns the names of the files. Raises UserError where that is refused."""
+        songs = [str(self.library.music / self.library.path[row]) for row in rows]
+        written = save(folder, name, Request(songs=songs), self.library, self._vectors, replace=replace)
+        return [file.name for file in written.files]

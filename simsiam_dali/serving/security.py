@@ -145,7 +145,7 @@ class Guard:
                 continue  # no cookie of ours
             given += [morsel.value] if morsel else []
         assert self._token is not None
-        return any([hmac.compare_digest(self._token.encode(), text.encode("utf-8", "replace")) for text in given])
+        return any(hmac.compare_digest(self._token.encode(), text.encode("utf-8", "replace")) for text in given)
 
     def _token_in_query(self, scope: Scope) -> list[str]:
         """The token of the URL, which counts on the page itself only."""
@@ -153,7 +153,7 @@ class Guard:
         return parse_qs(query, max_num_fields=20).get("token", []) if scope["path"] == "/" and len(query) < 1000 else []
 
     def _set_cookie(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """The header that keeps the token of a URL: the page answers at once, since Strict is not sent on a redirect."""
+        """The header that keeps the URL's token: without a redirect, on which a Strict cookie may not be sent."""
         if self._token is None or not self._token_in_query(scope):
             return []
         cookie = f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Strict"
