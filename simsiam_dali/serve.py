@@ -6,6 +6,7 @@ this machine reaches the page, unless --host names another address; then its URL
 """
 
 import argparse
+import logging
 import re
 import secrets
 import socket
@@ -96,8 +97,11 @@ def run(args: argparse.Namespace) -> None:
         app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none", http="h11",
         timeout_graceful_shutdown=1,
     )  # fmt: skip
+    server = uvicorn.Server(config)
+    # At Ctrl-C, songs that browsers are still reading are cut off: uvicorn would report each of them as an error.
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
     except KeyboardInterrupt:
         print(file=sys.stderr)  # behind the ^C of the terminal
     finally:

@@ -1,9 +1,10 @@
 """A song as a browser plays it: the file itself, or for other formats the decoded audio as a WAV that is never stored.
 
-A WAV of 16-bit stereo has its size at hand before anything is decoded, so that a browser can ask for any part of it:
+A WAV of 16-bit samples has its size at hand before anything is decoded, so that a browser can ask for any part of it:
 seeking in a transcoded song is a seek in the file.
 """
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ PLAYED = {
 }
 """Container and codec, by FFmpeg's names, that current browsers play: the type to send."""
 MAX_RATE = 48_000
-FRAME = 4  # bytes: two channels of 16 bits
+_LAYOUTS = {1: "mono", 2: "stereo"}
+_SAMPLE = 2  # bytes
 HEADER = 44
 _BLOCK = 1 << 16  # bytes sent at once
 
@@ -38,17 +40,26 @@ class NotPlayable(Exception):
 
 @dataclass(frozen=True)
 class Audio:
-    """A file to play: sent as `media_type`, or transcoded to `frames` samples at `rate` Hz where that is None."""
+    """A file to play: sent as `media_type`, or where that is None transcoded to `frames` samples of each channel.
+
+    `rate`: in Hz; `channels`: 1 or 2, to which more are mixed down.
+    """
 
     path: Path
     media_type: str | None
     rate: int
     frames: int
+    channels: int
+
+    @property
+    def frame_bytes(self) -> int:
+        """Size of one sample of all channels."""
+        return _SAMPLE * self.channels
 
     @property
     def wav_bytes(self) -> int:
         """Size of the transcoded file."""
-        return HEADER + FRAME * self.frames
+        return HEADER + self.frame_bytes * self.frames
 
 
 def song_file(name: str, music: Path) -> Path:
@@ -77,17 +88,18 @@ def inspect(path: Path, seconds: float) -> Audio:
 def _inspect(path: Path, _mtime_ns: int, _size: int, seconds: float) -> Audio:
     with path.open("rb") as file, _container(file) as container:
         stream = next(iter(container.streams.audio), None)
-        if stream is None or stream.codec_context is None:
-            raise NotPlayable("the file holds no audio that FFmpeg decodes")
+        if stream is None or stream.codec_context is None or not stream.sample_rate:  # 0: its header is none
+            raise NotPlayable("the file cannot be played: it holds no audio that FFmpeg decodes")
         if stream.duration and stream.time_base:
             seconds = float(stream.duration * stream.time_base)
         elif container.duration:
             seconds = container.duration / av.time_base
-        rate = min(stream.sample_rate or MAX_RATE, MAX_RATE)
+        rate = min(stream.sample_rate, MAX_RATE)
         media_type = PLAYED.get((container.format.name, stream.codec_context.name))
-        # Sizes in a WAV are 32 bits: more than six hours at 48 kHz are cut.
-        frames = min(round(max(seconds if seconds == seconds else 0.0, 0.0) * rate), (2**32 - 1 - HEADER) // FRAME)
-        return Audio(path, media_type, rate, frames)
+        frames = round(seconds * rate) if math.isfinite(seconds) and seconds > 0 else 0
+        # Sizes in a WAV are 32 bits: what is longer than six hours at 48 kHz is cut.
+        frames = min(frames, (2**32 - 1 - HEADER) // (2 * _SAMPLE))
+        return Audio(path, media_type, rate, frames, 1 if stream.channels == 1 else 2)
 
 
 def _container(file: object) -> "av.container.InputContainer":
@@ -97,8 +109,8 @@ def _container(file: object) -> "av.container.InputContainer":
 
 def wav_header(audio: Audio) -> bytes:
     """The 44 bytes before the samples: http://soundfile.sapp.org/doc/WaveFormat/."""
-    data = FRAME * audio.frames
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 2, audio.rate, FRAME * audio.rate, FRAME, 16)
+    data, size = audio.wav_bytes - HEADER, audio.frame_bytes
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, audio.channels, audio.rate, size * audio.rate, size, 16)
     return struct.pack("<4sI4s", b"RIFF", 36 + data, b"WAVE") + form + struct.pack("<4sI", b"data", data)
 
 
@@ -107,8 +119,8 @@ def wav_part(audio: Audio, start: int, end: int) -> Iterator[bytes]:
     if start < HEADER:
         yield wav_header(audio)[start:end]
     first = max(start - HEADER, 0)
-    skip, left = first % FRAME, end - HEADER - first
-    samples = _samples(audio, first // FRAME)
+    skip, left = first % audio.frame_bytes, end - HEADER - first
+    samples = _samples(audio, first // audio.frame_bytes)
     while left > 0:
         # Silence where less is decoded than the file states: what was promised must come.
         block = next(samples, bytes(_BLOCK))[skip : skip + left]
@@ -117,8 +129,11 @@ def wav_part(audio: Audio, start: int, end: int) -> Iterator[bytes]:
 
 
 def _samples(audio: Audio, first: int) -> Iterator[bytes]:
-    """16-bit stereo from sample `first` on, in blocks; damaged packets are left out, as in packing."""
-    resampler = av.AudioResampler("s16", "stereo", audio.rate)
+    """16-bit samples from number `first` on, in blocks; damaged packets are left out, as in packing.
+
+    Formats whose packets have inexact times begin up to 0.1 s off.
+    """
+    resampler = av.AudioResampler("s16", _LAYOUTS[audio.channels], audio.rate)
     with audio.path.open("rb") as file, _container(file) as container:
         stream = container.streams.audio[0]
         time_base = float(stream.time_base or 0)
@@ -134,7 +149,7 @@ def _samples(audio: Audio, first: int) -> Iterator[bytes]:
             for frame in frames:
                 if skip is None:  # the seek went to a key frame before the wanted sample
                     at = (frame.pts * time_base - begin) * audio.rate if frame.pts is not None else first
-                    skip = max(0, first - round(at)) * FRAME
+                    skip = max(0, first - round(at)) * audio.frame_bytes
                 for ready in resampler.resample(frame):
                     data = ready.to_ndarray().tobytes()
                     if skip < len(data):

@@ -13,6 +13,8 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
+from starlette.exceptions import HTTPException
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -35,10 +37,6 @@ HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
-
-
-class _TooLarge(Exception):
-    """The body of a request without a length went beyond `MAX_BODY`."""
 
 
 def is_loopback(host: str) -> bool:
@@ -99,23 +97,16 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         status, reason = self._refusal(scope)
-        started = False
 
         async def guarded(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 message["headers"] = [*message.get("headers", ()), *HEADERS, *self._set_cookie(scope)]
             await send(message)
 
         if status:
             await _answer(send, status, reason)
             return
-        try:
-            await self._app(scope, _limited(receive), guarded)
-        except _TooLarge:
-            if not started:
-                await _answer(send, 413, "the request is too large")
+        await self._app(scope, _limited(receive), guarded)
 
     def _refusal(self, scope: Scope) -> tuple[int, str]:
         """The status of a request that is refused and why, or 0."""
@@ -161,7 +152,7 @@ class Guard:
 
 
 def _limited(receive: Receive) -> Receive:
-    """`receive` that raises `_TooLarge` beyond `MAX_BODY` bytes."""
+    """`receive` that ends a request without a length beyond `MAX_BODY` bytes."""
     seen = 0
 
     async def limited() -> Message:
@@ -169,7 +160,7 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         seen += len(message.get("body", b""))
         if seen > MAX_BODY:
-            raise _TooLarge
+            raise HTTPException(413, "the request is too large")
         return message
 
     return limited

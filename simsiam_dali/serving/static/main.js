@@ -221,8 +221,8 @@ async function watchMap(version) {
   const state = await api.mapState();
   if (state.version !== version) map.setPositions(await api.positions());
   at("state").textContent = state.computing
-    ? `Map by principal components; UMAP of ${songs.count.toLocaleString("en")} songs is being computed…`
-    : `${state.kind} of ${songs.count.toLocaleString("en")} songs`;
+    ? "Principal components; the better map by UMAP is being computed…"
+    : {UMAP: "UMAP", PCA: "Principal components"}[state.kind];
   if (state.computing || state.kind !== "UMAP") setTimeout(() => watchMap(state.version).catch(() => {}), POLL);
 }
 

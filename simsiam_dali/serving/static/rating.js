@@ -28,7 +28,7 @@ export class Rating {
     this.buttons.forEach((button, stars) => {
       button.setAttribute("aria-pressed", String(rating !== null && Math.round(rating * 5) === stars));
     });
-    this.text.textContent = rating === null ? "not rated" : `rated ${+(rating * 5).toFixed(1)}`;
+    this.text.textContent = rating === null ? "not rated" : `${+(rating * 5).toFixed(1)} of 5`;
     this.none.hidden = rating === null;
   }
 

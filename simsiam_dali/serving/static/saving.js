@@ -18,7 +18,7 @@ export function connect(player, onOpen) {
     at("replace-part").hidden = true;
     at("replace").checked = false;
     dialog.showModal();
-    at("playlist-name").focus();
+    at("playlist-name").select();
   });
   at("cancel-saving").addEventListener("click", () => dialog.close());
   at("saving-form").addEventListener("submit", async (event) => {
