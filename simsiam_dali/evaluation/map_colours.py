@@ -1,7 +1,7 @@
 """What a map of songs is coloured by: the names that have a colour, and by which tag the most songs have one."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,8 @@ def categories(labels: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
     """The names of the `COLOURED` commonest first labels, and each song's index among them `(N,)`, -1 for others."""
     first = [own[0] if own else None for own in labels]
     names = [name for name, _ in Counter(name for name in first if name is not None).most_common(COLOURED)]
-    return names, np.array([names.index(name) if name in names else -1 for name in first], int)
+    place = {name: i for i, name in enumerate(names)}
+    return names, np.array([-1 if name is None else place.get(name, -1) for name in first], int)
 
 
 def kinds(table: pd.DataFrame) -> dict[str, list[Sequence[str]]]:
@@ -32,8 +33,13 @@ def kinds(table: pd.DataFrame) -> dict[str, list[Sequence[str]]]:
 
 def commonest_kind(table: pd.DataFrame) -> str:
     """By what the most songs have a colour; of equals the rating, then the first kind."""
-    coloured = {"rating": int(table["rating"].notna().sum())}
-    for name, labels in kinds(table).items():
-        names, index = categories(labels)
-        coloured[name] = int((index >= 0).sum()) if len(names) > 1 else 0  # one colour tells nothing
-    return max(coloured, key=lambda name: coloured[name])
+    coloured = {name: categories(labels) for name, labels in kinds(table).items()}
+    return most_coloured(int(table["rating"].notna().sum()), coloured)
+
+
+def most_coloured(rated: int, coloured: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> str:
+    """`commonest_kind`, from the number of rated songs and the result of `categories` for each kind."""
+    songs = {"rating": rated}
+    for name, (names, index) in coloured.items():
+        songs[name] = int((index >= 0).sum()) if len(names) > 1 else 0  # one colour tells nothing
+    return max(songs, key=lambda name: songs[name])

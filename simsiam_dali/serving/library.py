@@ -2,16 +2,17 @@
 
 import json
 import math
+import os
 import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from simsiam_dali.embedding.table import Embeddings
-from simsiam_dali.evaluation.map_colours import OTHER, PALETTE, categories, commonest_kind, kinds
+from simsiam_dali.evaluation.map_colours import OTHER, PALETTE, categories, kinds, most_coloured
 from simsiam_dali.packing.find import file_of
 from simsiam_dali.serving.positions import Positions
 from simsiam_dali.serving.ratings import Ratings
@@ -27,6 +28,8 @@ class ServedLibrary:
         self.table, self.music = songs.table, music
         self._vectors = songs.vectors
         self.ratings = Ratings(ratings, songs.table, music)
+        # A thread for each request, none of which computes long: more threads would only slow the others down.
+        threadpool_limits(1, user_api="blas")
         self.positions = Positions(table, songs.vectors)
         self._search: Future[Search] | None = None
         self._lock = threading.Lock()
@@ -36,7 +39,12 @@ class ServedLibrary:
 
     def files_found(self) -> int:
         """How many of the songs' files are there."""
-        return sum(file_of(name, self.music).exists() for name in self.table["path"])
+        music = str(self.music)
+        # Bytes of a name that are not UTF-8 are escaped: only such names take the longer way.
+        return sum(
+            os.path.exists(f"{music}/{name}") or ("\\x" in name and file_of(name, self.music).exists())  # noqa: PTH110 - 100,000
+            for name in self.table["path"]
+        )
 
     def prepare(self) -> "Future[Search]":
         """Make the search in a thread, once; and after it the better map."""
@@ -53,8 +61,9 @@ class ServedLibrary:
     def _prepare(self, made: "Future[Search]") -> None:
         try:
             from simsiam_dali.recommendation.library import Library
-            from simsiam_dali.serving.search import Search  # takes torch along
+            from simsiam_dali.serving.search import Search  # takes scikit-learn along
 
+            threadpool_limits(1, user_api="blas")  # of the libraries that came with the search
             made.set_result(Search(Library(self.table.copy(deep=False), self.music), self._vectors))
         except BaseException as e:
             made.set_exception(e)  # raised where the search is asked for
@@ -72,10 +81,10 @@ class ServedLibrary:
             "artist": [", ".join(artists) or owner for artists, owner in owners],
             "album": [", ".join(albums) for albums in table["albums"]],
             "genre": [", ".join(genres) for genres in table["genres"]],
-            "year": [None if pd.isna(year) else int(year) for year in table["year"]],
+            "year": [or_none(year, 0) for year in table["year"].to_numpy(float, na_value=math.nan).tolist()],
             "seconds": [or_none(seconds, 1) for seconds in table["duration"].tolist()],
             "rating": [or_none(rating, 3) for rating in self.ratings.values.tolist()],
-            "colour_by": commonest_kind(table.assign(rating=self.ratings.values)),
+            "colour_by": most_coloured(int(np.isfinite(self.ratings.values).sum()), coloured),
             "kinds": {name: {"names": own, "of": index.tolist()} for name, (own, index) in coloured.items()},
             "palette": PALETTE,
             "other": OTHER,

@@ -1,6 +1,6 @@
 """Nearest songs, paths, radio and songs to rate, by rows of the table.
 
-Importing this takes seconds (torch, scikit-learn), so the page is served without it, and it is made while the page is
+Importing this takes seconds (scikit-learn), so the page is served without it, and it is made while the page is
 already shown.
 """
 
