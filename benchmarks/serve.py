@@ -3,7 +3,7 @@
 Writes a table of made vectors and tags to a scratch folder (no audio), starts `python -m simsiam_dali.serve` on it, and
 opens the page in Chromium, which runs already. Measured are
 
-    ready        from the start of the server's process to the page's mark "ready": the map drawn, the search usable
+    ready        seconds, and CPU seconds of the server, from the start of the server's process to the page's mark "ready": the map drawn, the search usable
     search made  from then until the server has what nearest songs, paths and radio need
     nearest, path, radio, explore    each request as the page makes it, 20 times with other songs
     frame        the time between two frames while the map is panned and zoomed
@@ -50,7 +50,7 @@ requestAnimationFrame(step);
 
 
 def write_table(path: Path, songs: int, width: int) -> None:
-    """A table of made songs: 50 clusters of vectors, 2,000 artists, 20 genres, half of them rated."""
+    """A table of made songs: 50 clusters of vectors, 2,000 artists, 20 genres, one song in fifty rated."""
     rng = np.random.default_rng(0)
     cluster, artist = rng.integers(0, 50, songs), rng.integers(0, 2000, songs)
     vectors = rng.standard_normal((50, width))[cluster] + 0.7 * rng.standard_normal((songs, width))
@@ -63,7 +63,7 @@ def write_table(path: Path, songs: int, width: int) -> None:
             "album_artist": [f"Artist {a}" for a in artist],
             "year": pd.array(rng.integers(1950, 2026, songs), "Int64"),
             "genres": [[f"Genre {c % 20}"] for c in cluster],
-            "rating": np.where(rng.random(songs) < 0.5, rng.integers(0, 11, songs) / 10, np.nan),
+            "rating": np.where(rng.random(songs) < 0.02, rng.integers(0, 11, songs) / 10, np.nan),
             "duration": rng.uniform(60, 600, songs).round(1),
             "split": "train",
         }
@@ -84,6 +84,12 @@ def memory(pid: int) -> tuple[int, int]:
         status = Path(f"/proc/{one}/status").read_text()
         peaks.append(int(status.partition("VmHWM:")[2].split()[0]) // 1024)
     return peaks[0], max(peaks[1:], default=0)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far: on a busy machine it tells more than the clock."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def seconds_of(browser: Any, expression: str) -> float:
@@ -111,6 +117,7 @@ def open_browser() -> Any:
 def measure(table: Path, songs: int, wait_for_map: bool) -> dict[str, Any]:
     """Start the server, open the page, and time it."""
     browser = open_browser()
+    browser.set_script_timeout(120)
     command = [sys.executable, "-m", "simsiam_dali.serve", str(table), "--port", "0"]
     begun = time.time()
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=table.parent)
@@ -123,15 +130,18 @@ def measure(table: Path, songs: int, wait_for_map: bool) -> dict[str, Any]:
             time.sleep(0.02)
         mark = "return performance.timeOrigin + performance.getEntriesByName('ready')[0].startTime"
         ready = browser.execute_script(mark) / 1000 - begun
+        cpu = cpu_seconds(server.pid)
         state = json.loads(urllib.request.urlopen(f"{url}api/map").read())
         made = time.time()
         urllib.request.urlopen(f"{url}api/nearest/0").read()
         result: dict[str, Any] = {
             "listening_s": round(listening, 2),
             "ready_s": round(ready, 2),
+            "cpu_until_ready_s": cpu,
             "search_made_s": round(time.time() - made, 2),
             "map_at_start": state["kind"],
         }
+        print(result, file=sys.stderr, flush=True)
         map_begun = time.time()
         while wait_for_map and json.loads(urllib.request.urlopen(f"{url}api/map").read())["kind"] != "UMAP":
             result["umap_memory_mb"] = max(result.get("umap_memory_mb", 0), memory(server.pid)[1])
@@ -150,7 +160,7 @@ def measure(table: Path, songs: int, wait_for_map: bool) -> dict[str, Any]:
             pairs = [(rng.randrange(songs), rng.randrange(songs)) for _ in range(20)]
             calls = [f"fetch({request(a, b)}).then(answer => answer.json())" for a, b in pairs]
             result[name] = summary([seconds_of(browser, call) for call in calls])
-        browser.set_script_timeout(120)
+            print(name, result[name], file=sys.stderr, flush=True)
         result["frame"] = summary([ms / 1000 for ms in browser.execute_async_script(FRAMES, 60)])
         result["memory_mb"], umap = memory(server.pid)
         result["umap_memory_mb"] = max(result.get("umap_memory_mb", 0), umap)
