@@ -3,9 +3,10 @@
 Writes a table of made vectors and tags to a scratch folder (no audio), starts `python -m simsiam_dali.serve` on it, and
 opens the page in Chromium, which runs already. Measured are
 
-    ready        seconds, and CPU seconds of the server, from the start of the server's process to the page's mark "ready": the map drawn, the search usable
+    ready        seconds from the start of the server's process to the page's mark "ready" (the map drawn, the search
+                 usable), and CPU seconds of the server until then
     search made  from then until the server has what nearest songs, paths and radio need
-    nearest, path, radio, explore    each request as the page makes it, 20 times with other songs
+    nearest, path, radio, explore    each request as the page makes it, 5 times with other songs
     frame        the time between two frames while the map is panned and zoomed
     memory       the largest resident set of the server's process (VmHWM), and of the process that computes UMAP
 
@@ -157,7 +158,7 @@ def measure(table: Path, songs: int, wait_for_map: bool) -> dict[str, Any]:
             "explore": lambda _, __: "'/api/explore'",
         }
         for name, request in asked.items():
-            pairs = [(rng.randrange(songs), rng.randrange(songs)) for _ in range(20)]
+            pairs = [(rng.randrange(songs), rng.randrange(songs)) for _ in range(5)]
             calls = [f"fetch({request(a, b)}).then(answer => answer.json())" for a, b in pairs]
             result[name] = summary([seconds_of(browser, call) for call in calls])
             print(name, result[name], file=sys.stderr, flush=True)
