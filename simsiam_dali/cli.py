@@ -18,6 +18,7 @@ COMMANDS = {
     "embed": "write a table with each song's tags and embedding",
     "evaluate": "score the embeddings: an HTML report, metrics and maps",
     "recommend": "make playlists of similar or probably liked songs",
+    "serve": "listen to the library on a local page: map, radio, ratings, playlists",
     "compare": "compare the best runs of each encoder type",
     "hpo": "search for better settings with Optuna",
     "export": "write a trained encoder as safetensors and ONNX",

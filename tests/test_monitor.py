@@ -8,7 +8,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor
 
-from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE, knn_labels, knn_rating, label_chance, rating_chance
+from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
+from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_chance, rating_chance
 from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.training.collapse import collapse_advice, effective_rank, z_std
 

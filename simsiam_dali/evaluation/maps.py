@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,62 +15,46 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 
 from simsiam_dali.evaluation.knn import nearest_others
+from simsiam_dali.evaluation.map_colours import OTHER, PALETTE, categories, commonest_kind, kinds
 
 matplotlib.use("Agg")
 
 MIN_SONGS = 10
 """Fewer songs are shown by their first two principal components instead of t-SNE and UMAP."""
 NEAREST = 10
-COLOURED = 10
-PALETTE = ("#4477aa", "#ee6677", "#228833", "#ee9922", "#66ccee", "#aa3377", "#009988", "#bbaa22", "#663399", "#a0522d")
-OTHER = "#c4c7cc"
 _PCA_DIMS = 50
 
 
 def project(vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Vectors `(N, D)` in two dimensions, `(N, 2)` each, by cosine: UMAP and t-SNE, or PCA of a few songs."""
-    x = StandardScaler().fit_transform(vectors.astype(np.float64))
-    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
+    x = _reduced(vectors, seed)
     if len(x) < MIN_SONGS:
         flat = PCA(min(2, *x.shape)).fit_transform(x) if len(x) > 1 else np.zeros((1, 1))
         return {"PCA": np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))}
-    if min(x.shape) > _PCA_DIMS:
-        x = PCA(_PCA_DIMS, random_state=seed).fit_transform(x)
+    tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed)
+    return {"UMAP": _umap(x, seed), "t-SNE": tsne.fit_transform(x)}
+
+
+def project_umap(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """The UMAP `(N, 2)` of `project` alone, of `MIN_SONGS` vectors `(N, D)` or more."""
+    return _umap(_reduced(vectors, seed), seed)
+
+
+def _reduced(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """Standardised vectors of length 1; of many songs and dimensions their first principal components."""
+    x = StandardScaler().fit_transform(vectors.astype(np.float64))
+    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
+    is_large = len(x) >= MIN_SONGS and min(x.shape) > _PCA_DIMS
+    return PCA(_PCA_DIMS, random_state=seed).fit_transform(x) if is_large else x
+
+
+def _umap(x: np.ndarray, seed: int) -> np.ndarray:
     import umap  # compiles for seconds
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a small library's disconnected graph
-        flat = umap.UMAP(n_neighbors=min(15, len(x) - 1), random_state=seed, n_jobs=1).fit_transform(x)
-    tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed)
-    return {"UMAP": flat, "t-SNE": tsne.fit_transform(x)}
-
-
-def categories(labels: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-    """The names of the `COLOURED` commonest first labels, and each song's index among them `(N,)`, -1 for others."""
-    first = [own[0] if own else None for own in labels]
-    names = [name for name, _ in Counter(name for name in first if name is not None).most_common(COLOURED)]
-    return names, np.array([names.index(name) if name in names else -1 for name in first], int)
-
-
-def kinds(table: pd.DataFrame) -> dict[str, list[Sequence[str]]]:
-    """What songs are coloured by, beside the rating: each song's labels, none where it has none."""
-    folders = [path.partition("/")[0] if "/" in path else None for path in table["path"]]
-    decades = [None if pd.isna(year) else f"{year // 10 * 10}s" for year in table["year"]]
-    return {
-        "genre": list(table["genres"]),
-        "artist": list(table["artists"]),
-        "folder": [[name] if name else [] for name in folders],
-        "decade": [[name] if name else [] for name in decades],
-    }
-
-
-def commonest_kind(table: pd.DataFrame) -> str:
-    """By what the most songs have a colour; of equals the rating, then the first kind."""
-    coloured = {"rating": int(table["rating"].notna().sum())}
-    for name, labels in kinds(table).items():
-        names, index = categories(labels)
-        coloured[name] = int((index >= 0).sum()) if len(names) > 1 else 0  # one colour tells nothing
-    return max(coloured, key=lambda name: coloured[name])
+        model = umap.UMAP(n_neighbors=min(15, len(x) - 1), random_state=seed, n_jobs=1)
+        return np.asarray(model.fit_transform(x))
 
 
 def picture(points: np.ndarray, table: pd.DataFrame, title: str) -> bytes:

@@ -1,6 +1,7 @@
 """Find the files of a music folder that may be songs; loops of links end."""
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ NOT_AUDIO = frozenset(
     .midi
     """.split()  # noqa: SIM905 - readable as words
 )
+
+_ESCAPED_BYTE = re.compile(rb"\\x([89a-f][0-9a-f])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +87,12 @@ def _identity(folder: Path) -> tuple[int, int]:
 def relative_name(path: Path, music: Path) -> str:
     """A path's name below `music`, as `SongFile.name` has it."""
     return os.fsencode(path.relative_to(music).as_posix()).decode("utf-8", "backslashreplace")
+
+
+def file_of(name: str, music: Path) -> Path:
+    """Absolute path of the file that `relative_name` gave `name`, whether it is there or not."""
+    path = (music / name).absolute()
+    # A name is UTF-8 and has a file name's other bytes as \xNN; the file has the bytes.
+    raw = _ESCAPED_BYTE.sub(lambda escaped: bytes([int(escaped[1], 16)]), os.fsencode(path))
+    original = Path(os.fsdecode(raw))
+    return original if original != path and not path.exists() and original.exists() else path

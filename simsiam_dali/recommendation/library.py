@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,10 +13,9 @@ import pandas as pd
 from simsiam_dali.common.errors import UserError, printable
 from simsiam_dali.common.names import album_keys, artist_keys, name_key
 from simsiam_dali.evaluation.folds import groups
-from simsiam_dali.packing.find import relative_name
+from simsiam_dali.packing.find import file_of, relative_name
 
 _LISTED = 10
-_ESCAPED_BYTE = re.compile(rb"\\x([89a-f][0-9a-f])")
 
 
 class Library:
@@ -50,11 +48,7 @@ class Library:
 
     def file(self, row: int) -> Path:
         """Absolute path of the song, whether it is there or not."""
-        path = (self.music / self.path[row]).absolute()
-        # The table is UTF-8 and has a file name's other bytes as \xNN (packing.find); the file has the bytes.
-        raw = _ESCAPED_BYTE.sub(lambda escaped: bytes([int(escaped[1], 16)]), os.fsencode(path))
-        original = Path(os.fsdecode(raw))
-        return original if original != path and not path.exists() and original.exists() else path
+        return file_of(self.path[row], self.music)
 
     def at(self, name: str) -> list[int]:
         """Rows of the song, or of the songs of the folder, with this path relative to the music folder."""

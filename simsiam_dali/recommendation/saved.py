@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from simsiam_dali.common.errors import UserError, one_line, printable
 from simsiam_dali.common.files import atomic_write, refuse_failed_write
-from simsiam_dali.recommendation.choose import Request, choose
+from simsiam_dali.recommendation.choose import Choice, Request, choose
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import FORMATS, MARK, check_writable, playlist_entries
 
@@ -136,12 +136,17 @@ def remake(library: Library, vectors: np.ndarray, saved: SavedPlaylist) -> dict[
     return _texts(library, vectors, saved)[0]
 
 
-def _texts(library: Library, vectors: np.ndarray, saved: SavedPlaylist) -> tuple[dict[str, str], list[str]]:
-    """`remake`, and the paths that M3U8 cannot hold."""
+def chosen(library: Library, vectors: np.ndarray, saved: SavedPlaylist) -> Choice:
+    """The playlist's songs, as its request chooses them from this library; raises as `remake` does."""
     try:
-        choice = choose(library, vectors, _absolute(saved.request, library))
+        return choose(library, vectors, _absolute(saved.request, library))
     except UserError as e:
         raise UserError(f"playlist {printable(saved.name)}: {e}") from e
+
+
+def _texts(library: Library, vectors: np.ndarray, saved: SavedPlaylist) -> tuple[dict[str, str], list[str]]:
+    """`remake`, and the paths that M3U8 cannot hold."""
+    choice = chosen(library, vectors, saved)
     relative_to = Path(saved.relative_to) if saved.relative_to else saved.folder
     entries = playlist_entries(library, choice, relative_to, saved.prefix)
     made = {suffix: FORMATS[suffix](entries, saved.name) for suffix in SUFFIXES}

@@ -14,7 +14,7 @@ from torch import Tensor
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch, release_memory
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.evaluation.knn import knn_labels, knn_rating, label_chance, rating_chance
+from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_chance, rating_chance
 from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.models.labels import first_label_ids
 from simsiam_dali.models.registry import encoder_type

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.evaluation.knn import knn_labels
+from simsiam_dali.evaluation.knn_scores import knn_labels
 from simsiam_dali.models.labels import first_label_ids
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import checkpoint

@@ -1,0 +1,1 @@
+"""A local page to listen to the library: songs, audio, ratings and playlists over HTTP."""

@@ -1,0 +1,103 @@
+"""The songs that are served: what the page shows of each, and, once it is made, the search."""
+
+import json
+import math
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from simsiam_dali.embedding.table import Embeddings
+from simsiam_dali.evaluation.map_colours import OTHER, PALETTE, categories, kinds, most_coloured
+from simsiam_dali.packing.find import file_of
+from simsiam_dali.serving.positions import Positions
+from simsiam_dali.serving.ratings import Ratings
+
+if TYPE_CHECKING:
+    from simsiam_dali.serving.search import Search
+
+
+class ServedLibrary:
+    """An embedding table, its music folder and its ratings file. Raises UserError for ratings it cannot read."""
+
+    def __init__(self, table: Path, songs: Embeddings, music: Path, ratings: Path) -> None:
+        self.table, self.music = songs.table, music
+        self._vectors = songs.vectors
+        self.ratings = Ratings(ratings, songs.table, music)
+        # A thread for each request, none of which computes long: more threads would only slow the others down.
+        threadpool_limits(1, user_api="blas")
+        self.positions = Positions(table, songs.vectors)
+        self._search: Future[Search] | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def files_found(self) -> int:
+        """How many of the songs' files are there."""
+        music = str(self.music)
+        # Bytes of a name that are not UTF-8 are escaped: only such names take the longer way.
+        return sum(
+            os.path.exists(f"{music}/{name}") or ("\\x" in name and file_of(name, self.music).exists())  # noqa: PTH110 - 100,000
+            for name in self.table["path"]
+        )
+
+    def prepare(self) -> "Future[Search]":
+        """Make the search in a thread, once; and after it the better map."""
+        with self._lock:
+            if self._search is None:
+                self._search = Future()
+                threading.Thread(target=self._prepare, args=(self._search,), daemon=True).start()
+            return self._search
+
+    def search(self) -> "Search":
+        """The search; waits until it is made."""
+        return self.prepare().result()
+
+    def _prepare(self, made: "Future[Search]") -> None:
+        try:
+            from simsiam_dali.recommendation.library import Library
+            from simsiam_dali.serving.search import Search  # takes scikit-learn along
+
+            threadpool_limits(1, user_api="blas")  # of the libraries that came with the search
+            made.set_result(Search(Library(self.table.copy(deep=False), self.music), self._vectors))
+        except BaseException as e:
+            made.set_exception(e)  # raised where the search is asked for
+            raise
+        self.positions.compute()
+
+    def page_data(self) -> bytes:
+        """JSON of what the page shows, a list for each tag with a value for each song."""
+        table = self.table
+        coloured = {name: categories(labels) for name, labels in kinds(table).items()}
+        names = zip(table["title"], table["path"], strict=True)
+        owners = zip(table["artists"], table["album_artist"], strict=True)
+        data: dict[str, Any] = {
+            "title": [title or Path(path).stem for title, path in names],
+            "artist": [", ".join(artists) or owner for artists, owner in owners],
+            "album": [", ".join(albums) for albums in table["albums"]],
+            "genre": [", ".join(genres) for genres in table["genres"]],
+            "year": [or_none(year, 0) for year in table["year"].to_numpy(float, na_value=math.nan).tolist()],
+            "seconds": [or_none(seconds, 1) for seconds in table["duration"].tolist()],
+            "rating": [or_none(rating, 3) for rating in self.ratings.values.tolist()],
+            "colour_by": most_coloured(int(np.isfinite(self.ratings.values).sum()), coloured),
+            "kinds": {name: {"names": own, "of": index.tolist()} for name, (own, index) in coloured.items()},
+            "palette": PALETTE,
+            "other": OTHER,
+        }
+        # A tag may hold half of a surrogate pair, which no UTF-8 holds: JSON escapes it.
+        return json.dumps(data, separators=(",", ":")).encode("ascii")
+
+
+def or_none(number: float, digits: int) -> float | None:
+    """A number rounded, None for NaN and infinities, which JSON does not have."""
+    return round(number, digits) if math.isfinite(number) else None
+
+
+def as_bytes(points: np.ndarray) -> bytes:
+    """Float32, little-endian, x and y in turn."""
+    return points.astype("<f4").tobytes()

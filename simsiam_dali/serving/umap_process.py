@@ -1,0 +1,33 @@
+"""UMAP of a table in a process of its own: python -m simsiam_dali.serving.umap_process TABLE OUT
+
+Started by `positions`. It takes the lowest priority, so that the page stays quick, and ends when its standard input
+does, that is with the process that started it.
+"""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from simsiam_dali.embedding.table import read_song_embeddings
+from simsiam_dali.evaluation.maps import project_umap
+from simsiam_dali.serving.positions import file_key, in_unit_square, write_map
+
+
+def end_with_parent() -> None:
+    """Exit when standard input is closed."""
+    sys.stdin.read()
+    os._exit(1)
+
+
+def main() -> None:
+    """Write the map of a table."""
+    table, out = map(Path, sys.argv[1:])
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.nice(19)
+    key = file_key(table)
+    write_map(out, in_unit_square(project_umap(read_song_embeddings(table).vectors, seed=0)), key)
+
+
+if __name__ == "__main__":
+    main()

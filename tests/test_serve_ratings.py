@@ -1,0 +1,154 @@
+"""Ratings given on the page, as packing reads them from the CSV."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.evaluation_tables import song_table
+
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.packing.ratings import RatingsFile
+from simsiam_dali.serving.ratings import Ratings
+
+
+@pytest.fixture
+def table():
+    return song_table(10)  # songs 0 and 5 are unrated
+
+
+@pytest.fixture
+def music(tmp_path):
+    return tmp_path / "music"
+
+
+def packed(source: Path, table, music: Path) -> list[float | None]:
+    """What `make_shards --ratings` takes for each song of the table."""
+    ratings = RatingsFile.read(source, music)
+    rows = zip(table["path"], table["title"], table["artists"], strict=True)
+    return [ratings.lookup(music / path, title, artists) for path, title, artists in rows]
+
+
+def test_a_rating_is_kept_read_by_packing_and_there_at_the_next_start(tmp_path, table, music):
+    source = tmp_path / "new folder" / "ratings.csv"
+    ratings = Ratings(source, table, music)
+    assert not source.exists()
+    for row, stars in ((0, 5), (5, 0), (1, 1), (0, 4)):  # the last one replaces the first
+        assert ratings.rate(row, stars / 5) == pytest.approx(stars / 5)
+    expected = [None] * 10
+    expected[0], expected[1], expected[5] = 0.8, 0.2, 0.0
+    assert packed(source, table, music) == expected
+    again = Ratings(source, table, music).values
+    np.testing.assert_array_equal(again[[0, 1, 5]], [0.8, 0.2, 0.0])
+    np.testing.assert_array_equal(again[[2, 3, 4]], table["rating"].iloc[[2, 3, 4]])  # those of the tags
+
+
+def test_ratings_of_no_more_than_one_star_are_not_read_as_five(tmp_path, table, music):
+    source = tmp_path / "ratings.csv"
+    Ratings(source, table, music).rate(0, 1 / 5)
+    assert packed(source, table, music)[0] == pytest.approx(0.2)
+
+
+def test_a_removed_rating_leaves_that_of_the_tag_and_a_file_that_is_read(tmp_path, table, music):
+    source = tmp_path / "ratings.csv"
+    ratings = Ratings(source, table, music)
+    for row in (0, 1):
+        ratings.rate(row, 1.0)
+    assert math.isnan(ratings.rate(0, None))
+    assert ratings.rate(1, None) == table["rating"].iloc[1]
+    assert packed(source, table, music) == [None] * 10
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("path,rating\nartist 2/album 0/2.flac,4.5\nelsewhere/x.mp3,3\n", {2: 0.9}),
+        ("\ufeffRating;Title;Artist;Mood\n4;Title 2;Artist 2;calm\n2;Title 8;Artist 2;\n", {2: 0.8, 8: 0.4}),
+        ('rating,path,note\n0.5,./artist 2/album 0/../album 0/2.flac,"two\nlines, quoted ""so"""\n', {2: 0.5}),
+        ("path,rating\nartist 2/album 0/2.flac,5\nartist 2/album 0/2.flac,\n", {2: 1.0}),
+    ],
+)
+def test_ratings_that_were_there_stay(tmp_path, table, music, text, kept):
+    """Of any scale, delimiter, order and way to name songs, with columns and songs that are not known here."""
+    source = tmp_path / "ratings.csv"
+    source.write_text(text, encoding="utf-8")
+    before = packed(source, table, music)
+    assert {row: rating for row, rating in enumerate(before) if rating is not None} == kept
+    ratings = Ratings(source, table, music)
+    assert all(ratings.values[row] == rating for row, rating in kept.items())
+    ratings.rate(0, 0.6)
+    assert packed(source, table, music) == [0.6, *before[1:]]
+    after = source.read_text(encoding="utf-8")
+    for word in ("elsewhere/x.mp3", "calm", "Mood", 'two\nlines, quoted ""so"""'):
+        assert (word in after) == (word in text)
+    ratings.rate(2, 0.2)
+    assert packed(source, table, music) == [0.6, before[1], 0.2, *before[3:]]
+
+
+def test_a_row_of_the_same_song_is_changed_and_not_repeated(tmp_path, table, music):
+    source = tmp_path / "ratings.csv"
+    source.write_text(f"path,rating\n{music}/artist 0/album 0/0.flac,0.4\n")
+    ratings = Ratings(source, table, music)
+    for rating in (0.6, 0.8):
+        ratings.rate(0, rating)
+    assert len(source.read_text().splitlines()) == 2
+
+
+def test_a_song_whose_file_name_is_not_utf8_is_known_by_its_title(tmp_path, table, music):
+    file = Path(os.fsdecode(os.fsencode(music / "artist 0") + b"/\xe9.flac"))
+    file.parent.mkdir(parents=True)
+    file.touch()
+    table.loc[0, "path"] = "artist 0/\\xe9.flac"
+    source = tmp_path / "ratings.csv"
+    for rating in (0.4, 0.8):
+        assert Ratings(source, table, music).rate(0, rating) == rating
+    assert RatingsFile.read(source, music).lookup(file, "Title 0", ["Artist 0"]) == 0.8
+    assert len(source.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"SQLite format 3\0" + bytes(100), "only read"),
+        (b"\xff\xfe\0", "UTF-8"),
+        (b"title\nx\n", "header"),
+        (b"path,rating\na,7\n", "not in 0..1"),
+        (b"", "header"),
+    ],
+)
+def test_a_file_that_is_no_such_csv_is_refused_and_left_alone(tmp_path, table, music, content, reason):
+    source = tmp_path / "ratings.csv"
+    source.write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        Ratings(source, table, music)
+    assert source.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"path,rating\na,0.5,lost\n", b"\xff\xfe\0"])
+def test_a_file_that_became_unreadable_is_left_alone(tmp_path, table, music, content):
+    source = tmp_path / "ratings.csv"
+    ratings = Ratings(source, table, music)
+    ratings.rate(0, 0.4)
+    source.write_bytes(content)
+    with pytest.raises(UserError):
+        ratings.rate(1, 0.2)
+    assert source.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["ratings.csv"]
+
+
+def test_a_failed_write_leaves_the_ratings_as_they_were(tmp_path, table, music, monkeypatch):
+    source = tmp_path / "ratings.csv"
+    ratings = Ratings(source, table, music)
+    ratings.rate(0, 0.4)
+    before = source.read_bytes()
+
+    def full(*_args: object, **_more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left"):
+        ratings.rate(1, 1.0)
+    assert source.read_bytes() == before
+    assert ratings.values[1] == table["rating"].iloc[1]
+    assert [file.name for file in tmp_path.iterdir()] == ["ratings.csv"]
