@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train an encoder on the shards",
     "embed": "write a table with each song's tags and embedding",
     "evaluate": "score the embeddings: an HTML report, metrics and maps",
+    "refresh": "embed what is new in the music folder, and make the playlists again",
     "recommend": "make playlists of similar or probably liked songs",
     "compare": "compare the best runs of each encoder type",
     "hpo": "search for better settings with Optuna",
