@@ -6,6 +6,7 @@ killed at any moment, all of them are the old ones or the new.
 """
 
 import argparse
+import contextlib
 import shlex
 import shutil
 import signal
@@ -76,8 +77,10 @@ def run(args: argparse.Namespace) -> None:
         previous, files, changes = look(args)
         print_plan(changes, previous, len(read_saved(args.playlists)))
         return
-    with refuse_failed_write(args.out), Replacement(args.out, [args.playlists]) as replacement:
-        playlists = read_saved(args.playlists)
+    with contextlib.ExitStack() as stack:
+        with refuse_failed_write(args.out):
+            replacement = stack.enter_context(Replacement(args.out, [args.playlists]))
+        read_saved(args.playlists)  # refused now, if any is damaged, and not after hours
         previous, files, changes = look(args)
         print_waiting(changes)
         music = args.music.absolute()
@@ -85,11 +88,13 @@ def run(args: argparse.Namespace) -> None:
         scratch = args.out.with_name(f".{args.out.name}.packed")
         made = refresh(previous, changes, files, music, ratings, device, scratch)
         library = Library(made.songs.table, music.resolve())
+        playlists = read_saved(args.playlists)  # as they are now
         remade = remake_all(playlists, library, made.songs.vectors, dict(made.report.moved))
-        replace_all(replacement, args.out, previous, made, remade)
+        with refuse_failed_write(args.out):
+            replace_all(replacement, args.out, previous, made, remade)
         shutil.rmtree(scratch, ignore_errors=True)
     print_report(args.out, previous, made, remade)
-    advise_training(args.music, previous, made)
+    advise_training(args, previous, made)
 
 
 def look(args: argparse.Namespace) -> tuple[Previous, list[SongFile], Changes]:
@@ -119,7 +124,8 @@ def replace_all(
         replacement.drop(records_path(out))
     for playlist in remade:
         for path, content in playlist.files.items():
-            replacement.stage(path).write_bytes(content)
+            with refuse_failed_write(path):
+                replacement.stage(path).write_bytes(content)
     # The set is complete, and moving it is quick: signals wait.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -171,7 +177,7 @@ def print_report(out: Path, previous: Previous, made: Refreshed, remade: Iterabl
     print_list("refused", [f"{path}: {reason}" for path, reason in made.refused])
     for playlist in remade:
         if playlist.problem:
-            print(f"playlist  {printable(playlist.problem)}; its files stay as they are")
+            print(f"kept      {printable(playlist.problem)}; its files stay as they are")
         elif playlist.files:
             print(f"playlist  {printable(playlist.name)}: {playlist.added} songs added, {playlist.removed} removed")
     counts = ", ".join(
@@ -182,18 +188,19 @@ def print_report(out: Path, previous: Previous, made: Refreshed, remade: Iterabl
         print("nothing has changed")
 
 
-def advise_training(music: Path, previous: Previous, made: Refreshed) -> None:
+def advise_training(args: argparse.Namespace, previous: Previous, made: Refreshed) -> None:
     """Say when so many songs are new to the encoder that training again is worth it."""
     place = previous.run.config.data.shards
     is_local = not str(place).startswith(s3.SCHEME)
     packed = open_tables(place) if is_local and (Path(place) / MANIFEST).exists() else None
     new, songs = never_trained_on(made.songs, made.records, previous.run, packed), len(made.songs.table)
     if new > TRAIN_AGAIN * songs:
+        music, shards, out = (shlex.quote(str(path)) for path in (args.music, place, args.out))
         print(
             f"{new} of {songs} songs, more than {TRAIN_AGAIN:.0%}, were not in the training: train again\n"
-            f"    python -m simsiam_dali.pack {shlex.quote(str(music))} --out {shlex.quote(str(place))}\n"
-            f"    python -m simsiam_dali.train --shards {shlex.quote(str(place))}\n"
-            "    python -m simsiam_dali.embed --replace"
+            f"    python -m simsiam_dali.pack {music} --out {shards}\n"
+            f"    python -m simsiam_dali.train --shards {shards}\n"
+            f"    python -m simsiam_dali.embed --out {out} --replace"
         )
 
 

@@ -12,6 +12,7 @@ import mutagen
 import numpy as np
 import pytest
 from helpers import fork_server
+from helpers.full_disk import fill, small_disk
 from helpers.kills import KILL_AT
 from helpers.small_music import write_song
 
@@ -67,6 +68,12 @@ def home(tmp_path, template) -> Path:
     return home
 
 
+def embed_whole(home: Path, run_dir: Path) -> None:
+    """Write `whole.parquet`, of all songs, by the embed command."""
+    words = ["--checkpoint", run_dir, "--music", home / "music", "--out", home / "whole.parquet", "--device", "cpu"]
+    embed.run(embed.build_parser().parse_args([str(word) for word in words]))
+
+
 def vectors(songs: Embeddings) -> dict[str, bytes]:
     return {path: vector.tobytes() for path, vector in zip(songs.table["path"], songs.vectors, strict=True)}
 
@@ -109,10 +116,8 @@ def test_everything_that_can_change(home, small_runs, capsys):
 
     # The same as embedding the whole folder.
     (home / "music/fresh.flac").unlink()
-    whole = home / "whole.parquet"
-    words = ["--checkpoint", small_runs["simsiam"], "--music", home / "music", "--out", whole, "--device", "cpu"]
-    embed.run(embed.build_parser().parse_args([str(word) for word in words]))
-    made = read_embeddings(whole)
+    embed_whole(home, small_runs["simsiam"])
+    made = read_embeddings(home / "whole.parquet")
     for column in made.table:
         assert songs.table[column].astype(str).tolist() == made.table[column].astype(str).tolist(), column
     cosine = (songs.vectors * made.vectors).sum(1) / np.prod(
@@ -146,11 +151,13 @@ def test_a_table_without_records_takes_those_of_its_shards(tmp_path, small_shard
     assert (out.read_bytes(), records_path(out).read_bytes()) == (before, records)
 
 
-def test_a_table_that_is_not_there_is_made(home, small_runs, template):
-    for path in (home / "e.parquet", records_path(home / "e.parquet")):
-        path.unlink()
-    run(home, "--checkpoint", small_runs["simsiam"])
-    assert vectors(read_embeddings(home / "e.parquet")) == vectors(read_embeddings(template / "e.parquet"))
+@pytest.mark.parametrize(("kind", "options"), [("simsiam", []), ("simple", ["--replace"])])
+def test_a_table_that_is_not_there_or_may_be_replaced_is_made(home, small_runs, kind, options):
+    if not options:
+        (home / "e.parquet").unlink()
+    run(home, "--checkpoint", small_runs[kind], *options)
+    embed_whole(home, small_runs[kind])
+    assert vectors(read_embeddings(home / "e.parquet")) == vectors(read_embeddings(home / "whole.parquet"))
 
 
 def lose(names: tuple[str, ...]):
@@ -258,6 +265,22 @@ def test_training_again_is_advised_above_a_fifth(home, new, capsys, monkeypatch)
     monkeypatch.setattr(refresh, "never_trained_on", lambda *_: new)
     run(home)
     assert ("python -m simsiam_dali.train" in capsys.readouterr().out) == (new == 2)
+
+
+def test_a_full_disk_of_the_playlists_changes_nothing(home):
+    """They are on another file system than the table, too."""
+    with small_disk(home / "playlists", "64k") as folder:
+        save(home, "near", "--like", home / "music/a/two.mp3", "--count", 9)
+        lose(SONGS[:1])(home)
+        filler = fill(folder)
+        before = content(home)
+        with pytest.raises(UserError, match=r"cannot write .*/playlists/near\.m3u8 \(No space left"):
+            run(home)
+        assert content(home) == before
+        filler.unlink()
+        run(home)
+        assert "one.flac" not in (folder / "near.m3u8").read_text()
+    assert len(read_embeddings(home / "e.parquet").table) == 5
 
 
 KILLED = """

@@ -36,7 +36,7 @@ def read_previous(
     None for the training's. Raises UserError, unless `replace`, for a table that cannot be continued: of another
     checkpoint, of segments, of a baseline, or of files that are not known.
     """
-    made_by = read_provenance(table) if table.exists() else {}
+    made_by = _made_by(table, replace)
     run = read_run(checkpoint or made_by.get("checkpoint", ""))
     view_seconds, embedding, songs = None, None, None
     records = Records("", run.packing.decode, {})
@@ -59,6 +59,16 @@ def read_previous(
         run.config, seconds, view_seconds, batch_size, threads, encoder__simsiam__embedding=embedding
     )
     return Previous(songs, records, dataclasses.replace(run, config=config))
+
+
+def _made_by(table: Path, replace: bool) -> dict[str, str]:
+    """The table's provenance; nothing without a table, and with `replace` for a file that is none."""
+    try:
+        return read_provenance(table) if table.exists() else {}
+    except UserError:
+        if not replace:
+            raise
+        return {}
 
 
 def _check(table: Path, made_by: dict[str, str], run: TrainedRun) -> None:

@@ -118,12 +118,15 @@ def refresh(
     }
     if not any(record.audio_hash for record in after.values()):
         raise UserError(f"{music}: none of its files can be embedded")
+    is_here = old is not None and Path(old.provenance["music"]).resolve() == music.resolve()
+    refused = [(r.path, r.reason) for r in after.values() if r.path in decoded.records and not r.audio_hash]
+    if old and is_here and after == before and ratings is None:
+        return Refreshed(old, previous.records, Report(), refused)
     records = Records("", settings, after)
     provenance = table_provenance(CHECKPOINT, "songs", run, str(music), records.fingerprint)
     builder = TableBuilder(old, before, after, vectors, durations, {file.name: file.path for file in files})
     new = builder.build(provenance, music, ratings)
-    refused = [(r.path, r.reason) for r in after.values() if r.path in decoded.records and not r.audio_hash]
-    if old and same_songs(old, new) and Path(old.provenance["music"]).resolve() == music.resolve():
+    if old and is_here and same_songs(old, new):
         new = old
     records = dataclasses.replace(records, shards=new.provenance["shards"])
     return Refreshed(new, records, builder.report, refused)

@@ -55,10 +55,8 @@ def remake_all(
             if content != before:
                 result.files[path] = content
             if path.suffix == ".m3u8":
-                result.added, result.removed = (
-                    (_songs(content) - _songs(before)).total(),
-                    (_songs(before) - _songs(content)).total(),
-                )
+                now, then = _songs(content), _songs(before)
+                result.added, result.removed = (now - then).total(), (then - now).total()
         made.append(result)
     return made
 
