@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--run", required=True, metavar="RUN", help="a run's folder, or a checkpoint")
-    add("--songs", type=int, default=100_000, metavar="N", help="made songs (default: %(default)s)")
+    add("--songs", type=int, default=100_000, metavar="N", help="made songs, 0 = none (default: %(default)s)")
     add("--music", type=Path, metavar="DIR", help="real songs; without it, only the made ones are measured")
     add("--scratch", type=Path, metavar="DIR", help="where to work; 1 GB for 100,000 songs (default: /tmp or TMPDIR)")
     add("--json", type=Path, metavar="F", help="write the results here")
@@ -157,8 +157,9 @@ def main() -> None:
     args = build_parser().parse_args()
     doc: dict[str, Any] = {"environment": machine.environment(torch.device("cpu"))}
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        (Path(scratch) / "made").mkdir()
-        doc["made"] = measure_made(Path(scratch) / "made", args.run, args.songs)
+        if args.songs:
+            (Path(scratch) / "made").mkdir()
+            doc["made"] = measure_made(Path(scratch) / "made", args.run, args.songs)
         if args.music:
             (Path(scratch) / "real").mkdir()
             doc["real"] = measure_real(Path(scratch) / "real", args.run, args.music)

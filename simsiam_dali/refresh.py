@@ -87,9 +87,10 @@ def run(args: argparse.Namespace) -> None:
         ratings = RatingsFile.read(args.ratings, music) if args.ratings else None
         scratch = args.out.with_name(f".{args.out.name}.packed")
         made = refresh(previous, changes, files, music, ratings, device, scratch)
-        library = Library(made.songs.table, music.resolve())
-        playlists = read_saved(args.playlists)  # as they are now
-        remade = remake_all(playlists, library, made.songs.vectors, dict(made.report.moved))
+        remade: list[Remade] = []
+        if playlists := read_saved(args.playlists):  # as they are now
+            library = Library(made.songs.table, music.resolve())
+            remade = remake_all(playlists, library, made.songs.vectors, dict(made.report.moved))
         with refuse_failed_write(args.out):
             replace_all(replacement, args.out, previous, made, remade)
         shutil.rmtree(scratch, ignore_errors=True)
