@@ -330,7 +330,7 @@ def test_killed_at_any_moment_table_and_playlists_are_the_old_ones_or_the_new(ho
         assert files_of(home) == (new if number > moves[0] else old), calls[number]
         run(home)  # and the same command continues
         assert files_of(home) == new
-        assert not list(home.rglob("*.staged"))
+        assert not list(home.rglob("*.staged*"))
 
 
 def files_of(home: Path) -> dict[str, bytes]:

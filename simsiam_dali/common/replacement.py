@@ -80,7 +80,7 @@ class Replacement:
         if not _journal(self.owner).exists():
             for folder in self._folders:
                 for path in folder.glob(".*"):
-                    if path.name.endswith(f".{self.owner.name}.{_SUFFIX}"):
+                    if f".{self.owner.name}.{_SUFFIX}" in path.name:  # also what an atomic write of one has left
                         path.unlink()
 
 
