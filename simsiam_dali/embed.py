@@ -19,6 +19,7 @@ from simsiam_dali.config.cli import add_checkpoint, add_device, create_parser
 from simsiam_dali.data import s3
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.embedding.features import BASELINES, CHECKPOINT, create_features
+from simsiam_dali.embedding.records import of_shards, records_path, write_records
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.write import (
     FORWARD_SHARE,
@@ -104,6 +105,9 @@ def run(args: argparse.Namespace) -> None:
         views = CleanViews(config, shards, log_mel, World(0, 1, device))
         for out, provenance in missing.items():
             features = create_features(provenance["features"], trained, log_mel, device)
+            if (provenance["features"], provenance["rows"]) == (CHECKPOINT, "songs"):
+                # Before the table, or a kill could leave one without: those of another table are passed over.
+                write_records(records_path(out), of_shards(shards, fingerprint))
             print(write_table(features, views, provenance, out))
     shutil.rmtree(packed, ignore_errors=True)
 

@@ -168,6 +168,7 @@ REFUSED = {
     "evaluate": ("--embeddings", "nowhere.parquet"),
     "compare": ("--tracking-uri", "sqlite:///nowhere.db"),
     "recommend": ("--embeddings", "nowhere.parquet", "--top"),
+    "refresh": ("nowhere",),
     "export": ("--checkpoint", "nowhere"),
     "benchmark": ("--shards", "nowhere"),
 }

@@ -281,7 +281,7 @@ def test_songs_in_no_shard(small_runs, small_shards, tables, tmp_path, capsys, k
     (row,) = np.flatnonzero([root / path == packed for path in table.table["path"]])
     assert table.table["title"][row] == known.table["title"][4]
     np.testing.assert_allclose(table.vectors[row], known.vectors[4], atol=1e-6)  # the same song through the shards
-    assert sorted(p.name for p in folder.iterdir()) == ["a", "broken.mp3", "e.parquet"]
+    assert sorted(p.name for p in folder.iterdir()) == [".e.parquet.files", "a", "broken.mp3", "e.parquet"]
     run(small_runs[kind], out, "--music", folder, folder / "a/one.flac", packed)
     assert "is up to date" in capsys.readouterr().out
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import gpu_tables
 
-from simsiam_dali import compare, embed, evaluate, export, hpo, pack, recommend, serve, train
+from simsiam_dali import compare, embed, evaluate, export, hpo, pack, recommend, refresh, serve, train
 from simsiam_dali.config.load import allowed
 from simsiam_dali.config.schema import setting_fields
 
@@ -28,6 +28,7 @@ COMMANDS: dict[str, ModuleType] = {
     "embed": embed,
     "evaluate": evaluate,
     "recommend": recommend,
+    "refresh": refresh,
     "serve": serve,
     "export": export,
 }

@@ -20,6 +20,7 @@ class TrainedRun:
     """A run's checkpoint.
 
     `statistics`: the log-mel's `mean` and `std` over the training songs, dB. `packing`: how those songs were cut.
+    `shards`: fingerprint of the set that they were in, "" where that is not known.
     """
 
     path: Path
@@ -29,6 +30,7 @@ class TrainedRun:
     packing: PackSettings
     weights: dict[str, Tensor]
     mlflow_run: str | None
+    shards: str = ""
 
     def encoder(self) -> Encoder:
         """The trained encoder, on the CPU, in evaluation mode. Raises UserError for weights of another encoder."""
@@ -59,4 +61,5 @@ def read_run(run: str, option: str = "--checkpoint", embedding: str | None = Non
         packing=PackSettings(**saved["packing"]),
         weights=saved["learner"]["encoder"],
         mlflow_run=saved["mlflow_run"],
+        shards=saved["shards"],
     )

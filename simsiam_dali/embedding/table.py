@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.files import atomic_write, refuse_failed_write
+from simsiam_dali.common.replacement import finish_commit
 from simsiam_dali.data.format import SCHEMAS, SONGS
 
 FORMAT_VERSION = 1
@@ -78,6 +79,7 @@ def read_provenance(path: Path) -> dict[str, str]:
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> tuple[dict[str, str], Any]:
     """The provenance, and what `reader` reads: the table, or only its schema."""
+    finish_commit(path)
     try:
         table = reader(path)
         schema = table.schema if isinstance(table, pa.Table) else table

@@ -137,7 +137,9 @@ def embed_batches(
 
 def embed_segments(features: Features, views: CleanViews, results: PartialResults) -> str:
     """Embed every segment that `results` lacks; returns the throughput."""
-    clock, total, done = StepClock(views.world.device), len(views.shards.segments), len(results)
+    shards = views.shards
+    total = len(shards.segments) if shards.rows is None else len(shards.rows)
+    clock, done = StepClock(views.world.device), len(results)
     last = results.parts[-1] if results.parts else {"split": None}
     with tqdm(total=total, initial=done, unit="segment", desc=features.name, disable=None) as bar:
         for split, loader in views.loaders(features.mode, last["split"] or SPLITS[0]):
@@ -148,7 +150,7 @@ def embed_segments(features: Features, views: CleanViews, results: PartialResult
             for segment in embed_batches(features, clock.batches(loader), results, split, loader.state_dict):
                 bar.update(len(segment))
     seconds, waited = clock.read()
-    hours = (len(results) - done) * view_seconds(views.config, views.shards) / 3600
+    hours = (len(results) - done) * view_seconds(views.config, shards) / 3600
     return f"{hours / seconds:.3g} audio-h/s, waiting for data {waited:.0%}"
 
 
@@ -175,8 +177,9 @@ def write_table(features: Features, views: CleanViews, provenance: dict[str, str
         rows, order = torch.cat([part["rows"] for part in results.parts]).sort()
         vectors = torch.cat([part["vectors"] for part in results.parts])[order]
         quarantine = Quarantine(shards, config.data.max_bad_fraction)
-        missing = set(range(len(shards.segments))) - set(rows.tolist())
-        if len(rows) + len(missing) != len(shards.segments) or not missing <= quarantine.rows:
+        wanted = range(len(shards.segments)) if shards.rows is None else shards.rows.tolist()
+        missing = set(wanted) - set(rows.tolist())
+        if len(rows) + len(missing) != len(wanted) or not missing <= quarantine.rows:
             raise AssertionError("the data graph did not give each segment once")
         if provenance["rows"] == "segments":
             segments = shards.segments.iloc[rows.numpy()]

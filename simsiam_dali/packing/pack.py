@@ -49,6 +49,14 @@ class Report:
     unchanged: bool = False
 
 
+class NothingPacked(UserError):
+    """None of the files can be packed. `rows`: each file's result, as in the table of files."""
+
+    def __init__(self, text: str, rows: list[assemble.Row]) -> None:
+        super().__init__(text)
+        self.rows = rows
+
+
 def pack(
     music: Path,
     out: Path,
@@ -63,7 +71,8 @@ def pack(
 
     files: the files to pack, with names relative to `music`; None = every song below it. executor: where they are
     decoded. Files that the last run packed with the same decode settings are not decoded again. `replace` allows
-    overwriting shards of another folder. Raises `UserError` for what the user can correct, a full disk included.
+    overwriting shards of another folder. Raises `UserError` for what the user can correct, a full disk included;
+    `NothingPacked` where no file can be packed.
     """
     if not music.is_dir():
         raise UserError(f"{music}: no such folder of music")
@@ -112,7 +121,8 @@ class _Packer:
         self._report_files(results, passed_over)
         if not len(songs):
             reasons = "; ".join(f"{name} {reason}" for name, reason in self.report.refused[:3])
-            raise UserError(f"{self.music}: none of its {len(results)} files can be packed ({reasons})")
+            text = f"{self.music}: none of its {len(results)} files can be packed ({reasons})"
+            raise NothingPacked(text, list(assemble.file_rows(songs, results)))
         self._split(songs)
         if self.ratings:
             self._rate(songs, self.ratings)

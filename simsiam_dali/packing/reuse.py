@@ -34,6 +34,12 @@ def damaged_shards(old: ShardSet) -> set[str]:
     }
 
 
+def is_final(reason: str, retry: bool) -> bool:
+    """Whether a refused file need not be tried again while its size and its modification time are the same."""
+    # Opening a file is quick, and newer decoders may be able to.
+    return not retry and not reason.startswith(UNOPENED)
+
+
 class PackedBefore:
     """The results for files that need not be decoded again, assembled on request.
 
@@ -59,8 +65,7 @@ class PackedBefore:
             for file in itertools.chain.from_iterable(part.to_pylist() for part in table.iter_batches(ROWS_IN_MEMORY)):
                 key, song = (file["path"], file["bytes"], file["mtime_ns"]), file["song"]
                 if file["status"] == "refused":
-                    # Opening a file is quick, and newer decoders may be able to.
-                    if not file["retry"] and not file["reason"].startswith(UNOPENED):
+                    if is_final(file["reason"], file["retry"]):
                         self._of_file[key] = Refused(file["reason"])
                 elif song not in lost and self._first[song] < self._first[song + 1]:
                     self._of_file[key] = song, file["reason"]

@@ -55,5 +55,9 @@ def find(paths: list[Path], settings: PackSettings) -> TemporarySongs:
     if not found:
         raise UserError(f"--music {' '.join(map(str, paths))}: no audio file there")
     files = [dataclasses.replace(file, name=relative_name(path, root)) for path, file in found.items()]
-    settings = dataclasses.replace(settings, val_fraction=0.0, split_by="song")
-    return TemporarySongs(root, sorted(files, key=lambda file: file.name), settings)
+    return TemporarySongs(root, sorted(files, key=lambda file: file.name), in_one_split(settings))
+
+
+def in_one_split(settings: PackSettings) -> PackSettings:
+    """The settings for songs of which none is kept for validation."""
+    return dataclasses.replace(settings, val_fraction=0.0, split_by="song")

@@ -6,7 +6,7 @@ The same table and request give the same bytes.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,3 +174,8 @@ def _renamed(request: Request, rename: Callable[[str, str], str]) -> Request:
     if request.radio:
         renamed["radio"] = rename(request.radio, "--radio")
     return dataclasses.replace(request, **renamed)
+
+
+def follow(saved: SavedPlaylist, moved: Mapping[str, str]) -> SavedPlaylist:
+    """The playlist with the songs of its request that have moved under their new paths. moved: old path -> new path."""
+    return dataclasses.replace(saved, request=_renamed(saved.request, lambda name, _: moved.get(name, name)))

@@ -1,0 +1,65 @@
+"""Make every saved playlist of a folder again, from a newer table."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.recommendation.library import Library
+from simsiam_dali.recommendation.playlists import check_writable
+from simsiam_dali.recommendation.saved import SavedPlaylist, follow, remake
+
+
+@dataclass
+class Remade:
+    """A playlist made again. `files`: those whose content is another now; `added`, `removed`: number of its songs.
+
+    `problem`: why it could not be made; then its files stay.
+    """
+
+    name: str
+    files: dict[Path, bytes] = field(default_factory=dict)
+    added: int = 0
+    removed: int = 0
+    problem: str = ""
+
+
+def remake_all(
+    playlists: Iterable[SavedPlaylist], library: Library, vectors: np.ndarray, moved: Mapping[str, str]
+) -> list[Remade]:
+    """Every playlist from `library`, whose songs have `vectors (N, D)`; nothing is written.
+
+    moved: old path -> new path of songs; requests that name one are written with its new path. A playlist whose songs
+    are gone, or whose file belongs to another program, is returned with the problem.
+    """
+    made = []
+    for old in playlists:
+        playlist = follow(old, moved)
+        texts = {}
+        try:
+            if playlist != old:
+                texts[f"{old.name}.json"] = playlist.json()
+            texts |= remake(library, vectors, playlist)
+            for name in texts:
+                check_writable(old.folder / name, replace=False)
+        except UserError as e:
+            made.append(Remade(old.name, problem=str(e)))
+            continue
+        result = Remade(old.name)
+        for name, text in texts.items():
+            path, content = old.folder / name, text.encode()
+            before = path.read_bytes() if path.exists() else b""
+            if content != before:
+                result.files[path] = content
+            if path.suffix == ".m3u8":
+                now, then = _songs(content), _songs(before)
+                result.added, result.removed = (now - then).total(), (then - now).total()
+        made.append(result)
+    return made
+
+
+def _songs(m3u8: bytes) -> Counter[bytes]:
+    return Counter(line for line in m3u8.splitlines() if line and not line.startswith(b"#"))

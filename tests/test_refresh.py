@@ -1,0 +1,339 @@
+"""The refresh command: only what is new is embedded, all else is kept bit for bit, and a kill leaves old or new."""
+
+import dataclasses
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import mutagen
+import numpy as np
+import pytest
+from helpers import fork_server
+from helpers.full_disk import fill, small_disk
+from helpers.kills import KILL_AT
+from helpers.small_music import write_song
+
+from simsiam_dali import embed, recommend, refresh
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.embedding.records import records_path
+from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
+
+HOUR_AGO = time.time() - 3600
+SONGS = ("a/one.flac", "a/two.mp3", "b/three.flac", "b/four.ogg", "c/five.flac", "six.flac")
+
+
+def settle(*paths: Path, time_s: float = HOUR_AGO) -> None:
+    """As if written an hour ago, so that no file looks as if it were still being written."""
+    for path in paths:
+        os.utime(path, (time_s, time_s))
+
+
+def run(home: Path, *options: object) -> None:
+    refresh.run(parsed(home, *options))
+
+
+def parsed(home: Path, *options: object):
+    words = [home / "music", "--out", home / "e.parquet", "--playlists", home / "playlists", "--device", "cpu"]
+    return refresh.build_parser().parse_args([str(word) for word in (*words, *options)])
+
+
+def content(home: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and modification time of every file but the music and the lock."""
+    files = [p for p in home.rglob("*") if p.is_file() and home / "music" not in p.parents and p.suffix != ".lock"]
+    return {str(p.relative_to(home)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, small_runs) -> Path:
+    """`music/` of six songs, and `e.parquet` made of it by `embed --music`."""
+    home = tmp_path_factory.mktemp("template")
+    for seed, name in enumerate(SONGS):
+        path = write_song(home / "music" / name, seed, 5.0 + seed / 4, title=Path(name).stem, artist=f"Artist {seed}")
+        settle(path)
+    words = ["--checkpoint", small_runs["simsiam"], "--music", home / "music", "--out", home / "e.parquet"]
+    embed.run(embed.build_parser().parse_args([str(word) for word in (*words, "--device", "cpu")]))
+    return home
+
+
+@pytest.fixture
+def home(tmp_path, template) -> Path:
+    """A copy of the template that knows no other place."""
+    home = Path(shutil.copytree(template, tmp_path / "home"))
+    songs = read_embeddings(home / "e.parquet")
+    moved = {**songs.provenance, "music": str(home / "music")}
+    write_embeddings(home / "e.parquet", dataclasses.replace(songs, provenance=moved))
+    return home
+
+
+def embed_whole(home: Path, run_dir: Path) -> None:
+    """Write `whole.parquet`, of all songs, by the embed command."""
+    words = ["--checkpoint", run_dir, "--music", home / "music", "--out", home / "whole.parquet", "--device", "cpu"]
+    embed.run(embed.build_parser().parse_args([str(word) for word in words]))
+
+
+def vectors(songs: Embeddings) -> dict[str, bytes]:
+    return {path: vector.tobytes() for path, vector in zip(songs.table["path"], songs.vectors, strict=True)}
+
+
+def change(music: Path) -> None:
+    """Something of every kind."""
+    write_song(music / "new.flac", 20, 5, title="new")
+    write_song(music / "b/three.flac", 21, 5, title="three, recorded again")
+    (music / "a/one.flac").rename(music / "moved.flac")
+    tags = mutagen.File(music / "a/two.mp3", easy=True)
+    tags["title"] = "two, another title"
+    tags.save()
+    (music / "b/four.ogg").unlink()
+    shutil.copy(music / "c/five.flac", music / "c/five again.flac")
+    (music / "broken.mp3").write_bytes(b"no music at all")
+    settle(*(p for p in music.rglob("*") if p.is_file() and p.stat().st_mtime > HOUR_AGO + 60), time_s=HOUR_AGO + 60)
+
+
+def test_everything_that_can_change(home, small_runs, capsys):
+    before = read_embeddings(home / "e.parquet")
+    change(home / "music")
+    write_song(home / "music/fresh.flac", 22, 5)
+    run(home)
+    said, songs = capsys.readouterr().out, read_embeddings(home / "e.parquet")
+    for line in (
+        "waiting   fresh.flac: modified just now",
+        "new       new.flac",
+        "changed   b/three.flac",
+        "retagged  a/two.mp3",
+        "moved     a/one.flac -> moved.flac",
+        "duplicate c/five again.flac: the same audio as c/five.flac",
+        "gone      b/four.ogg",
+        "refused   broken.mp3: does not open as audio",
+        "6 songs (1 new, 1 changed, 1 retagged, 1 moved, 1 gone)",
+    ):
+        assert line in said
+    old, new = vectors(before), vectors(songs)
+    for now, then in {"a/two.mp3": "a/two.mp3", "moved.flac": "a/one.flac", "six.flac": "six.flac"}.items():
+        assert new[now] == old[then]
+
+    # The same as embedding the whole folder.
+    (home / "music/fresh.flac").unlink()
+    embed_whole(home, small_runs["simsiam"])
+    made = read_embeddings(home / "whole.parquet")
+    for column in made.table:
+        assert songs.table[column].astype(str).tolist() == made.table[column].astype(str).tolist(), column
+    cosine = (songs.vectors * made.vectors).sum(1) / np.prod(
+        [np.linalg.norm(t.vectors, axis=1) for t in (songs, made)], 0
+    )
+    assert cosine.min() > 0.999999
+    assert not list(home.glob(".e.parquet.packed"))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_nothing_changed_nothing_is_written(home, again, monkeypatch):
+    if again:  # after a refresh that found a file to refuse
+        change(home / "music")
+        run(home)
+        (home / "music/broken.mp3").unlink()
+        run(home)
+    before = content(home)
+    monkeypatch.setattr("simsiam_dali.embedding.refresh.decode", None)
+    run(home)
+    assert content(home) == before
+
+
+def test_a_table_without_records_takes_those_of_its_shards(tmp_path, small_shards, small_runs, monkeypatch):
+    out, music = tmp_path / "e.parquet", small_shards.parent / "music"
+    words = ["--checkpoint", small_runs["simsiam"], "--out", out, "--device", "cpu"]
+    embed.run(embed.build_parser().parse_args([str(word) for word in words]))
+    before, records = out.read_bytes(), records_path(out).read_bytes()
+    records_path(out).unlink()
+    monkeypatch.setattr("simsiam_dali.embedding.refresh.decode", None)
+    refresh.run(refresh.build_parser().parse_args([str(word) for word in (music, "--out", out, "--device", "cpu")]))
+    assert (out.read_bytes(), records_path(out).read_bytes()) == (before, records)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("simsiam", []), ("simple", ["--replace"])])
+def test_a_table_that_is_not_there_or_may_be_replaced_is_made(home, small_runs, kind, options):
+    if not options:
+        (home / "e.parquet").unlink()
+    run(home, "--checkpoint", small_runs[kind], *options)
+    embed_whole(home, small_runs[kind])
+    assert vectors(read_embeddings(home / "e.parquet")) == vectors(read_embeddings(home / "whole.parquet"))
+
+
+def lose(names: tuple[str, ...]):
+    return lambda home: [(home / "music" / name).unlink() for name in names]
+
+
+def unknown_files(home: Path) -> None:
+    records_path(home / "e.parquet").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "words"),
+    [
+        (lambda home: shutil.rmtree(home / "music"), [], "no such folder of music"),
+        (lose(SONGS), [], "no audio file in this folder"),
+        (lose(SONGS[:4]), [], "holds only 2 of the 6 songs of the table"),
+        (lambda home: [lose(SONGS)(home), write_song(home / "music/x.flac", 9)], [], "holds none of the 6 songs"),
+        (lambda _: None, ["--checkpoint", "simple"], "was made by another checkpoint"),
+        (unknown_files, [], "holds other songs than"),
+        (lambda home: (home / "e.parquet").write_bytes(b"no table"), [], "is damaged or holds no embeddings"),
+    ],
+)
+def test_refused_and_nothing_is_changed(home, small_runs, damage, options, words):
+    damage(home)
+    before = content(home)
+    with pytest.raises(UserError, match=words):
+        run(home, *(small_runs.get(option, option) for option in options))
+    assert content(home) == before
+
+
+@pytest.mark.parametrize(("rows", "features"), [("segments", "checkpoint"), ("songs", "mfcc")])
+def test_a_table_of_something_else_is_refused(home, rows, features):
+    songs = read_embeddings(home / "e.parquet")
+    made_by = {**songs.provenance, "rows": rows, "features": features}
+    write_embeddings(home / "e.parquet", dataclasses.replace(songs, provenance=made_by))
+    with pytest.raises(UserError, match=r"embed again with python -m simsiam_dali\.embed"):
+        run(home)
+
+
+def test_replace_drops_what_is_gone(home):
+    lose(SONGS[:5])(home)
+    run(home, "--replace")
+    assert read_embeddings(home / "e.parquet").table["path"].tolist() == ["six.flac"]
+
+
+def test_what_cannot_be_read_now_is_kept(home, capsys):
+    before = vectors(read_embeddings(home / "e.parquet"))
+    (home / "music/six.flac").unlink()
+    (home / "music/six.flac").symlink_to("on a disk that is away.wav")
+    lose(SONGS[:1])(home)
+    run(home)
+    del before["a/one.flac"]
+    assert vectors(read_embeddings(home / "e.parquet")) == before
+    assert "unread    six.flac" in capsys.readouterr().out
+
+
+def test_ratings_override_tags_and_stay(home):
+    ratings = home / "ratings.csv"
+    ratings.write_text("path,rating\nsix.flac,1.0\na/two.mp3,0.6\n")
+    before = read_embeddings(home / "e.parquet")
+    run(home, "--ratings", ratings)
+    change(home / "music")  # the tags of a/two.mp3, in which there is no rating
+    run(home)
+    songs = read_embeddings(home / "e.parquet")
+    rated = dict(zip(songs.table["path"], songs.table["rating"], strict=True))
+    assert (rated["six.flac"], rated["a/two.mp3"]) == (1.0, 0.6)
+    assert vectors(songs)["six.flac"] == vectors(before)["six.flac"]
+
+
+def test_a_dry_run_writes_nothing(home, capsys):
+    change(home / "music")
+    before = content(home)
+    run(home, "--dry-run")
+    assert content(home) == before
+    said = capsys.readouterr().out
+    for line in ("new       new.flac", "changed   b/three.flac", "moved     a/one.flac", "gone      b/four.ogg"):
+        assert line in said
+
+
+def save(home: Path, name: str, *request: object) -> None:
+    words = ["--embeddings", home / "e.parquet", "--playlists", home / "playlists", "--save", name, *request]
+    recommend.run(recommend.build_parser().parse_args([str(word) for word in words]))
+
+
+def test_saved_playlists_follow(home, capsys):
+    for name, song in {"moves": "a/one.flac", "goes": "b/four.ogg"}.items():
+        save(home, name, "--like", home / "music" / song, "--count", 9)
+    before = content(home)
+    change(home / "music")
+    capsys.readouterr()
+    run(home)
+    said, after = capsys.readouterr().out, content(home)
+    assert "playlist  moves: 2 songs added, 2 removed" in said  # new.flac, b/four.ogg, and c/five as "c/five again"
+    assert "goes: b/four.ogg is not in the library any more" in said
+    assert "moved.flac" in after["playlists/moves.json"][0].decode()
+    assert "../music/new.flac" in after["playlists/moves.m3u8"][0].decode().splitlines()
+    for suffix in ("json", "m3u8", "xspf"):
+        assert after[f"playlists/goes.{suffix}"] == before[f"playlists/goes.{suffix}"]
+    run(home)
+    assert content(home) == after
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_training_again_is_advised_above_a_fifth(home, new, capsys, monkeypatch):
+    monkeypatch.setattr(refresh, "never_trained_on", lambda *_: new)
+    run(home)
+    assert ("python -m simsiam_dali.train" in capsys.readouterr().out) == (new == 2)
+
+
+def test_a_full_disk_of_the_playlists_changes_nothing(home):
+    """They are on another file system than the table, too."""
+    with small_disk(home / "playlists", "64k") as folder:
+        save(home, "near", "--like", home / "music/a/two.mp3", "--count", 9)
+        lose(SONGS[:1])(home)
+        filler = fill(folder)
+        before = content(home)
+        with pytest.raises(UserError, match=r"cannot write .*/playlists/near\.m3u8 \(No space left"):
+            run(home)
+        assert content(home) == before
+        filler.unlink()
+        run(home)
+        assert "one.flac" not in (folder / "near.m3u8").read_text()
+    assert len(read_embeddings(home / "e.parquet").table) == 5
+
+
+KILLED = """
+{kill}
+import functools, sys
+from simsiam_dali import refresh
+from simsiam_dali.packing import pack_song, temporary
+here = lambda function, jobs, workers: ((job, function(job)) for job in jobs)  # decoding, too, may be killed
+temporary.pack = functools.partial(temporary.pack, executor=here)
+refresh.main()
+"""
+
+
+def test_killed_at_any_moment_table_and_playlists_are_the_old_ones_or_the_new(home):
+    """Ten kills, each before a write, rename or removal: one of each commit's moves, the others drawn at random."""
+    save(home, "near", "--like", home / "music/a/two.mp3", "--count", 9)
+    old = files_of(home)
+    lose(SONGS[:1])(home)
+    settle(write_song(home / "music/new.flac", 20, 5, title="new"))
+    log = home / "music/.calls"
+
+    def refreshed(number: int) -> int:
+        """Refresh in a process that is killed before its file-system call of this number; its return code."""
+        code = KILLED.format(kill=KILL_AT.format(number=number, log=str(log)))
+        words = [home / "music", "--out", home / "e.parquet", "--playlists", home / "playlists", "--device", "cpu"]
+        return fork_server.run([sys.executable, "-c", code, *words], home).returncode
+
+    assert refreshed(-1) == 0
+    calls, new = log.read_text().splitlines(), files_of(home)
+    assert set(new) == set(old)
+    assert all(new[name] != old[name] for name in ("e.parquet", ".e.parquet.files", "playlists/near.m3u8"))
+    moves = [
+        number
+        for number, call in enumerate(calls)
+        if call.startswith("os.rename") and call.split()[1].endswith(".staged")
+    ]
+    assert len(moves) == 5  # the journal, the table, its records, the two playlists
+    points = [*moves, *random.Random(0).sample(sorted(set(range(len(calls))) - set(moves)), 5)]
+    for number in points:
+        for path in home.rglob("*"):
+            if path.is_file() and home / "music" not in path.parents:
+                path.unlink()
+        for name, text in old.items():
+            (home / name).write_bytes(text)
+        assert refreshed(number) == -9, calls[number]
+        read_embeddings(home / "e.parquet")  # any command that reads the table finishes what was committed
+        assert files_of(home) == (new if number > moves[0] else old), calls[number]
+        run(home)  # and the same command continues
+        assert files_of(home) == new
+        assert not list(home.rglob("*.staged*"))
+
+
+def files_of(home: Path) -> dict[str, bytes]:
+    """The table, its records, and the playlists."""
+    paths = home / "e.parquet", records_path(home / "e.parquet"), *sorted((home / "playlists").glob("[!.]*"))
+    return {str(path.relative_to(home)): path.read_bytes() for path in paths}

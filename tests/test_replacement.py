@@ -1,0 +1,75 @@
+"""Several files in two folders replaced as one set: killed before any of its file-system calls, it is old or new."""
+
+from pathlib import Path
+
+import pytest
+from helpers.kills import KILL_AT, run_forked
+
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.replacement import Replacement, finish_commit
+
+REPLACE = """
+import os, sys
+from pathlib import Path
+from simsiam_dali.common.replacement import Replacement
+{kill}
+home = Path(os.getcwd())
+with Replacement(home / "table", [home / "lists"]) as replacement:
+    for path in (home / "table", home / "lists/a", home / "lists/b"):
+        replacement.stage(path).write_text("new")
+    replacement.commit()
+"""
+
+
+def lay_out(home: Path) -> None:
+    (home / "lists").mkdir()
+    for name in ("table", "lists/a", "lists/.mine"):
+        (home / name).write_text("old")
+
+
+def state(home: Path) -> dict[str, str]:
+    """Content of every file but the lock."""
+    files = sorted(path for path in home.rglob("*") if path.is_file() and path.name != ".table.lock")
+    return {str(path.relative_to(home)): path.read_text() for path in files}
+
+
+OLD = {"table": "old", "lists/a": "old", "lists/.mine": "old"}
+NEW = {"table": "new", "lists/a": "new", "lists/b": "new", "lists/.mine": "old"}
+
+
+def test_killed_before_any_file_system_call_it_is_all_old_or_all_new(tmp_path):
+    outcomes = []
+    for number in range(100):
+        home = tmp_path / str(number)
+        home.mkdir()
+        lay_out(home)
+        code = REPLACE.format(kill=KILL_AT.format(number=number, log=str(home / "events")))
+        killed = run_forked(code, home)
+        (home / "events").unlink()
+        is_committed = (home / ".table.commit").exists()
+        finish_commit(home / "table")
+        with Replacement(home / "table", [home / "lists"]):
+            pass  # removes what was not committed
+        outcomes.append((killed, is_committed, state(home)))
+        if not killed:
+            break
+    assert all(content in (OLD, NEW) for _, _, content in outcomes)
+    assert outcomes[-1] == (False, False, NEW)
+    assert outcomes[0] == (True, False, OLD)
+    assert sum(is_committed for _, is_committed, _ in outcomes) >= 4  # before each of three moves, and before the end
+
+
+def test_nothing_is_replaced_without_commit_and_a_second_one_is_refused(tmp_path):
+    lay_out(tmp_path)
+    with Replacement(tmp_path / "table") as replacement:
+        replacement.stage(tmp_path / "table").write_text("new")
+        with pytest.raises(UserError, match=r"another refresh of .*table is running"), Replacement(tmp_path / "table"):
+            pass
+    assert state(tmp_path) == OLD
+
+
+def test_a_damaged_journal_is_refused_in_one_line(tmp_path):
+    lay_out(tmp_path)
+    (tmp_path / ".table.commit").write_text("[")
+    with pytest.raises(UserError, match="is damaged"):
+        finish_commit(tmp_path / "table")
