@@ -11,6 +11,7 @@ import re
 import secrets
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from simsiam_dali.common.errors import UserError, one_line_errors, printable
@@ -77,16 +78,18 @@ def run(args: argparse.Namespace) -> None:
 
     token = chosen_token(args.token, is_loopback(args.host))
     listening = listen(args.host, args.port)
-    songs = read_song_embeddings(args.embeddings)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_song_embeddings, args.embeddings)
+        import uvicorn  # while the table is read
+
+        from simsiam_dali.serving.app import create_app
+        from simsiam_dali.serving.library import ServedLibrary
+        from simsiam_dali.serving.security import Guard
+
+        songs = reading.result()
     music = (args.music or Path(songs.provenance.get("music", ""))).resolve()
     if not music.is_dir():
         raise UserError(f"no music folder {music}: name it with --music")
-    import uvicorn
-
-    from simsiam_dali.serving.app import create_app
-    from simsiam_dali.serving.library import ServedLibrary
-    from simsiam_dali.serving.security import Guard
-
     address = Address(args.host, listening.getsockname()[1])
     library = ServedLibrary(args.embeddings, songs, music, args.ratings)
     app = Guard(create_app(library, args.playlists), address, token)

@@ -1,5 +1,6 @@
 """What a map of songs is coloured by: the names that have a colour, and by which tag the most songs have one."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -21,8 +22,9 @@ def categories(labels: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
 
 def kinds(table: pd.DataFrame) -> dict[str, list[Sequence[str]]]:
     """What songs are coloured by, beside the rating: each song's labels, none where it has none."""
-    folders = [path.partition("/")[0] if "/" in path else None for path in table["path"]]
-    decades = [None if pd.isna(year) else f"{year // 10 * 10}s" for year in table["year"]]
+    folders = [path.partition("/")[0] if "/" in path else None for path in table["path"].tolist()]
+    years = table["year"].to_numpy(float, na_value=math.nan).tolist()
+    decades = [None if math.isnan(year) else f"{year // 10 * 10:.0f}s" for year in years]
     return {
         "genre": list(table["genres"]),
         "artist": list(table["artists"]),

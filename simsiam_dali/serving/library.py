@@ -43,7 +43,7 @@ class ServedLibrary:
         # Bytes of a name that are not UTF-8 are escaped: only such names take the longer way.
         return sum(
             os.path.exists(f"{music}/{name}") or ("\\x" in name and file_of(name, self.music).exists())  # noqa: PTH110 - 100,000
-            for name in self.table["path"]
+            for name in self.table["path"].tolist()
         )
 
     def prepare(self) -> "Future[Search]":
@@ -74,8 +74,9 @@ class ServedLibrary:
         """JSON of what the page shows, a list for each tag with a value for each song."""
         table = self.table
         coloured = {name: categories(labels) for name, labels in kinds(table).items()}
-        names = zip(table["title"], table["path"], strict=True)
-        owners = zip(table["artists"], table["album_artist"], strict=True)
+        # Lists: to iterate over a column of text is ten times slower.
+        names = zip(table["title"].tolist(), table["path"].tolist(), strict=True)
+        owners = zip(table["artists"].tolist(), table["album_artist"].tolist(), strict=True)
         data: dict[str, Any] = {
             "title": [title or Path(path).stem for title, path in names],
             "artist": [", ".join(artists) or owner for artists, owner in owners],

@@ -20,18 +20,23 @@ from simsiam_dali.common.files import atomic_write
 MIN_SONGS = 10
 """Of fewer songs there is no UMAP, as in evaluation.maps."""
 _SAMPLE = 20_000
+_BLOCK = 2048
 _KEY = "simsiam_dali_table_sha256"
 
 
 def principal_components(vectors: np.ndarray) -> np.ndarray:
     """The first two principal components `(N, 2)` of standardised vectors `(N, D)` of length 1, in -1..1."""
-    x = vectors.astype(np.float32)
-    x -= x.mean(axis=0)
-    x /= np.where((std := x.std(axis=0)) > 0, std, 1)
-    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
-    some = x[:: -(-len(x) // _SAMPLE)]
-    axes = np.linalg.eigh(np.cov(some, rowvar=False).reshape(x.shape[1], -1))[1][:, -2:] if len(some) > 1 else x[:1].T
-    flat = x @ axes[:, ::-1]
+    some = vectors[:: -(-len(vectors) // _SAMPLE)].astype(np.float32)
+    mean, std = some.mean(axis=0), some.std(axis=0)
+
+    def standardised(own: np.ndarray) -> np.ndarray:
+        own = (own - mean) / np.where(std > 0, std, 1)
+        return own / np.linalg.norm(own, axis=1, keepdims=True).clip(min=1e-12)
+
+    x = standardised(some)
+    axes = np.linalg.eigh(np.cov(x, rowvar=False).reshape(x.shape[1], -1))[1][:, -2:] if len(x) > 1 else x[:1].T
+    blocks = np.array_split(vectors, -(-len(vectors) // _BLOCK))  # small ones stay in the cache
+    flat = np.concatenate([standardised(block) @ axes[:, ::-1] for block in blocks])
     return in_unit_square(np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))))
 
 
