@@ -8,7 +8,8 @@ Two parts; every step is the command in a process of its own, timed from its sta
     real     links to the songs of DIR. `all`: all but every tenth are embedded, from nothing. `hundredth`: one song in
              a hundred more, then `tenth`: the rest of every tenth. `nothing`: there is nothing to do.
 
-CPU seconds, of the command and of its workers, depend less on what else runs on the machine than seconds do.
+CPU seconds are the command's own, without its decoding processes; they depend less on what else runs on the machine
+than seconds do.
 """
 
 import argparse
