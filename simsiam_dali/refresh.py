@@ -33,7 +33,7 @@ from simsiam_dali.embedding.table import write_embeddings
 from simsiam_dali.packing.find import SongFile, find_songs
 from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.recommendation.library import Library
-from simsiam_dali.recommendation.remake_all import Remade, remake_all
+from simsiam_dali.recommendation.remake_all import Remade, is_newer, remake_all
 from simsiam_dali.recommendation.saved import read_saved
 
 TRAIN_AGAIN = 0.2
@@ -88,7 +88,10 @@ def run(args: argparse.Namespace) -> None:
         scratch = args.out.with_name(f".{args.out.name}.packed")
         made = refresh(previous, changes, files, music, ratings, device, scratch)
         remade: list[Remade] = []
-        if playlists := read_saved(args.playlists):  # as they are now
+        playlists = read_saved(args.playlists)  # as they are now
+        if made.songs is previous.songs:
+            playlists = [playlist for playlist in playlists if not is_newer(playlist, args.out)]
+        if playlists:
             library = Library(made.songs.table, music.resolve())
             remade = remake_all(playlists, library, made.songs.vectors, dict(made.report.moved))
         with refuse_failed_write(args.out):
@@ -133,6 +136,9 @@ def replace_all(
         replacement.commit()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for playlist in remade:
+        for path in playlist.unchanged:
+            path.touch()  # newer than the table, from which it would be the same
 
 
 def print_list(title: str, lines: list[str]) -> None:

@@ -260,6 +260,19 @@ def test_saved_playlists_follow(home, capsys):
     assert content(home) == after
 
 
+def test_a_playlist_that_is_newer_than_the_table_is_left_alone_and_one_that_is_missing_is_made(home, monkeypatch):
+    save(home, "near", "--like", home / "music/a/one.flac")
+    playlist = home / "playlists/near.m3u8"
+    before = playlist.read_bytes()
+    playlist.unlink()
+    run(home)
+    assert playlist.read_bytes() == before
+    settle(*(home / "playlists").iterdir(), time_s=HOUR_AGO - 60)  # older than the table
+    run(home)
+    monkeypatch.setattr("simsiam_dali.refresh.remake_all", None)
+    run(home)
+
+
 @pytest.mark.parametrize("new", [1, 2])
 def test_training_again_is_advised_above_a_fifth(home, new, capsys, monkeypatch):
     monkeypatch.setattr(refresh, "never_trained_on", lambda *_: new)

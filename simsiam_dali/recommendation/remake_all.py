@@ -10,21 +10,29 @@ import numpy as np
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import check_writable
-from simsiam_dali.recommendation.saved import SavedPlaylist, follow, remake
+from simsiam_dali.recommendation.saved import SUFFIXES, SavedPlaylist, follow, remake
 
 
 @dataclass
 class Remade:
-    """A playlist made again. `files`: those whose content is another now; `added`, `removed`: number of its songs.
+    """A playlist made again. `files`: those whose content is another now; `unchanged`: the others.
 
-    `problem`: why it could not be made; then its files stay.
+    `added`, `removed`: number of its songs. `problem`: why it could not be made; then its files stay.
     """
 
     name: str
     files: dict[Path, bytes] = field(default_factory=dict)
+    unchanged: list[Path] = field(default_factory=list)
     added: int = 0
     removed: int = 0
     problem: str = ""
+
+
+def is_newer(playlist: SavedPlaylist, table: Path) -> bool:
+    """Whether all files of the playlist are there and were written after the table, as make would decide."""
+    files = [playlist.folder / f"{playlist.name}.{suffix}" for suffix in SUFFIXES]
+    made = table.stat().st_mtime_ns
+    return all(file.exists() and file.stat().st_mtime_ns >= made for file in files)
 
 
 def remake_all(
@@ -54,6 +62,8 @@ def remake_all(
             before = path.read_bytes() if path.exists() else b""
             if content != before:
                 result.files[path] = content
+            else:
+                result.unchanged.append(path)
             if path.suffix == ".m3u8":
                 now, then = _songs(content), _songs(before)
                 result.added, result.removed = (now - then).total(), (then - now).total()
