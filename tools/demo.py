@@ -9,6 +9,7 @@ import argparse
 import os
 import resource
 import shlex
+import shlex
 import subprocess
 import sys
 import time
@@ -154,6 +155,8 @@ def main() -> None:
     print(f"map       {_shown(evaluation / 'map.html')}")
     print(f"playlist  {_shown(done.playlist)}")
     print(f"log       {_shown(args.folder.resolve() / 'log.txt')}")
+    python, table = _shown(Path(sys.executable)), _shown(done.run / "embeddings.parquet")
+    print(f"listen    {python} -m simsiam_dali.serve {shlex.quote(str(table))}")
 
 
 def _shown(path: Path) -> Path:

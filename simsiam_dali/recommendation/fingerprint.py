@@ -32,6 +32,9 @@ MAX_BIT_ERRORS = 0.35
 """Share of different bits below which two blocks are the same audio (section 3.3 of the paper)."""
 MIN_BLOCKS = 0.9
 """Share of the blocks that must be the same: less in different songs of one composer, which share passages."""
+MAX_MEAN_BIT_ERRORS = 0.2
+"""Share of different bits of the whole: in benchmarks/duplicates.py at most 0.12 in copies, and 0.25 and more in
+different songs, of which the closest share most of their music."""
 
 _BLOCK_FRAMES = round(BLOCK * RATE / HOP)
 _SEARCH_STEP = 8  # every so many frames are compared in the search for the lag: neighbouring frames overlap
@@ -61,8 +64,9 @@ class Match:
 
     @property
     def is_same_recording(self) -> bool:
-        """Whether nearly all blocks agree, over nearly all of the longer file."""
-        return self.same >= MIN_BLOCKS and self.overlap >= MIN_OVERLAP
+        """Whether the whole and nearly all blocks agree, over most of the longer file."""
+        agrees = self.bit_errors <= MAX_MEAN_BIT_ERRORS and self.same >= MIN_BLOCKS
+        return agrees and self.overlap >= MIN_OVERLAP
 
 
 @dataclass(frozen=True)
