@@ -9,7 +9,6 @@ import argparse
 import os
 import resource
 import shlex
-import shlex
 import subprocess
 import sys
 import time
