@@ -4,7 +4,7 @@ import json
 import math
 import os
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,18 @@ class ServedLibrary:
         self.ratings = Ratings(ratings, songs.table, music)
         # A thread for each request, none of which computes long: more threads would only slow the others down.
         threadpool_limits(1, user_api="blas")
-        self.positions = Positions(table, songs.vectors)
+        # NumPy computes them while Python looks for the files and makes the page.
+        self._positions = ThreadPoolExecutor(1).submit(Positions, table, songs.vectors)
         self._search: Future[Search] | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def positions(self) -> Positions:
+        """Where the songs lie on the map."""
+        return self._positions.result()
 
     def files_found(self) -> int:
         """How many of the songs' files are there."""
@@ -82,9 +88,9 @@ class ServedLibrary:
             "artist": [", ".join(artists) or owner for artists, owner in owners],
             "album": [", ".join(albums) for albums in table["albums"]],
             "genre": [", ".join(genres) for genres in table["genres"]],
-            "year": [or_none(year, 0) for year in table["year"].to_numpy(float, na_value=math.nan).tolist()],
-            "seconds": [or_none(seconds, 1) for seconds in table["duration"].tolist()],
-            "rating": [or_none(rating, 3) for rating in self.ratings.values.tolist()],
+            "year": or_none(table["year"].to_numpy(float, na_value=math.nan), 0),
+            "seconds": or_none(table["duration"].to_numpy(float), 1),
+            "rating": or_none(self.ratings.values, 3),
             "colour_by": most_coloured(int(np.isfinite(self.ratings.values).sum()), coloured),
             "kinds": {name: {"names": own, "of": index.tolist()} for name, (own, index) in coloured.items()},
             "palette": PALETTE,
@@ -94,9 +100,9 @@ class ServedLibrary:
         return json.dumps(data, separators=(",", ":")).encode("ascii")
 
 
-def or_none(number: float, digits: int) -> float | None:
-    """A number rounded, None for NaN and infinities, which JSON does not have."""
-    return round(number, digits) if math.isfinite(number) else None
+def or_none(numbers: np.ndarray, digits: int) -> list[float | None]:
+    """Numbers rounded, None for NaN and infinities, which JSON does not have."""
+    return [number if math.isfinite(number) else None for number in numbers.round(digits).tolist()]
 
 
 def as_bytes(points: np.ndarray) -> bytes:
