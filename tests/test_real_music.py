@@ -15,6 +15,7 @@ from scipy.stats import norm
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
 import equal_time
+import equal_time_scores
 import experiments
 import halves
 import map as song_map
@@ -202,18 +203,18 @@ def test_the_config_of_the_winner_is_what_was_compared() -> None:
     assert found["encoder"]["batch_size"] == compared["encoder"]["batch_size"]
 
 
-def row_of(scores: np.ndarray) -> dict[str, equal_time.Scores]:
+def row_of(scores: np.ndarray) -> dict[str, equal_time_scores.Scores]:
     """`(seeds, songs)` as the document has them; the songs of half b come from the training on a."""
     songs = dict(zip(halves.HALVES, np.array_split(np.arange(scores.shape[1]), 2), strict=True))
     return {
-        str(seed): {half: dict.fromkeys(equal_time.METRICS, own[songs[half]].tolist()) for half in halves.HALVES}
+        str(seed): {half: dict.fromkeys(equal_time_scores.METRICS, own[songs[half]].tolist()) for half in halves.HALVES}
         for seed, own in enumerate(scores)
     }
 
 
 def test_epochs_are_as_many_as_the_recipe_s_time_allows():
-    assert equal_time.epochs_of({equal_time.BASE: 1.0, "slow": 2.0, "fast": 0.5, "endless": 500.0}, 80) == {
-        equal_time.BASE: 80, "slow": 40, "fast": 160, "endless": 1,
+    assert equal_time.epochs_of({equal_time_scores.BASE: 1.0, "slow": 2.0, "fast": 0.5, "endless": 500.0}, 80) == {
+        equal_time_scores.BASE: 80, "slow": 40, "fast": 160, "endless": 1,
     }  # fmt: skip
 
 
@@ -224,23 +225,23 @@ def test_the_interval_covers_another_draw_of_seeds_and_songs():
     """
     rng = np.random.default_rng(0)
     drawn = [0.1 * rng.standard_normal((5, 1)) + 0.3 * rng.standard_normal((1, 60)) for _ in range(200)]
-    held = [low <= 0 <= high for low, high in map(equal_time.interval, drawn)]
+    held = [low <= 0 <= high for low, high in map(equal_time_scores.interval, drawn)]
     assert 0.80 <= np.mean(held) <= 1.0
-    assert equal_time.interval(np.full((5, 60), 0.25)) == pytest.approx((0.25, 0.25))
+    assert equal_time_scores.interval(np.full((5, 60), 0.25)) == pytest.approx((0.25, 0.25))
 
 
 def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up():
     rng = np.random.default_rng(0)
     base = rng.random((3, 40))
-    found = equal_time.difference(row_of(base + 0.1), row_of(base), "soundtrack/map")
+    found = equal_time_scores.difference(row_of(base + 0.1), row_of(base), "soundtrack/map")
     assert found == pytest.approx(np.full((3, 40), 0.1))
-    one_seed_more = equal_time.difference(row_of(rng.random((4, 40))), row_of(base), "soundtrack/map")
+    one_seed_more = equal_time_scores.difference(row_of(rng.random((4, 40))), row_of(base), "soundtrack/map")
     assert one_seed_more.shape == (3, 40)  # of the seeds that both have
     assert not equal_time.is_given_up(row_of(base + 0.1), row_of(base))
     assert equal_time.is_given_up(row_of(base - 0.1), row_of(base))
     assert not equal_time.is_given_up(row_of(base[:1] - 0.1), row_of(base[:1]))  # one seed decides nothing
     half = {seed: {"a": own["a"]} for seed, own in row_of(base).items()}
-    assert equal_time.difference(half, row_of(base), "soundtrack/map") is None
+    assert equal_time_scores.difference(half, row_of(base), "soundtrack/map") is None
 
 
 @pytest.mark.parametrize("row", equal_time.CANDIDATES)
@@ -250,7 +251,7 @@ def test_each_candidate_changes_the_recipe(row):
         config = load_config(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
         return config, job.kind, job.segment_seconds
 
-    assert (trained(row) == trained(equal_time.BASE)) == (row == equal_time.BASE)
+    assert (trained(row) == trained(equal_time_scores.BASE)) == (row == equal_time_scores.BASE)
 
 
 def test_what_is_chosen_and_what_is_reported_share_no_soundtrack():
@@ -336,14 +337,14 @@ def test_todays_rule_is_what_the_scores_are_of(tmp_path):
     rng = np.random.default_rng(0)
     songs = [(f"{package}/{i}", [f"artist {i % 3}"]) for package in ("one", "two") for i in range(12)]
     folder = tmp_path / "equal-time"
-    for job in equal_time.trainings(equal_time.BASE, 1, 0):
+    for job in equal_time.trainings(equal_time_scores.BASE, 1, 0):
         for name in (job.name, "MFCC"):
             write_table(job.table(folder, name), songs, rng.standard_normal((24, 5)))
-    row = retrieval.Row.open(equal_time.BASE, tmp_path, 1)
+    row = retrieval.Row.open(equal_time_scores.BASE, tmp_path, 1)
     found = row.scores(retrieval.RULES[retrieval.TODAY])
-    table = equal_time.trainings(equal_time.BASE, 1, 0)[0].table(folder, equal_time.BASE)
+    table = equal_time.trainings(equal_time_scores.BASE, 1, 0)[0].table(folder, equal_time_scores.BASE)
     assert found["0"]["a"]["soundtrack/map"] == run.of_each_song(table)["soundtrack/map"].tolist()
     lines = list(retrieval.table_lines(row))
     assert len(lines) == 2 + len(retrieval.RULES)
     with pytest.raises(UserError, match="train first"):
-        retrieval.Row.open(equal_time.BASE, tmp_path, 2)
+        retrieval.Row.open(equal_time_scores.BASE, tmp_path, 2)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import equal_time
+import equal_time_scores
 import halves
 import run
 
@@ -110,7 +110,7 @@ def run_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     yield run.environment_line(doc)
 
 
-TABLES = {"run": run_lines, "experiments": table_lines, "equal-time-report": equal_time.page_lines}
+TABLES = {"run": run_lines, "experiments": table_lines, "equal-time-report": equal_time_scores.page_lines}
 """What stands between two comments of the page, made from the newest result of that name."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import equal_time
+import equal_time_scores
 import halves
 import numpy as np
 import run
@@ -115,13 +116,13 @@ class Row:
         """What is searched."""
         return rule.change(read_song_embeddings(self.tables[seed][half]).vectors, self.mfcc[half])
 
-    def scores(self, rule: Rule) -> dict[str, equal_time.Scores]:
+    def scores(self, rule: Rule) -> dict[str, equal_time_scores.Scores]:
         """By a rule, as equal_time.py keeps them."""
-        found: dict[str, equal_time.Scores] = {}
+        found: dict[str, equal_time_scores.Scores] = {}
         for seed, halves_of in self.tables.items():
             for half, table in halves_of.items():
                 each = run.of_each_song(table, rule.find, self.vectors(rule, seed, half))
-                own = {metric: each[metric].tolist() for metric in equal_time.METRICS}
+                own = {metric: each[metric].tolist() for metric in equal_time_scores.METRICS}
                 found.setdefault(str(seed), {})[half] = own
         return found
 
@@ -142,11 +143,11 @@ def table_lines(row: Row) -> Iterator[str]:
     today = row.scores(RULES[TODAY])
     for name, rule in RULES.items():
         own, cells = row.scores(rule), []
-        for metric in equal_time.METRICS:
-            gap = equal_time.difference(own, today, metric)
+        for metric in equal_time_scores.METRICS:
+            gap = equal_time_scores.difference(own, today, metric)
             assert gap is not None
-            cells.append(f"{np.mean([*equal_time.by_seed(own, metric).values()]):.3f}")
-            low, high = equal_time.interval(gap)
+            cells.append(f"{np.mean([*equal_time_scores.by_seed(own, metric).values()]):.3f}")
+            low, high = equal_time_scores.interval(gap)
             cells.append("" if name == TODAY else f"{gap.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         skewness, never = row.hubness(rule)
         yield f"| {name} | {' | '.join(cells)} | {skewness:.2f} | {never:.1%} |"
