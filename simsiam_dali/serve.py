@@ -6,6 +6,7 @@ this machine reaches the page, unless --host names another address; then its URL
 """
 
 import argparse
+import gc
 import logging
 import re
 import secrets
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
     token = chosen_token(args.token, is_loopback(args.host))
     listening = listen(args.host, args.port)
+    gc.disable()  # until all songs are read: to look for garbage among them takes longer than to read them
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_song_embeddings, args.embeddings)
         import uvicorn  # while the table is read
@@ -95,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
     app = Guard(create_app(library, args.playlists), address, token)
     query = f"?token={token}" if token else ""
     found = f"{len(library)} songs, {library.files_found()} of their files found in {printable(str(music))}"
+    gc.freeze()
+    gc.enable()
     print(f"{address.url}{query} serves {found}; Ctrl-C ends it", flush=True)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none", http="h11",

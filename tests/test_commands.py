@@ -169,6 +169,7 @@ REFUSED = {
     "compare": ("--tracking-uri", "sqlite:///nowhere.db"),
     "recommend": ("--embeddings", "nowhere.parquet", "--top"),
     "refresh": ("nowhere",),
+    "serve": ("nowhere.parquet",),
     "export": ("--checkpoint", "nowhere"),
     "benchmark": ("--shards", "nowhere"),
 }

@@ -42,7 +42,7 @@ class RatingModel:
         The most uncertain first, and each next one as if those before it had been rated: the posterior variance does
         not depend on the rating itself, and similar songs are not chosen twice.
         """
-        variance, centred = self._posterior_variance(x), (x - self._mean).astype(np.float32)
+        variance, centred = self._posterior_variance(x), x - self._mean.astype(np.float32)
         updates: list[np.ndarray] = []  # u, so that covariance - sum(u u^T) is the covariance after the picks
         picked: list[int] = []
         for _ in range(len(x)):
