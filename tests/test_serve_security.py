@@ -138,7 +138,7 @@ def test_paths_lead_to_no_file(client, path):
     assert client.get(path).status in (404, 422)
 
 
-@pytest.mark.parametrize("name", ["../mine", "/tmp/mine", ".hidden", "a/b", "", "a\0b", "\ud800", "x" * 201, " x"])
+@pytest.mark.parametrize("name", ["../mine", "/absolute/mine", ".hidden", "a/b", "", "a\0b", "\ud800", "x" * 201, " x"])
 def test_a_playlist_stays_in_its_folder(client, table, name):
     before = sorted(os.walk(table.parent))
     assert client.post("/api/playlists", {"name": name, "songs": [1, 2]}).status in (409, 422)
