@@ -20,7 +20,7 @@ from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import augment
 from simsiam_dali.data.dali import DataNode, Pipeline, fn, pipeline_def, types
 from simsiam_dali.data.graph import Graph, LogMel, Source
-from simsiam_dali.data.pipeline import build_on_cpu
+from simsiam_dali.data.pipeline import build_on_new_pool
 from simsiam_dali.data.views import noise_bank, noisy_spectrum, view
 
 PLAIN = "none"
@@ -58,7 +58,7 @@ def graph_of(name: str, seconds: float, views: int) -> Pipeline:
         return view(noisy_spectrum(wave, draws, noise, graph), draws, graph, gpu=False)
 
     pipeline = define()
-    build_on_cpu(pipeline)
+    build_on_new_pool(pipeline)
     pipeline.run()
     return pipeline
 

@@ -136,6 +136,10 @@ def ratio_lines(doc: Doc) -> Iterator[str]:
         if value is not None:
             yield f"- {RATIOS[name]}: {value:.1%}" if name == "data_wait_share" else f"- {RATIOS[name]}: {value:.2f}"
     rate = {name: e["samples_per_s"] for name, e in doc["stages"].items()}
+    if {"loader/all", "baseline/gpu_full"} <= rate.keys():
+        yield f"- loader/all over baseline/gpu_full: {rate['loader/all'] / rate['baseline/gpu_full']:.1f}"
+    if {"loader/train", "model"} <= rate.keys():
+        yield f"- loader/train over model: {rate['loader/train'] / rate['model']:.2f}"
     if {"loader/all", "baseline/plain_pitch"} <= rate.keys():
         yield f"- loader/all over baseline/plain_pitch: {rate['loader/all'] / rate['baseline/plain_pitch']:.0f}"
     if {"pack", "loader/light", "baseline/songs"} <= rate.keys():

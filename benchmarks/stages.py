@@ -37,7 +37,7 @@ from simsiam_dali.config.schema import Config
 from simsiam_dali.data.dali import DataNode, OperatorConcurrency, fn, pipeline_def, types
 from simsiam_dali.data.graph import Source
 from simsiam_dali.data.loader import Batch
-from simsiam_dali.data.pipeline import build_on_cpu, read
+from simsiam_dali.data.pipeline import build_on_new_pool, read
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.packing.pack import pack
@@ -178,7 +178,7 @@ class Front:
             return wave, row
 
         self.pipeline = define()
-        build_on_cpu(self.pipeline)
+        build_on_new_pool(self.pipeline)
 
     def __iter__(self) -> Iterator[Tensor]:
         while True:

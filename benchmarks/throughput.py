@@ -54,7 +54,9 @@ SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
 """What a sweep changes: its values, and the stages it measures unless --stages says others."""
 
 LOADER_BATCH, LOADER_SECONDS, LOADER_THREADS = 16, 60.0, 2
-"""Of the loader's stages and the baselines on a CPU; on a GPU their batch is the training's."""
+"""Of the loader's stages and the baselines on a CPU; on a GPU they have the training's batch, and all cores."""
+BASELINE_BATCH = 4
+"""On a GPU, of the baselines whose views the CPU makes."""
 SOAK_WINDOWS = 20
 LEAST_BATCHES = 16
 """Of the largest batch: in fewer, what happens once an epoch weighs more than on a library of songs."""
@@ -82,8 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"(default: the config's for training and on a GPU, else {LOADER_BATCH})",
     )
     add("--baseline-batch", type=int, metavar="N", help="of the baselines whose views the CPU makes: their windows hold"
-        " a batch of each worker (default: as the others')")  # fmt: skip
-    add("--threads", type=int, metavar="N", help=f"DALI's (default: {LOADER_THREADS}, and the config's for training)")
+        f" a batch of each worker (default: {BASELINE_BATCH} on a GPU, else as the others')")  # fmt: skip
+    add("--threads", type=int, metavar="N",
+        help=f"DALI's (default: all cores on a GPU, else {LOADER_THREADS}; in training the config's, auto = all cores)")
     add("--workers", type=int, metavar="N", help="the baselines' worker processes (default: as many as threads)")
     add("--view-seconds", type=float, metavar="S",
         help=f"length of a view (default: {LOADER_SECONDS:g}, and the config's for training)")  # fmt: skip
@@ -108,11 +111,13 @@ class Bench:
         self.args = args
         self.device = choose_device(args.device)
         self.cores = machine.cores()
-        self.threads = args.threads or LOADER_THREADS
+        on_cpu = self.device.type == "cpu"
+        self.threads = args.threads or (LOADER_THREADS if on_cpu else self.cores)
         self.workers = args.workers or self.threads
+        self.baseline_batch = args.baseline_batch or (None if on_cpu else BASELINE_BATCH)
         train = load_config(args.config or default_config_file(self.device.type), {}, {}, args.assignments)
         self.train_batch = args.batch_size or train.encoder.batch_size
-        self.loader_batch = args.batch_size or (LOADER_BATCH if self.device.type == "cpu" else self.train_batch)
+        self.loader_batch = args.batch_size or (LOADER_BATCH if on_cpu else self.train_batch)
         self.least = material.enough_segments(self.batch_sizes(), LEAST_BATCHES)
         self.shards = self.choose_shards()
         segment, count = self.shards.segment_seconds, self.shards.count("train")
@@ -133,7 +138,7 @@ class Bench:
         })  # fmt: skip
         self.train_config = load_config(base=train.model_dump(mode="json"), command_line={
             "data.shards": self.shards.root,
-            "data.threads": args.threads,
+            "data.threads": args.threads or (self.cores if train.data.threads == "auto" else train.data.threads),
             "data.view_seconds": args.view_seconds or min(train.data.view_seconds or segment, segment),
             "encoder.batch_size": min(self.train_batch, count),
         })  # fmt: skip
@@ -176,8 +181,8 @@ class Bench:
         """A stage with some settings of its config changed, by dotted key with __ for the dot."""
         config = self.train_config if trains(kind) else self.loader_config
         over = {key.replace("__", "."): value for key, value in changes.items()}
-        if self.args.baseline_batch and kind.startswith("baseline/") and kind not in GPU_ONLY:
-            over = {"encoder.batch_size": self.args.baseline_batch} | over
+        if self.baseline_batch and kind.startswith("baseline/") and kind not in GPU_ONLY:
+            over = {"encoder.batch_size": self.baseline_batch} | over
         if over:
             config = load_config(base=config.model_dump(mode="json"), command_line=over)
         return Spec(kind, config, "gpu" if self.device.type == "cuda" else "cpu", self.workers)

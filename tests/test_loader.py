@@ -80,9 +80,9 @@ def test_what_else_a_build_writes_is_passed_on(fails: bool, capfd: pytest.Captur
 
     if fails:
         with pytest.raises(RuntimeError, match="cannot be built"):
-            pipeline.build_on_cpu(Writes())
+            pipeline.build_on_new_pool(Writes())
     else:
-        pipeline.build_on_cpu(Writes())
+        pipeline.build_on_new_pool(Writes())
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "a warning\nanother\nafter\n"
 

@@ -230,6 +230,9 @@ def test_stereo_is_mixed_to_mono(tmp_path: Path) -> None:
 
 # --- the GPU
 
+RESAMPLED_DEPTH_DB = 40.0
+"""There 1e-3 of a std is 95 dB below the peak. The GPU resampler's rounding was at 103 dB below it (NVIDIA H200)."""
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("native_rate", [False, True])
@@ -239,7 +242,7 @@ def test_the_gpu_gives_what_the_cpu_gives(mode: str, native_rate: bool, tmp_path
     shards = write_shards(tmp_path, [song(SECONDS, seed, rate) for seed, rate in enumerate(rates)], rates)
     drawn = AugmentationConfig(mixup_prob=0.5, crop_prob=0.5)
     one = graph(shards, mode, drawn, native_rate=native_rate, spec=LogMel(mean=-30.0, std=15.0))
-    assert_same_on_both_devices(one, 5, batches=4)
+    assert_same_on_both_devices(one, 5, batches=4, depth_db=RESAMPLED_DEPTH_DB if native_rate else 60.0)
 
 
 @pytest.mark.gpu
@@ -250,7 +253,7 @@ def test_the_gpu_gives_what_the_cpu_gives_of_a_minute_at_44_1_khz(crops: str, se
     shards = write_shards(tmp_path, [song(60.0, seed, rate) for seed, rate in enumerate(rates)], rates)
     spec = LogMel(mean=-30.0, std=15.0)
     one = graph(shards, "views", AugmentationConfig(), seconds, 60.0, native_rate=True, spec=spec, crops=crops)
-    assert_same_on_both_devices(one, 3, batches=2)
+    assert_same_on_both_devices(one, 3, batches=2, depth_db=RESAMPLED_DEPTH_DB)
 
 
 @pytest.mark.gpu
@@ -262,11 +265,14 @@ def test_a_batch_outside_an_epoch_is_not_decoded_on_a_gpu_either(tmp_path: Path)
     assert shapes == [(2, FRAMES, LogMel().n_mels), (2, 1, 1)] * 2
 
 
-def assert_same_on_both_devices(one: Graph, batch_size: int, batches: int) -> None:
-    """The draws are the same, and so are the views, up to the rounding of an FFT."""
+def assert_same_on_both_devices(one: Graph, batch_size: int, batches: int, depth_db: float = 60.0) -> None:
+    """The draws are the same, and so are the views, up to rounding.
+
+    Deep in the valleys of a spectrum a log shows the rounding of float32, which differs between the two devices: that
+    of the FFT, and the GPU resampler's, some 100 dB below the peak. So values are compared down to `depth_db` below the
+    peak. The log-mel's std is 15 dB.
+    """
     on_cpu, on_gpu = (outputs(one, batch_size, gpu=gpu, batches=batches) for gpu in (None, 0))
     for a, b in zip(on_cpu, on_gpu, strict=True):
-        # Deep in the valleys of a spectrum a log shows the rounding of a float32 FFT, which differs between the two; so
-        # in units of the normalised log-mel, down to 60 dB (4 of these) below the peak.
-        loud = a > a.max() - 4
+        loud = a > a.max() - depth_db / 15.0
         np.testing.assert_allclose(a[loud], b[loud], rtol=0, atol=1e-3)

@@ -425,6 +425,21 @@ def test_the_baselines_of_the_cpu_can_have_a_batch_of_their_own(small_shards: Pa
     assert [bench.spec(kind).config.encoder.batch_size for kind in kinds] == [8, 2, 2, 8, 8]
 
 
+def test_on_a_gpu_the_defaults_are_the_trainings_batch_and_all_cores(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any argument, and with the `data.threads: auto` of configs/gpu.yaml: no GPU is touched before a stage."""
+    monkeypatch.setattr(throughput, "choose_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(throughput.machine, "cores", lambda: 12)
+    bench = throughput.Bench(throughput.build_parser().parse_args(["--shards", str(small_shards)]))
+    batch = min(128, open_shards(small_shards).count("train"))
+    for kind in ("loader/all", "loader/train", "train", "baseline/gpu_full"):
+        spec = bench.spec(kind)
+        assert (spec.device, spec.workers) == ("gpu", 12)
+        assert (spec.config.data.threads, spec.config.encoder.batch_size) == (12, batch)
+    assert bench.spec("baseline/full").config.encoder.batch_size == throughput.BASELINE_BATCH
+
+
 def test_an_unknown_stage_is_refused_in_one_line(
     small_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

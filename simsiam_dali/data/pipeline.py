@@ -40,18 +40,16 @@ def build(graph: Graph, settings: Settings, state: str | None = None) -> Pipelin
     whose data is of size 1. state: a `pipeline.checkpoint()` to continue from.
     """
     pipeline = define(graph, settings, state)
-    if settings.gpu is None:
-        build_on_cpu(pipeline)
-    else:
-        pipeline.build()
+    build_on_new_pool(pipeline)
     return pipeline
 
 
-def build_on_cpu(pipeline: Pipeline) -> None:
-    """Build a pipeline without a GPU on DALI's new thread pool, where operators of two batches share the threads.
+def build_on_new_pool(pipeline: Pipeline) -> None:
+    """Build a pipeline on DALI's new thread pool, where operators of two batches share the threads.
 
     With the old one (DALI 2.4's default) operators run one by one whatever `concurrency` is: a pitch shift drawn by a
-    single sample of the batch keeps one core busy and the others idle. `DALI_USE_NEW_THREAD_POOL=0` keeps the old one.
+    single sample of the batch keeps one core busy and the others idle; on a GPU the cores stand still while the next
+    batch could be decoded. `DALI_USE_NEW_THREAD_POOL=0` keeps the old one.
     """
     os.environ.setdefault(NEW_THREAD_POOL, "1")
     # DALI writes a notice for each pipeline directly to file descriptor 2; other output there is passed on.
@@ -81,7 +79,7 @@ def define(graph: Graph, settings: Settings, state: str | None = None) -> Pipeli
         enable_conditionals=True,
         enable_checkpointing=True,
         exec_dynamic=True,
-        concurrency=OperatorConcurrency.BACKEND if on_gpu else OperatorConcurrency.FULL,
+        concurrency=OperatorConcurrency.FULL,
     )
     def pipeline() -> tuple[DataNode, ...]:
         encoded, row = read(graph.source, settings.seed)
