@@ -8,7 +8,8 @@ Two parts, each in processes of their own:
     sizes   some steps at each of --batch-sizes, all of a batch at once, on data that always was on the device. On CUDA
             with peak_bytes, the highest that torch lent out (max_memory_allocated), beside parameter_bytes (weights,
             gradients, momentum) and kept_bytes (activations, `simsiam_dali.training.memory`); working_share, that is
-            (peak - parameter) / kept, is what `memory.WORKING_SHARE` and `LEAST_SHARE` have to hold.
+            (peak - parameter) / kept, is the first of `memory.GPU_SHARES`; the second is that of reserved_bytes, which
+            torch keeps for itself.
 
 Without CUDA the memory is null, and what was not measured is listed by name.
 """

@@ -1,4 +1,4 @@
-"""Write benchmarks/RESULTS.md and the README's table of results from the JSON files in benchmarks/results.
+"""Write benchmarks/RESULTS.md and the tables of results in README.md and docs/gpu.md from benchmarks/results/**.json.
 
 python benchmarks/report.py           rewrites them
 python benchmarks/report.py --check   exits with 1 when one of them is out of date
@@ -8,13 +8,12 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 
 INTRO = """# Results
 
@@ -156,10 +155,10 @@ def section(name: str, doc: Doc) -> Iterator[str]:
         yield from ("", *lines)
     if about["soak"]:
         host = doc["stages"]["loader/all"]["host_bytes"]
-        yield from (
-            "",
+        yield ""
+        yield (
             f"Host memory over {about['soak']} batches, GB: {', '.join(f'{b / 1e9:.2f}' for b in host)}"
-            f" ({host[-1] / host[0] - 1:+.1%} from the first twentieth to the last).",
+            f" ({host[-1] / host[0] - 1:+.1%} from the first twentieth to the last)."
         )
     if (RESULTS / f"{name}.png").exists():
         yield from ("", f"![{name}](results/{name}.png)")
@@ -167,9 +166,9 @@ def section(name: str, doc: Doc) -> Iterator[str]:
 
 def readme_table(docs: Mapping[str, Doc]) -> Iterator[str]:
     """The results of whole runs, one column each; sweeps, soaks and runs of a few stages stand in RESULTS.md only."""
-    shown = {
+    shown = {  # those of a GPU first
         name: doc
-        for name, doc in docs.items()
+        for name, doc in sorted(docs.items(), key=lambda each: each[1]["environment"]["gpu"] is None)
         # A sweep's stages have its value in their name; a run with packing is about whole songs.
         if "loader/light" in doc["stages"] and "pack" not in doc["stages"]
     }
@@ -220,13 +219,56 @@ def augmentation_section(name: str, doc: Doc) -> Iterator[str]:
         yield f"| {label} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |"
 
 
-def with_table(readme: str, docs: Mapping[str, Doc]) -> str:
-    """The README with the table between its markers."""
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+def step_section(name: str, doc: Doc) -> Iterator[str]:
+    """A result of benchmarks/gpu_step.py."""
+    yield from ("", f"## The step's memory: {name}", "", f"{machine(doc)}.", "")
+    if doc["waits"]:
+        yield from (f"No call of torch waits for the GPU in {doc['waits']['steps']} steps, the loader with them.", "")
+    yield "| batch | samples/s | activations, GB | peak lent out, GB | kept by torch, GB | peak over activations |"
+    yield "|---|---|---|---|---|---|"
+    for e in doc["sizes"]:
+        if "failed" in e:
+            yield f"| {e['batch_size']} | {e['failed']} | | | | |"
+            continue
+        sizes = " | ".join(f"{e[key] / 1e9:.1f}" for key in ("kept_bytes", "peak_bytes", "reserved_bytes"))
+        yield f"| {e['batch_size']} | {figure(e['samples_per_s'])} | {sizes} | {e['working_share']:.2f} |"
+
+
+BASELINES = ("baseline/full", "baseline/gpu_full")
+EXPECTED: dict[str, tuple[str, Callable[[Doc, Mapping[str, float]], str]]] = {
+    "`loader/decode`: FLAC of 16 kHz, 16 cores": ("2,800", lambda _, rate: figure(rate["loader/decode"])),
+    "`loader/all`: the data graph with all augmentations": ("1,800", lambda _, rate: figure(rate["loader/all"])),
+    "`model`: forward, backward and step": ("322", lambda _, rate: figure(rate["model"])),
+    "`train`: both, as the trainer runs them": ("322", lambda _, rate: figure(rate["train"])),
+    "training over the slower of loader and model": (
+        "at least 0.95", lambda doc, _: f"{doc['ratios']['train_over_slower']:.2f}"),
+    "time spent waiting for data": ("at most 2%", lambda doc, _: f"{doc['ratios']['data_wait_share']:.1%}"),
+    "`loader/all` over `model`": ("at least 1.5", lambda _, rate: f"{rate['loader/all'] / rate['model']:.2f}"),
+    "`loader/all` over the best baseline of all augmentations": (
+        "at least 10", lambda _, rate: f"{rate['loader/all'] / max(rate[name] for name in BASELINES):.1f}"),
+    "`train` over `baseline/gpu_train`": ("", lambda _, rate: f"{rate['train'] / rate['baseline/gpu_train']:.1f}"),
+    "GPU memory of `train`": ("68 to 83 GB", lambda doc, _: f"{doc['stages']['train']['gpu_bytes'] / 1e9:.1f} GB"),
+}  # fmt: skip
+"""For docs/gpu.md: what was expected of configs/gpu.yaml before any GPU had run it, and how a result tells."""
+
+
+def gpu_table(docs: Mapping[str, Doc]) -> Iterator[str]:
+    """What was expected of an H200 beside what whole runs on GPUs gave; rates in samples/s."""
+    measured = {name: doc for name, doc in docs.items() if doc["environment"]["gpu"] and "train" in doc["stages"]}
+    yield f"| | expected | {' | '.join(measured)} |"
+    yield "|---" * (2 + len(measured)) + "|"
+    for what, (expected, told) in EXPECTED.items():
+        cells = [told(doc, {k: e["samples_per_s"] for k, e in doc["stages"].items()}) for doc in measured.values()]
+        yield f"| {what} | {' | '.join([expected, *cells])} |"
+
+
+def with_part(page: str, name: str, lines: Iterator[str]) -> str:
+    """The page with these lines between its markers of that name."""
+    head, begin, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, tail = rest.partition(f"<!-- /{name} -->")
     if not (begin and end):
-        sys.exit(f"README.md has no {BEGIN.strip()} and {END}")
-    return head + begin + "".join(f"{line}\n" for line in readme_table(docs)) + end + tail
+        sys.exit(f"a page has no part {name}")
+    return head + begin + "".join(f"{line}\n" for line in lines) + end + tail
 
 
 def main() -> None:
@@ -234,16 +276,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when a file would change")
     check = parser.parse_args().check
-    docs, embeds, augmentations = (
+    docs, embeds, augmentations, steps = (
         {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        for folder in (RESULTS, RESULTS / "embed", RESULTS / "augmentations")
+        for folder in (RESULTS, RESULTS / "embed", RESULTS / "augmentations", RESULTS / "gpu_step")
     )
+    readme, gpu = ROOT / "README.md", ROOT / "docs" / "gpu.md"
     pages = {
-        ROOT / "README.md": with_table((ROOT / "README.md").read_text(), docs),
+        readme: with_part(readme.read_text(), "results", readme_table(docs)),
+        gpu: with_part(gpu.read_text(), "measured", gpu_table(docs)),
         ROOT / "benchmarks" / "RESULTS.md": INTRO
         + "".join(f"{line}\n" for name, doc in docs.items() for line in section(name, doc))
         + "".join(f"{line}\n" for name, doc in embeds.items() for line in embed_section(name, doc))
-        + "".join(f"{line}\n" for name, doc in augmentations.items() for line in augmentation_section(name, doc)),
+        + "".join(f"{line}\n" for name, doc in augmentations.items() for line in augmentation_section(name, doc))
+        + "".join(f"{line}\n" for name, doc in steps.items() for line in step_section(name, doc)),
     }
     stale = {page: text for page, text in pages.items() if not page.exists() or page.read_text() != text}
     if check and stale:

@@ -77,16 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes the GPU when there is one")
     add("--stages", nargs="+", metavar="STAGE", help=f"which to measure: {', '.join(KINDS)}")
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help=f"(default: the config's for training and on a GPU, else {LOADER_BATCH})",
-    )
+    add("--batch-size", type=int, metavar="N",
+        help=f"(default: the config's for training and on a GPU, else {LOADER_BATCH})")  # fmt: skip
     add("--baseline-batch", type=int, metavar="N", help="of the baselines whose views the CPU makes: their windows hold"
         f" a batch of each worker (default: {BASELINE_BATCH} on a GPU, else as the others')")  # fmt: skip
     add("--threads", type=int, metavar="N",
-        help=f"DALI's (default: all cores on a GPU, else {LOADER_THREADS}; in training the config's, auto = all cores)")
+        help=f"DALI's (default: all cores on a GPU, else {LOADER_THREADS}; in training the config's,"
+        " auto = all cores)")  # fmt: skip
     add("--workers", type=int, metavar="N", help="the baselines' worker processes (default: as many as threads)")
     add("--view-seconds", type=float, metavar="S",
         help=f"length of a view (default: {LOADER_SECONDS:g}, and the config's for training)")  # fmt: skip
@@ -188,10 +185,14 @@ class Bench:
         return Spec(kind, config, "gpu" if self.device.type == "cuda" else "cpu", self.workers)
 
     def plan(self) -> Plan:
-        """The stages asked for, in groups."""
+        """The stages asked for, in groups; one that has the GPU to itself is a group of its own."""
         wanted = self.kinds()
         groups = ({kind: self.spec(kind) for kind in group if kind in wanted} for group in GROUPS)
-        return [group for group in groups if group]
+        return [
+            part
+            for group in groups if group
+            for part in ([group] if takes_turns(group) else [{kind: spec} for kind, spec in group.items()])
+        ]  # fmt: skip
 
     def sweep(self, name: str) -> Plan:
         """The stages of a sweep; one group is one kind at all values."""

@@ -39,18 +39,21 @@ def gpu_settings():
 
 @pytest.mark.parametrize(("gigabytes", "outcome"), [(141, "fits"), (84, "warned"), (60, "refused")])
 def test_a_gpu_on_which_it_may_fit_is_not_refused(gpu_settings, monkeypatch, gigabytes, outcome):
-    """ResNet-50 with two views of 60 s in bf16, 128 a batch, on what an H200, an A100 of 80 GB and less have free."""
+    """ResNet-50 with two views of 60 s in bf16, 128 a batch, on what an H200, 80 GB and less leave free.
+
+    On an H200 the training took 77.6 GB in all (`train` in benchmarks/results/2026-11-26-nvidia-h200.json).
+    """
     encoder, shapes = gpu_settings
     monkeypatch.setattr(memory, "free_bytes", lambda _: gigabytes * 10**9)
     if outcome == "refused":
-        with pytest.raises(UserError, match=r"needs about 67\.\d GB on cuda .* use --batch-size \d+ or less"):
+        with pytest.raises(UserError, match=r"needs about 74\.\d GB on cuda .* use --batch-size \d+ or less"):
             memory.check_fits(encoder, 128, shapes, True, GPU, 60.0)
         return
     said = memory.check_fits(encoder, 128, shapes, True, GPU, 60.0)
     if outcome == "fits":
         assert said is None
         return
-    found = re.match(r"warning: a batch of 128 needs 67\.\d to 83\.\d GB .* use --batch-size (\d+)$", said)
+    found = re.match(r"warning: a batch of 128 needs 74\.\d to 80\.\d GB .* use --batch-size (\d+)$", said)
     assert found
     assert memory.check_fits(encoder, int(found[1]), shapes, True, GPU, 60.0) is None
     assert memory.check_fits(encoder, int(found[1]) + 1, shapes, True, GPU, 60.0) is not None
@@ -64,4 +67,4 @@ def test_dali_s_buffers_count_on_a_gpu(gpu_settings, monkeypatch):
         with pytest.raises(UserError) as e:
             memory.check_fits(encoder, 1000, shapes, True, GPU, length)
         needed.append(float(str(e.value).split("about ")[1].split()[0]))
-    assert needed[1] - needed[0] == pytest.approx(65.0, abs=0.2)  # GB, for 1000 segments
+    assert needed[1] - needed[0] == pytest.approx(146.0, abs=0.2)  # GB, for 1000 segments

@@ -438,6 +438,10 @@ def test_on_a_gpu_the_defaults_are_the_trainings_batch_and_all_cores(
         assert (spec.device, spec.workers) == ("gpu", 12)
         assert (spec.config.data.threads, spec.config.encoder.batch_size) == (12, batch)
     assert bench.spec("baseline/full").config.encoder.batch_size == throughput.BASELINE_BATCH
+    # Those that may fill the GPU are not open side by side, and each has its entry in the JSON when it is done.
+    *together, a, b, c, d = map(list, bench.plan())
+    assert [a, b, c, d] == [["loader/train"], ["model"], ["train"], ["baseline/gpu_train"]]
+    assert ["loader/light", "baseline/light", "baseline/gpu_light"] in together
 
 
 def test_an_unknown_stage_is_refused_in_one_line(
@@ -492,7 +496,8 @@ def test_the_tables_hold_the_numbers_of_the_file() -> None:
     assert "| `loader/light` | 21.0 | 17.0 to 1,234 |" in page
     assert "batch 16, 60 s, 2 threads" in page
     assert "A CPU" in page
-    readme = report.with_table("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n", {"name": doc})
+    marked = "before\n<!-- results -->\nold\n<!-- /results -->\nafter\n"
+    readme = report.with_part(marked, "results", report.readme_table({"name": doc}))
     assert "| 21.0 |" in readme
     assert "old" not in readme
     assert readme.startswith("before\n")

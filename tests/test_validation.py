@@ -145,7 +145,39 @@ def test_threads_are_tried_one_graph_at_a_time(small_shards, graphs_at_release, 
     chosen, shards = config(data__shards=small_shards, data__threads="auto"), open_shards(small_shards)
     tuned = with_threads(chosen, shards, log_mel_settings(chosen), World(0, 1, torch.device("cpu")))
     assert tuned.data.threads in (1, 2, 4)
-    assert graphs_at_release == [(1, 0), (2, 0), (3, 0)]
+    assert graphs_at_release == [(tried + 1, 0) for tried in range(len(graphs_at_release))]
+    assert len(graphs_at_release) >= 2
+
+
+@pytest.mark.parametrize(
+    ("rates", "tried", "chosen"),
+    [
+        ({16: 100, 8: 50}, [16, 8], 16),  # cores bind: as many threads as there are
+        ({16: 100, 8: 97, 4: 96, 2: 60}, [16, 8, 4, 2], 4),  # the fewest that are as fast
+        ({16: 90, 8: 100, 4: 93}, [16, 8, 4], 8),  # fewer are faster
+        ({12: 100, 6: 99, 3: 99, 1: 99}, [12, 6, 3, 1], 1),
+    ],
+)
+def test_the_threads_are_the_fewest_that_are_as_fast(rates, tried, chosen, small_shards, monkeypatch):
+    """Their loaders are imitated: a batch moves the clock on by what its number of threads takes."""
+    now, asked = [0.0], []
+
+    class Imitated:
+        def __init__(self, threads: int) -> None:
+            self.threads = threads
+            asked.append(threads)
+
+        def endless(self):
+            while True:
+                now[0] += 1 / rates[self.threads]
+                yield None
+
+    monkeypatch.setattr(training_data.os, "sched_getaffinity", lambda _: range(max(rates)))
+    monkeypatch.setattr(training_data.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training_data, "create_loader", lambda trial, *_, **__: Imitated(trial.data.threads))
+    settings, shards = config(data__shards=small_shards, data__threads="auto"), open_shards(small_shards)
+    tuned = with_threads(settings, shards, log_mel_settings(settings), World(0, 1, torch.device("cpu")))
+    assert (asked, tuned.data.threads, tuned.data.prefetch) == (tried, chosen, 2)
 
 
 def test_the_encoder_is_in_training_mode_again_afterwards(small_shards):

@@ -165,23 +165,31 @@ def create_loader(
 def with_threads(config: Config, shards: ShardSet, log_mel: LogMel, world: World) -> Config:
     """The config with `data.threads: auto` and `data.prefetch` replaced by numbers, chosen by a short measurement.
 
-    The fewest threads whose training loader comes within 5% of the fastest, doubling up to this process's share of the
-    cores; and as many batches ahead as the slowest timed batch takes median ones, from 2 to 4, so that an uneven loader
-    does not stall the model. The result changes the speed, never the batches.
+    From this process's share of the cores downwards, half as many each time, as long as the training loader stays
+    within 5% of the fastest: most often two numbers are tried, and the fewest that are as fast are taken. As many
+    batches ahead as the slowest timed batch takes median ones, from 2 to 4, so that an uneven loader does not stall the
+    model. The result changes the speed, never the batches.
     """
     if config.data.threads != "auto":
         return config
     cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     mode = encoder_type(config).batches
-    tried: dict[int, list[float]] = {}  # threads -> seconds of each batch
-    for threads in sorted({min(2**n, cores) for n in range(cores.bit_length() + 1)}):
+
+    def seconds_of_batches(threads: int) -> list[float]:
         trial = replace_settings(config, data__threads=threads)
         loader = create_loader(trial, shards, log_mel, world, "train", mode, shuffled=True)
         stamps = [time.perf_counter() for _ in itertools.islice(loader.endless(), TIMED_BATCHES + 1)]
-        tried[threads] = [b - a for a, b in itertools.pairwise(stamps)]
         del loader
         release_memory()  # or each number of threads is tried beside the graphs of those before
-    fastest = min(map(sum, tried.values()))
-    threads = min(n for n, seconds in tried.items() if sum(seconds) <= 1.05 * fastest)
-    ahead = round(max(tried[threads]) / statistics.median(tried[threads]))
+        return [b - a for a, b in itertools.pairwise(stamps)]
+
+    threads, taken = cores, seconds_of_batches(cores)
+    fastest = sum(taken)
+    while threads > 1:
+        seconds = seconds_of_batches(threads // 2)
+        fastest = min(fastest, sum(seconds))
+        if sum(seconds) > 1.05 * fastest:
+            break
+        threads, taken = threads // 2, seconds
+    ahead = round(max(taken) / statistics.median(taken))
     return replace_settings(config, data__threads=threads, data__prefetch=min(4, max(2, ahead)))

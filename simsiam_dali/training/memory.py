@@ -20,13 +20,21 @@ BYTES_PER_PARAMETER = 12
 """fp32 weight, gradient and momentum."""
 
 WORKING_SHARE = 1.4
-"""Peak memory over kept activations: gradients in flight and workspaces (1.33 to 1.43 measured, ResNet-18 on a CPU)."""
+"""On a CPU, peak memory over kept activations: gradients in flight and workspaces (1.33 to 1.43, ResNet-18)."""
 
-LEAST_SHARE = 1.1
-"""The least the same may be on a GPU, where the peak has not been measured: between the two there is only a warning."""
+GPU_SHARES = (1.04, 1.15)
+"""The same on a GPU: of the memory that torch lends out at the peak, and of all that it keeps from others.
 
-DALI_BYTES = 65e6 / 60
-"""DALI's own buffers on a GPU, for each second of a segment in a batch."""
+Between the two there is only a warning, since torch gives back what it does not lend out. 1.03 to 1.04 and 1.13 to 1.14
+were measured: ResNet-50 in bf16, batches of 32 to 128, an H200 (`benchmarks/gpu_step.py`).
+"""
+
+DALI_BYTES = 146e6 / 60
+"""DALI's own buffers on a GPU, for each second of a segment in a batch.
+
+18.7 GB were measured for 128 segments of 60 s at 16 kHz, two batches ahead, an H200 (`loader/train` of
+`benchmarks/throughput.py`).
+"""
 
 RUNTIME_BYTES = 1 << 30
 """The process itself: torch's and DALI's libraries, CUDA context or thread stacks."""
@@ -77,7 +85,7 @@ def check_fits(
     gpu = device.type == "cuda"
     kept = activation_bytes(encoder, shapes) * (0.5 if half else 1.0)
     dali = DALI_BYTES * seconds if gpu else 0.0
-    least, most = ((LEAST_SHARE if gpu else WORKING_SHARE) * kept + dali, WORKING_SHARE * kept + dali)  # per segment
+    least, most = (share * kept + dali for share in (GPU_SHARES if gpu else (WORKING_SHARE,) * 2))  # per segment
     static = RUNTIME_BYTES + BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
     free = free_bytes(device) * (1 - HEADROOM)
     if static + batch * most <= free:
