@@ -73,13 +73,16 @@ def test_advice_for_each_kind_of_collapse() -> None:
     line = torch.linspace(-1, 1, 32)[:, None] * normal(1, 256).sign()  # half the songs point the other way
 
     def advice(z: Tensor) -> str | None:
-        return collapse_advice(z_std(z).item(), z.shape[1], effective_rank(z).item())
+        return collapse_advice(z_std(z).item(), z.shape[1], effective_rank(z).item(), len(z))
 
     assert advice(healthy) is None
     assert "z-std" in (advice(point) or "")
     assert z_std(line).item() > 0.9 / math.sqrt(256)  # z-std alone sees nothing
     assert "1.0 directions" in (advice(line) or "")
     assert "diverged" in (advice(healthy * math.nan) or "")
+    few = healthy[:4]  # the only batch since a run was resumed: no more than three directions, however healthy
+    assert effective_rank(few).item() < 4
+    assert advice(few) is None
 
 
 # Songs

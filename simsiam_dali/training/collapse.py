@@ -14,6 +14,8 @@ LOW_STD = 0.5
 # A ResNet-18 on 48 synthetic songs, 16 a batch, without the stop-gradient: the effective rank fell from 14 to
 # below 5 within 100 steps while z-std stayed healthy (batch norm sees to that); with it, never below 10.
 LOW_RANK = 5.0
+# Rows below which a low effective rank means nothing, such as after a run was resumed at the end of an epoch.
+LEAST_ROWS = 16
 # The share of batches without a positive pair above which the user hears of it.
 MOST_BATCHES = 0.5
 
@@ -32,7 +34,7 @@ def effective_rank(z: Tensor) -> Tensor:
 
     exp of the entropy of the singular values' shares (Roy & Vetterli 2007, "The effective rank"), here of the
     matrix with its column means taken off, so that an offset common to all rows is no direction. It sees the
-    collapse to a few dimensions that `z_std` misses. Give 16 rows or more, or it is low for want of rows.
+    collapse to a few dimensions that `z_std` misses. Give `LEAST_ROWS` or more, or it is low for want of rows.
     NaN when z is not finite.
     """
     if not z.isfinite().all():
@@ -43,8 +45,8 @@ def effective_rank(z: Tensor) -> Tensor:
     return torch.special.entr(shares).sum().exp()
 
 
-def collapse_advice(z_std: float, d: int, effective_rank: float) -> str | None:
-    """Advice for projections of width `d` with these gauges; None when they look healthy."""
+def collapse_advice(z_std: float, d: int, effective_rank: float, rows: int) -> str | None:
+    """Advice for `rows` projections of width `d` with these gauges; None when they look healthy."""
     if math.isnan(z_std) or math.isnan(effective_rank):
         return "diverged: the projections are not finite; lower learning_rate, or add a warm-up"
     healthy = 1 / math.sqrt(d)
@@ -54,7 +56,7 @@ def collapse_advice(z_std: float, d: int, effective_rank: float) -> str | None:
     )
     if z_std < LOW_STD * healthy:
         return f"collapse: z-std is {z_std:.2g}, and about {healthy:.2g} is healthy; {advice}"
-    if effective_rank < LOW_RANK:
+    if effective_rank < LOW_RANK and rows >= LEAST_ROWS:
         return f"collapse: the projections vary in {effective_rank:.1f} directions (effective rank); {advice}"
     return None
 

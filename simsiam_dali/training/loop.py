@@ -62,7 +62,7 @@ def train(config: Config, world: World, resumed: Checkpoint | None, run_dir: Pat
                 run.epoch += 1
                 learned = run.mean_loss() | {"encoder/lr": rates[0]} | window.gauges() | throughput(clock, data)
                 record = run.end_epoch(learned | {"training_time_hours": run.hours})
-                run.print_advice(record)
+                run.print_advice(record, window.rows)
                 if signal := max(world.gather(interrupt.signal)):
                     return run.stop(signal)
     return 0
@@ -112,6 +112,11 @@ class LossWindow:
         self._losses.clear()
         steps = zip(*(losses for losses, _ in ranks), strict=True)
         return [mean_over_ranks(step) for step in steps], max(signal for _, signal in ranks)
+
+    @property
+    def rows(self) -> int:
+        """On how many outputs the gauges are computed."""
+        return sum(map(len, self._z))
 
     def gauges(self) -> dict[str, float]:
         """The collapse gauges of this rank's latest outputs."""

@@ -128,10 +128,13 @@ class Run:
         self.signal = signal
         return signal
 
-    def print_advice(self, record: Mapping[str, Any]) -> None:
-        """What to change when an epoch's gauges show a collapse, or its batches hold no positive pairs."""
+    def print_advice(self, record: Mapping[str, Any], rows: int) -> None:
+        """What to change when an epoch's gauges show a collapse, or its batches hold no positive pairs.
+
+        rows: outputs on which the gauges were computed.
+        """
         gauges = record["encoder/z_std"], self.learner.encoder.output_dim, record["encoder/effective_rank"]
-        if encoder_type(self.config).warn_of_collapse and (advice := collapse_advice(*gauges)):
+        if encoder_type(self.config).warn_of_collapse and (advice := collapse_advice(*gauges, rows)):
             self.world.print(advice)
         if advice := no_positives_advice(record["encoder/pairless_batches"]):
             self.world.print(advice)
