@@ -12,7 +12,10 @@ from report import figure as figure_text
 
 
 def draw(doc: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG: a bar for each stage, for a sweep a line; whiskers reach to the lowest and the highest window."""
+    """Write a PNG: a point for each stage, for a sweep a line; whiskers reach to the lowest and the highest window.
+
+    Points and not bars, whose lengths would mean nothing on the logarithmic axis that rates from 10 to 5,000 need.
+    """
     env, stages = doc["environment"], doc["stages"]
     sweep = env["settings"]["sweep"]
     figure, axes = plt.subplots(figsize=(8, 4 if sweep else 0.8 + 0.4 * len(stages)), layout="constrained")
@@ -31,13 +34,14 @@ def draw(doc: Mapping[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.legend()
     else:
-        entries = list(stages.values())
-        rates = [e["samples_per_s"] for e in entries]
-        colours = ["tab:orange" if name.startswith("baseline/") else "tab:blue" for name in stages]
-        bars = axes.barh(list(stages), rates, xerr=_whiskers(entries), color=colours, capsize=3)
-        axes.bar_label(bars, [figure_text(rate) for rate in rates], padding=6)
+        for y, (name, entry) in enumerate(stages.items()):
+            colour, rate = "tab:orange" if name.startswith("baseline/") else "tab:blue", entry["samples_per_s"]
+            axes.errorbar(rate, y, xerr=_whiskers([entry]), fmt="o", color=colour, capsize=3)
+            axes.annotate(figure_text(rate), (entry["high"], y), (8, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(stages)), list(stages))
         axes.set_xscale("log")
         axes.margins(x=0.15)
+        axes.grid(alpha=0.3)
         axes.invert_yaxis()
         axes.set_xlabel("samples/s (one sample = two views)")
     axes.set_title(f"{env['gpu'] or env['cpu']}, {env['cores']} cores, {env['date']}", fontsize=9)
