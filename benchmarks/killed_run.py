@@ -67,6 +67,7 @@ class Commands:
         self.seconds[name] = time.monotonic() - began
         if status != 0:
             raise UserError(f"{name} ended with status {status}:\n{self.log(name)[-3000:]}")
+        print(f"{name}: done in {self.seconds[name]:.0f} s", flush=True)
         return self.log(name)
 
     def log(self, name: str) -> str:
@@ -143,20 +144,21 @@ def measured(args: argparse.Namespace, commands: Commands, folder: Path) -> dict
     words = ["-m", "simsiam_dali.train", "--config", file, "--run-name", NAME, *sets]
     killed = train_until_killed(commands, words, run_dir, total // 2)
     before = checkpoint.load(run_dir / checkpoint.FILE_NAME)["step"]
-    print(f"killed after step {killed} of {total}; the checkpoint is of step {before}", flush=True)
+    print(f"killed after step {killed} of {total}, {commands.seconds['train']:.0f} s; the checkpoint is of step {before}",
+          flush=True)  # fmt: skip
     if not before:
         raise UserError("killed before there was a checkpoint of a trained encoder")
     again = ["-m", "simsiam_dali.train", "--resume", run_dir, "--set", f"train.runs_dir={folder}"]
     profiled = max(1, min(STEPS_PROFILED, total - before - WARM_UP))
     checked(run_dir, total, before, commands.run("resume", [*again, "--profile", profiled]))
+    for name in KEPT:  # here, so that they are there where the embedding is cut short
+        if (run_dir / name).exists():
+            shutil.copy(run_dir / name, args.out / name)
     table = folder / "embeddings.parquet"
     commands.run("embed", ["-m", "simsiam_dali.embed", "--checkpoint", run_dir, "--out", table])
     embedded = len(read_embeddings(table).vectors)
     if embedded != len(shards.songs):
         raise UserError(f"{embedded} of {len(shards.songs)} songs have an embedding")
-    for name in KEPT:
-        if (run_dir / name).exists():
-            shutil.copy(run_dir / name, args.out / name)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return {
         "segments": {split: shards.count(split) for split in ("train", "val")},

@@ -1,5 +1,6 @@
 """What a learner computes in, and where its labels come from: the GPU's side of it, without a GPU."""
 
+import functools
 from types import SimpleNamespace
 
 import pandas as pd
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from simsiam_dali.common.distributed import World
-from simsiam_dali.config.load import load_config
+from simsiam_dali.config.load import load_config, replace_settings
+from simsiam_dali.data.loader import Batch
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.learner import Learner, autocast_dtype
@@ -72,3 +74,25 @@ def test_a_run_in_bf16_continues_where_there_is_only_fp16():
     learner.scaler = torch.amp.GradScaler("cpu")
     learner.load_state_dict(saved)
     assert learner.scaler.get_scale() == 65536
+
+
+@pytest.mark.parametrize("kind", ["simsiam", "byol"])
+def test_a_compiled_encoder_takes_the_same_steps(monkeypatch, kind):
+    """Traced as for a GPU, run without code generation, which would take a minute here."""
+    settings = (f"encoder_type={kind}", "batch_size=4", "simsiam.backbone=resnet18", "simsiam.backbone_width=8",
+                "simsiam.projection_dim=16", "simsiam.predictor_hidden_dim=8")  # fmt: skip
+    config = load_config(assignments=[f"encoder.{setting}" for setting in settings])
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    views = tuple(torch.randn(4, 32, 40, generator=torch.Generator().manual_seed(n)) for n in range(2))
+    states = []
+    for compiled in (False, True):
+        shards, world = SimpleNamespace(), World(0, 1, torch.device("cpu"))
+        learner = Learner(replace_settings(config, train__compile=compiled), shards, world)
+        learner.encoder.train()
+        for _ in range(3):
+            learner.step([Batch(views, torch.arange(4))], 0.1, 0.1)
+        states.append(learner.state_dict()["encoder"])
+    plain, traced = states
+    assert plain.keys() == traced.keys()  # a checkpoint does not tell whether its encoder was compiled
+    for name, value in plain.items():
+        torch.testing.assert_close(traced[name], value, rtol=1e-4, atol=1e-5)
