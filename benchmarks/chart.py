@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from report import figure as figure_text
+from result_text import figure as figure_text
 
 
 def draw(doc: Mapping[str, Any], path: Path) -> None:

@@ -132,7 +132,6 @@ bench step c loader 200 "${ON[@]}" \
   --stages loader/read loader/decode loader/resample loader/mel loader/light loader/all
 bench step c sweep-batch 120 --sweep batch --stages loader/all "${ON[@]}"
 
-# The workers of a baseline give a batch each in turn: 16 of 128 would make a window of minutes.
 bench cuda d baseline-gpu 200 --windows 3 --stages loader/all baseline/gpu_light baseline/gpu_full "${ON[@]}"
 bench step d baseline 200 --windows 3 "${ON[@]}" \
   --stages loader/light loader/all baseline/light baseline/full
@@ -142,7 +141,7 @@ bench cuda d compile 240 --stages model train --set train.compile=true "${ON[@]}
 bench cuda d fp32 90 --stages model train --set train.precision=fp32 "${ON[@]}"
 bench cuda d contiguous 90 --stages model train --set train.channels_last=false "${ON[@]}"
 bench cuda d recompute 90 --stages model train --set train.activation_checkpointing=true "${ON[@]}"
-bench cuda d cpu-graph 120 --device cpu --stages loader/light loader/all "${ON[@]}"
+bench cuda d cpu-graph 120 --device cpu --threads "$(nproc)" --stages loader/light loader/all "${ON[@]}"
 step d embed 90 "$PYTHON" benchmarks/embed.py --seconds 1 --json FOLDER/embed.json "${SMALL[@]}" "${EMBED[@]}" "${ON[@]}"
 bench step d soak 90 --soak "$SOAK" "${ON[@]}"
 bench step d seconds 120 --sweep seconds --stages loader/light "${ON[@]}"

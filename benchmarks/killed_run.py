@@ -145,7 +145,7 @@ def measured(args: argparse.Namespace, commands: Commands, folder: Path) -> dict
     killed = train_until_killed(commands, words, run_dir, total // 2)
     before = checkpoint.load(run_dir / checkpoint.FILE_NAME)["step"]
     took = commands.seconds["train"]
-    print(f"killed after {took:.0f} s and step {killed} of {total}; the checkpoint is of step {before}", flush=True)
+    print(f"killed after {took:.0f} s, at step {killed} of {total}; the checkpoint is of step {before}", flush=True)
     if not before:
         raise UserError("killed before there was a checkpoint of a trained encoder")
     again = ["-m", "simsiam_dali.train", "--resume", run_dir, "--set", f"train.runs_dir={folder}"]

@@ -18,7 +18,7 @@ import material
 from chart import draw
 from document import described, document, view_seconds, write
 from measure import interleaved, summary
-from report import terminal_table
+from result_text import terminal_table
 from stages import BASELINE_OF_TRAIN, KINDS, TRAINING, Spec, open_stage
 
 from simsiam_dali.common.distributed import choose_device
@@ -38,8 +38,8 @@ GROUPS = (
 )
 """Stages that take turns, because they are compared; a group's processes live at the same time."""
 
-LARGE = ("model", "train", "baseline/train", "baseline/gpu_train")
-"""Stages that hold a training step's memory: on a GPU no other stage is open beside them."""
+LARGE = ("loader/train", "model", "train", "baseline/train", "baseline/gpu_train")
+"""Stages that have a GPU to themselves, since together they may fill it."""
 
 OPTIONAL = ("pack", "baseline/songs", "baseline/plain_pitch", "baseline/train")
 GPU_ONLY = ("baseline/gpu_light", "baseline/gpu_full", "baseline/gpu_train")
@@ -56,7 +56,7 @@ SWEEPS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
 LOADER_BATCH, LOADER_SECONDS, LOADER_THREADS = 16, 60.0, 2
 """Of the loader's stages and the baselines on a CPU; on a GPU they have the training's batch, and all cores."""
 BASELINE_BATCH = 4
-"""On a GPU, of the baselines whose views the CPU makes."""
+"""On a GPU, of the baselines whose views the CPU makes: a window holds a batch of each worker, minutes with 128."""
 SOAK_WINDOWS = 20
 LEAST_BATCHES = 16
 """Of the largest batch: in fewer, what happens once an epoch weighs more than on a library of songs."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config, replace_settings
@@ -82,7 +83,9 @@ def test_a_compiled_encoder_takes_the_same_steps(monkeypatch, kind):
     settings = (f"encoder_type={kind}", "batch_size=4", "simsiam.backbone=resnet18", "simsiam.backbone_width=8",
                 "simsiam.projection_dim=16", "simsiam.predictor_hidden_dim=8")  # fmt: skip
     config = load_config(assignments=[f"encoder.{setting}" for setting in settings])
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     views = tuple(torch.randn(4, 32, 40, generator=torch.Generator().manual_seed(n)) for n in range(2))
     states = []
     for compiled in (False, True):
@@ -92,6 +95,7 @@ def test_a_compiled_encoder_takes_the_same_steps(monkeypatch, kind):
         for _ in range(3):
             learner.step([Batch(views, torch.arange(4))], 0.1, 0.1)
         states.append(learner.state_dict()["encoder"])
+    assert counter.frame_count > 0
     plain, traced = states
     assert plain.keys() == traced.keys()  # a checkpoint does not tell whether its encoder was compiled
     for name, value in plain.items():

@@ -275,9 +275,11 @@ def test_a_resumed_run_keeps_its_micro_batch_or_is_refused(shards, runs_out_abov
 
 def test_a_trial_step_leaves_room_for_dali_and_the_momentum(shards):
     """DALI's buffers grow with the micro-batch, the momentum does not."""
-    learner = Learner(config(), shards, HERE)
-    one, two = (micro_batch.bytes_beside(learner, shards, size) for size in (1, 2))
-    assert two - one == pytest.approx(memory.DALI_BYTES * shards.segment_seconds, abs=1)
+    settings = config()
+    learner = Learner(settings, shards, HERE)
+    one, two = (micro_batch.bytes_beside(settings, learner, shards, size) for size in (1, 2))
+    least, _ = memory.dali_bytes(shards.segment_seconds, data.view_seconds(settings, shards), views=2)
+    assert two - one == pytest.approx(least, abs=1)
     assert 2 * one - two == pytest.approx(4 * sum(p.numel() for p in learner.encoder.parameters()), abs=1)
 
 

@@ -8,10 +8,13 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor
 
+from simsiam_dali.common.distributed import World
+from simsiam_dali.config.load import load_config
 from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
 from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_chance, rating_chance
-from simsiam_dali.models.encoder import song_embeddings
+from simsiam_dali.models.encoder import Scored, song_embeddings
 from simsiam_dali.training.collapse import collapse_advice, effective_rank, z_std
+from simsiam_dali.training.loop import GAUGE_ROWS, LossWindow
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -83,6 +86,18 @@ def test_advice_for_each_kind_of_collapse() -> None:
     few = healthy[:4]  # the only batch since a run was resumed: no more than three directions, however healthy
     assert effective_rank(few).item() < 4
     assert advice(few) is None
+
+
+def test_the_gauges_know_on_how_many_outputs_they_are_computed() -> None:
+    config = load_config(assignments=["encoder.batch_size=4"])
+    window = LossWindow(World(0, 1, torch.device("cpu")), config)
+    scored = Scored(torch.tensor(0.0), torch.tensor(True), normal(4, 8))
+    window.add(scored)
+    window.add(scored)
+    assert window.rows == 8
+    for _ in range(GAUGE_ROWS):
+        window.add(scored)
+    assert window.rows == GAUGE_ROWS
 
 
 # Songs

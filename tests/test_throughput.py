@@ -22,9 +22,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import document
+import gpu_report
 import material
 import measure
 import report
+import result_text
 import throughput
 from baselines import Segments
 from measure import FrozenStage, Stage, Window, interleaved, summary, timed_window
@@ -393,7 +395,7 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
     for key in {*doc["environment"], *doc["environment"]["settings"], *doc["stages"]["train"], *names}:
         assert re.search(rf"\b{key}\b", documented), key
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-    rate = report.figure(doc["stages"]["train"]["samples_per_s"])
+    rate = result_text.figure(doc["stages"]["train"]["samples_per_s"])
     assert re.search(rf"^train +{re.escape(rate)} ", done.stdout, re.MULTILINE)
 
 
@@ -442,6 +444,7 @@ def test_on_a_gpu_the_defaults_are_the_trainings_batch_and_all_cores(
     *together, a, b, c, d = map(list, bench.plan())
     assert [a, b, c, d] == [["loader/train"], ["model"], ["train"], ["baseline/gpu_train"]]
     assert ["loader/light", "baseline/light", "baseline/gpu_light"] in together
+    assert bench.about(bench.plan())["alone"] == [*a, *b, *c, *d]
 
 
 def test_an_unknown_stage_is_refused_in_one_line(
@@ -475,6 +478,21 @@ def test_the_readmes_numbers_are_the_result_files() -> None:
         [sys.executable, ROOT / "benchmarks" / "report.py", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_gpus_has_whole_runs_of_the_default_config_only() -> None:
+    (file,) = (ROOT / "benchmarks" / "results").glob("*-nvidia-h200.json")
+    whole = json.loads(file.read_text())
+    of_the_training = whole | {"stages": {name: whole["stages"][name] for name in ("model", "train")}}
+    settings = whole["environment"]["settings"] | {"compile": True}
+    compiled = whole | {"environment": whole["environment"] | {"settings": settings}}
+    on_a_cpu = whole | {"environment": whole["environment"] | {"gpu": None}}
+    others = {"part": of_the_training, "compiled": compiled, "cpu": on_a_cpu}
+    table = list(gpu_report.gpu_table({"whole": whole, **others}))
+    assert table == list(gpu_report.gpu_table({"whole": whole}))
+    assert table[0] == "| | expected or wanted | whole |"
+    (decode,) = [row for row in table if row.startswith("| `loader/decode`")]
+    assert f"{whole['stages']['loader/decode']['samples_per_s']:,.0f}" in decode
 
 
 def test_the_tables_hold_the_numbers_of_the_file() -> None:

@@ -1,6 +1,6 @@
 """The tables of docs/gpu.md that can be made without a GPU: what fits on which card, and where each operator runs.
 
-make_docs.py writes them. Nothing here is measured: the first is `simsiam_dali.training.memory`'s estimate on meta
+make_docs.py writes them. Nothing is measured here: the first is the estimate of `simsiam_dali.training.memory` on meta
 tensors, the second is the graph as it is defined for a GPU, read back from DALI before it is built.
 """
 
@@ -23,8 +23,8 @@ from simsiam_dali.training import memory, micro_batch
 from simsiam_dali.training.data import log_mel_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-CARDS = (8, 12, 16, 24, 48, 85, 141)
-"""GB that are free before the process starts; a card sold with 80 GB has 85 of 10^9 bytes."""
+CARDS = (8, 12, 16, 24, 48, 85, 150)
+"""GB of 10^9 bytes that are free before the process starts; cards sold with 80 and 141 GB have 85 and 150."""
 SEGMENT_SECONDS = 60.0
 
 
@@ -46,16 +46,17 @@ def fit(config: Config, free: float) -> Fit | None:
         recompute_blocks(encoder)
     kept = memory.activation_bytes(encoder, shapes) / 2
     static = memory.RUNTIME_BYTES + memory.BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
-    dali = memory.DALI_BYTES * SEGMENT_SECONDS
+    dali = memory.dali_bytes(SEGMENT_SECONDS, SEGMENT_SECONDS, config.data.views)
     device, real = torch.device("cuda", 0), memory.free_bytes
     memory.free_bytes = lambda _: int(free)
     try:
         for size in micro_batch.candidates(config):
             try:
-                memory.check_fits(encoder, size, shapes, True, device, SEGMENT_SECONDS)
+                memory.check_fits(encoder, size, shapes, True, device, dali)
             except UserError:
                 continue
-            low, high = (static + size * (share * kept + dali) for share in memory.GPU_SHARES)
+            low, high = (static + size * (share * kept + buffer)
+                         for share, buffer in zip(memory.GPU_SHARES, dali, strict=True))  # fmt: skip
             return Fit(size, low, high)
     finally:
         memory.free_bytes = real

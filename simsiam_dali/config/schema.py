@@ -207,7 +207,7 @@ class TrainConfig(Section):
         False, description="recompute the ResNet's activations in the backward pass: less memory, more time"
     )
     channels_last: bool = Field(True, description="NHWC memory format")
-    compile: bool = Field(False, description="torch.compile the encoder: the first step takes a minute or two longer")
+    compile: bool = Field(False, description="torch.compile the encoder: the first step can take minutes longer")
     sync_bn: bool = Field(False, description="batch-norm statistics over all GPUs (torchrun)")
     runs_dir: Path = Field(Path("runs"), description="where runs/<name>/ is made")
     run_name: str | None = Field(None, description="null = encoder, backbone and time")

@@ -48,8 +48,8 @@ def build_on_new_pool(pipeline: Pipeline) -> None:
     """Build a pipeline on DALI's new thread pool, where operators of two batches share the threads.
 
     With the old one (DALI 2.4's default) operators run one by one whatever `concurrency` is: a pitch shift drawn by a
-    single sample of the batch keeps one core busy and the others idle; on a GPU the cores stand still while the next
-    batch could be decoded. `DALI_USE_NEW_THREAD_POOL=0` keeps the old one.
+    single sample of the batch keeps one core busy and the others idle; on a GPU the cores are idle although the next
+    batch could already be decoded. `DALI_USE_NEW_THREAD_POOL=0` keeps the old one.
     """
     os.environ.setdefault(NEW_THREAD_POOL, "1")
     # DALI writes a notice for each pipeline directly to file descriptor 2; other output there is passed on.

@@ -165,10 +165,10 @@ def create_loader(
 def with_threads(config: Config, shards: ShardSet, log_mel: LogMel, world: World) -> Config:
     """The config with `data.threads: auto` and `data.prefetch` replaced by numbers, chosen by a short measurement.
 
-    From this process's share of the cores downwards, half as many each time, as long as the training loader stays
-    within 5% of the fastest: most often two numbers are tried, and the fewest that are as fast are taken. As many
-    batches ahead as the slowest timed batch takes median ones, from 2 to 4, so that an uneven loader does not stall the
-    model. The result changes the speed, never the batches.
+    Starts with this process's share of the cores, and halves it while the training loader stays within 5% of the
+    fastest; the last number that does is taken, the same on all ranks. Mostly two numbers are tried. As many batches
+    ahead as the slowest timed batch takes median ones, from 2 to 4, so that an uneven loader does not stall the model.
+    The result changes the speed, never the batches.
     """
     if config.data.threads != "auto":
         return config
@@ -188,7 +188,8 @@ def with_threads(config: Config, shards: ShardSet, log_mel: LogMel, world: World
     while threads > 1:
         seconds = seconds_of_batches(threads // 2)
         fastest = min(fastest, sum(seconds))
-        if sum(seconds) > 1.05 * fastest:
+        # Together: a rank that went on alone would measure on cores that the others have left free.
+        if max(world.gather(sum(seconds) > 1.05 * fastest)):
             break
         threads, taken = threads // 2, seconds
     ahead = round(max(taken) / statistics.median(taken))

@@ -23,17 +23,18 @@ WORKING_SHARE = 1.4
 """On a CPU, peak memory over kept activations: gradients in flight and workspaces (1.33 to 1.43, ResNet-18)."""
 
 GPU_SHARES = (1.04, 1.15)
-"""The same on a GPU: of the memory that torch lends out at the peak, and of all that it keeps from others.
+"""The same on a GPU, for the memory that torch has allocated at the peak, and for all that its allocator has reserved.
 
-Between the two there is only a warning, since torch gives back what it does not lend out. 1.03 to 1.04 and 1.13 to 1.14
-were measured: ResNet-50 in bf16, batches of 32 to 128, an H200 (`benchmarks/gpu_step.py`).
+Between the two there is only a warning: where memory runs out, the allocator first releases what it has cached. 1.03 to
+1.04 and 1.13 to 1.14 were measured: ResNet-50 in bf16, batches of 32 to 128, an H200 (`benchmarks/gpu_step.py`).
 """
 
-DALI_BYTES = 146e6 / 60
-"""DALI's own buffers on a GPU, for each second of a segment in a batch.
+SEGMENT_BYTES, VIEW_BYTES = 8e6 / 60, (69e6 / 60, 83e6 / 60)
+"""DALI's buffers on a GPU for each second of a segment in a batch, and of each of its views.
 
-18.7 GB were measured for 128 segments of 60 s at 16 kHz, two batches ahead, an H200 (`loader/train` of
-`benchmarks/throughput.py`).
+Measured on an H200 with 128 segments of 60 s at 16 kHz, two batches ahead: 1.0 GB of decoded segments
+(`loader/resample` of `benchmarks/throughput.py`), and with two views 18.7 GB (`loader/train`) to 22.2 GB
+(`loader/light`).
 """
 
 RUNTIME_BYTES = 1 << 30
@@ -60,6 +61,12 @@ def activation_bytes(encoder: nn.Module, shapes: list[tuple[int, ...]]) -> float
     return sum(kept.values()) / batch
 
 
+def dali_bytes(segment_seconds: float, view_seconds: float, views: int) -> tuple[float, float]:
+    """The least and the most that DALI's buffers take on a GPU for a segment of a batch. views: 0 for raw audio."""
+    least, most = (segment_seconds * SEGMENT_BYTES + views * view_seconds * each for each in VIEW_BYTES)
+    return least, most
+
+
 def free_bytes(device: torch.device) -> int:
     """Free memory of `device`: a GPU's own, or the host's within its control group."""
     if device.type == "cuda":
@@ -75,17 +82,21 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_fits(
-    encoder: nn.Module, batch: int, shapes: list[tuple[int, ...]], half: bool, device: torch.device, seconds: float
+    encoder: nn.Module,
+    batch: int,
+    shapes: list[tuple[int, ...]],
+    half: bool,
+    device: torch.device,
+    dali: tuple[float, float],
 ) -> str | None:
     """A warning where `batch` segments may not fit by the estimate, None where they do.
 
     Raises UserError, with the largest batch that fits, where they do not. shapes: the forward's inputs, of one segment.
-    half: activations are kept in 16 bits (autocast). seconds: length of a segment.
+    half: activations are kept in 16 bits (autocast). dali: `dali_bytes`, which count on a GPU only.
     """
-    gpu = device.type == "cuda"
     kept = activation_bytes(encoder, shapes) * (0.5 if half else 1.0)
-    dali = DALI_BYTES * seconds if gpu else 0.0
-    least, most = (share * kept + dali for share in (GPU_SHARES if gpu else (WORKING_SHARE,) * 2))  # per segment
+    shares, buffers = (GPU_SHARES, dali) if device.type == "cuda" else ((WORKING_SHARE,) * 2, (0.0, 0.0))
+    least, most = (share * kept + buffer for share, buffer in zip(shares, buffers, strict=True))  # per segment
     static = RUNTIME_BYTES + BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
     free = free_bytes(device) * (1 - HEADROOM)
     if static + batch * most <= free:

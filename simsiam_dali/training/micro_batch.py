@@ -45,7 +45,7 @@ def choose_by_estimate(config: Config, shards: ShardSet, world: World) -> Config
 
     Raises UserError where none does.
     """
-    kind, shapes = encoder_type(config), _input_shapes(config, shards)
+    kind, shapes, dali = encoder_type(config), _input_shapes(config, shards), _dali_bytes(config, shards)
     half = autocast_dtype(config.train.precision, world.device) != torch.float32
     with torch.device("meta"):  # an encoder of its own, only to count its bytes
         encoder = kind.create(pretrained=False)
@@ -54,7 +54,7 @@ def choose_by_estimate(config: Config, shards: ShardSet, world: World) -> Config
     largest, refusal = 0, ""
     for size in candidates(config):
         try:
-            warning = memory.check_fits(encoder, size, shapes, half, world.device, shards.segment_seconds)
+            warning = memory.check_fits(encoder, size, shapes, half, world.device, dali)
         except UserError as e:
             refusal = refusal or str(e)
             continue
@@ -84,7 +84,8 @@ def choose_by_trial_step(
         fits = True
         try:
             data = [torch.rand(size, *shape, device=world.device) for shape in shapes]
-            data.append(torch.empty(bytes_beside(learner, shards, size), dtype=torch.uint8, device=world.device))
+            beside = bytes_beside(config, learner, shards, size)
+            data.append(torch.empty(beside, dtype=torch.uint8, device=world.device))
             segment = torch.arange(size) % len(shards.segments)
             learner.trial_step(Batch(tuple(data[:-1]), segment))
         except torch.OutOfMemoryError:
@@ -106,10 +107,15 @@ def choose_by_trial_step(
     )
 
 
-def bytes_beside(learner: Learner, shards: ShardSet, size: int) -> int:
+def bytes_beside(config: Config, learner: Learner, shards: ShardSet, size: int) -> int:
     """What a step needs beside the trial step: DALI's buffers for `size` segments, and the momentum."""
     momentum = 4 * sum(p.numel() for p in learner.encoder.parameters())
-    return momentum + round(memory.DALI_BYTES * shards.segment_seconds * size)
+    return momentum + round(size * _dali_bytes(config, shards)[0])
+
+
+def _dali_bytes(config: Config, shards: ShardSet) -> tuple[float, float]:
+    views = config.data.views if encoder_type(config).batches == "views" else 0
+    return memory.dali_bytes(shards.segment_seconds, view_seconds(config, shards), views)
 
 
 def _input_shapes(config: Config, shards: ShardSet) -> list[tuple[int, ...]]:

@@ -231,7 +231,7 @@ class Run:
                 " batch norm over each (train.micro_batch)"
             )
         if self.config.train.compile:
-            self.world.print("the encoder is compiled in the first step, which takes a minute or two (train.compile)")
+            self.world.print("the first step compiles the encoder, which can take minutes (train.compile)")
         if self.validation.every > 1 and val:
             self.world.print(f"validation every {self.validation.every} epochs (train.validate_every)")
         self.world.print(f"run {self.run_dir}" + (f", continuing after step {self.step}" if self._resumed else ""))
