@@ -1,6 +1,7 @@
 """The page in Chromium, served by the command: map, sound, search, paths, radio, ratings, playlists, accessibility."""
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -47,7 +48,11 @@ class Server:
     def __init__(self, table: Path, *options: str) -> None:
         command = [sys.executable, "-m", "simsiam_dali.serve", str(table), "--port", "0", *options]
         pipe, env = subprocess.PIPE, environment()
-        self.process = subprocess.Popen(command, cwd=table.parent, stdout=pipe, stderr=pipe, text=True, env=env)
+        # As in a terminal: tests that were started in the background of a script inherit a SIGINT that is ignored.
+        interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        self.process = subprocess.Popen(
+            command, cwd=table.parent, stdout=pipe, stderr=pipe, text=True, env=env, preexec_fn=interrupts
+        )
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
         self.url = self.line.split(" ")[0]
