@@ -6,10 +6,9 @@ Two parts, each in processes of their own:
             torch that makes the host wait for the GPU ends it. The clock's events are no such call: the host waits for
             the step before the last, so that it runs at most one ahead. CUDA only.
     sizes   some steps at each of --batch-sizes, all of a batch at once, on data that always was on the device. On CUDA
-            with peak_bytes, the highest that torch lent out (max_memory_allocated), beside parameter_bytes (weights,
-            gradients, momentum) and kept_bytes (activations, `simsiam_dali.training.memory`); working_share, that is
-            (peak - parameter) / kept, is the first of `memory.GPU_SHARES`; the second is that of reserved_bytes, which
-            torch keeps for itself.
+            with peak_bytes (max_memory_allocated) and reserved_bytes (max_memory_reserved), beside parameter_bytes
+            (weights, gradients, momentum) and kept_bytes (activations, `simsiam_dali.training.memory`); working_share,
+            that is (peak - parameter) / kept, is the first of `memory.GPU_SHARES`, that of reserved_bytes the second.
 
 Without CUDA the memory is null, and what was not measured is listed by name.
 """
