@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.tasks import work, work_once_killed
 
-from simsiam_dali.packing.process_pool import Died, run_all
+from simsiam_dali.packing.process_pool import _CONTEXT, Died, _work, run_all
 
 
 @pytest.mark.parametrize("workers", [1, 2, 20])
@@ -38,3 +38,18 @@ def test_an_exception_reaches_the_caller() -> None:
 
 def test_no_tasks() -> None:
     assert list(run_all(work, [], 2)) == []
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_worker_whose_answer_nobody_read_ends_quietly(tasks: int) -> None:
+    """As after Ctrl-C: closing a socket with unread data resets the connection instead of ending it."""
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_work, args=(work, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    for task in range(tasks):
+        ours.send(task)
+    assert ours.poll(60)
+    ours.close()
+    process.join(60)
+    assert process.exitcode == 0  # an exception would be printed, and give 1

@@ -86,15 +86,17 @@ def _work(function: Callable[[Any], Any], connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(function(task))
-        except Exception as e:
-            connection.send(e)
+    # A parent that stops may close its end while an answer lies there unread, which resets the connection.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            connection.send(_answer(function, connection.recv()))
+
+
+def _answer(function: Callable[[Any], Any], task: Any) -> Any:
+    try:
+        return function(task)
+    except Exception as e:
+        return e
 
 
 def _exit_with_parent() -> None:
