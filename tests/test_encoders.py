@@ -73,8 +73,9 @@ def test_simple_learns_which_songs_are_by_one_artist(tmp_path, small_shards):
         {"encoder__encoder_type": "contrastive"},
         {"encoder__encoder_type": "byol"},
         {"encoder__encoder_type": "joint", "data__views": 3},
+        {"data__short_views": 2, "data__short_view_seconds": 1.5},
     ],
-    ids=["simple", "joint, SimSiam's loss", "contrastive", "byol", "joint, three views"],
+    ids=["simple", "joint, SimSiam's loss", "contrastive", "byol", "joint, three views", "short views"],
 )
 def test_killed_and_resumed_is_as_if_never_stopped(own, tmp_path, tmp_path_factory, small_shards):
     whole = train(tmp_path_factory.mktemp("whole"), small_shards, **own)

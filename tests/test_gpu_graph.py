@@ -18,6 +18,7 @@ GRAPHS: dict[str, dict[str, Any]] = {
     "all there is": {},
     "one place, no conversion": {"crops": "same", "seconds": 60.0},
     "no epoch": {"epoch": None},
+    "short views": {"short_views": 2, "short_seconds": 5.0},
     "clean": {"mode": "clean", "epoch": None},
     "raw": {"mode": "raw", "epoch": Epoch(3, 4)},
 }

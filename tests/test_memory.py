@@ -13,7 +13,7 @@ from simsiam_dali.training import memory
 from simsiam_dali.training.data import log_mel_settings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-NONE, VIEWS = (0.0, 0.0), memory.dali_bytes(60.0, 60.0, 2)
+NONE, VIEWS = (0.0, 0.0), memory.dali_bytes(60.0, 120.0)
 
 
 def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
@@ -74,7 +74,7 @@ def test_dali_s_buffers_count_on_a_gpu(gpu_settings, monkeypatch):
 def test_dali_s_buffers_are_those_of_the_views_most_of_all():
     """What an H200 had for 128 segments of 60 s and two views, in proportion to what the graph makes of a segment."""
     assert [128 * each / 1e9 for each in VIEWS] == pytest.approx([18.7, 22.2], abs=0.1)
-    assert [128 * each / 1e9 for each in memory.dali_bytes(60.0, 60.0, 0)] == pytest.approx([1.0, 1.0], abs=0.1)
-    short, long, four = (memory.dali_bytes(60.0, *each)[0] for each in ((6.0, 2), (60.0, 2), (60.0, 4)))
+    assert [128 * each / 1e9 for each in memory.dali_bytes(60.0, 0.0)] == pytest.approx([1.0, 1.0], abs=0.1)
+    short, long, four = (memory.dali_bytes(60.0, each)[0] for each in (12.0, 120.0, 240.0))
     assert long / short > 5
     assert four / long == pytest.approx(1.95, abs=0.01)

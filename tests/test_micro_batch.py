@@ -278,7 +278,7 @@ def test_a_trial_step_leaves_room_for_dali_and_the_momentum(shards):
     settings = config()
     learner = Learner(settings, shards, HERE)
     one, two = (micro_batch.bytes_beside(settings, learner, shards, size) for size in (1, 2))
-    least, _ = memory.dali_bytes(shards.segment_seconds, data.view_seconds(settings, shards), views=2)
+    least, _ = memory.dali_bytes(shards.segment_seconds, 2 * data.view_seconds(settings, shards))
     assert two - one == pytest.approx(least, abs=1)
     assert 2 * one - two == pytest.approx(4 * sum(p.numel() for p in learner.encoder.parameters()), abs=1)
 

@@ -6,42 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.signals import RATE, Array, frequency, noise, reference_log_mel, song, write_shards
+from helpers.graphs import ALL, FRAMES, LONG, OFF, SECONDS, SHORT, crops, graph, outputs, places, sweep
+from helpers.signals import RATE, Array, noise, reference_log_mel, song, write_shards
 from torchaudio.functional import resample
 
 from simsiam_dali.config.schema import AugmentationConfig
-from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
+from simsiam_dali.data.graph import Epoch, Graph, LogMel
 from simsiam_dali.data.pipeline import Settings, build
-
-NAMES = ("time_shift", "time_stretch", "pitch_shift", "noise", "gain", "reverb", "frequency_mask", "time_mask",
-         "mixup", "crop")  # fmt: skip
-OFF = AugmentationConfig(**{f"{name}_prob": 0.0 for name in NAMES})
-ALL = AugmentationConfig(**{f"{name}_prob": 1.0 for name in NAMES})
-SECONDS = 3.0
-FRAMES = LogMel().frames(SECONDS)
-
-
-def graph(
-    shards: tuple[tuple[Path, ...], tuple[Path, ...]],
-    mode: Any,
-    augmentation: AugmentationConfig = OFF,
-    seconds: float = SECONDS,
-    segment_seconds: float = SECONDS,
-    codec: str = "flac",
-    native_rate: bool = False,
-    spec: LogMel | None = None,
-    **more: Any,
-) -> Graph:
-    source = Source(*shards, codec, native_rate, segment_seconds, shuffle_buffer=more.pop("shuffle_buffer", 0))
-    return Graph(source, spec or LogMel(), mode, seconds, augmentation, **more)
-
-
-def outputs(graph: Graph, batch_size: int, seed: int = 0, gpu: int | None = None, batches: int = 1) -> list[Array]:
-    """The outputs of some batches, one after the other: each output `(batches * batch_size, ...)`."""
-    pipeline = build(graph, Settings(batch_size, threads=2, prefetch=1, seed=seed, gpu=gpu))
-    runs = [[np.array(x.as_cpu().as_array()) for x in pipeline.run()[:-2]] for _ in range(batches)]
-    whole = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
-    return whole if graph.mode == "raw" else [*(x.transpose(0, 2, 1) for x in whole[:-1]), whole[-1]]
 
 
 def pcm(wave: Array) -> Array:
@@ -143,27 +114,9 @@ def test_spec_augment_false_masks_nothing(tmp_path: Path) -> None:
 # --- where a view is taken from
 
 
-LOW, HIGH, LONG, SHORT = 500.0, 7500.0, 20.0, 1.0
-
-
-def sweep() -> Array:
-    """A tone that rises steadily from LOW to HIGH over LONG seconds: its frequency tells the place."""
-    time = np.arange(round(LONG * RATE)) / RATE
-    return (0.5 * np.sin(2 * np.pi * (LOW * time + (HIGH - LOW) * time**2 / (2 * LONG)))).astype(np.float32)
-
-
-def places(views: Array) -> Array:
-    """The place of each view's middle in the sweep, s."""
-    return np.array([(frequency(view) - LOW) / (HIGH - LOW) * LONG for view in views])
-
-
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     return write_shards(tmp_path_factory.mktemp("sweeps"), [sweep()] * 8)
-
-
-def crops(shards: Any, mode: Any, **more: Any) -> Graph:
-    return graph(shards, mode, seconds=SHORT, segment_seconds=LONG, **more)
 
 
 @pytest.mark.parametrize("kind", ["same", "independent"])
@@ -249,11 +202,12 @@ def test_the_gpu_gives_what_the_cpu_gives(mode: str, native_rate: bool, tmp_path
 @pytest.mark.gpu
 @pytest.mark.parametrize(("crops", "seconds"), [("same", 60.0), ("independent", 45.0)])
 def test_the_gpu_gives_what_the_cpu_gives_of_a_minute_at_44_1_khz(crops: str, seconds: float, tmp_path: Path) -> None:
-    """The songs as they are on a disk: all of a segment, and two places of it."""
+    """The songs as they are on a disk: all of a segment, and two places of it, with a short view beside them."""
     rates = (44100,) * 3
     shards = write_shards(tmp_path, [song(60.0, seed, rate) for seed, rate in enumerate(rates)], rates)
     spec = LogMel(mean=-30.0, std=15.0)
-    one = graph(shards, "views", AugmentationConfig(), seconds, 60.0, native_rate=True, spec=spec, crops=crops)
+    one = graph(shards, "views", AugmentationConfig(), seconds, 60.0, native_rate=True, spec=spec, crops=crops,
+                short_views=1, short_seconds=5.0)  # fmt: skip
     assert_same_on_both_devices(one, 3, batches=2, depth_db=RESAMPLED_DEPTH_DB)
 
 

@@ -267,6 +267,13 @@ def test_the_encoder_takes_any_number_of_views() -> None:
     assert z2.shape == z1.shape == p1.shape
 
 
+def test_the_prediction_of_a_short_view_is_compared_with_the_mean_of_all_projections() -> None:
+    g = torch.Generator().manual_seed(3)
+    p, z = torch.randn(3, 5, 6, generator=g), torch.randn(2, 5, 6, generator=g)
+    terms = [negative_cosine(own, target) for own, target in zip(p, (z[1], z[0], (z[0] + z[1]) / 2), strict=True)]
+    assert simsiam_loss(list(p), list(z)).item() == pytest.approx(float(sum(terms)) / 3, abs=1e-6)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("embedding", ["backbone", "projection"])
 def test_a_view_is_embedded_in_windows_where_that_is_set(embedding: str) -> None:

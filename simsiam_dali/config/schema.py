@@ -73,6 +73,13 @@ class DataConfig(Section):
     view_crops: Literal["same", "independent"] = Field(
         "same", description="with views shorter than the segment: all from one place of it, or each from its own"
     )
+    short_views: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="shorter views beside those, each from a place of its own, whose predictions aim at them",
+    )
+    short_view_seconds: float = Field(2.5, gt=0, description="length of a short view, s; read with short_views")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="DALI's CPU threads per process; auto measures for some seconds, and sets prefetch too"
     )

@@ -1,5 +1,6 @@
 """What shapes the DALI graph: the log-mel front end, the shards that are read, and the kind of output."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,9 +48,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Graph:
-    """All settings of the graph. seconds: length of a view. augmentation, crops, views: for mode "views" only.
+    """All settings of the graph. seconds: length of a view. augmentation, crops, views, short: for mode "views" only.
 
-    epoch: which batches are decoded; None decodes all. views: how many augmented views a segment has.
+    epoch: which batches are decoded; None decodes all. views: how many augmented views a segment has. short_views: how
+    many shorter ones follow them, of short_seconds.
     """
 
     source: Source
@@ -60,3 +62,23 @@ class Graph:
     crops: Literal["same", "independent"] = "same"
     epoch: Epoch | None = None
     views: int = 2
+    short_views: int = 0
+    short_seconds: float = 0.0
+
+    def by_length(self) -> "list[Graph]":
+        """The graph of the views, and where there are short ones, the graph of those alone.
+
+        Each short view has a place of its own, anywhere in the segment; its time masks are as much shorter as it is.
+        """
+        long = dataclasses.replace(self, short_views=0)
+        if not self.short_views:
+            return [long]
+        time_mask = round(self.augmentation.time_mask_param * self.short_seconds / self.seconds)
+        short = dataclasses.replace(
+            long,
+            seconds=self.short_seconds,
+            views=self.short_views,
+            crops="independent",
+            augmentation=self.augmentation.model_copy(update={"time_mask_param": time_mask}),
+        )
+        return [long, short]

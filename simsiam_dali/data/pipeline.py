@@ -4,6 +4,7 @@ One definition serves both devices: with `gpu`, everything after the decoder (wh
 the GPU; without it no GPU is touched.
 """
 
+import itertools
 import os
 import sys
 import tempfile
@@ -130,8 +131,8 @@ Random = tuple[list[DataNode | float], list[augment.Draws]]
 """Where each crop starts, 0 to 1, one for each view or one for all; in mode "views" each view's augmentations."""
 
 
-def draw(graph: Graph, seed: int) -> Random:
-    """The random numbers of a batch; seed: of this rank.
+def draw(graph: Graph, seed: int) -> list[Random]:
+    """The random numbers of a batch, for each length of view; seed: of this rank.
 
     Drawn whether or not the batch is decoded: every batch draws equally often.
     """
@@ -140,12 +141,16 @@ def draw(graph: Graph, seed: int) -> Random:
         return augment.uniform(0.0, 1.0, augment.derive_seed(seed, name))
 
     if graph.mode != "views":
-        return [0.5 if graph.source.shuffle_buffer == 0 else draw_crop("crop")], []
-    numbers = range(1, graph.views + 1)
-    crops = [draw_crop(f"crop {number}") for number in (numbers if graph.crops == "independent" else [1])]
-    frames = graph.log_mel.frames(graph.seconds)
-    seeds = [augment.derive_seed(seed, f"view {number}") for number in numbers]
-    return crops, [augment.draw(graph.augmentation, frames, graph.log_mel.n_mels, own) for own in seeds]
+        return [([0.5 if graph.source.shuffle_buffer == 0 else draw_crop("crop")], [])]
+    random: list[Random] = []
+    number = itertools.count(1)
+    for part in graph.by_length():
+        numbers = list(itertools.islice(number, part.views))
+        crops = [draw_crop(f"crop {n}") for n in (numbers if part.crops == "independent" else numbers[:1])]
+        frames = part.log_mel.frames(part.seconds)
+        seeds = [augment.derive_seed(seed, f"view {n}") for n in numbers]
+        random.append((crops, [augment.draw(part.augmentation, frames, part.log_mel.n_mels, own) for own in seeds]))
+    return random
 
 
 def is_used(epoch: Epoch, batch_size: int) -> DataNode:
@@ -156,10 +161,9 @@ def is_used(epoch: Epoch, batch_size: int) -> DataNode:
 
 
 def decode(
-    encoded: DataNode, random: Random, graph: Graph, noise: np.ndarray | None, on_gpu: bool
+    encoded: DataNode, random: list[Random], graph: Graph, noise: np.ndarray | None, on_gpu: bool
 ) -> tuple[DataNode, ...]:
     """The data of the mode, time before frequency, then total and samples."""
-    crops, draws = random
     wave, rate = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
     samples = wave.shape(dtype=types.INT32)[0]
     # FLAC holds integers: what decodes is finite, which saves a pass over the samples.
@@ -169,19 +173,20 @@ def decode(
     if on_gpu:
         wave = wave.gpu()
 
-    def wave_of(at: DataNode | float) -> DataNode:
-        return to_front_end_rate(crop(wave, rate, graph, at), rate, graph, on_gpu)
+    def wave_of(at: DataNode | float, part: Graph) -> DataNode:
+        return to_front_end_rate(crop(wave, rate, part, at), rate, part, on_gpu)
 
-    waves = [wave_of(at) for at in crops]
-    if graph.mode == "raw":
-        return waves[0], total, samples
-    if graph.mode == "clean":
-        return clean_view(waves[0], graph.log_mel), total, samples
-    if len(waves) < graph.views:
-        waves = waves * graph.views
+    if graph.mode != "views":
+        (((at,), _),) = random
+        one = wave_of(at, graph)
+        return one if graph.mode == "raw" else clean_view(one, graph.log_mel), total, samples
     # One bank for all views: DALI keeps a copy of a constant for each sample of the batch.
     bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
-    return (*augmented_views(waves, draws, bank, graph, on_gpu), total, samples)
+    views = []
+    for part, (crops, draws) in zip(graph.by_length(), random):  # noqa: B905 - DALI's zip
+        waves = [wave_of(at, part) for at in crops]
+        views += augmented_views(waves if len(waves) == part.views else waves * part.views, draws, bank, part, on_gpu)
+    return (*views, total, samples)
 
 
 def not_decoded(graph: Graph, on_gpu: bool) -> tuple[DataNode, ...]:
@@ -190,4 +195,4 @@ def not_decoded(graph: Graph, on_gpu: bool) -> tuple[DataNode, ...]:
     data = types.Constant(np.zeros(size, np.float32), device="gpu" if on_gpu else "cpu")
     total = types.Constant(np.float32(0), device="cpu")
     samples = types.Constant(np.int32(0), device="cpu")
-    return (*[data] * (graph.views if graph.mode == "views" else 1), total, samples)
+    return (*[data] * (graph.views + graph.short_views if graph.mode == "views" else 1), total, samples)

@@ -29,11 +29,13 @@ class Byol(SimSiam):
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Views `(B, n_mels, T)` to the prediction of each and the target's projection of each, `(B, projection_dim)`.
 
-        The target's batch norm takes its statistics from the batch too, as in the published code.
+        The target's batch norm takes its statistics from the batch too, as in the published code. Short views, which
+        come last, have a prediction only.
         """
-        p = [self.predictor(self.projector(self.features(view))) for view in views]
+        p = self.predict([self.projector(self.features(view)) for view in views])
         with torch.no_grad():
-            z = [self.target["projector"](self.target["backbone"](view.unsqueeze(1))) for view in views]
+            long = [view.unsqueeze(1) for view in views[: len(views) - self.short_views]]
+            z = [self.target["projector"](self.target["backbone"](view)) for view in long]
         return *p, *z
 
     @torch.no_grad()

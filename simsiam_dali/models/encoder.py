@@ -51,7 +51,7 @@ class EncoderType(ABC):
     """All that the trainer knows of an encoder type, for one config."""
 
     batches: ClassVar[Literal["views", "raw"]]
-    """Input of the forward: `data.views` augmented views, or the waveform."""
+    """Input of the forward: `data.views` augmented views and then `data.short_views` short ones, or the waveform."""
     embeds: ClassVar[Literal["clean", "raw"]]
     """Input of `embed`: one view without augmentation, or the waveform."""
     min_samples: ClassVar[int] = 1
@@ -89,7 +89,9 @@ class EncoderType(ABC):
     def input_shapes(self, log_mel: "LogMel", seconds: float) -> list[tuple[int, ...]]:
         """Shape of each input of the forward, for one segment."""
         if self.batches == "views":
-            return [(log_mel.n_mels, log_mel.frames(seconds))] * self.config.data.views
+            data = self.config.data
+            lengths = [seconds] * data.views + [data.short_view_seconds] * data.short_views
+            return [(log_mel.n_mels, log_mel.frames(each)) for each in lengths]
         return [(round(seconds * log_mel.sample_rate),)]
 
 

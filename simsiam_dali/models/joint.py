@@ -17,7 +17,7 @@ from simsiam_dali.models.encoder import LossFn, Scored
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.losses import MetadataContrastiveLoss, nt_xent, rating_loss, simsiam_loss
 from simsiam_dali.models.projected import Projected, ProjectedType
-from simsiam_dali.models.simsiam import create_predictor
+from simsiam_dali.models.simsiam import create_predictor, create_short_predictor, param_groups, predictions
 
 TAG_HIDDEN, TAG_DIM = 256, 128
 
@@ -34,9 +34,12 @@ class Joint(Projected):
             nn.Linear(TAG_HIDDEN, TAG_DIM),
         )
         self.rating_head = nn.Linear(self.backbone_dim, 1)
+        self.short_views = config.data.short_views
         self.predictor: nn.Module | None = None
+        self.short_predictor: nn.Module | None = None
         if config.encoder.joint.views_loss == "simsiam":
             self.predictor = create_predictor(self.settings.projection_dim, self.settings.predictor_hidden_dim)
+            self.short_predictor = create_short_predictor(config)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Views `(B, n_mels, T)` to the z of each `(B, projection_dim)`, then the t, the r, and with a predictor the p.
@@ -46,14 +49,12 @@ class Joint(Projected):
         features = [self.features(view) for view in views]
         z = [self.projector(h) for h in features]
         ratings = [self.rating_head(h).squeeze(1) for h in features]
-        p = map(self.predictor, z) if self.predictor else ()
+        p = predictions(z, len(z) - self.short_views, self.predictor, self.short_predictor) if self.predictor else ()
         return *z, *map(self.tag_head, features), *ratings, *p
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; the predictor's learning rate is not decayed, as in SimSiam."""
-        own = list(self.predictor.parameters()) if self.predictor else []
-        others = [p for name, p in self.named_parameters() if not name.startswith("predictor.")]
-        return [{"params": others, "fix_lr": False}, {"params": own, "fix_lr": self.settings.fix_predictor_lr}]
+        return param_groups(self, self.settings.fix_predictor_lr)
 
 
 class JointType(ProjectedType):
@@ -71,7 +72,8 @@ class JointType(ProjectedType):
     def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:
         """See the base class."""
         has_loss = torch.ones((), dtype=torch.bool, device=device)
-        own, views = self.config.encoder.joint, self.config.data.views
+        own, long = self.config.encoder.joint, self.config.data.views
+        views = long + self.config.data.short_views
         temperature = self.config.encoder.contrastive.temperature
         tag_loss = MetadataContrastiveLoss(own)
         song = shards.segments["song"].to_numpy()
@@ -83,7 +85,7 @@ class JointType(ProjectedType):
             if device.type == "cuda" and segment.device.type == "cpu":
                 segment = segment.pin_memory()  # the host need not wait for a copy from pinned memory
             segment = segment.to(device, non_blocking=True)
-            by_views = simsiam_loss(p[0], z) if p else nt_xent(z, temperature)
+            by_views = simsiam_loss(p[0], z[:long]) if p else nt_xent(z, temperature)
             by_tags, _ = tag_loss(torch.cat(t), *(torch.cat([label] * views) for label in labels.of(segment)))
             by_rating = rating_loss(torch.cat(r), rating[segment].repeat(views))
             return Scored(by_views + own.tag_weight * by_tags + own.rating_weight * by_rating, has_loss, z[0])

@@ -16,8 +16,9 @@ def simsiam_loss(p: Sequence[Tensor], z: Sequence[Tensor]) -> Tensor:
 
     Predictions and projections of each view, `(B, D)`, any float dtype, to a float32 scalar in [-1, 1]. A view's
     prediction is compared with the mean projection of all other views, which is FastSiam's target (Pototzky et al.,
-    GCPR 2022, section 3); of two views it is the other one's. -1 is reached both by perfect predictions and by
-    collapse: never choose a checkpoint by it.
+    GCPR 2022, section 3); of two views it is the other one's. Predictions without a projection, of short views, come
+    last, and are compared with the mean of all projections. -1 is reached both by perfect predictions and by collapse:
+    never choose a checkpoint by it.
     """
     losses = [negative_cosine(own, mean_of_others(z, view)) for view, own in enumerate(p)]
     return torch.stack(losses).mean()

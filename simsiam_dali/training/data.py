@@ -117,6 +117,12 @@ def view_seconds(config: Config, shards: ShardSet) -> float:
     return seconds
 
 
+def seconds_of_views(config: Config, shards: ShardSet) -> float:
+    """The length of all views of a segment together, s."""
+    data = config.data
+    return data.views * view_seconds(config, shards) + data.short_views * data.short_view_seconds
+
+
 def create_loader(
     config: Config, shards: ShardSet, log_mel: LogMel, world: World, split: Split, mode: Mode, shuffled: bool = False
 ) -> Loader:
@@ -137,14 +143,19 @@ def create_loader(
         num_shards=world.size,
         shuffle_buffer=config.data.shuffle_buffer if shuffled else 0,
     )
+    seconds, short = view_seconds(config, shards), config.data.short_view_seconds
+    if mode == "views" and config.data.short_views and short > seconds:
+        raise UserError(f"data.short_view_seconds is {short:g}, but the other views have {seconds:g} s: use less")
     graph = Graph(
         source=source,
         log_mel=log_mel,
         mode=mode,
-        seconds=view_seconds(config, shards),
+        seconds=seconds,
         augmentation=config.encoder.simsiam.augmentation,
         crops=config.data.view_crops,
         views=config.data.views,
+        short_views=config.data.short_views,
+        short_seconds=short,
     )
     if config.data.threads == "auto":
         raise ValueError("data.threads is still auto: `with_threads` chooses a number first")

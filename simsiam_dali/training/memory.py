@@ -61,9 +61,12 @@ def activation_bytes(encoder: nn.Module, shapes: list[tuple[int, ...]]) -> float
     return sum(kept.values()) / batch
 
 
-def dali_bytes(segment_seconds: float, view_seconds: float, views: int) -> tuple[float, float]:
-    """The least and the most that DALI's buffers take on a GPU for a segment of a batch. views: 0 for raw audio."""
-    least, most = (segment_seconds * SEGMENT_BYTES + views * view_seconds * each for each in VIEW_BYTES)
+def dali_bytes(segment_seconds: float, seconds_of_views: float) -> tuple[float, float]:
+    """The least and the most that DALI's buffers take on a GPU for a segment of a batch.
+
+    seconds_of_views: of all its views together; 0 for raw audio.
+    """
+    least, most = (segment_seconds * SEGMENT_BYTES + seconds_of_views * each for each in VIEW_BYTES)
     return least, most
 
 

@@ -16,7 +16,7 @@ from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.recompute import recompute_blocks
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import memory
-from simsiam_dali.training.data import log_mel_settings, view_seconds
+from simsiam_dali.training.data import log_mel_settings, seconds_of_views, view_seconds
 from simsiam_dali.training.learner import Learner, autocast_dtype
 
 TRIED_ON = ("cuda",)
@@ -114,8 +114,8 @@ def bytes_beside(config: Config, learner: Learner, shards: ShardSet, size: int) 
 
 
 def _dali_bytes(config: Config, shards: ShardSet) -> tuple[float, float]:
-    views = config.data.views if encoder_type(config).batches == "views" else 0
-    return memory.dali_bytes(shards.segment_seconds, view_seconds(config, shards), views)
+    views = seconds_of_views(config, shards) if encoder_type(config).batches == "views" else 0.0
+    return memory.dali_bytes(shards.segment_seconds, views)
 
 
 def _input_shapes(config: Config, shards: ShardSet) -> list[tuple[int, ...]]:

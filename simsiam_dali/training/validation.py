@@ -18,7 +18,7 @@ from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_cha
 from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.models.labels import first_label_ids
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training.data import Mode, Split, TrainingData
+from simsiam_dali.training.data import Mode, Split, TrainingData, seconds_of_views, view_seconds
 from simsiam_dali.training.learner import Learner
 
 COST = 0.1
@@ -135,7 +135,9 @@ def epochs_between(config: Config, shards: ShardSet) -> int:
     """
     if config.train.validate_every != "auto":
         return config.train.validate_every
-    views = config.data.views if encoder_type(config).batches == "views" else 1
+    views = 1.0
+    if encoder_type(config).batches == "views":
+        views = seconds_of_views(config, shards) / view_seconds(config, shards)
     training, validation = shards.count("train"), shards.count("val")
     passes = validation * (views + 1) + min(training, config.train.knn_segments)
     return max(1, math.ceil(passes / (COST * TRAINING_PASSES * views * training)))
