@@ -44,6 +44,7 @@ class Counts:
 
     train: int
     val: int
+    segment_seconds: float = 10.0
 
     def count(self, split: str) -> int:
         return self.train if split == "train" else self.val
@@ -63,6 +64,14 @@ def test_validation_takes_at_most_a_tenth_of_the_passes_and_no_less_often_than_t
     trained = 3 * views * train  # forward and backward
     assert scored <= 0.1 * every * trained
     assert every == 1 or scored > 0.1 * (every - 1) * trained
+
+
+def test_short_views_count_by_their_length():
+    """Two views of 10 s and four of 2.5 s are as three of 10 s."""
+    shorter = {"data__short_views": 4, "data__short_view_seconds": 2.5}
+    for train, val in ((100, 30), (50, 50)):
+        beside = epochs_between(config(data__view_seconds=10, **shorter), Counts(train, val))
+        assert beside == epochs_between(config(data__view_seconds=10, data__views=3), Counts(train, val))
 
 
 def test_a_number_is_kept_as_it_is():

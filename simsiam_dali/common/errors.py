@@ -1,10 +1,12 @@
 """Errors a user can mend, told in one line.
 
 Everything the user may get wrong (a missing folder, a key that does not exist, a batch larger than the data set)
-raises `UserError`; the commands print it as one line and exit with status 1. A traceback is for our own mistakes.
+raises `UserError`; the commands print it as one line and exit with status 1. A traceback is for our own mistakes; there
+is none after Ctrl-C.
 """
 
 import functools
+import signal
 import sys
 from collections.abc import Callable
 
@@ -24,7 +26,7 @@ def printable(text: str) -> str:
 
 
 def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's `main`: a `UserError` becomes one line on stderr and exit status 1."""
+    """Wrap a command's `main`: a `UserError` becomes one line on stderr and exit status 1, Ctrl-C "stopped" and 130."""
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -33,5 +35,8 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
         except UserError as e:
             print(f"error: {printable(str(e))}", file=sys.stderr)
             sys.exit(1)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     return wrapped
