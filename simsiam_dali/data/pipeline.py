@@ -180,12 +180,15 @@ def decode(
         (((at,), _),) = random
         one = wave_of(at, graph)
         return one if graph.mode == "raw" else clean_view(one, graph.log_mel), total, samples
-    # One bank for all views: DALI keeps a copy of a constant for each sample of the batch.
+    parts = graph.by_length()
+    waves = [[wave_of(at, part) for at in crops] for part, (crops, _) in zip(parts, random)]  # noqa: B905 - DALI's zip
+    # One bank for all views: DALI keeps a copy of a constant for each sample of the batch. And here, after the crops:
+    # DALI names operators by their order, and finds their states in a checkpoint by name.
     bank = None if noise is None else types.Constant(noise, device="gpu" if on_gpu else "cpu")
     views = []
-    for part, (crops, draws) in zip(graph.by_length(), random):  # noqa: B905 - DALI's zip
-        waves = [wave_of(at, part) for at in crops]
-        views += augmented_views(waves if len(waves) == part.views else waves * part.views, draws, bank, part, on_gpu)
+    for part, own, (_, draws) in zip(parts, waves, random):  # noqa: B905 - DALI's zip
+        of_each = own if len(own) == part.views else own * part.views
+        views += augmented_views(of_each, draws, bank, part, on_gpu)
     return (*views, total, samples)
 
 
