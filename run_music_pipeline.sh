@@ -21,13 +21,13 @@ usage: $self STAGE [options]
   recommend          songs like others, or that you may like        simsiam_dali.recommend
   hpo                search for better settings, train the best     simsiam_dali.hpo
   compare            the best runs of each encoder type             simsiam_dali.compare
-  demo               all of it on 128 made-up songs                 make demo
+  demo               all of it on 192 synthesised songs             make demo
   all MUSIC_DIR      shards, encoder, classifier, recommend --top; the options are the encoder's
 
-A stage passes its options on; STAGE --help shows them. --encoder-type simsiam|simple, or ENCODER_TYPE in the
-environment, says which encoder to train, tune, evaluate or recommend with. classifier also takes --checkpoint RUN, and
-gives --shards, --embedding, --view-seconds, --batch-size, --threads, --device and --precision to embed, --replace to
-both, and the rest to evaluate. Python is .venv/bin/python of the repository, else python3, or what PYTHON says.
+A stage passes its options on; STAGE --help shows them. --encoder-type simsiam|joint|contrastive|byol|simple, or
+ENCODER_TYPE in the environment, says which encoder to train, tune, evaluate or recommend with. classifier also takes
+--checkpoint RUN, and gives --shards, --embedding, --view-seconds, --batch-size, --threads, --device and --precision to
+embed, --replace to both, and the rest to evaluate. Python is .venv/bin/python of the repository, else python3, or what PYTHON says.
 EOF
 }
 

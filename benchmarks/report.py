@@ -25,17 +25,27 @@ A figure is the median of the windows, with the lowest and the highest. What is 
 """
 
 README_STAGES = {
-    "loader/light": "DALI loader: shift, gain, noise, SpecAugment",
-    "baseline/light": "torch DataLoader, the same list",
-    "baseline/gpu_light": "webdataset + torchaudio on the GPU, the same list",
+    "loader/light": "DALI loader: shift, gain, noise and SpecAugment",
+    "baseline/light": "torch DataLoader: the same",
+    "baseline/gpu_light": "webdataset + torchaudio on the GPU: the same",
     "loader/all": "DALI loader: all eight augmentations",
-    "baseline/full": "torch DataLoader, all eight",
-    "baseline/gpu_full": "webdataset + torchaudio on the GPU, all eight",
-    "loader/train": "DALI loader as the training reads it",
+    "baseline/full": "torch DataLoader: all eight",
+    "baseline/gpu_full": "webdataset + torchaudio on the GPU: all eight",
+    "loader/train": "DALI loader with the training's views",
     "model": "model alone (forward, backward, step)",
     "train": "training, end to end",
     "baseline/train": "training on the torch DataLoader",
     "baseline/gpu_train": "training on webdataset + torchaudio on the GPU",
+}
+README_RATIOS = {
+    ("loader/light", "baseline/light"): "DALI loader over torch DataLoader: shift, gain, noise and SpecAugment",
+    ("loader/all", "baseline/full"): "DALI loader over torch DataLoader: all eight",
+    ("loader/all", "baseline/gpu_full"): "DALI loader over webdataset + torchaudio on the GPU: all eight",
+    ("train", "baseline/gpu_train"): "training over training on webdataset + torchaudio",
+}
+README_SHARES = {
+    "train_over_slower": "training over the slower of its loader and its model",
+    "data_wait_share": "share of the training's time spent waiting for data",
 }
 RATIOS = {
     "light_over_baseline": "loader/light over baseline/light",
@@ -105,6 +115,18 @@ def section(name: str, doc: Doc) -> Iterator[str]:
         yield from ("", f"![{name}](results/{name}.png)")
 
 
+def short_title(name: str, doc: Doc) -> str:
+    """The head of a result's column: what it was measured on, and the training's model and views.
+
+    A result on real songs has "real-music" in its file's name.
+    """
+    env, views = doc["environment"], doc["stages"].get("train", {}).get("view_seconds")
+    where = env["gpu"].removeprefix("NVIDIA ") if env["gpu"] else f"{env['cores']} CPU cores"
+    model = env["settings"]["model"].split()[-1].replace("resnet", "ResNet-")
+    songs = "real songs" if "real-music" in name else "generated songs"
+    return ", ".join([f"{where}: {model}", *([f"{views:g} s views"] if views else []), songs])
+
+
 def readme_table(docs: Mapping[str, Doc]) -> Iterator[str]:
     """The results of whole runs, one column each; sweeps, soaks and runs of a few stages stand in RESULTS.md only."""
     shown = {  # those of a GPU first
@@ -116,7 +138,7 @@ def readme_table(docs: Mapping[str, Doc]) -> Iterator[str]:
     if not shown:
         yield "Nothing has been measured yet."
         return
-    yield f"| samples/s | {' | '.join(shown)} |"
+    yield f"| samples/s | {' | '.join(short_title(name, doc) for name, doc in shown.items())} |"
     yield "|---" * (1 + len(shown)) + "|"
 
     def row(label: str, cells: list[str]) -> Iterator[str]:
@@ -126,13 +148,18 @@ def readme_table(docs: Mapping[str, Doc]) -> Iterator[str]:
     for stage, label in README_STAGES.items():
         entries = [doc["stages"].get(stage) for doc in shown.values()]
         yield from row(label, [figure(e["samples_per_s"]) if e else "" for e in entries])
-    for ratio, label in RATIOS.items():
+    for pair, label in README_RATIOS.items():
+        rates = [[doc["stages"].get(stage, {}).get("samples_per_s") for stage in pair] for doc in shown.values()]
+        yield from row(label, [f"{over / under:.1f}" if over and under else "" for over, under in rates])
+    for ratio, label in README_SHARES.items():
         values = [doc["ratios"][ratio] for doc in shown.values()]
         text = "{:.1%}" if ratio == "data_wait_share" else "{:.2f}"
         yield from row(label, ["" if value is None else text.format(value) for value in values])
     yield ""
     for name, doc in shown.items():
-        yield f"- {name}: {machine(doc)}. {material(doc)}."
+        sizes = [doc["stages"].get(stage, {}).get("batch_size") for stage in ("loader/light", "baseline/light")]
+        note = f" The torch DataLoader gives batches of {sizes[1]}, all else {sizes[0]}." if len(set(sizes)) > 1 else ""
+        yield f"- {short_title(name, doc)} (`{name}`): {machine(doc)}. {material(doc)}.{note}"
     yield ""
     yield "Every stage, window and sweep: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
 

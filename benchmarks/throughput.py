@@ -2,8 +2,8 @@
 
 One sample is one segment, which gives two views. Without arguments it measures the shards in ./shards, or, where there
 are none, shards of generated songs that it makes and keeps in the cache folder; on the GPU where there is one. Every
-stage is warmed up; a figure is the median of five windows, and the stages of a group take turns (see measure.py).
-stages.py and baselines.py say what each stage does; document.py says what --json writes, after each group of stages.
+stage is warmed up; a figure is the median of five windows, and the stages of a group take turns. The stages are
+described in benchmarks/stages.py and baselines.py, and what --json writes, after each group, in document.py.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from stages import BASELINE_OF_TRAIN, KINDS, TRAINING, Spec, open_stage
 
 from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.shipped import config_file
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import ShardSet, open_shards
@@ -78,11 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes the GPU when there is one")
     add("--stages", nargs="+", metavar="STAGE", help=f"which to measure: {', '.join(KINDS)}")
     add("--batch-size", type=int, metavar="N",
-        help=f"(default: the config's for training and on a GPU, else {LOADER_BATCH})")  # fmt: skip
+        help=f"segments in a batch (default: the config's for training and on a GPU, else {LOADER_BATCH})")  # fmt: skip
     add("--baseline-batch", type=int, metavar="N", help="of the baselines whose views the CPU makes: their windows hold"
         f" a batch of each worker (default: {BASELINE_BATCH} on a GPU, else as the others')")  # fmt: skip
     add("--threads", type=int, metavar="N",
-        help=f"DALI's (default: all cores on a GPU, else {LOADER_THREADS}; in training the config's,"
+        help=f"DALI's CPU threads (default: all cores on a GPU, else {LOADER_THREADS}; in training the config's,"
         " auto = all cores)")  # fmt: skip
     add("--workers", type=int, metavar="N", help="the baselines' worker processes (default: as many as threads)")
     add("--view-seconds", type=float, metavar="S",
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--windows", type=int, default=5, metavar="N", help="windows of each stage (default: %(default)s)")
     add("--shards", type=Path, metavar="DIR", help="shards to measure (default: ./shards, else generated ones)")
     add("--music", type=Path, metavar="DIR", help="songs to pack into the cache and measure, instead of shards")
-    add("--config", type=Path, metavar="FILE", help="of the training stages (default: configs/gpu.yaml or cpu.yaml)")
+    add("--config", type=config_file, metavar="FILE", help="of the training stages, as for train (default: gpu or cpu)")
     add("--set", action="append", default=[], metavar="a.b=c", dest="assignments",
         help="a setting of the training stages, such as train.compile=true")  # fmt: skip
     add("--sweep", choices=list(SWEEPS), help="measure stages at several values of this")

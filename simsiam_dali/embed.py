@@ -53,10 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="write all baselines too, into DIR (default: baselines/ beside --out)")  # fmt: skip
     add("--batch-size", type=int, metavar="N",
         help=f"segments per batch (default: the training's, with at most {FORWARD_SHARE} times its audio)")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: the training's; auto = all cores)")
+    add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: as many as the training used)")
     add_device(parser)
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="autocast (default: the training's)")
-    add("--replace", action="store_true", help="write over a table of something else")
+    add("--replace", action="store_true", help="overwrite --out even if it holds other embeddings")
     return parser
 
 

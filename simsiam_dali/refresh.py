@@ -29,6 +29,7 @@ from simsiam_dali.embedding.changes import Changes, compare, refuse_loss
 from simsiam_dali.embedding.previous import Previous, read_previous
 from simsiam_dali.embedding.records import open_tables, records_path, write_records
 from simsiam_dali.embedding.refresh import Refreshed, never_trained_on, refresh
+from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import write_embeddings
 from simsiam_dali.packing.find import SongFile, find_songs
 from simsiam_dali.packing.ratings import RatingsFile
@@ -55,9 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the playlists that recommend --save wrote (default: %(default)s)")  # fmt: skip
     add("--ratings", type=Path, metavar="FILE", help="ratings that override those in the tags, as for packing")
     add("--shards", type=s3.place, metavar="DIR",
-        help="the shards of a table from before refresh was there (default: the training's)")  # fmt: skip
+        help="the table's shards, where it was written before refresh existed (default: the training's)")  # fmt: skip
     add("--batch-size", type=int, metavar="N", help="segments per batch (default: as for embed)")
-    add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: the training's; auto = all cores)")
+    add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: as many as the training used)")
     add_device(parser)
     add("--dry-run", action="store_true", help="show what would be done, and write nothing")
     add("--replace", action="store_true",
@@ -206,9 +207,18 @@ def advise_training(args: argparse.Namespace, previous: Previous, made: Refreshe
         print(
             f"{new} of {songs} songs, more than {TRAIN_AGAIN:.0%}, were not in the training: train again\n"
             f"    python -m simsiam_dali.pack {music} --out {shards}\n"
-            f"    python -m simsiam_dali.train --shards {shards}\n"
+            f"    python -m simsiam_dali.train {same_settings(previous.run)} --shards {shards}\n"
             f"    python -m simsiam_dali.embed --out {out} --replace"
         )
+
+
+def same_settings(run: TrainedRun) -> str:
+    """Options of a training with the settings of `run`; only its encoder type where its config.yaml is gone."""
+    config = run.path.parent / "config.yaml"
+    if not config.exists():
+        return f"--encoder-type {run.config.encoder.encoder_type}"
+    named = " --set train.run_name=null" if run.config.train.run_name else ""
+    return f"--config {shlex.quote(str(config))}{named}"
 
 
 @one_line_errors

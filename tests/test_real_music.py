@@ -188,7 +188,7 @@ def test_the_experiments_page_holds_the_newest_results():
 
 def test_the_config_of_the_winner_is_what_was_compared() -> None:
     """All that shapes what is learned; how long, on what device and how it is recorded may differ."""
-    own = equal_time.CANDIDATES["joint, 60 s, short views, windows"]
+    own = equal_time.CANDIDATES["joint, 2.5 s noisy views of 60 s, windows"]
     settings = [f"{key}={value}" for key, value in own.settings.items()]
     compared = load_config(CPU_FILE, assignments=settings).model_dump()
     joint = load_config(ROOT / "configs" / "joint.yaml")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -16,8 +17,9 @@ from helpers.full_disk import fill, small_disk
 from helpers.kills import KILL_AT
 from helpers.small_music import write_song
 
-from simsiam_dali import embed, recommend, refresh
+from simsiam_dali import embed, recommend, refresh, train
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
 from simsiam_dali.embedding.records import records_path
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
 
@@ -274,10 +276,19 @@ def test_a_playlist_that_is_newer_than_the_table_is_left_alone_and_one_that_is_m
 
 
 @pytest.mark.parametrize("new", [1, 2])
-def test_training_again_is_advised_above_a_fifth(home, new, capsys, monkeypatch):
+def test_training_again_is_advised_above_a_fifth(home, new, small_runs, capsys, monkeypatch):
     monkeypatch.setattr(refresh, "never_trained_on", lambda *_: new)
     run(home)
-    assert ("python -m simsiam_dali.train" in capsys.readouterr().out) == (new == 2)
+    printed = capsys.readouterr().out
+    assert ("python -m simsiam_dali.train" in printed) == (new == 2)
+    if new == 2:  # with the settings of the run that made the table, which has a name of its own
+        (line,) = (line for line in printed.splitlines() if "simsiam_dali.train" in line)
+        words = shlex.split(line)
+        args = train.build_parser().parse_args(words[words.index("simsiam_dali.train") + 1 :])
+        assert args.config == Path(small_runs["simsiam"]) / "config.yaml"
+        config, run_dir = train.new_run(args)
+        assert config.encoder == load_config(args.config).encoder
+        assert not run_dir.exists()
 
 
 def test_a_full_disk_of_the_playlists_changes_nothing(home):

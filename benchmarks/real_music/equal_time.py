@@ -65,7 +65,7 @@ CANDIDATES = {
     "no frequency mask": Candidate({f"{AUGMENTATION}.frequency_mask_prob": 0}),
     "weight decay 1e-4": Candidate({"encoder.simsiam.weight_decay": 1e-4}),
     "projector of 3 layers": Candidate({"encoder.simsiam.projection_layers": 3}),
-    "short views": Candidate(SHORT_NOISY),
+    "2.5 s noisy views": Candidate(SHORT_NOISY),
     "four views": Candidate({"data.views": 4}),
     "two short views beside": Candidate({"data.short_views": 2}),
     "with mixup": Candidate({f"{AUGMENTATION}.mixup_prob": 1.0}),
@@ -73,21 +73,22 @@ CANDIDATES = {
     "segments of 60 s": Candidate(segment_seconds=60),
     "momentum target (BYOL)": Candidate(kind="byol"),
     "contrastive": Candidate(kind="contrastive"),
-    "contrastive, 60 s": Candidate(kind="contrastive", segment_seconds=60),
-    "SimSiam, 60 s, short views": Candidate(SHORT_NOISY, segment_seconds=60),
-    "SimSiam, 60 s, two short views beside": Candidate(NOISE | NO_SHIFT | {"data.short_views": 2}, segment_seconds=60),
-    "contrastive, 60 s, short views": Candidate(SHORT_NOISY, "contrastive", 60),
-    "contrastive, 60 s, short views, windows": Candidate(SHORT_NOISY | WINDOWS, "contrastive", 60),
+    "contrastive, 60 s segments": Candidate(kind="contrastive", segment_seconds=60),
+    "SimSiam, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, segment_seconds=60),
+    "SimSiam, 60 s segments, two short views beside": Candidate(
+        NOISE | NO_SHIFT | {"data.short_views": 2}, segment_seconds=60
+    ),
+    "contrastive, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, "contrastive", 60),
+    "contrastive, 2.5 s noisy views of 60 s, windows": Candidate(SHORT_NOISY | WINDOWS, "contrastive", 60),
     "joint, SimSiam's loss": Candidate({"encoder.joint.views_loss": "simsiam"}, "joint"),
-    "joint, 60 s, short views": Candidate(SHORT_NOISY, "joint", 60),
-    "joint, 60 s, short views, windows": Candidate(SHORT_NOISY | WINDOWS, "joint", 60),
+    "joint, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, "joint", 60),
+    "joint, 2.5 s noisy views of 60 s, windows": Candidate(SHORT_NOISY | WINDOWS, "joint", 60),
     "simple (from tags)": Candidate(kind="simple"),
     PEER: Candidate(kind="lightly"),
 }
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
-the segment, the farther apart. Short views are of 2.5 s, with noise and without a circular shift, instead of the
-recipe's views, or beside them, with a predictor of their own; windows: songs are embedded by the projection, in windows
-of a view's length."""
+the segment, the farther apart. Noisy views have noise and no circular shift. Short views beside are of 2.5 s, with a
+predictor of their own; windows: songs are embedded by the projection, in windows of a view's length."""
 
 
 def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:

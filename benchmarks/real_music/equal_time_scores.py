@@ -7,6 +7,8 @@ import halves
 import numpy as np
 
 BASE, PEER = "the recipe", "SimSiam of lightly's parts"
+TAGGED = ("joint, 2.5 s noisy views of 60 s, windows", "contrastive, 2.5 s noisy views of 60 s, windows")
+"""A recipe that learns from tags too, and the same without them."""
 METRICS = ("soundtrack/knn", "soundtrack/map")
 RESAMPLES = 4000
 
@@ -79,14 +81,27 @@ def peer_lines(doc: Mapping[str, Any]) -> Iterator[str]:
         yield f"- {row}, to {PEER}: 5-NN {shown[0]}, mAP@10 {shown[1]}"
 
 
+def tag_lines(doc: Mapping[str, Any]) -> Iterator[str]:
+    """What the tags add, on all songs, on those that carry tags, and on those that do not."""
+    gaps = [difference(*(doc["scores"].get(row, {}) for row in TAGGED), metric) for metric in METRICS]
+    if any(gap is None for gap in gaps):
+        return
+    untagged = np.isin(np.arange(gaps[0].shape[1]), untagged_songs(doc)) if gaps[0] is not None else np.array([])
+    groups = {"songs": untagged | ~untagged, "songs with tags": ~untagged, "songs without tags": untagged}
+    for name, songs in groups.items():
+        own = [gap[:, songs] for gap in gaps if gap is not None]
+        shown = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(gap.mean(), *interval(gap)) for gap in own]
+        yield f"- what the tags add, joint to contrastive, {songs.sum()} {name}: 5-NN {shown[0]}, mAP@10 {shown[1]}"
+
+
 def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     """The table, and what it is of."""
     songs = len(next(iter(by_seed(doc["scores"][BASE], METRICS[0]).values())))
     env = doc["environment"]
     yield from table_lines(doc)
     yield ""
-    if to_peer := list(peer_lines(doc)):
-        yield from to_peer
+    if compared := [*peer_lines(doc), *tag_lines(doc)]:
+        yield from compared
         yield ""
     yield (
         f"{songs} songs; the time of {doc['base_epochs']} epochs of the recipe; {env['cpu']}, {env['cores']} cores;"

@@ -1,6 +1,7 @@
 """What the commands' parsers share: the program's name, common options, and options that are settings."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from simsiam_dali.common.shipped import config_file
-from simsiam_dali.config.load import sources_of
-from simsiam_dali.config.schema import setting_fields
+from simsiam_dali.config.load import default_config_file, load_config, sources_of
+from simsiam_dali.config.schema import flat, setting_fields
 
 PROGRAM = "simsiam-dali"
 
@@ -43,9 +44,27 @@ def add_setting(
     parser: argparse.ArgumentParser, option: str, key: str, metavar: str | None = None, **more: Any
 ) -> None:
     """Add an option for the setting `key`; the parsed value is under that dotted name, None where it was not given."""
-    field = dict(setting_fields())[key]
-    shown = "null" if field.default is None else field.default
-    parser.add_argument(option, dest=key, metavar=metavar, help=f"{field.description} ({key}; default {shown})", **more)
+    description, (gpu, cpu) = dict(setting_fields())[key].description, _defaults(key)
+    default = gpu if gpu == cpu else f"{gpu} with configs/gpu.yaml, {cpu} with cpu.yaml"
+    parser.add_argument(option, dest=key, metavar=metavar, help=f"{description} ({key}; default {default})", **more)
+
+
+def shown(value: Any) -> str:
+    """A setting's value as a config file has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@functools.cache
+def _of_default_file(device: str) -> dict[str, Any]:
+    return flat(load_config(default_config_file(device)))
+
+
+def _defaults(key: str) -> tuple[str, str]:
+    """A setting's value where no other config file is chosen: with a GPU, and without."""
+    gpu, cpu = (shown(_of_default_file(device)[key]) for device in ("cuda", "cpu"))
+    return gpu, cpu
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +88,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--embedding", choices=["backbone", "projection"],
-        help="of an encoder on views (default: encoder.simsiam.embedding of the training)",
+        help="output to use, of an encoder on views (default: the training's encoder.simsiam.embedding)",
     )  # fmt: skip
 
 

@@ -95,6 +95,8 @@ class HpoConfig(Section):
         3, ge=1, description="a trial's value is the mean of its last epochs' scores, this many; one epoch's is noisy"
     )
     storage: str = Field("sqlite:///hpo.db", description="Optuna's database")
-    study_name: str | None = Field(None, description="null = the encoder type and the shards' fingerprint")
+    study_name: str | None = Field(
+        None, description="name of the Optuna study; null = encoder type and the shards' fingerprint"
+    )
     pruner: PrunerConfig = PrunerConfig()
     space: SpaceConfig = SpaceConfig()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from simsiam_dali.common import shipped
 from simsiam_dali.common.errors import UserError
@@ -22,9 +23,14 @@ from simsiam_dali.config.schema import Config, setting_fields
 ENVIRONMENT = {"ENCODER_TYPE": "encoder.encoder_type", "MLFLOW_TRACKING_URI": "mlflow.tracking_uri"}
 
 
-def allowed(annotation: Any) -> str:
-    """A type annotation in a user's words: `a | b`, `[number, number]`, `true or false`."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """A type annotation in a user's words: `a | b`, `[number, number]`, `true or false`, `a number (0 to 1)`.
+
+    metadata: the bounds that pydantic keeps beside it.
+    """
+    if annotation in (int, float):
+        return ("a whole number" if annotation is int else "a number") + _bounds(metadata)
+    words = {bool: "true or false", str: "text", Path: "a path"}
     if annotation is None or annotation is types.NoneType:
         return "null"
     if annotation in words:
@@ -33,12 +39,27 @@ def allowed(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, args))
     if origin is Annotated:
-        return allowed(args[0])
+        return allowed(args[0], args[1:])
     if origin is dict:
         return "a mapping"
     if origin is tuple:
         return f"[{', '.join('...' if a is Ellipsis else allowed(a) for a in args)}]"
-    return " or ".join(allowed(a) for a in args)
+    return " or ".join(allowed(a, metadata) for a in args)
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    """` (0 to 1)`, ` (1 or more)`, ` (above 0)`; nothing where there are none."""
+    bound: dict[str, float] = {}
+    for each in metadata:
+        for constraint in each.metadata if isinstance(each, FieldInfo) else [each]:
+            bound |= {name: getattr(constraint, name) for name in ("ge", "gt", "le", "lt") if hasattr(constraint, name)}
+    low = f"{bound['ge']:g}" if "ge" in bound else f"above {bound['gt']:g}" if "gt" in bound else ""
+    high = f"{bound['le']:.10g}" if "le" in bound else f"below {bound['lt']:.10g}" if "lt" in bound else ""
+    if low and high:
+        return f" ({low} to {high})"
+    if low:
+        return f" ({low} or more)" if "ge" in bound else f" ({low})"
+    return f" ({high})" if "lt" in bound else f" (at most {high})" if high else ""
 
 
 def _nearest(key: str) -> str:
@@ -54,10 +75,10 @@ def _nearest(key: str) -> str:
 
 def _explain(error: ValidationError, source: str) -> UserError:
     first = error.errors()[0]
-    annotations = {name: field.annotation for name, field in setting_fields()}
+    fields = dict(setting_fields())
     # A union's or tuple's location goes on below the setting itself, so cut it back to the setting's name.
     parts = [str(p) for p in first["loc"]]
-    key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in annotations), ".".join(parts))
+    key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in fields), ".".join(parts))
     if first["type"] == "extra_forbidden":
         siblings = [n for n, _ in setting_fields() if n.rpartition(".")[0] == key.rpartition(".")[0]]
         tail = _nearest(key) or (
@@ -65,12 +86,11 @@ def _explain(error: ValidationError, source: str) -> UserError:
         )
         return UserError(f"{source}: unknown setting {key}{tail}")
     message = first["msg"].removeprefix("Value error, ")
-    if key not in annotations:
+    if key not in fields:
         return UserError(f"{source}: {key}: {message}" if key else f"{source}: {message}")
     value = first["input"]
-    return UserError(
-        f"{source}: {key} = {reprlib.repr(value)} is refused ({message}); allowed: {allowed(annotations[key])}"
-    )
+    may_be = allowed(fields[key].annotation, fields[key].metadata)
+    return UserError(f"{source}: {key} = {reprlib.repr(value)} is refused ({message}); allowed: {may_be}")
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class DataConfig(Section):
         0,
         ge=0,
         le=8,
-        description="shorter views beside those, each from a place of its own, whose predictions aim at them",
+        description="shorter views beside those, each from a place of its own; the others are predicted from them",
     )
     short_view_seconds: float = Field(2.5, gt=0, description="length of a short view, s; read with short_views")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -182,13 +182,15 @@ class JointConfig(TagPairsConfig):
 class EncoderConfig(Section):
     """Which encoder, and the settings every encoder shares."""
 
-    encoder_type: str = Field("simsiam", description="the A/B switch: simsiam, simple, joint, contrastive or byol")
-    embedding_dim: int = Field(2048, ge=1, description="width of simple's embedding; simsiam's is its backbone's")
+    encoder_type: str = Field("simsiam", description="encoder and loss: simsiam, joint, contrastive, byol or simple")
+    embedding_dim: int = Field(
+        2048, ge=1, description="width of simple's embedding; the others' is that of the backbone or of the projection"
+    )
     epochs: int = Field(100, ge=1, description="passes over the training segments")
     final_training_epochs: int = Field(50, ge=1, description="the same for the best settings that hpo has found")
     batch_size: int = Field(128, ge=2, description="segments per step and process")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="for either type; null = its own (encoder.TYPE.learning_rate)"
+        None, description="null = encoder.simple.learning_rate for simple, encoder.simsiam.learning_rate for the others"
     )
     simple: SimpleConfig = SimpleConfig()
     simsiam: SimSiamConfig = SimSiamConfig()
@@ -217,7 +219,7 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile the encoder: the first step can take minutes longer")
     sync_bn: bool = Field(False, description="batch-norm statistics over all GPUs (torchrun)")
     runs_dir: Path = Field(Path("runs"), description="where runs/<name>/ is made")
-    run_name: str | None = Field(None, description="null = encoder, backbone and time")
+    run_name: str | None = Field(None, description="name of the run's folder; null = encoder type, backbone and time")
     log_every: int = Field(10, ge=1, description="steps between reads of metrics from the device")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints inside an epoch; 0 = each epoch only")
     validate_every: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
