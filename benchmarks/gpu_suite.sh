@@ -17,7 +17,8 @@
 #   QUICK=1  the smallest settings everywhere, as a rehearsal; always so without CUDA
 #
 # Without CUDA what needs it is listed as skipped, and the rest runs on the CPU. Ends with 0 when everything that could run
-# ran well. MLflow is not needed.
+# ran well, with 1 when something failed, with 2 for a word in ONLY that it does not know, and with 3 when the time was up
+# before everything had begun. MLflow is not needed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD
@@ -25,6 +26,13 @@ OUT=${OUT:-benchmarks/results/gpu} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-54
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-${TMPDIR:-/tmp}/simsiam_dali_cache} PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 # By name: the other files may import what a GPU host does not have, such as MLflow.
 GPU_TESTS=(tests/test_embed.py tests/test_loader.py tests/test_pipeline.py tests/test_quarantine.py tests/test_simple.py)
+known=" a b c d $(sed -nE 's/^(bench )?(step|cuda) [a-d] ([a-z0-9-]+) .*/\3/p' benchmarks/gpu_suite.sh | tr '\n' ' ')"
+for word in $ONLY; do
+  if [[ "$known" != *" $word "* ]]; then
+    echo "ONLY: there is no part or step $word" >&2
+    exit 2
+  fi
+done
 LARGEST=$((15 * 1024 * 1024)) # bytes of a file in a tar: a trace may be larger
 LEAST=30                      # seconds in which no step can do anything
 mkdir -p "$OUT"
@@ -159,3 +167,4 @@ if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"
   exit 1
 fi
+if [ ${#late[@]} -gt 0 ]; then exit 3; fi

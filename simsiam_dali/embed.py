@@ -52,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--baselines", type=Path, nargs="?", const=Path(), metavar="DIR",
         help="write all baselines too, into DIR (default: baselines/ beside --out)")  # fmt: skip
     add("--batch-size", type=int, metavar="N",
-        help=f"segments per batch (default: the training's, with at most {FORWARD_SHARE} times its audio)")  # fmt: skip
+        help="segments per batch (default: the training's micro-batch, with at most"
+        f" {FORWARD_SHARE} times its audio)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: as many as the training used)")
     add_device(parser)
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="autocast (default: the training's)")

@@ -319,6 +319,8 @@ def test_a_batch_holds_no_more_audio_than_four_of_the_training():
     config = Config()
     assert config.encoder.batch_size == 128
     assert write.embedding_config(config, 60.0).encoder.batch_size == 128
+    accumulated = replace_settings(config, train__micro_batch=16)  # more than 16 may not fit
+    assert write.embedding_config(accumulated, 60.0).encoder.batch_size == 16
     short = replace_settings(config, data__view_seconds=5.0)
     assert write.embedding_config(short, 60.0).encoder.batch_size == 42
     assert write.embedding_config(short, 6000.0).encoder.batch_size == 2  # the least that a config may say

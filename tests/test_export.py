@@ -26,6 +26,7 @@ from simsiam_dali.embedding import export, song_encoder
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.song_encoder import CONFIG, SongEncoder
 from simsiam_dali.embedding.table import read_embeddings
+from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.packing.ffmpeg import FFmpegAudio
 from simsiam_dali.packing.song_audio import NotDecodable
 
@@ -221,6 +222,20 @@ def test_safetensors_hold_every_weight_and_the_config_no_path(exported, small_ru
     assert content["checkpoint_sha256"] == run.sha256
     assert "/" not in text
     assert export.describe(simsiam_dali.load_encoder(exported[kind])) == content
+
+
+def test_an_encoder_that_learned_from_short_views_too_is_exported_without_their_predictor(small_runs, tmp_path):
+    plain = read_run(str(small_runs["simsiam"]))
+    config = replace_settings(plain.config, data__short_views=1, data__short_view_seconds=1)
+    torch.manual_seed(0)
+    encoder = encoder_type(config).create(pretrained=False)
+    run = dataclasses.replace(plain, config=config, weights=encoder.state_dict())
+    export.export(SongEncoder(run), tmp_path / "out", replace=False)
+    wave = song(4.0, 1, 16000)
+    ours, read = (
+        each.embed_wave(wave, 16000) for each in (SongEncoder(run), simsiam_dali.load_encoder(tmp_path / "out"))
+    )
+    np.testing.assert_array_equal(read, ours)
 
 
 def test_nothing_else_is_written_over(exported, small_runs, tmp_path):

@@ -133,6 +133,12 @@ def test_a_step_that_fails_is_named_and_stops_no_other(tmp_path: Path, failing: 
 
 def test_steps_without_time_left_are_named(tmp_path: Path) -> None:
     status, said = run(tmp_path, BUDGET="20", ONLY="a b")
-    assert status == 0
+    assert status == 3
     assert said.endswith("not begun, no time left (name them in ONLY): a/tests b/run\n")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_word_that_names_nothing_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    status, said = run(tmp_path, ONLY="a codecs")
+    assert (status, said) == (2, "")
+    assert not (tmp_path / "out").exists()

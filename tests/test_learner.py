@@ -1,6 +1,8 @@
 """What a learner computes in, and where its labels come from: the GPU's side of it, without a GPU."""
 
+import contextlib
 import functools
+import math
 from types import SimpleNamespace
 
 import pandas as pd
@@ -10,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config, replace_settings
+from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.registry import encoder_type
@@ -77,12 +80,59 @@ def test_a_run_in_bf16_continues_where_there_is_only_fp16():
     assert learner.scaler.get_scale() == 65536
 
 
+def small(kind: str = "simsiam", **over: object) -> Config:
+    settings = (f"encoder_type={kind}", "batch_size=4", "simsiam.backbone=resnet18", "simsiam.backbone_width=8",
+                "simsiam.projection_dim=16", "simsiam.predictor_hidden_dim=8")  # fmt: skip
+    return replace_settings(load_config(assignments=[f"encoder.{setting}" for setting in settings]), **over)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_first_step_whose_gradients_overflow_changes_nothing_and_the_next_is_a_first_one(optimizer, monkeypatch):
+    """fused SGD would otherwise leave its momentum as the memory was, and add it to the weights one step later."""
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, 1e9))  # memory that has been used
+    monkeypatch.setattr("simsiam_dali.training.learner.autocast_dtype", lambda *_: torch.float16)
+    config = small(encoder__simsiam__optimizer=optimizer)
+    views = tuple(torch.randn(4, 32, 40, generator=torch.Generator().manual_seed(n)) for n in range(2))
+    states = []
+    for scales in ((math.inf, 1.0), (1.0,)):
+        learner = Learner(config, SimpleNamespace(), World(0, 1, torch.device("cpu")))
+        learner.encoder.eval()  # no statistics of a batch: only the steps change anything
+        monkeypatch.setattr(learner, "autocast", contextlib.nullcontext)
+        for scale in scales:
+            before = {name: p.clone() for name, p in learner.encoder.named_parameters()}
+            learner.scaler._scale = torch.tensor(scale)
+            learner.scaler._growth_tracker = torch.tensor(0, dtype=torch.int32)
+            learner.step([Batch(views, torch.arange(4))], 0.1, 0.1)
+            if scale > 1:
+                assert all(torch.equal(p, before[name]) for name, p in learner.encoder.named_parameters())
+        states.append(dict(learner.encoder.named_parameters()))
+    overflowed, plain = states
+    for name, value in plain.items():
+        torch.testing.assert_close(overflowed[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_encoder_may_recompute_its_activations(monkeypatch):
+    """The same gradients, and running statistics that count each batch once."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    views = tuple(torch.randn(4, 32, 40, generator=torch.Generator().manual_seed(n)) for n in range(2))
+    states = []
+    for on in (False, True):
+        config = small(train__compile=on, train__activation_checkpointing=on)
+        learner = Learner(config, SimpleNamespace(), World(0, 1, torch.device("cpu")))
+        learner.encoder.train()
+        for _ in range(2):
+            learner.step([Batch(views, torch.arange(4))], 0.1, 0.1)
+        states.append(learner.state_dict()["encoder"])
+    plain, recomputed = states
+    for name, value in plain.items():
+        torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["simsiam", "byol"])
 def test_a_compiled_encoder_takes_the_same_steps(monkeypatch, kind):
     """Traced as for a GPU, run without code generation, which would take a minute here."""
-    settings = (f"encoder_type={kind}", "batch_size=4", "simsiam.backbone=resnet18", "simsiam.backbone_width=8",
-                "simsiam.projection_dim=16", "simsiam.predictor_hidden_dim=8")  # fmt: skip
-    config = load_config(assignments=[f"encoder.{setting}" for setting in settings])
+    config = small(kind)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))

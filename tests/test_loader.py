@@ -334,6 +334,8 @@ def test_a_segment_too_short_for_a_view_is_one_clear_line(waves: list[Array], tm
         (RuntimeError("Error in GPU operator `fn.spectrogram`,\nencountered:\n\nCUDA allocation failed"),
          "ran out of GPU memory with batches of 4: use --batch-size 2"),
         (RuntimeError("CUDA driver API error CUDA_ERROR_OUT_OF_MEMORY (2):\nout of memory"), "ran out of GPU memory"),
+        (RuntimeError("Error in GPU operator `fn.erase`,\nencountered:\n\nCan't allocate 99 bytes on device 0."),
+         "ran out of GPU memory"),
         (MemoryError("std::bad_alloc"), "ran out of host memory with batches of 4"),
         (RuntimeError("encountered:\n\nCUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal access"),
          "the GPU or its driver is to blame: CUDA runtime API error cudaErrorIllegalAddress"),
@@ -353,6 +355,39 @@ def test_memory_and_the_gpu_are_not_mistaken_for_a_damaged_segment(
     assert told in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert "damaged" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_gpu_without_memory_is_tried_once_more_from_the_same_batch(
+    times: int, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch may hold in its cache what DALI asks for. The device is imitated: the graph runs on the CPU."""
+    wanted = list(load(source, "views", shuffle_buffer=8))
+    loader = load(source, "views", shuffle_buffer=8)
+    real, calls = loader._outputs, []
+
+    def outputs() -> Any:
+        calls.append(len(calls))
+        if len(calls) > 2 and len(errors) < times:
+            errors.append("Can't allocate 99 bytes on device 0.")
+            raise RuntimeError(errors[-1])
+        loader.gpu = None
+        try:
+            return real()
+        finally:
+            loader.gpu = 0
+
+    errors: list[str] = []
+    monkeypatch.setattr(loader, "_outputs", outputs)
+    loader.gpu = 0
+    if times == 2:
+        with pytest.raises(UserError, match="ran out of GPU memory"):
+            list(loader)
+        return
+    for got, want in zip(loader, wanted, strict=True):
+        assert torch.equal(got.segment, want.segment)
+        assert all(torch.equal(a, b) for a, b in zip(got.inputs, want.inputs, strict=True))
+    assert len(errors) == 1
 
 
 def test_out_of_memory_in_micro_batches_the_step_s_batch_may_stay() -> None:

@@ -8,12 +8,14 @@ import torch
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
+from simsiam_dali.data.graph import LogMel
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import memory
 from simsiam_dali.training.data import log_mel_settings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-NONE, VIEWS = (0.0, 0.0), memory.dali_bytes(60.0, 120.0)
+MINUTE = 60 * 16000  # samples
+NONE, VIEWS = (0.0, 0.0), memory.dali_bytes(MINUTE, 120.0, LogMel())
 
 
 def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
@@ -74,7 +76,16 @@ def test_dali_s_buffers_count_on_a_gpu(gpu_settings, monkeypatch):
 def test_dali_s_buffers_are_those_of_the_views_most_of_all():
     """What an H200 had for 128 segments of 60 s and two views, in proportion to what the graph makes of a segment."""
     assert [128 * each / 1e9 for each in VIEWS] == pytest.approx([18.7, 22.2], abs=0.1)
-    assert [128 * each / 1e9 for each in memory.dali_bytes(60.0, 0.0)] == pytest.approx([1.0, 1.0], abs=0.1)
-    short, long, four = (memory.dali_bytes(60.0, each)[0] for each in (12.0, 120.0, 240.0))
+    assert [128 * each / 1e9 for each in memory.dali_bytes(MINUTE, 0.0, LogMel())] == pytest.approx([1.0, 1.0], abs=0.1)
+    short, long, four = (memory.dali_bytes(MINUTE, each, LogMel())[0] for each in (12.0, 120.0, 240.0))
     assert long / short > 5
     assert four / long == pytest.approx(1.95, abs=0.01)
+
+
+def test_dali_s_buffers_grow_with_the_rates_and_the_stft():
+    """At 44.1 kHz a minute has 2.8 times the samples, and with the same hop as many times the frames."""
+    least, most = memory.dali_bytes(60 * 44100, 120.0, LogMel(sample_rate=44100))
+    assert (least / VIEWS[0], most / VIEWS[1]) == pytest.approx((44.1 / 16, 44.1 / 16), rel=1e-6)
+    coarse, _ = memory.dali_bytes(MINUTE, 120.0, LogMel(hop_length=1024, n_fft=1024))
+    alone, _ = memory.dali_bytes(MINUTE, 0.0, LogMel())
+    assert (coarse - alone) / (VIEWS[0] - alone) == pytest.approx(0.25, abs=0.001)

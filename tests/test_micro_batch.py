@@ -273,13 +273,23 @@ def test_a_resumed_run_keeps_its_micro_batch_or_is_refused(shards, runs_out_abov
         micro_batch.choose_by_trial_step(config(train__micro_batch=8), learner, shards, HERE, keep=True)
 
 
+def test_ranks_that_share_their_batch_norm_try_no_step(shards, monkeypatch):
+    """One that ran out of memory would leave the others waiting for its statistics."""
+    settings = config(train__micro_batch=8)
+    learner = Learner(settings, shards, HERE)
+    monkeypatch.setattr(learner, "trial_step", lambda *_: pytest.fail("tried"))
+    shared = config(train__micro_batch=8, train__sync_bn=True)
+    assert micro_batch.choose_by_trial_step(shared, learner, shards, World(0, 2, HERE.device)) == shared
+
+
 def test_a_trial_step_leaves_room_for_dali_and_the_momentum(shards):
     """DALI's buffers grow with the micro-batch, the momentum does not."""
     settings = config()
     learner = Learner(settings, shards, HERE)
     one, two = (micro_batch.bytes_beside(settings, learner, shards, size) for size in (1, 2))
-    least, _ = memory.dali_bytes(shards.segment_seconds, 2 * data.view_seconds(settings, shards))
-    assert two - one == pytest.approx(least, abs=1)
+    samples, seconds = shards.segment_seconds * shards.sample_rate, 2 * data.view_seconds(settings, shards)
+    _, most = memory.dali_bytes(samples, seconds, data.log_mel_settings(settings))
+    assert two - one == pytest.approx(most, abs=1)
     assert 2 * one - two == pytest.approx(4 * sum(p.numel() for p in learner.encoder.parameters()), abs=1)
 
 

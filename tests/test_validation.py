@@ -4,6 +4,7 @@ import math
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -187,6 +188,27 @@ def test_the_threads_are_the_fewest_that_are_as_fast(rates, tried, chosen, small
     settings, shards = config(data__shards=small_shards, data__threads="auto"), open_shards(small_shards)
     tuned = with_threads(settings, shards, log_mel_settings(settings), World(0, 1, torch.device("cpu")))
     assert (asked, tuned.data.threads, tuned.data.prefetch) == (tried, chosen, 2)
+
+
+def test_ranks_with_unequal_cores_try_the_same_threads(small_shards, monkeypatch):
+    """Each trial ends with a collective call: a rank that made one more would wait for good."""
+    asked = []
+
+    class Other(World):
+        """A rank beside one that has two cores."""
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, 2 if isinstance(value, int) and not isinstance(value, bool) else value]
+
+    def loader(trial: Config, *_: object, **__: object) -> SimpleNamespace:
+        asked.append(trial.data.threads)
+        return SimpleNamespace(endless=lambda: iter(range(100)))
+
+    monkeypatch.setattr(training_data.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(training_data, "create_loader", loader)
+    settings, shards = config(data__shards=small_shards, data__threads="auto"), open_shards(small_shards)
+    with_threads(settings, shards, log_mel_settings(settings), Other(1, 2, torch.device("cpu")))
+    assert asked[0] == 2
 
 
 def test_the_encoder_is_in_training_mode_again_afterwards(small_shards):

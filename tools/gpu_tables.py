@@ -46,7 +46,8 @@ def fit(config: Config, free: float) -> Fit | None:
         recompute_blocks(encoder)
     kept = memory.activation_bytes(encoder, shapes) / 2
     static = memory.RUNTIME_BYTES + memory.BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
-    dali = memory.dali_bytes(SEGMENT_SECONDS, config.data.views * SEGMENT_SECONDS)
+    spec = log_mel_settings(config)
+    dali = memory.dali_bytes(SEGMENT_SECONDS * spec.sample_rate, config.data.views * SEGMENT_SECONDS, spec)
     device, real = torch.device("cuda", 0), memory.free_bytes
     memory.free_bytes = lambda _: int(free)
     try:

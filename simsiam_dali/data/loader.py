@@ -26,7 +26,10 @@ from simsiam_dali.data.pipeline import Settings, build
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.skip_damaged import find_undecodable, reason_of, with_placeholders
 
-OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|cudaErrorMemoryAllocation|allocation failed|cannot allocate", re.I)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|bad_alloc|cudaErrorMemoryAllocation|allocation failed|can(no|')t allocate", re.I
+)
+ON_GPU = re.compile(r"cuda|on device", re.I)
 CUDA_FAULT = re.compile(r"(CUDA|cuFFT|NPP|NVML)[^\n]*error[^\n]*", re.I)
 
 SNAPSHOT_SECONDS = 1.0
@@ -40,7 +43,7 @@ def device_fault(error: Exception, batch_size: int, group: int = 1) -> str | Non
     """
     text = str(error)
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
-        memory = "GPU" if "cuda" in text.lower() else "host"
+        memory = "GPU" if ON_GPU.search(text) else "host"
         less = "a smaller train.micro_batch" if group > 1 else f"--batch-size {max(1, batch_size // 2)}"
         return (
             f"the data graph ran out of {memory} memory with batches of {batch_size}: use {less}, or shorter views"
@@ -140,9 +143,12 @@ class Loader:
         """The next batch: views or data, and rows `(B,)` on the CPU; placeholders are still in it."""
         if time.monotonic() - self._snapshot_time > SNAPSHOT_SECONDS:
             self._set_snapshot(self.pipeline.checkpoint())
-        searched = False
+        searched = freed = restart = False
         while True:
+            out_of_memory = False
             try:
+                if restart:
+                    self._restart()
                 outputs, total, samples = self._outputs()
                 known = torch.isin(outputs[-1], self._placeholder_rows) | self.quarantine.holds(outputs[-1])
                 if total.isfinite().all() and known.all():
@@ -151,9 +157,15 @@ class Loader:
                     return outputs
                 reason = "a segment holds values that are not finite, or a row that is not in the table"
             except (RuntimeError, MemoryError) as e:
-                if fault := device_fault(e, self.batch_size, self.group):
+                reason, out_of_memory = reason_of(e), bool(OUT_OF_MEMORY.search(str(e)))
+                fault = device_fault(e, self.batch_size, self.group)
+                if fault and (freed or self.gpu is None or not out_of_memory):
                     raise UserError(fault) from e
-                reason = reason_of(e)
+            restart = True
+            if out_of_memory:  # on a GPU: once more, with what torch had cached
+                freed = True
+                self._drop_pipeline()
+                continue
             found = self._find_undecodable()
             # An error without a damaged segment may pass, such as one of the network: try once more.
             if not found and searched:
@@ -163,10 +175,15 @@ class Loader:
                 )
             searched = True
             self.quarantine.add(found)
-            batches = self._batches_since_snapshot
+
+    def _restart(self) -> None:
+        """Build the graph again, and go on to where it stopped."""
+        batches = self._batches_since_snapshot
+        try:
             self._build(self._snapshot)
             for _ in range(batches):
                 self._outputs()
+        finally:
             self._batches_since_snapshot = batches
 
     def _outputs(self) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -181,14 +198,17 @@ class Loader:
     def _find_undecodable(self) -> dict[int, str]:
         """The rows of the failed batch which do not decode, with reasons."""
         skipped = self.quarantine.by_shard()
-        del self.pipeline  # it cannot run on, and the search needs its memory
-        release_memory()
+        self._drop_pipeline()  # it cannot run on, and the search needs its memory
         try:
             return find_undecodable(self.graph, self._settings, self._snapshot, self._batches_since_snapshot, skipped)
         except RuntimeError as e:
             raise UserError(f"the data graph stopped, and the shards cannot be read ({reason_of(e)})") from e
         finally:
             release_memory()
+
+    def _drop_pipeline(self) -> None:
+        vars(self).pop("pipeline", None)  # it is not there where building it failed
+        release_memory()
 
     def _build(self, state: str | None) -> None:
         with TemporaryDirectory(prefix="simsiam-dali-") as folder:  # DALI reads the indexes once
@@ -237,13 +257,15 @@ class Loader:
 
 
 def release_memory() -> None:
-    """Free the memory of loaders that are no longer used: graphs, DALI's GPU and pinned pools, holes in glibc's heap.
+    """Free what is no longer used: graphs, DALI's GPU and pinned pools, torch's cache, holes in glibc's heap.
 
     DALI's pipelines are reference cycles: without an explicit collection, those of some 25 epochs stay in memory. glibc
-    keeps the holes they leave, more of them every epoch (docs/reliability.md).
+    keeps the holes they leave, more of them every epoch (docs/reliability.md). DALI and torch have GPU memory of their
+    own, and neither asks the other for what it has cached.
     """
     gc.collect()
     backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
+    torch.cuda.empty_cache()
     ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.common.distributed import World
+from simsiam_dali.data.loader import release_memory
 from simsiam_dali.data.shards import ShardSet, open_shards, subset_of
 from simsiam_dali.embedding.features import CHECKPOINT, Features, create_features
 from simsiam_dali.embedding.run import read_run
@@ -27,6 +28,7 @@ With their 3,000 songs or so, the 95% interval of a share reaches 2 points to ea
 
 def closing_score(run_dir: Path, world: World) -> str:
     """The sentence about the run in `run_dir`, empty where no songs share a label. All ranks must call it."""
+    release_memory()  # of the training
     (run, *_) = world.gather(read_run(str(run_dir)) if world.main else None)
     shards = open_shards(run.config.data.shards)
     if labels_of(shards.songs) is None:

@@ -44,7 +44,9 @@ def export(songs: SongEncoder, out: Path, replace: bool) -> float:
             raise UserError(f"{out} holds something that is not an exported encoder: name another --out")
         if not replace:
             raise UserError(f"{out} holds an exported encoder: name another --out, or give --replace")
-    weights = {name: weight.contiguous() for name, weight in songs.encoder.state_dict().items()}
+    state = songs.encoder.state_dict()
+    # Without the short views' predictor: no encoder reads it, and what describes an export has no short views.
+    weights = {name: own.contiguous() for name, own in state.items() if not name.startswith("short_predictor.")}
     model, difference = to_onnx(songs)
     files = {
         WEIGHTS: safetensors.torch.save(weights, {"format": "pt"}),

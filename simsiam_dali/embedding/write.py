@@ -230,14 +230,14 @@ def embedding_config(
     own = len(os.sched_getaffinity(0)) if config.data.threads == "auto" else config.data.threads
     training_view = config.data.view_seconds or segment_seconds
     if batch is None:  # so that batches need no more memory than the training's
-        fits = int(FORWARD_SHARE * config.encoder.batch_size * training_view / view)
-        batch = max(2, min(config.encoder.batch_size, fits))
+        at_once = config.train.micro_batch_of(config.encoder.batch_size)
+        batch = max(2, min(at_once, int(FORWARD_SHARE * at_once * training_view / view)))
     return replace_settings(
         config,
         data__view_seconds=view,
         data__threads=own if threads is None else threads,
         encoder__batch_size=batch,
-        train__micro_batch="auto",  # the training's: no activation is kept for a backward pass here
+        train__micro_batch="auto",  # a batch here makes no step
         encoder__simsiam__augmentation__spec_augment=False,  # a mask longer than a short view would be refused
         **settings,
     )

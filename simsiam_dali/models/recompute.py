@@ -36,6 +36,9 @@ def _recomputed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor
     if not (block.training and torch.is_grad_enabled()):
         return forward(x)
 
+    if torch.compiler.is_compiling():  # a compiled backward pass does not repeat what changes a buffer
+        return checkpoint(forward, x, use_reentrant=False)
+
     def contexts() -> tuple[Any, Any]:
         return contextlib.nullcontext(), _without_running_statistics(block)
 

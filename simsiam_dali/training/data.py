@@ -183,7 +183,8 @@ def with_threads(config: Config, shards: ShardSet, log_mel: LogMel, world: World
     """
     if config.data.threads != "auto":
         return config
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # Of the rank that has the fewest: all ranks make the same trials.
+    cores = min(world.gather(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
     mode = encoder_type(config).batches
 
     def seconds_of_batches(threads: int) -> list[float]:

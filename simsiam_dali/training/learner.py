@@ -68,6 +68,8 @@ class Learner:
         self.loss_fn = kind.create_loss_fn(shards, world.device)
         self.optimizer = create_optimizer(config, self.encoder)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+        if self.scaler.is_enabled():
+            begin_momentum(self.optimizer)
 
     @property
     def half(self) -> bool:
@@ -174,6 +176,18 @@ def create_optimizer(config: Config, encoder: Encoder) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=settings.weight_decay, fused=True)
     momentum = settings.sgd_momentum
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=settings.weight_decay, fused=True)
+
+
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give SGD its momentum buffers before the first step, as zeros: the step's result is the same.
+
+    torch's fused SGD makes them without values, for the kernel to fill, and the kernel returns at once where the scaled
+    gradients have overflowed, as in fp16 the first ones often do: the next step would add what the memory held.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def learning_rates(config: Config, step: int, steps_per_epoch: int, batch: int) -> tuple[float, float]:

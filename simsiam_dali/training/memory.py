@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.data.graph import LogMel
 
 HEADROOM = 0.1
 """Share of the free memory that is kept free."""
@@ -29,12 +30,12 @@ Between the two there is only a warning: where memory runs out, the allocator fi
 1.04 and 1.13 to 1.14 were measured: ResNet-50 in bf16, batches of 32 to 128, an H200 (`benchmarks/gpu_step.py`).
 """
 
-SEGMENT_BYTES, VIEW_BYTES = 8e6 / 60, (69e6 / 60, 83e6 / 60)
-"""DALI's buffers on a GPU for each second of a segment in a batch, and of each of its views.
+SAMPLE_BYTES, STFT_BYTES = 8e6 / (60 * 16000), (69e6 / (1876 * 1025), 83e6 / (1876 * 1025))
+"""DALI's buffers on a GPU for each sample of a segment in a batch, and for each value of its views' STFTs.
 
 Measured on an H200 with 128 segments of 60 s at 16 kHz, two batches ahead: 1.0 GB of decoded segments
-(`loader/resample` of `benchmarks/throughput.py`), and with two views 18.7 GB (`loader/train`) to 22.2 GB
-(`loader/light`).
+(`loader/resample` of `benchmarks/throughput.py`), and with two views, 1,876 frames of 1,025 values each, 18.7 GB
+(`loader/train`) to 22.2 GB (`loader/light`).
 """
 
 RUNTIME_BYTES = 1 << 30
@@ -61,12 +62,13 @@ def activation_bytes(encoder: nn.Module, shapes: list[tuple[int, ...]]) -> float
     return sum(kept.values()) / batch
 
 
-def dali_bytes(segment_seconds: float, seconds_of_views: float) -> tuple[float, float]:
+def dali_bytes(samples: float, seconds_of_views: float, spec: LogMel) -> tuple[float, float]:
     """The least and the most that DALI's buffers take on a GPU for a segment of a batch.
 
-    seconds_of_views: of all its views together; 0 for raw audio.
+    samples: of the segment, at the rate it is packed at. seconds_of_views: of all its views together; 0 for raw audio.
     """
-    least, most = (segment_seconds * SEGMENT_BYTES + seconds_of_views * each for each in VIEW_BYTES)
+    stft_values = seconds_of_views * spec.sample_rate / spec.hop_length * (1 + spec.n_fft // 2)
+    least, most = (samples * SAMPLE_BYTES + stft_values * each for each in STFT_BYTES)
     return least, most
 
 

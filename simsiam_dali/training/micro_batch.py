@@ -19,6 +19,9 @@ from simsiam_dali.training import memory
 from simsiam_dali.training.data import log_mel_settings, seconds_of_views, view_seconds
 from simsiam_dali.training.learner import Learner, autocast_dtype
 
+NATIVE_RATE = 48000
+"""Assumed of songs that are packed at their own rates, Hz."""
+
 TRIED_ON = ("cuda",)
 """Device types with a trial step: on a CPU the kernel kills the process instead of raising an error."""
 
@@ -76,7 +79,12 @@ def choose_by_trial_step(
 
     keep: only its own is tried, since a resumed run must make the steps it made before. The same on all ranks; the
     learner then accumulates as many. Raises UserError where not even the smallest runs.
+
+    Nothing is tried with `train.sync_bn` on several ranks: where one ran out of memory, the others would wait for its
+    batch-norm statistics.
     """
+    if config.train.sync_bn and world.size > 1:
+        return config
     shapes = _input_shapes(config, shards)
     first = config.train.micro_batch_of(config.encoder.batch_size)
     sizes = [n for n in candidates(replace_settings(config, train__micro_batch="auto")) if n <= first]
@@ -110,12 +118,13 @@ def choose_by_trial_step(
 def bytes_beside(config: Config, learner: Learner, shards: ShardSet, size: int) -> int:
     """What a step needs beside the trial step: DALI's buffers for `size` segments, and the momentum."""
     momentum = 4 * sum(p.numel() for p in learner.encoder.parameters())
-    return momentum + round(size * _dali_bytes(config, shards)[0])
+    return momentum + round(size * _dali_bytes(config, shards)[1])
 
 
 def _dali_bytes(config: Config, shards: ShardSet) -> tuple[float, float]:
     views = seconds_of_views(config, shards) if encoder_type(config).batches == "views" else 0.0
-    return memory.dali_bytes(shards.segment_seconds, views)
+    samples = shards.segment_seconds * (shards.sample_rate or NATIVE_RATE)
+    return memory.dali_bytes(samples, views, log_mel_settings(config))
 
 
 def _input_shapes(config: Config, shards: ShardSet) -> list[tuple[int, ...]]:

@@ -120,6 +120,7 @@ class Validation:
         release_memory()
 
     def _computed(self, split: Split, mode: Mode, segments: int) -> Iterable[Any]:
+        torch.cuda.empty_cache()  # the graph needs memory beside the training's, and cannot ask torch for its cache
         loader = self.data.create_loader(split, mode)
         for batch in loader:
             if len(batch.segment):
