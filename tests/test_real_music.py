@@ -218,16 +218,25 @@ def test_epochs_are_as_many_as_the_recipe_s_time_allows():
     }  # fmt: skip
 
 
-def test_the_interval_covers_another_draw_of_seeds_and_songs():
-    """True mean 0, with an effect of each seed and of each song: about 95 of 100 intervals hold it, with 5 seeds fewer.
+def test_the_interval_covers_another_draw_of_seeds_and_soundtracks():
+    """True mean 0, with an effect of each seed, soundtrack and song: some 95 of 100 intervals hold it, of 5 seeds fewer.
 
-    A bootstrap over the songs alone would miss the seeds' part.
+    A bootstrap over songs, each by itself, holds it much more rarely.
     """
-    rng = np.random.default_rng(0)
-    drawn = [0.1 * rng.standard_normal((5, 1)) + 0.3 * rng.standard_normal((1, 60)) for _ in range(200)]
-    held = [low <= 0 <= high for low, high in map(equal_time_scores.interval, drawn)]
-    assert 0.80 <= np.mean(held) <= 1.0
-    assert equal_time_scores.interval(np.full((5, 60), 0.25)) == pytest.approx((0.25, 0.25))
+    rng, of = np.random.default_rng(0), np.repeat(np.arange(17), 6)
+    drawn = [
+        0.05 * rng.standard_normal((5, 1))
+        + 0.2 * rng.standard_normal((1, 17))[:, of]
+        + rng.standard_normal((5, 102)) / 9
+        for _ in range(200)
+    ]
+    held, held_by_songs = (
+        np.mean([low <= 0 <= high for low, high in (equal_time_scores.interval(each, groups) for each in drawn)])
+        for groups in (of, np.arange(len(of)))
+    )
+    assert 0.85 <= held <= 1.0
+    assert held_by_songs < held - 0.1
+    assert equal_time_scores.interval(np.full((5, 102), 0.25), of) == pytest.approx((0.25, 0.25))
 
 
 def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up():
@@ -237,11 +246,26 @@ def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up():
     assert found == pytest.approx(np.full((3, 40), 0.1))
     one_seed_more = equal_time_scores.difference(row_of(rng.random((4, 40))), row_of(base), "soundtrack/map")
     assert one_seed_more.shape == (3, 40)  # of the seeds that both have
-    assert not equal_time.is_given_up(row_of(base + 0.1), row_of(base))
-    assert equal_time.is_given_up(row_of(base - 0.1), row_of(base))
-    assert not equal_time.is_given_up(row_of(base[:1] - 0.1), row_of(base[:1]))  # one seed decides nothing
+    of = np.repeat(np.arange(8), 5)
+    assert not equal_time.is_given_up(row_of(base + 0.1), row_of(base), of)
+    assert equal_time.is_given_up(row_of(base - 0.1), row_of(base), of)
+    assert not equal_time.is_given_up(row_of(base[:1] - 0.1), row_of(base[:1]), of)  # one seed decides nothing
     half = {seed: {"a": own["a"]} for seed, own in row_of(base).items()}
     assert equal_time_scores.difference(half, row_of(base), "soundtrack/map") is None
+
+
+def test_a_baseline_that_draws_nothing_is_the_same_for_every_seed():
+    rng = np.random.default_rng(0)
+    row, drawn, fixed = rng.random((3, 40)), rng.random((3, 40)), rng.random((1, 40))
+    doc = {
+        "scores": {equal_time_scores.BASE: row_of(row)},
+        "baselines": {"untrained": row_of(drawn), "MFCC": row_of(fixed)},
+        "soundtracks": {half: [f"{half}{n % 4}" for n in range(20)] for half in halves.HALVES},
+    }
+    for other, scores in (("untrained", drawn), ("MFCC", fixed)):
+        line = equal_time_scores.gap_line(doc, equal_time_scores.BASE, other)
+        assert line.startswith(f"- the recipe, to {other}: 5-NN {(row - scores).mean():+.3f} [")
+    assert equal_time_scores.gap_line(doc, "no such row", "MFCC") is None
 
 
 @pytest.mark.parametrize("row", equal_time.CANDIDATES)
@@ -322,8 +346,9 @@ def test_whitening_and_mutual_proximity_by_hand():
     # A hub near to all: to each other song it is nearest, until its distances to the others count as well.
     spread = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.9, 0.1, 0], [0.6, 0.6, 0.6]])
     similarity = retrieval.by_cosine(spread, standardise=False)
-    near, _ = retrieval.find_by(similarity, 1)
+    near, cosine = retrieval.find_by(similarity, 0.5 * similarity, 1)
     assert near[1:3, 0].tolist() == [4, 4]
+    assert cosine[1:3, 0] == pytest.approx(0.5 * similarity[[1, 2], [4, 4]])
     proximity = retrieval.mutual_proximity(similarity)
     assert proximity == pytest.approx(proximity.T)
     others = np.delete(similarity[0], 0)

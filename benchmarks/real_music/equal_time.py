@@ -3,12 +3,11 @@
 Each candidate is trained for as long as the recipe of configs/real_music_*.yaml is (its 80 epochs, or --epochs), not
 for as many epochs: first the seconds of an epoch are measured, of all candidates in turn (waiting for data counts), and
 a candidate that takes twice as long gets half the epochs. Five seeds, each from both halves; scores as in run.py. The
-intervals of the differences from the recipe are of a bootstrap over seeds and songs, both drawn anew each time, since
-another seed moves a score about as much as another song does. A candidate is given up as soon as its interval of
-mAP@10 lies below 0.
+intervals of the differences are of a bootstrap over seeds and soundtracks, both drawn anew each time. A candidate is
+given up as soon as its interval of mAP@10 lies below 0.
 
 Candidates are compared on one set of soundtracks (`--part choose`, fetch.sh), and only the chosen ones are scored on
-another, which no choice has seen (`--part report --rows ROW`, fetch.sh --report). FILE holds the scores of every song
+another (`--part report --rows ROW`, fetch.sh --report). FILE holds the scores of every song
 after every training: the same command continues where it was stopped, on another machine too.
 """
 
@@ -27,7 +26,7 @@ import halves
 import numpy as np
 import run
 import torch
-from equal_time_scores import BASE, METRICS, PEER, Scores, difference, interval, page_lines
+from equal_time_scores import BASE, METRICS, PEER, Scores, difference, interval, of_songs, page_lines
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -81,6 +80,7 @@ CANDIDATES = {
     "contrastive, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, "contrastive", 60),
     "contrastive, 2.5 s noisy views of 60 s, windows": Candidate(SHORT_NOISY | WINDOWS, "contrastive", 60),
     "joint, SimSiam's loss": Candidate({"encoder.joint.views_loss": "simsiam"}, "joint"),
+    "joint, SimSiam's loss, 60 s segments": Candidate({"encoder.joint.views_loss": "simsiam"}, "joint", 60),
     "joint, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, "joint", 60),
     "joint, 2.5 s noisy views of 60 s, windows": Candidate(SHORT_NOISY | WINDOWS, "joint", 60),
     "simple (from tags)": Candidate(kind="simple"),
@@ -96,10 +96,10 @@ def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
     return {row: max(1, round(base_epochs / own)) for row, own in cost.items()}
 
 
-def is_given_up(row: Mapping[str, Scores], base: Mapping[str, Scores]) -> bool:
+def is_given_up(row: Mapping[str, Scores], base: Mapping[str, Scores], soundtracks: np.ndarray) -> bool:
     """Whether the interval of mAP@10's difference lies below 0."""
     found = difference(row, base, "soundtrack/map")
-    return found is not None and len(found) >= MIN_SEEDS and interval(found)[1] < 0
+    return found is not None and len(found) >= MIN_SEEDS and interval(found, soundtracks)[1] < 0
 
 
 def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
@@ -152,6 +152,7 @@ def add_scores(doc: dict[str, Any], done: Sequence[halves.Job], folder: Path) ->
         own = doc["scores"].setdefault(job.name, {}).setdefault(str(job.seed), {})
         own[job.trained_on] = {metric: found[metric].round(4).tolist() for metric in METRICS}
         doc.setdefault("untagged", {})[job.trained_on] = np.flatnonzero(found["soundtrack/untagged"]).tolist()
+        doc.setdefault("soundtracks", {})[job.trained_on] = found["soundtrack/of"].tolist()
 
 
 def write(doc: Mapping[str, Any], path: Path) -> None:
@@ -160,25 +161,28 @@ def write(doc: Mapping[str, Any], path: Path) -> None:
         part.write_text(json.dumps(doc) + "\n")
 
 
-def baseline_table(feature: str, half: str, work: Path) -> Path:
-    """The table of a baseline's features of the songs that `half` is tested on, from the recipe's first training."""
+def baseline_table(feature: str, half: str, work: Path, seed: int = 0) -> Path:
+    """The table of a baseline's features of the songs that `half` is tested on; untrained: the recipe's of that seed."""
     folder = work / "equal-time"
-    job = next(job for job in trainings(BASE, 1, 0) if job.trained_on == half)
+    job = next(job for job in trainings(BASE, 1, seed) if job.trained_on == half)
     table = job.table(folder, run.BASELINES[feature])
     if not table.exists():
         shards = halves.shards_of(work, halves.other(half), halves.SEGMENT_SECONDS)
-        run_dir = folder / "runs" / f"{halves.slug(BASE)}-{half}-0"
+        run_dir = folder / "runs" / f"{halves.slug(BASE)}-{half}-{seed}"
         words = ["--checkpoint", run_dir, "--shards", shards, "--features", feature, "--out", table]
         halves.python(["-m", "simsiam_dali.embed", *words])
     return table
 
 
-def baselines(work: Path) -> dict[str, dict[str, float]]:
-    """Each baseline's scores: the mean over the songs of both halves."""
-    found = {}
+def baselines(work: Path, seeds: int) -> dict[str, dict[str, Scores]]:
+    """Each baseline's scores, as the document has a row's. The untrained encoder is another one for each seed."""
+    found: dict[str, dict[str, Scores]] = {}
     for feature, name in run.BASELINES.items():
-        each = [run.of_each_song(baseline_table(feature, half, work)) for half in halves.HALVES]
-        found[name] = {metric: float(np.concatenate([own[metric] for own in each]).mean()) for metric in METRICS}
+        for seed in range(seeds if feature == "untrained" else 1):
+            for half in halves.HALVES:
+                each = run.of_each_song(baseline_table(feature, half, work, seed))
+                own = {metric: each[metric].round(4).tolist() for metric in METRICS}
+                found.setdefault(name, {}).setdefault(str(seed), {})[half] = own
     return found
 
 
@@ -214,7 +218,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for row in rows:
             known = doc["scores"].get(row, {})
-            if row != BASE and is_given_up(known, doc["scores"][BASE]):
+            if known and row != BASE and is_given_up(known, doc["scores"][BASE], of_songs(doc, "soundtracks")):
                 continue
             done = known.get(str(seed), {})
             wanted = [job for job in trainings(row, doc["epochs"][row], seed) if job.trained_on not in done]
@@ -223,9 +227,8 @@ def main() -> None:
                 add_scores(doc, wanted, folder)
                 doc["environment"] = machine.environment(device)  # of the latest training
                 write(doc, args.json)
-    if "baselines" not in doc:
-        doc["baselines"] = baselines(work)
-        write(doc, args.json)
+    doc["baselines"] = baselines(work, args.seeds)
+    write(doc, args.json)
     print("\n".join(page_lines(doc)))
 
 

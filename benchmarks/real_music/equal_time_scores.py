@@ -9,23 +9,32 @@ import numpy as np
 BASE, PEER = "the recipe", "SimSiam of lightly's parts"
 TAGGED = ("joint, 2.5 s noisy views of 60 s, windows", "contrastive, 2.5 s noisy views of 60 s, windows")
 """A recipe that learns from tags too, and the same without them."""
+COMPARED = (TAGGED, *((row, "SimSiam, 2.5 s noisy views of 60 s") for row in TAGGED))
+"""Rows that differ in what a claim is about."""
 METRICS = ("soundtrack/knn", "soundtrack/map")
 RESAMPLES = 4000
 
 
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean of `(seeds, songs)` differences: seeds and songs are drawn anew, each as often as it is.
+def interval(differences: np.ndarray, soundtracks: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean of `(seeds, songs)` differences: seeds and soundtracks are drawn anew.
 
-    A song's differences stay together in a resample, and so do a seed's: both are what another experiment would have
-    other ones of (a two-way bootstrap: Owen 2007, doi:10.1214/07-AOAS122).
+    soundtracks `(songs,)`: of each song. The songs of a soundtrack are drawn together, since they are asked for the
+    same answer: drawn one by one, the intervals would be half as wide. Seeds and soundtracks are both what another
+    experiment would have other ones of (a two-way bootstrap: Owen 2007, doi:10.1214/07-AOAS122).
     """
     rng = np.random.default_rng(0)
-    seeds, songs = differences.shape
+    names, of = np.unique(soundtracks, return_inverse=True)
+    seeds = len(differences)
     seed_weight = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-    song_weight = rng.multinomial(songs, np.full(songs, 1 / songs), RESAMPLES) / songs
-    means = ((seed_weight @ differences) * song_weight).sum(axis=1)
+    song_weight = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)[:, of]
+    means = ((seed_weight @ differences) * song_weight).sum(axis=1) / song_weight.sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def shown(differences: np.ndarray, soundtracks: np.ndarray) -> str:
+    """The mean, and its interval."""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(differences.mean(), *interval(differences, soundtracks))
 
 
 Scores = dict[str, dict[str, list[float]]]
@@ -39,71 +48,79 @@ def by_seed(row: Mapping[str, Scores], metric: str) -> dict[str, np.ndarray]:
 
 
 def difference(row: Mapping[str, Scores], base: Mapping[str, Scores], metric: str) -> np.ndarray | None:
-    """`(seeds, songs)`: the row's scores minus the recipe's, of the seeds that both have; None without any."""
+    """`(seeds, songs)`: the row's scores minus the other's, of the seeds that both have; None without any."""
     own, other = by_seed(row, metric), by_seed(base, metric)
     common = [seed for seed in own if seed in other]
     return np.stack([own[seed] - other[seed] for seed in common]) if common else None
 
 
+def of_songs(doc: Mapping[str, Any], key: str) -> np.ndarray:
+    """What the document says of each song, in the order of `by_seed`'s scores."""
+    return np.concatenate([np.array(doc[key][half]) for half in halves.HALVES])
+
+
 def untagged_songs(doc: Mapping[str, Any]) -> np.ndarray:
-    """Columns of `by_seed`'s scores that are of songs with neither artist nor album."""
-    (first, *_) = (own for seeds in doc["scores"].values() for own in seeds.values() if "a" in own)
-    return np.concatenate([doc["untagged"]["a"], np.add(doc["untagged"]["b"], len(first["a"][METRICS[0]]))]).astype(int)
+    """Bool `(songs,)`: whether a song has neither artist nor album."""
+    first = len(doc["soundtracks"][halves.HALVES[0]])
+    listed = np.concatenate([doc["untagged"][halves.HALVES[0]], np.add(doc["untagged"][halves.HALVES[1]], first)])
+    return np.isin(np.arange(len(of_songs(doc, "soundtracks"))), listed)
 
 
 def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     """The Markdown table."""
     scored = {row: own for row, own in doc["scores"].items() if by_seed(own, METRICS[0])}
-    untagged = untagged_songs(doc)
-    yield f"| | epochs | seeds | 5-NN | | mAP@10 | | mAP@10 of {len(untagged)} untagged songs | |"
+    untagged, soundtracks = untagged_songs(doc), of_songs(doc, "soundtracks")
+    every = np.full_like(untagged, True)
+    yield f"| | epochs | seeds | 5-NN | | mAP@10 | | mAP@10 of {untagged.sum()} untagged songs | |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for row, own in scored.items():
-        cells = [str(doc["epochs"][row]), str(len(by_seed(own, METRICS[0])))]
-        for metric, columns in ((METRICS[0], slice(None)), (METRICS[1], slice(None)), (METRICS[1], untagged)):
-            cells.append(f"{np.mean([each[columns] for each in by_seed(own, metric).values()]):.3f}")
-            gap = None if row == BASE else difference(own, doc["scores"][BASE], metric)
-            gap = None if gap is None else gap[:, columns]
-            cells.append("" if gap is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(gap.mean(), *interval(gap)))
+    for row, own in {**scored, **doc["baselines"]}.items():
+        is_baseline = row not in scored
+        cells = ["" if is_baseline else str(doc["epochs"][row]), str(len(by_seed(own, METRICS[0])))]
+        for metric, songs in ((METRICS[0], every), (METRICS[1], every), (METRICS[1], untagged)):
+            cells.append(f"{np.mean([each[songs] for each in by_seed(own, metric).values()]):.3f}")
+            gap = None if row == BASE or is_baseline else difference(own, doc["scores"][BASE], metric)
+            cells.append("" if gap is None else shown(gap[:, songs], soundtracks[songs]))
         yield f"| {row} | {' | '.join(cells)} |"
-    for name, own_scores in doc.get("baselines", {}).items():
-        yield f"| {name} | | | {own_scores[METRICS[0]]:.3f} | | {own_scores[METRICS[1]]:.3f} | | | |"
 
 
-def peer_lines(doc: Mapping[str, Any]) -> Iterator[str]:
-    """Each candidate's differences from the peer."""
-    if PEER not in doc["scores"]:
-        return
-    for row, own in doc["scores"].items():
-        gaps = [difference(own, doc["scores"][PEER], metric) for metric in METRICS]
-        if row in (BASE, PEER) or any(gap is None for gap in gaps):
-            continue
-        shown = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(gap.mean(), *interval(gap)) for gap in gaps if gap is not None]
-        yield f"- {row}, to {PEER}: 5-NN {shown[0]}, mAP@10 {shown[1]}"
+def gap_line(doc: Mapping[str, Any], row: str, other: str, songs: np.ndarray | None = None) -> str | None:
+    """One row's differences from another, over `songs` (all, where it is None); None where one of them is not there."""
+    soundtracks, own = of_songs(doc, "soundtracks"), doc["scores"].get(row, {})
+    chosen = np.full(len(soundtracks), True) if songs is None else songs
+    base = {**doc["scores"], **doc["baselines"]}.get(other, {})
+    if other in doc["baselines"] and len(base) == 1:  # nothing in it is drawn: the same for every seed
+        base = dict.fromkeys(own, *base.values())
+    cells = []
+    for metric in METRICS:
+        gap = difference(own, base, metric)
+        if gap is None:
+            return None
+        cells.append(shown(gap[:, chosen], soundtracks[chosen]))
+    return f"- {row}, to {other}: 5-NN {cells[0]}, mAP@10 {cells[1]}"
 
 
-def tag_lines(doc: Mapping[str, Any]) -> Iterator[str]:
-    """What the tags add, on all songs, on those that carry tags, and on those that do not."""
-    gaps = [difference(*(doc["scores"].get(row, {}) for row in TAGGED), metric) for metric in METRICS]
-    if any(gap is None for gap in gaps):
-        return
-    untagged = np.isin(np.arange(gaps[0].shape[1]), untagged_songs(doc)) if gaps[0] is not None else np.array([])
-    groups = {"songs": untagged | ~untagged, "songs with tags": ~untagged, "songs without tags": untagged}
-    for name, songs in groups.items():
-        own = [gap[:, songs] for gap in gaps if gap is not None]
-        shown = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(gap.mean(), *interval(gap)) for gap in own]
-        yield f"- what the tags add, joint to contrastive, {songs.sum()} {name}: 5-NN {shown[0]}, mAP@10 {shown[1]}"
+def gap_lines(doc: Mapping[str, Any]) -> Iterator[str]:
+    """Differences other than from the recipe: from the peer, from the best baseline, and between the rows compared."""
+    rows = [row for row in doc["scores"] if row != PEER]
+    yield from filter(None, (gap_line(doc, row, PEER) for row in rows))
+    mean = {name: np.mean(next(iter(by_seed(own, METRICS[1]).values()))) for name, own in doc["baselines"].items()}
+    best = max(mean, key=lambda name: float(mean[name]))
+    yield from filter(None, (gap_line(doc, row, best) for row in (BASE, *TAGGED)))
+    yield from filter(None, (gap_line(doc, row, other) for row, other in COMPARED))
+    untagged = untagged_songs(doc)
+    for name, songs in (("songs with tags", ~untagged), ("songs without tags", untagged)):
+        if line := gap_line(doc, *TAGGED, songs):
+            yield f"{line}, over the {songs.sum()} {name}"
 
 
 def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     """The table, and what it is of."""
-    songs = len(next(iter(by_seed(doc["scores"][BASE], METRICS[0]).values())))
-    env = doc["environment"]
+    soundtracks, env = of_songs(doc, "soundtracks"), doc["environment"]
     yield from table_lines(doc)
     yield ""
-    if compared := [*peer_lines(doc), *tag_lines(doc)]:
-        yield from compared
-        yield ""
+    yield from gap_lines(doc)
+    yield ""
     yield (
-        f"{songs} songs; the time of {doc['base_epochs']} epochs of the recipe; {env['cpu']}, {env['cores']} cores;"
-        f" {env['date']}, commit {env['commit']}."
+        f"{len(soundtracks)} songs of {len(np.unique(soundtracks))} soundtracks; the time of {doc['base_epochs']}"
+        f" epochs of the recipe; {env['cpu']}, {env['cores']} cores; {env['date']}, commit {env['commit']}."
     )

@@ -1,8 +1,8 @@
 """Which way of comparing songs finds more of a soundtrack? python benchmarks/real_music/retrieval.py ROW
 
 Takes the tables that equal_time.py left in --work of one of its rows, and finds each song's nearest by other rules than
-today's, the cosine of standardised vectors. mAP@10 and 5-NN as there, with intervals over seeds and songs of the
-differences from today's rule; hubness as `simsiam_dali.evaluate` reports it.
+today's, the cosine of standardised vectors. mAP@10 and 5-NN as there, with intervals over seeds and soundtracks of
+the differences from today's rule; hubness as `simsiam_dali.evaluate` reports it.
 """
 
 import argparse
@@ -54,11 +54,11 @@ def local_scaling(similarity: np.ndarray) -> np.ndarray:
     return np.exp(-(distance**2) / np.outer(scale, scale))
 
 
-def find_by(similarity: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest others by a similarity `(N, N)`."""
+def find_by(similarity: np.ndarray, cosine: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest others by a similarity `(N, N)`, and their cosines, by which neighbours vote whatever the rule."""
     others = similarity - np.diag(np.full(len(similarity), np.inf))
     near = np.argsort(-others, axis=1, kind="stable")[:, :k]
-    return near, np.take_along_axis(others, near, axis=1)
+    return near, np.take_along_axis(cosine, near, axis=1)
 
 
 def by_cosine(vectors: np.ndarray, standardise: bool = True) -> np.ndarray:
@@ -87,17 +87,21 @@ RULES = {
     "PCA-whitened, shrinkage 1": Rule(cosine_of_plain, lambda x, _: whitened(x, 1)),
     "PCA-whitened, shrinkage 0.1": Rule(cosine_of_plain, lambda x, _: whitened(x, 0.1)),
     "MFCC statistics beside it": Rule(cosine_of_plain, lambda x, mfcc: np.hstack([unit(x), unit(mfcc)])),
-    "mutual proximity": Rule(lambda x, _, k: find_by(mutual_proximity(by_cosine(x)), k)),
-    "local scaling": Rule(lambda x, _, k: find_by(local_scaling(by_cosine(x)), k)),
+    "mutual proximity": Rule(lambda x, _, k: find_by(mutual_proximity(by_cosine(x)), by_cosine(x), k)),
+    "local scaling": Rule(lambda x, _, k: find_by(local_scaling(by_cosine(x)), by_cosine(x), k)),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """The tables of one row of equal_time.py. mfcc: half learned from -> MFCC statistics of the other half's songs."""
+    """The tables of one row of equal_time.py. mfcc: half learned from -> MFCC statistics of the other half's songs.
+
+    soundtracks: of each song, first of the one half's, then of the other's.
+    """
 
     tables: dict[int, dict[str, Path]]
     mfcc: dict[str, np.ndarray]
+    soundtracks: np.ndarray
 
     @classmethod
     def open(cls, name: str, work: Path, seeds: int) -> Self:
@@ -110,7 +114,8 @@ class Row:
                 raise UserError(f"no {table}: train first with equal_time.py --rows '{name}'")
             tables.setdefault(job.seed, {})[job.trained_on] = table
         mfcc = {half: equal_time.baseline_table("mfcc", half, work) for half in halves.HALVES}
-        return cls(tables, {half: read_song_embeddings(table).vectors for half, table in mfcc.items()})
+        soundtracks = np.concatenate([run.of_each_song(mfcc[half])["soundtrack/of"] for half in halves.HALVES])
+        return cls(tables, {half: read_song_embeddings(table).vectors for half, table in mfcc.items()}, soundtracks)
 
     def vectors(self, rule: Rule, seed: int, half: str) -> np.ndarray:
         """What is searched."""
@@ -147,8 +152,7 @@ def table_lines(row: Row) -> Iterator[str]:
             gap = equal_time_scores.difference(own, today, metric)
             assert gap is not None
             cells.append(f"{np.mean([*equal_time_scores.by_seed(own, metric).values()]):.3f}")
-            low, high = equal_time_scores.interval(gap)
-            cells.append("" if name == TODAY else f"{gap.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+            cells.append("" if name == TODAY else equal_time_scores.shown(gap, row.soundtracks))
         skewness, never = row.hubness(rule)
         yield f"| {name} | {' | '.join(cells)} | {skewness:.2f} | {never:.1%} |"
 

@@ -78,7 +78,8 @@ def of_each_song(
 ) -> dict[str, np.ndarray]:
     """`soundtrack/knn`, `soundtrack/map`, and so for artist: the score of each song that can be scored, in order.
 
-    `soundtrack/untagged`: whether it has neither artist nor album. vectors `(N, D)`: instead of the table's own.
+    `soundtrack/of`: its soundtrack. `soundtrack/untagged`: whether it has neither artist nor album. vectors `(N, D)`:
+    instead of the table's own.
     """
     songs = read_song_embeddings(table)
     vectors = songs.vectors if vectors is None else vectors
@@ -87,6 +88,7 @@ def of_each_song(
     labels = {"soundtrack": [[names[own]] for (own,) in rows["albums"]], "artist": all_label_ids(rows, "artist")}
     tags = zip(all_label_ids(songs.table, "artist"), all_label_ids(songs.table, "album"), strict=True)
     untagged = np.array([not artists and not albums for artists, albums in tags])
+    soundtracks = np.array([own for (own,) in rows["albums"]])
     found = {}
     for target in TARGETS:
         labelled = np.flatnonzero([bool(own) for own in labels[target]])
@@ -99,6 +101,7 @@ def of_each_song(
         found[f"{target}/knn"] = (vote == first)[retrieval.scored].astype(float)
         found[f"{target}/map"] = retrieval.average_precision(near)
         found[f"{target}/untagged"] = untagged[labelled][retrieval.scored]
+        found[f"{target}/of"] = soundtracks[labelled][retrieval.scored]
     return found
 
 

@@ -2,7 +2,7 @@
 
 Chosen by the estimate of `memory`, then, on a GPU, by a trial step on random data before the first step. A step
 accumulates the gradients of `encoder.batch_size / train.micro_batch` micro-batches; batch norm is computed over each
-micro-batch, as it is over each GPU's own segments in the paper (32 of them, arXiv:2011.10566, section 4.1).
+micro-batch, where the published code of SimSiam takes it over all GPUs.
 """
 
 import torch
