@@ -60,14 +60,29 @@ print(*run_all(how_sigint_is_met, [0], 1))
 
 
 def in_new_process(code: str, **environment: Any) -> str:
-    """What the code, in a process that has no fork server yet, prints."""
-    path = str(Path(__file__).parent)
-    done = fork_server.run([sys.executable, "-c", f"import sys\nsys.path.insert(0, {path!r})\n{code}"], env=environment)
+    """What the code prints in a new interpreter: it has no fork server, and no folder for temporary files yet."""
+    words = [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"]
+    done = fork_server.fresh(words, env=environment)
     return done.stdout + done.stderr
 
 
 def test_no_process_of_the_pool_is_interrupted_before_it_ignores_that() -> None:
     assert in_new_process(ASKING) == "(0, (True, False, True))\n"
+
+
+LINE = """
+from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.packing.process_pool import run_all
+one_line_errors(lambda: print(*run_all(abs, [-1], 1)))()
+"""
+
+
+def test_too_long_a_folder_of_temporary_files_is_reported_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 76)
+    folder.mkdir()
+    (line,) = in_new_process(LINE, TMPDIR=str(folder)).splitlines()
+    assert line.startswith(f"error: the name of the folder for temporary files, {folder}, is too long")
+    assert "set TMPDIR" in line
 
 
 def test_an_exception_reaches_the_caller() -> None:

@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
+
+from simsiam_dali.common.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,12 +91,20 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
 def _start_server() -> None:
     """Start the fork server, if it does not run, with SIGINT blocked: it and its workers have that from the first.
 
-    Ctrl-C reaches the whole group, and while they import they would print a KeyboardInterrupt of their own.
+    Ctrl-C reaches the whole group, and while they import they would print a KeyboardInterrupt of their own. Raises
+    UserError where the folder of temporary files has too long a name for the server's socket.
     """
     resource_tracker.ensure_running()  # before, since its start unblocks the signal
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         forkserver.ensure_running()
+    except OSError as e:
+        if "AF_UNIX" not in str(e):
+            raise
+        raise UserError(
+            f"the name of the folder for temporary files, {tempfile.gettempdir()}, is too long for a socket: set TMPDIR"
+            " to a folder with a name of at most 75 characters"
+        ) from e
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
