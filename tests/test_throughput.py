@@ -34,6 +34,7 @@ from stages import Spec, open_stage, random_batch, trained
 from torch_views import Views
 
 from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import AugmentationConfig, Config
 from simsiam_dali.data.graph import LogMel
@@ -254,6 +255,18 @@ def test_a_stage_that_cannot_open_is_one_clear_error_and_does_not_stop_the_other
     first, second = map(str, errors)
     assert first == "broken: no such thing"
     assert second.startswith("vanishing died")
+
+
+def test_a_stage_that_dies_between_its_windows_is_one_clear_error() -> None:
+    stage = FrozenStage("killed", numbers, (), warm_up=0.0)
+    try:
+        stage.open()
+        stage.process.kill()
+        stage.process.join()
+        with pytest.raises(UserError, match="killed died"):
+            stage.window(0.0)
+    finally:
+        stage.close()
 
 
 def test_stages_that_do_not_fit_beside_each_other_are_open_one_at_a_time(tmp_path: Path) -> None:
