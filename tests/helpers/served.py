@@ -64,7 +64,7 @@ class Client:
 
     def close(self) -> None:
         self._runner.close()
-        self.library.positions.close()
+        self.library.close()
 
     def request(
         self,
