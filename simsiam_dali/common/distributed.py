@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
-from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.terminal import print_line
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class World:
     def print(self, line: str) -> None:
         """Print on the main process only, above a progress bar."""
         if self.main:
-            tqdm.write(line, file=sys.stdout)
+            print_line(line)
 
     def gather(self, thing: Any) -> list[Any]:
         """`thing` of every rank, on every rank, in the order of ranks. It travels pickled: keep it on the CPU."""
