@@ -312,7 +312,8 @@ class Sleepy:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             began = time.perf_counter()
-            time.sleep(self.seconds)
+            if self.seconds:  # even a sleep of 0 gives the core away
+                time.sleep(self.seconds)
             self.slept += time.perf_counter() - began
             yield self.batch
 
