@@ -16,7 +16,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-START_SECONDS = 60.0
+START_SECONDS = 300.0
 """Time for a server to start; a busy two-core machine took 8."""
 
 
