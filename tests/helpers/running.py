@@ -62,8 +62,11 @@ def run(args: list[str], folder: Path, **environment: str) -> subprocess.Complet
 
 
 def start(args: list[str], folder: Path) -> fork_server.Process | subprocess.Popen[str]:
-    """The same, left running."""
-    return fork_server.start(args, folder)
+    """The same, left running; `began` is when."""
+    began = time.time()
+    process = fork_server.start(args, folder)
+    process.began = began  # type: ignore
+    return process
 
 
 def run_ranks(number: int, args: list[str], folder: Path) -> list[subprocess.CompletedProcess[str]]:
@@ -121,14 +124,18 @@ def epochs(run_dir: Path) -> list[dict]:
 
 
 def wait_for_step(process: fork_server.Process | subprocess.Popen[str], run_parent: Path, step: int) -> None:
-    """Until the journal holds the loss of `step`."""
+    """Until the journal holds the loss of `step`, written by this process and not by one before it."""
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
+    while True:
+        status = process.poll()  # before the journal is read: it may end in between
         for path in run_parent.glob("*/metrics.jsonl"):
-            if any(f'"step": {step}, "loss"' in line for line in path.read_text().splitlines()):
+            written = path.stat().st_mtime > process.began  # type: ignore
+            if written and any(f'"step": {step}, "loss"' in line for line in path.read_text().splitlines()):
                 return
+        if status is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"never came to step {step} (status {status}): {process.communicate()}")
         time.sleep(0.01)
-    raise AssertionError(f"never came to step {step} (status {process.poll()}): {process.communicate()}")
 
 
 def refusal(args: list[str], folder: Path, **environment: str) -> str:
