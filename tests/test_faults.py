@@ -85,6 +85,23 @@ def test_a_journal_cut_short_by_a_kill_continues(simple, tmp_path, small_shards)
     is_as_if_nothing_had_happened(run_dir, simple)
 
 
+SLOW_SAVE = """
+import time
+from pathlib import Path
+from simsiam_dali import train
+write = Path.write_bytes
+def write_slowly(path, content):
+    if not path.name.startswith(".checkpoint.pt."):
+        return write(path, content)
+    with path.open("wb", buffering=0) as file:
+        file.write(content[:100])
+        time.sleep(0.5)
+        file.write(content[100:])
+Path.write_bytes = write_slowly
+train.main()
+"""
+
+
 @pytest.mark.faults
 def test_killed_while_it_writes_a_checkpoint(tmp_path, small_shards):
     """SIGKILL in three saves in the middle of an epoch: each time the last good checkpoint loads and goes on."""
@@ -94,19 +111,16 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path, small_shards):
     args = command(tmp_path, small_shards, "--run-name", "killed", **over)
     run_dir = tmp_path / "runs/killed"
     for step in (2, 4, 7):  # of 6 an epoch
-        for _ in range(5):  # until it is caught in the act
-            process = start(args, tmp_path)
-            part = run_dir / f".{checkpoint.FILE_NAME}.{process.pid}.part"
-            wait_for_step(process, tmp_path / "runs", step)
-            while process.poll() is None and not (part.exists() and part.stat().st_size > 0):
-                time.sleep(0.001)
-            process.kill()
-            process.communicate()
-            args = command(tmp_path, small_shards, "--resume", **over)
-            if part.exists():
-                break
+        process = start([args[0], "-c", SLOW_SAVE, *args[3:]], tmp_path)
+        part = run_dir / f".{checkpoint.FILE_NAME}.{process.pid}.part"
+        wait_for_step(process, tmp_path / "runs", step)
+        while process.poll() is None and not (part.exists() and part.stat().st_size > 0):
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
         assert part.exists()
         assert step - 1 <= checkpoint.load(run_dir / checkpoint.FILE_NAME)["step"] < len(losses(whole))
+        args = command(tmp_path, small_shards, "--resume", **over)
     done = run(args, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     is_as_if_nothing_had_happened(run_dir, whole)
