@@ -94,13 +94,32 @@ def test_a_model_that_draws_random_numbers_is_resumed_with_the_same(tmp_path, sm
     assert drawn[0] == drawn[1]
 
 
+PATIENT = """
+import sys, time
+from simsiam_dali import train
+from simsiam_dali.common.signals import Interrupt
+from simsiam_dali.training.learner import Learner
+step, note, came = Learner.step, Interrupt._note, []
+def patient_step(self, *arguments):
+    while not came:
+        time.sleep(0.01)
+    return step(self, *arguments)
+def seen_note(self, *arguments):
+    came.append(True)
+    note(self, *arguments)
+Learner.step, Interrupt._note = patient_step, seen_note
+sys.exit(train.main())
+"""
+"""A training whose first step lasts until the signal has come."""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_in_the_middle_of_an_epoch(whole, tmp_path, small_shards, number):
     args = command(tmp_path, small_shards, mlflow__enabled="false", train__log_every=100)
-    process = start(args, tmp_path)
+    process = start([args[0], "-c", PATIENT, *args[3:]], tmp_path)
     while not list(tmp_path.glob("runs/*/checkpoint.pt")) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(number)  # after the untrained evaluation, before or during the first step
+    process.send_signal(number)  # after the untrained evaluation, before or in the first step
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number, err[-2000:]
     (run_dir,) = (tmp_path / "runs").iterdir()
