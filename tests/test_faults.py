@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from helpers.full_disk import fill, small_disk
-from helpers.logged_runs import free_port, mlflow_server
+from helpers.logged_runs import mlflow_server
+from helpers.ports import free_port
 from helpers.running import command, losses, run, start, train, wait_for_step
 from mlflow import MlflowClient
 
