@@ -16,7 +16,7 @@ import mlflow
 import pytest
 import torch
 from helpers import fork_server
-from helpers.running import TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
+from helpers.running import PATIENT, TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
 
 from simsiam_dali.config.load import load_config
 from simsiam_dali.models.registry import encoder_type
@@ -92,25 +92,6 @@ def test_a_model_that_draws_random_numbers_is_resumed_with_the_same(tmp_path, sm
         assert process.returncode == 0, err[-2000:]
         drawn.append(losses(folder / "runs/drawing"))
     assert drawn[0] == drawn[1]
-
-
-PATIENT = """
-import sys, time
-from simsiam_dali import train
-from simsiam_dali.common.signals import Interrupt
-from simsiam_dali.training.learner import Learner
-step, note, came = Learner.step, Interrupt._note, []
-def patient_step(self, *arguments):
-    while not came:
-        time.sleep(0.01)
-    return step(self, *arguments)
-def seen_note(self, *arguments):
-    came.append(True)
-    note(self, *arguments)
-Learner.step, Interrupt._note = patient_step, seen_note
-sys.exit(train.main())
-"""
-"""A training whose first step lasts until the signal has come."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

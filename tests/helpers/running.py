@@ -43,6 +43,25 @@ TINY = {
 }
 
 
+PATIENT = """
+import sys, time
+from simsiam_dali import train
+from simsiam_dali.common.signals import Interrupt
+from simsiam_dali.training.learner import Learner
+step, note, came = Learner.step, Interrupt._note, []
+def patient_step(self, *arguments):
+    while not came:
+        time.sleep(0.01)
+    return step(self, *arguments)
+def seen_note(self, *arguments):
+    came.append(True)
+    note(self, *arguments)
+Learner.step, Interrupt._note = patient_step, seen_note
+sys.exit(train.main())
+"""
+"""A training whose first step lasts until the signal has come."""
+
+
 def command(folder: Path, shards: Path, *options: str, **over: object) -> list[str]:
     """`python -m simsiam_dali.train` with tiny settings, everything it writes below `folder`."""
     values = {
