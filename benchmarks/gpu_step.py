@@ -104,7 +104,7 @@ def alone(measured: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
     theirs.close()
     try:
         answer: dict[str, Any] | str = ours.recv()
-    except EOFError:
+    except (EOFError, OSError):  # a reset, or the end in the middle of an answer
         answer = "the process died (its own message stands above, if it had one)"
     process.join()
     return answer

@@ -116,17 +116,16 @@ def _serve(pipe: Connection, open_stage: Callable[..., Stage], arguments: tuple[
     # A group of its own, so that a DataLoader's workers are frozen along. The kernel wakes and ends a frozen group
     # whose parent has died.
     os.setpgid(0, 0)
-    try:
-        pipe.recv()
-        stage = open_stage(*arguments)
-        timed_window(stage, seconds, batches=WARM_UP_UNITS * stage.unit)
-        pipe.send(None)
-        while True:
-            pipe.send(timed_window(stage, *pipe.recv()))
-    except (EOFError, BrokenPipeError):  # asked to end, or the parent died
-        return
-    except (UserError, torch.OutOfMemoryError) as e:
-        pipe.send(UserError(str(e).splitlines()[0]))
+    with contextlib.suppress(EOFError, ConnectionError):  # asked to end, or the parent died
+        try:
+            pipe.recv()
+            stage = open_stage(*arguments)
+            timed_window(stage, seconds, batches=WARM_UP_UNITS * stage.unit)
+            pipe.send(None)
+            while True:
+                pipe.send(timed_window(stage, *pipe.recv()))
+        except (UserError, torch.OutOfMemoryError) as e:
+            pipe.send(UserError(str(e).splitlines()[0]))
 
 
 class FrozenStage:
@@ -145,15 +144,13 @@ class FrozenStage:
 
     def open(self) -> None:
         """Open the stage and warm it up. Raises UserError when that fails."""
-        self.pipe.send(None)
-        self._answer()
+        self._ask(None)
         self._signal(signal.SIGSTOP)
 
     def window(self, seconds: float, batches: int = 1) -> Window:
         """Go on from where the last window ended."""
         self._signal(signal.SIGCONT)
-        self.pipe.send((seconds, batches))
-        window = self._answer()
+        window = self._ask((seconds, batches))
         self._signal(signal.SIGSTOP)
         assert isinstance(window, Window)
         return window
@@ -176,10 +173,11 @@ class FrozenStage:
         with contextlib.suppress(ProcessLookupError):  # it has no group yet, or is gone
             os.killpg(self.process.pid, number)
 
-    def _answer(self) -> Window | None:
+    def _ask(self, request: tuple[float, int] | None) -> Window | None:
         try:
+            self.pipe.send(request)
             answer = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # a pipe breaks or is reset, or ends in the middle of an answer
             raise UserError(f"{self.name} died (its own message, if any, is above)") from None
         if isinstance(answer, UserError):
             raise UserError(f"{self.name}: {answer}")

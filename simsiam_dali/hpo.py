@@ -18,6 +18,7 @@ import simsiam_dali.data.dali  # noqa: F401 - a missing DALI is reported here, a
 from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.signals import Interrupt
+from simsiam_dali.common.terminal import print_line
 from simsiam_dali.config.cli import add_config, add_setting, create_parser, describe_source, given_settings
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
@@ -26,7 +27,6 @@ from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.search import trials
 from simsiam_dali.search.report import StudyRun
 from simsiam_dali.search.study import Study
-from simsiam_dali.search.trials import print_line
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)  # behind the ^C of the terminal
     finally:
-        library.positions.close()
+        library.close()
 
 
 @one_line_errors

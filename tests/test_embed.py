@@ -140,19 +140,26 @@ def test_projection_and_the_middle_of_each_segment(small_runs, tmp_path):
 
 
 def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(tables, small_runs, tmp_path):
-    """Killed twice; each batch of four is a part, so that is inside the training split and near or behind its end."""
+    """Killed twice, where it waits for that with its part done; each batch of four is a part.
+
+    So that is inside the training split and near or behind its end.
+    """
     out, parts = tmp_path / "e.parquet", tmp_path / ".e.parquet.partial"
     slow = (
-        "import time, simsiam_dali.embed as e, simsiam_dali.embedding.write as w; w.PART_SECONDS = 0\n"
-        "make = e.create_features\n"
+        "import dataclasses, os, pathlib, time\n"
+        "import simsiam_dali.embed as e, simsiam_dali.embedding.write as w; w.PART_SECONDS = 0\n"
+        "make, parts = e.create_features, pathlib.Path(os.environ['PARTS'])\n"
         "def late(*a):\n"
-        "    import dataclasses; made = make(*a)\n"
-        "    return dataclasses.replace(made, compute=lambda x: (time.sleep(0.3), made.compute(x))[1])\n"
+        "    made = make(*a)\n"
+        "    def compute(x):\n"
+        "        while len(list(parts.glob('*.pt'))) >= int(os.environ['WANTED']): time.sleep(1)\n"
+        "        return made.compute(x)\n"
+        "    return dataclasses.replace(made, compute=compute)\n"
         "e.create_features = late; e.main()"
     )
     options = [sys.executable, "-c", slow, "--checkpoint", small_runs["simsiam"], "--out", out, "--batch-size", "4"]
     for wanted in (2, 6):
-        child = fork_server.start([*options, "--device", "cpu"])
+        child = fork_server.start([*options, "--device", "cpu"], env={"PARTS": str(parts), "WANTED": str(wanted)})
         while len(list(parts.glob("*.pt"))) < wanted:
             assert child.poll() is None
             time.sleep(0.01)

@@ -5,11 +5,13 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.full_disk import fill, small_disk
-from helpers.logged_runs import free_port, mlflow_server
+from helpers.logged_runs import mlflow_server
+from helpers.ports import free_port
 from helpers.running import command, losses, run, start, train, wait_for_step
 from mlflow import MlflowClient
 
@@ -85,6 +87,23 @@ def test_a_journal_cut_short_by_a_kill_continues(simple, tmp_path, small_shards)
     is_as_if_nothing_had_happened(run_dir, simple)
 
 
+SLOW_SAVE = """
+import time
+from pathlib import Path
+from simsiam_dali import train
+write = Path.write_bytes
+def write_slowly(path, content):
+    if not path.name.startswith(".checkpoint.pt."):
+        return write(path, content)
+    with path.open("wb", buffering=0) as file:
+        file.write(content[:100])
+        time.sleep(0.5)
+        file.write(content[100:])
+Path.write_bytes = write_slowly
+train.main()
+"""
+
+
 @pytest.mark.faults
 def test_killed_while_it_writes_a_checkpoint(tmp_path, small_shards):
     """SIGKILL in three saves in the middle of an epoch: each time the last good checkpoint loads and goes on."""
@@ -94,56 +113,89 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path, small_shards):
     args = command(tmp_path, small_shards, "--run-name", "killed", **over)
     run_dir = tmp_path / "runs/killed"
     for step in (2, 4, 7):  # of 6 an epoch
-        for _ in range(5):  # until it is caught in the act
-            process = start(args, tmp_path)
-            part = run_dir / f".{checkpoint.FILE_NAME}.{process.pid}.part"
-            wait_for_step(process, tmp_path / "runs", step)
-            while process.poll() is None and not (part.exists() and part.stat().st_size > 0):
-                time.sleep(0.001)
-            process.kill()
-            process.communicate()
-            args = command(tmp_path, small_shards, "--resume", **over)
-            if part.exists():
-                break
+        process = start([args[0], "-c", SLOW_SAVE, *args[3:]], tmp_path)
+        part = run_dir / f".{checkpoint.FILE_NAME}.{process.pid}.part"
+        wait_for_step(process, tmp_path / "runs", step)
+        while process.poll() is None and not (part.exists() and part.stat().st_size > 0):
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
         assert part.exists()
         assert step - 1 <= checkpoint.load(run_dir / checkpoint.FILE_NAME)["step"] < len(losses(whole))
+        args = command(tmp_path, small_shards, "--resume", **over)
     done = run(args, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     is_as_if_nothing_had_happened(run_dir, whole)
+
+
+STOPPING = """
+import os, signal, sys
+from simsiam_dali import train
+from simsiam_dali.training.run import Run
+save = Run.save
+def save_and_stop(self):
+    save(self)
+    os.kill(os.getpid(), signal.SIGSTOP)
+Run.save = save_and_stop
+sys.exit(train.main())
+"""
+
+
+def stops(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Each time that it has stopped itself, after a save; it is continued afterwards."""
+    try:
+        while process.poll() is None:
+            if stands_still(process.pid):
+                yield
+                process.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+    finally:
+        process.kill()  # where the test has failed meanwhile
+
+
+def stands_still(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+    except FileNotFoundError:  # it has ended
+        return False
 
 
 def test_a_full_disk_does_not_end_a_run(simple, tmp_path, small_shards):
     """It warns and goes on; where the last checkpoint cannot be written it ends with the error, and can be resumed."""
     total = len(losses(simple))
     with small_disk(tmp_path / "runs", "20m") as disk:
-        process = start(command(tmp_path, small_shards, "--run-name", "full", **SIMPLE), tmp_path)
-        wait_for_step(process, disk, 2)
-        filler = fill(disk)
-        out, err = process.communicate(timeout=300)
+        args = command(tmp_path, small_shards, "--run-name", "full", **SIMPLE)
+        process = start([args[0], "-c", STOPPING, *args[3:]], tmp_path)
+        filler = None
+        for _ in stops(process):
+            filler = filler or fill(disk)
+        assert filler is not None, process.communicate()
+        out, err = process.communicate()
         assert process.returncode == 1, err[-2000:]
         path = disk / "full" / checkpoint.FILE_NAME
         said = f"cannot write the checkpoint {path} (No space left on device); the checkpoint before it is kept"
         journal = f"cannot write {disk / 'full/metrics.jsonl'} (No space left on device)"
         warnings = [line for line in out.splitlines() if line.startswith("warning: step ")]
-        assert 1 <= len(warnings) <= 4  # one for each epoch's end since
+        assert len(warnings) == SIMPLE["encoder__epochs"]
         assert all(said in w or journal in w for w in warnings), warnings
         assert warnings[-1].startswith(f"warning: step {total}: ")
         assert "Traceback" not in err
         assert err.splitlines()[-1] in (f"error: {said}", f"error: {journal}")
-        kept = checkpoint.load(path)["step"]
-        assert kept < total
+        assert checkpoint.load(path)["step"] == 0
 
         filler.unlink()
         args = command(tmp_path, small_shards, "--resume", "full", **SIMPLE)
-        process = start(args, tmp_path)
-        while process.poll() is None and checkpoint.load(path)["step"] == kept:
-            time.sleep(0.01)
-        filler = fill(disk)
-        while process.poll() is None and "warning: step" not in process.printed():
-            time.sleep(0.01)
-        filler.unlink()
-        err = process.communicate(timeout=300)[1]
+        process = start([args[0], "-c", STOPPING, *args[3:]], tmp_path)
+        warned = []
+        for number, _ in enumerate(stops(process)):
+            warned.append("warning: step" in process.printed())
+            if number == 0:
+                filler = fill(disk)
+            elif number == 1:
+                filler.unlink()
+        err = process.communicate()[1]
         assert process.returncode == 0, err[-2000:]
+        assert warned[:2] == [False, True]
         is_as_if_nothing_had_happened(disk / "full", simple)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import mlflow
 import optuna
 import pytest
-from helpers.running import TINY, command, run, start
+from helpers.running import PATIENT, TINY, command, run, start
 from optuna.trial import TrialState
 
 from simsiam_dali import hpo
@@ -389,10 +389,25 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
+STANDING = f"""
+import sys
+from simsiam_dali import hpo
+from simsiam_dali.search import trials
+usual = trials.start_training
+def start_training(options, *rest, **more):
+    if "trial-0001" in options[1]:
+        trials.COMMAND = (sys.executable, "-c", {PATIENT!r})
+    return usual(options, *rest, **more)
+trials.start_training = start_training
+hpo.main()
+"""
+"""A search whose second trial lasts until it is stopped."""
+
+
 def test_killed_it_continues_with_the_next_trial_and_trains_the_best_at_the_end(tmp_path, small_shards):
     name = {"hpo__study_name": "mine", "encoder__final_training_epochs": 2}
     args = hpo_command(tmp_path, small_shards, "--trials", "3", **name)
-    process = start(args, tmp_path)
+    process = start([sys.executable, "-c", STANDING, *args[3:]], tmp_path)
     wait_for(tmp_path / "runs/hpo/mine/trial-0001/metrics.jsonl", process)
     process.kill()
     process.communicate()

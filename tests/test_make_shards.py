@@ -18,6 +18,7 @@ import mutagen
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.groups import SECONDS, alive_in_group, until
 from helpers.small_music import command, environment, make_shards, repeat_headers, said, sound, write_audio, write_song
 
 from simsiam_dali.common.errors import UserError
@@ -359,24 +360,9 @@ def killed(process: subprocess.Popen[bytes], when: Callable[[], None], with_sign
     """Signal the command alone; its workers must go by themselves."""
     when()
     process.send_signal(with_signal)
-    code = process.wait(30)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if not alive_in_group(process.pid):
-            return code
-        time.sleep(0.02)
-    raise AssertionError("processes of the killed command live on")
-
-
-def alive_in_group(group: int) -> list[str]:
-    """Processes of the group, without those that ended and only wait to be collected."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, its_group = path.read_text().rpartition(") ")[2].split(" ")[:3]
-            if its_group == str(group) and state not in "ZX":
-                found.append(path.parent.name)
-    return found
+    code = process.wait(SECONDS)
+    until(lambda: not alive_in_group(process.pid))
+    return code
 
 
 @contextlib.contextmanager
@@ -394,8 +380,10 @@ def running(*arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
+    """Until the condition holds or the process has ended."""
+    deadline = time.monotonic() + SECONDS
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
         time.sleep(0.0002)
 
 

@@ -1,5 +1,6 @@
 """A step's batch in parts: the same gradient, the part that fits, and activations computed twice."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -298,8 +299,10 @@ def test_memory_is_checked_before_threads_are_tried(small_shards, tmp_path, monk
     monkeypatch.setattr(data, "with_threads", lambda *_: pytest.fail("measured first"))
     monkeypatch.setattr(memory, "free_bytes", lambda _: 2**30)
     asked = config(data__shards=small_shards, data__threads="auto", mlflow__enabled="false")
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(UserError, match="a batch of 16 needs about"):
         loop.train(asked, HERE, None, tmp_path)
+    signal.signal(signal.SIGTERM, before)
 
 
 SCRIPT = """

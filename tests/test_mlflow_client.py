@@ -1,11 +1,13 @@
 """The MLflow client: an unreachable server costs seconds, in every command that uses one."""
 
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers import fork_server
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.tracking import client
@@ -58,3 +60,27 @@ def test_an_experiment_is_created_once(tmp_path: Path) -> None:
         first = experiment_id(mlflow, "mine")
         assert experiment_id(mlflow, "mine") == first
         assert mlflow.get_experiment(first).name == "mine"
+
+
+MEETING = """
+import sys, time
+from mlflow.store.db import utils
+from simsiam_dali.tracking.client import connect, experiment_id
+look = utils._all_tables_exist
+def slow_look(engine):
+    found = look(engine)
+    time.sleep(1.0)  # both have looked before either has made a table
+    return found
+utils._all_tables_exist = slow_look
+with connect(sys.argv[1]) as client:
+    print(experiment_id(client, "any"))
+"""
+
+
+def test_two_processes_make_one_database(tmp_path: Path) -> None:
+    """Two trainings that are started together, where there is none."""
+    args = [sys.executable, "-c", MEETING, f"sqlite:///{tmp_path}/mlflow.db"]
+    both = [fork_server.start(args, tmp_path) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [out for out, _ in said] == ["1\n", "1\n"]

@@ -1,5 +1,6 @@
 """Several processes as one: gradients, segments, one error, and going on with another number of them."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -140,6 +141,44 @@ def test_on_gpus_tensors_of_the_cpu_are_exchanged_too(monkeypatch):
     assert dict(part.split(":") for part in backend.split(",")) == {"cpu": "gloo", "cuda": "nccl"}
 
 
+STOPPED_WHILE_IT_REPORTS = """
+import contextlib, signal
+import torch.distributed as dist
+from simsiam_dali.common import distributed
+from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.common.signals import Interrupt
+
+dist.init_process_group = lambda _: None
+dist.destroy_process_group = lambda: signal.raise_signal(signal.SIGTERM)
+distributed.reports_first = lambda: signal.raise_signal(signal.SIGTERM) or True
+
+@contextlib.contextmanager
+def outside():
+    try:
+        yield
+    except Exception:
+        signal.raise_signal(signal.SIGTERM)
+        raise
+
+@one_line_errors
+@distributed.report_error_once
+def main():
+    with distributed.process_group("cpu"), outside(), Interrupt():
+        raise dist.DistError
+
+main()
+"""
+
+
+def test_torchrun_s_sigterm_does_not_cut_off_the_report_of_an_error(tmp_path):
+    """It comes at any moment after another rank died: at each step of the way out of the failed collective call."""
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    done = run([sys.executable, "-c", STOPPED_WHILE_IT_REPORTS], tmp_path, **env)
+    assert done.returncode == 1, done
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: another rank died")
+
+
 def test_two_processes_train_one_model_and_one_continues_it(tmp_path, small_shards):
     args = command(tmp_path, small_shards, encoder__batch_size=4, **{**SHARED, "encoder__epochs": 2})
     done = run(launched(2, args), tmp_path)
@@ -195,20 +234,21 @@ def hosts() -> Iterator[list[str]]:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
     try:
-        for name in names:
-            ip("netns", "add", name)
-    except (OSError, subprocess.CalledProcessError) as e:
-        pytest.skip(f"no network namespaces here ({getattr(e, 'stderr', e)})")
-    try:
-        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        for number, name in enumerate(names, start=1):
-            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
-            for link in ("lo", "eth0"):
-                ip("-n", name, "link", "set", link, "up")
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+            for number, name in enumerate(names, start=1):
+                ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+                for link in ("lo", "eth0"):
+                    ip("-n", name, "link", "set", link, "up")
+        except (OSError, subprocess.CalledProcessError) as e:
+            pytest.skip(f"no network namespaces or no veth here ({getattr(e, 'stderr', e)})")
         yield names
     finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False)
+        with contextlib.suppress(OSError):  # there is no `ip`
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 @pytest.mark.faults

@@ -1,6 +1,5 @@
 """Shards on S3, against a server on loopback: the same batches as from the disk, and the same care for damage."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import running
+from helpers.ports import free_port
 from pyarrow import fs
 
 from simsiam_dali.common.distributed import World
@@ -28,8 +28,7 @@ SETTINGS = {**running.TINY, "data.max_bad_fraction": 0.2}
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """In a process of its own: DALI waits for the answer with Python's lock held."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -37,12 +36,14 @@ def server() -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
+        deadline = time.monotonic() + 300
         while True:
             try:
-                urllib.request.urlopen(f"{url}/moto-api/").close()
+                urllib.request.urlopen(f"{url}/moto-api/", timeout=5).close()
                 break
             except OSError:
                 assert process.poll() is None, "the server has ended"
+                assert time.monotonic() < deadline, "the server does not answer"
                 time.sleep(0.2)
         yield url
     finally:

@@ -18,12 +18,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import soundfile as sf
-from helpers.served import write_library
+from helpers.served import with_map, write_library
 from helpers.small_music import environment
 
 from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.packing.ratings import RatingsFile
-from simsiam_dali.serving.positions import file_key, write_map
 
 webdriver = pytest.importorskip("selenium.webdriver")
 By = pytest.importorskip("selenium.webdriver.common.by").By
@@ -66,15 +65,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library whose map is there already: UMAP compiles for half a minute."""
     return with_map(write_library(tmp_path_factory.mktemp("library"), SONGS, seconds=8.0))
-
-
-def with_map(table: Path) -> Path:
-    """Keep some positions as the UMAP of a table."""
-    points = np.random.default_rng(0).uniform(-1, 1, (len(read_song_embeddings(table).table), 2))
-    write_map(table.with_name(f".{table.name}.map.npz"), points.astype(np.float32), file_key(table))
-    return table
 
 
 @pytest.fixture(scope="module")

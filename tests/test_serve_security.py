@@ -4,7 +4,7 @@ import os
 import random
 
 import pytest
-from helpers.served import HOST, Client, write_library
+from helpers.served import HOST, Client, with_map, write_library
 
 from simsiam_dali.serving.security import MAX_BODY, POLICY, Address, is_loopback
 
@@ -21,7 +21,7 @@ ALL_ROUTES = [(method, path) for method, paths in ROUTES.items() for path in pat
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    return write_library(tmp_path_factory.mktemp("served"), seconds=0.3)
+    return with_map(write_library(tmp_path_factory.mktemp("served"), seconds=0.3))
 
 
 @pytest.fixture(scope="module")

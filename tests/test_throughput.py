@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import fork_server
 from helpers.fake_stages import broken, numbered, numbers, numbers_of, only_one, ticking, vanishing
+from helpers.groups import alive_in_group, until
 from helpers.running import ROOT, forked_stages
 from helpers.signals import frequency, noise, tone
 from torch import Tensor
@@ -34,6 +35,7 @@ from stages import Spec, open_stage, random_batch, trained
 from torch_views import Views
 
 from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import AugmentationConfig, Config
 from simsiam_dali.data.graph import LogMel
@@ -231,16 +233,21 @@ def tick(file: Path) -> float:
 def test_a_stage_and_its_children_stand_still_between_windows(tmp_path: Path) -> None:
     file = tmp_path / "tick"
     stage = FrozenStage("ticking", ticking, (file,), warm_up=0.05)
+    group = stage.process.pid
+    assert group is not None
     try:
         stage.open()
+        until(lambda: set(alive_in_group(group).values()) == {"T"})
+        assert len(alive_in_group(group)) == 2
         frozen = tick(file)
         time.sleep(0.1)
         assert tick(file) == frozen
         window = stage.window(0.05)
-        assert tick(file) > frozen
         assert window.segments[0] > 0
+        until(lambda: bool(stage.window(0.05) and tick(file) > frozen))  # the child may get no core in one of them
     finally:
         stage.close()
+    until(lambda: not alive_in_group(group))
     last = tick(file)
     time.sleep(0.1)
     assert tick(file) == last  # the child is gone too
@@ -254,6 +261,18 @@ def test_a_stage_that_cannot_open_is_one_clear_error_and_does_not_stop_the_other
     first, second = map(str, errors)
     assert first == "broken: no such thing"
     assert second.startswith("vanishing died")
+
+
+def test_a_stage_that_dies_between_its_windows_is_one_clear_error() -> None:
+    stage = FrozenStage("killed", numbers, (), warm_up=0.0)
+    try:
+        stage.open()
+        stage.process.kill()
+        stage.process.join()
+        with pytest.raises(UserError, match="killed died"):
+            stage.window(0.0)
+    finally:
+        stage.close()
 
 
 def test_stages_that_do_not_fit_beside_each_other_are_open_one_at_a_time(tmp_path: Path) -> None:
@@ -293,7 +312,8 @@ class Sleepy:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             began = time.perf_counter()
-            time.sleep(self.seconds)
+            if self.seconds:  # even a sleep of 0 gives the core away
+                time.sleep(self.seconds)
             self.slept += time.perf_counter() - began
             yield self.batch
 

@@ -16,7 +16,7 @@ import mlflow
 import pytest
 import torch
 from helpers import fork_server
-from helpers.running import TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
+from helpers.running import PATIENT, TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
 
 from simsiam_dali.config.load import load_config
 from simsiam_dali.models.registry import encoder_type
@@ -97,10 +97,10 @@ def test_a_model_that_draws_random_numbers_is_resumed_with_the_same(tmp_path, sm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_in_the_middle_of_an_epoch(whole, tmp_path, small_shards, number):
     args = command(tmp_path, small_shards, mlflow__enabled="false", train__log_every=100)
-    process = start(args, tmp_path)
+    process = start([args[0], "-c", PATIENT, *args[3:]], tmp_path)
     while not list(tmp_path.glob("runs/*/checkpoint.pt")) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(number)  # after the untrained evaluation, before or during the first step
+    process.send_signal(number)  # after the untrained evaluation, before or in the first step
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number, err[-2000:]
     (run_dir,) = (tmp_path / "runs").iterdir()

@@ -6,6 +6,7 @@ others exit quietly. torchrun adds its own report, which names the process that 
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
-from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.terminal import print_line
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class World:
     def print(self, line: str) -> None:
         """Print on the main process only, above a progress bar."""
         if self.main:
-            tqdm.write(line, file=sys.stdout)
+            print_line(line)
 
     def gather(self, thing: Any) -> list[Any]:
         """`thing` of every rank, on every rank, in the order of ranks. It travels pickled: keep it on the CPU."""
@@ -92,7 +93,10 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def process_group(wanted_device: str) -> Iterator[World]:
-    """Join the process group when started by `torchrun`, and leave it at the end."""
+    """Join the process group when started by `torchrun`, and leave it at the end.
+
+    After an error in the block, SIGTERM is ignored: only the report is left to do. torchrun kills what hangs there.
+    """
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = choose_device(wanted_device, local_rank)
     if device.type == "cuda":
@@ -105,6 +109,7 @@ def process_group(wanted_device: str) -> Iterator[World]:
     try:
         yield World(rank, size, device)
     except Exception:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may have seen another rank die meanwhile
         reports_first()  # before the others see this rank leave
         raise
     finally:

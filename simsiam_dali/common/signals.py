@@ -8,7 +8,8 @@ from typing import Self
 class Interrupt:
     """Turns SIGINT and SIGTERM into a request, `signal`, that the work looks at; a second one ends the process at once.
 
-    The handlers that were there come back at the end of the `with` block.
+    The handlers that were there come back at the end of the `with` block. SIGTERM's does not where an error ends it:
+    torchrun sends that when another rank has died, while this one reports the error.
     """
 
     def __init__(self) -> None:
@@ -19,9 +20,11 @@ class Interrupt:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None and issubclass(kind, Exception)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if not (failed and number == signal.SIGTERM):
+                signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number

@@ -9,12 +9,16 @@ import itertools
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
+
+from simsiam_dali.common.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,9 +56,11 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
         while True:
             for task, is_first in itertools.islice(waiting, workers - len(busy)):
                 if not idle:
+                    _start_server()
                     ours, theirs = _CONTEXT.Pipe()
-                    pool[ours] = _CONTEXT.Process(target=_work, args=(function, theirs), daemon=True)
-                    pool[ours].start()
+                    process = _CONTEXT.Process(target=_work, args=(function, theirs), daemon=True)
+                    process.start()  # until then, there is nothing that `stop` could terminate
+                    pool[ours] = process
                     theirs.close()
                     idle.append(ours)
                 connection = idle.pop()
@@ -69,7 +75,7 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
                 try:
                     result = ready.recv()
                     idle.append(ready)
-                except (EOFError, ConnectionResetError):
+                except (EOFError, OSError):  # in the middle of an answer, it is a plain OSError
                     result = Died(stop(ready))
                     if is_first:
                         waiting = itertools.chain([(task, False)], waiting)
@@ -82,12 +88,34 @@ def run_all(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Gen
             stop(connection)
 
 
+def _start_server() -> None:
+    """Start the fork server, if it does not run, with SIGINT blocked: it and its workers have that from the first.
+
+    Ctrl-C reaches the whole group, and while they import they would print a KeyboardInterrupt of their own. Raises
+    UserError where the folder of temporary files has too long a name for the server's socket.
+    """
+    resource_tracker.ensure_running()  # before, since its start unblocks the signal
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    except OSError as e:
+        if "AF_UNIX" not in str(e):
+            raise
+        raise UserError(
+            f"the name of the folder for temporary files, {tempfile.gettempdir()}, is too long for a socket: set TMPDIR"
+            " to a folder with a name of at most 75 characters"
+        ) from e
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _work(function: Callable[[Any], Any], connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     # A parent that stops may close its end while an answer lies there unread, which resets the connection.
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(EOFError, OSError):
         while True:
             connection.send(_answer(function, connection.recv()))
 

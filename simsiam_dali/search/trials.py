@@ -7,7 +7,6 @@ trial's log.txt.
 
 import contextlib
 import ctypes
-import functools
 import json
 import os
 import shlex
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.signals import Interrupt
+from simsiam_dali.common.terminal import print_line
 from simsiam_dali.config.load import ENVIRONMENT
 from simsiam_dali.config.schema import Config
 from simsiam_dali.search import report
@@ -51,8 +51,6 @@ TRIAL_SETTINGS = {
 
 MAX_FAILURES = 3
 """The search ends after this many failed trials when none has succeeded: the sampled settings are not the cause."""
-
-print_line = functools.partial(tqdm.write, file=sys.stdout)
 
 
 def search(study: Study, parent: report.StudyRun, interrupt: Interrupt) -> None:

@@ -34,6 +34,7 @@ class ServedLibrary:
         self._positions = ThreadPoolExecutor(1).submit(Positions, table, songs.vectors)
         self._search: Future[Search] | None = None
         self._lock = threading.Lock()
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self.table)
@@ -73,8 +74,15 @@ class ServedLibrary:
             made.set_result(Search(Library(self.table.copy(deep=False), self.music), self._vectors))
         except BaseException as e:
             made.set_exception(e)  # raised where the search is asked for
+            if self._closed:  # an import that comes after the interpreter's shutdown began may fail
+                return
             raise
         self.positions.compute()
+
+    def close(self) -> None:
+        """The server stops: what is still being prepared is not needed, and does not report errors."""
+        self._closed = True
+        self.positions.close()
 
     def page_data(self) -> bytes:
         """JSON of what the page shows, a list for each tag with a value for each song."""

@@ -56,7 +56,7 @@ class Positions:
         self._table, self._songs = table, len(vectors)
         self._file = table.with_name(f".{table.name}.map.npz")
         self._process: subprocess.Popen[str] | None = None
-        self._closed = False
+        self._closed, self._lock = False, threading.Lock()
         self.computing = False
         self.version = 1
         self._key = file_key(table)
@@ -65,8 +65,8 @@ class Positions:
         self.points = principal_components(vectors) if kept is None else kept
 
     def compute(self) -> None:
-        """Compute UMAP in the background, where it is not there already."""
-        if self.kind == "UMAP" or self._songs < MIN_SONGS or self.computing:
+        """Compute UMAP in the background, where it is not there already; nothing after `close`."""
+        if self.kind == "UMAP" or self._songs < MIN_SONGS or self.computing or self._closed:
             return
         self.computing = True
         threading.Thread(target=self._compute, daemon=True).start()
@@ -77,8 +77,11 @@ class Positions:
             command = [sys.executable, "-m", "simsiam_dali.serving.umap_process", str(self._table), str(out)]
             pipe = subprocess.PIPE
             # In a session of its own, Ctrl-C does not reach it; it ends when its standard input is closed.
-            process = subprocess.Popen(command, stdin=pipe, stderr=pipe, text=True, start_new_session=True)
-            self._process = process
+            with self._lock:
+                if self._closed:
+                    return
+                process = subprocess.Popen(command, stdin=pipe, stderr=pipe, text=True, start_new_session=True)
+                self._process = process
             assert process.stderr is not None
             last = (process.stderr.read().strip().splitlines() or [""])[-1]
             if process.wait() and not self._closed:
@@ -98,7 +101,8 @@ class Positions:
 
     def close(self) -> None:
         """End the process."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()

@@ -3,6 +3,8 @@
 A server gets SERVER_TIMEOUT seconds to answer a health request before each group of calls; MLflow retries a call once.
 """
 
+import contextlib
+import fcntl
 import math
 import os
 import time
@@ -48,11 +50,26 @@ def connect(uri: str, advice: str = ADVICE) -> Iterator["MlflowClient"]:
     try:
         from mlflow import MlflowClient
 
-        yield MlflowClient(tracking_uri=uri)
+        with _folder_locked(uri):
+            client = MlflowClient(tracking_uri=uri)
+        yield client
     except UserError:
         raise
     except Exception as e:  # MLflow raises SQLAlchemy's, requests' and its own errors here
         raise UserError(f"MLflow cannot use {uri} ({one_line(e)}): {advice}") from e
+
+
+@contextmanager
+def _folder_locked(uri: str) -> Iterator[None]:
+    """Lock the folder of an SQLite file while a client makes its tables: two processes that make them both fail."""
+    parts = urlsplit(uri)
+    with contextlib.ExitStack() as stack:
+        if parts.scheme == "sqlite":
+            with contextlib.suppress(OSError):  # it is not there, or its file system has no such locks
+                folder = os.open(Path(parts.path[1:]).parent, os.O_RDONLY)
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
 
 
 def check_server(uri: str, advice: str) -> None:

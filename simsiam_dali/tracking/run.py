@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from simsiam_dali.common.errors import UserError, one_line
+from simsiam_dali.common.terminal import print_line
 from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.registry import encoder_type
@@ -109,14 +108,14 @@ class Tracker:
                     client.set_terminated(self.run_id, end)
         except UserError as e:
             if self.complete:
-                tqdm.write(
+                print_line(
                     f"warning: MLflow at {self._uri} is unreachable ({one_line(e.__cause__ or e)}); training continues,"
                     " metrics are buffered and sent later"
                 )
             self.complete = False
             return
         if not self.complete:
-            tqdm.write(f"MLflow at {self._uri} is reachable again and complete")
+            print_line(f"MLflow at {self._uri} is reachable again and complete")
         self.complete = True
 
 

@@ -27,8 +27,10 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-"""Of the server, and so of every command: tests that run at the same time do not disturb each other."""
+OF_ALL = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+"""Of the server, and so of every command: tests that run side by side do not disturb each other, and see at once what
+a command prints, also one that they kill.
+"""
 AT_IMPORT = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONHASHSEED", "MPLBACKEND"}
 
 
@@ -115,7 +117,7 @@ def start(
 
 
 def _environment(over: Mapping[str, str | None] | None) -> dict[str, str]:
-    changed = {**os.environ, **THREADS, **(over or {})}
+    changed = {**os.environ, **OF_ALL, **(over or {})}
     return {name: value for name, value in changed.items() if value is not None}
 
 
@@ -159,7 +161,7 @@ def _server() -> socket.socket:
         command = [sys.executable, __file__, str(theirs.fileno())]
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        env = os.environ | THREADS | {"PYTHONPATH": path}
+        env = os.environ | OF_ALL | {"PYTHONPATH": path}
         subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
     return ours
 

@@ -1,9 +1,7 @@
 """Runs as training logs them, made through the MLflow client alone, and a real MLflow server."""
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +14,9 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-START_SECONDS = 60.0
+from helpers.ports import can_listen, free_port
+
+START_SECONDS = 300.0
 """Time for a server to start; a busy two-core machine took 8."""
 
 
@@ -43,23 +43,6 @@ def log_run(
         client.log_param(run.info.run_id, name, value)
     client.set_terminated(run.info.run_id, status) if status != "RUNNING" else None
     return run.info.run_id
-
-
-def free_port() -> int:
-    """A port of loopback that is not in use, below those that the system gives to outgoing connections."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        if can_listen(port):
-            return port
-    raise RuntimeError("no free port")
-
-
-def can_listen(port: int) -> bool:
-    """Whether nobody has the port."""
-    try:
-        with socket.create_server(("127.0.0.1", port)):
-            return True
-    except OSError:
-        return False
 
 
 @contextmanager

@@ -43,6 +43,25 @@ TINY = {
 }
 
 
+PATIENT = """
+import sys, time
+from simsiam_dali import train
+from simsiam_dali.common.signals import Interrupt
+from simsiam_dali.training.learner import Learner
+step, note, came = Learner.step, Interrupt._note, []
+def patient_step(self, *arguments):
+    while not came:
+        time.sleep(0.01)
+    return step(self, *arguments)
+def seen_note(self, *arguments):
+    came.append(True)
+    note(self, *arguments)
+Learner.step, Interrupt._note = patient_step, seen_note
+sys.exit(train.main())
+"""
+"""A training whose first step lasts until the signal has come."""
+
+
 def command(folder: Path, shards: Path, *options: str, **over: object) -> list[str]:
     """`python -m simsiam_dali.train` with tiny settings, everything it writes below `folder`."""
     values = {
@@ -62,8 +81,11 @@ def run(args: list[str], folder: Path, **environment: str) -> subprocess.Complet
 
 
 def start(args: list[str], folder: Path) -> fork_server.Process | subprocess.Popen[str]:
-    """The same, left running."""
-    return fork_server.start(args, folder)
+    """The same, left running; `began` is when."""
+    began = time.time()
+    process = fork_server.start(args, folder)
+    process.began = began  # type: ignore
+    return process
 
 
 def run_ranks(number: int, args: list[str], folder: Path) -> list[subprocess.CompletedProcess[str]]:
@@ -121,14 +143,18 @@ def epochs(run_dir: Path) -> list[dict]:
 
 
 def wait_for_step(process: fork_server.Process | subprocess.Popen[str], run_parent: Path, step: int) -> None:
-    """Until the journal holds the loss of `step`."""
+    """Until the journal holds the loss of `step`, written by this process and not by one before it."""
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
+    while True:
+        status = process.poll()  # before the journal is read: it may end in between
         for path in run_parent.glob("*/metrics.jsonl"):
-            if any(f'"step": {step}, "loss"' in line for line in path.read_text().splitlines()):
+            written = path.stat().st_mtime > process.began  # type: ignore
+            if written and any(f'"step": {step}, "loss"' in line for line in path.read_text().splitlines()):
                 return
+        if status is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"never came to step {step} (status {status}): {process.communicate()}")
         time.sleep(0.01)
-    raise AssertionError(f"never came to step {step} (status {process.poll()}): {process.communicate()}")
 
 
 def refusal(args: list[str], folder: Path, **environment: str) -> str:

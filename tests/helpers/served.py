@@ -14,6 +14,7 @@ from helpers.small_music import sound, write_audio
 from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
 from simsiam_dali.serving.app import create_app
 from simsiam_dali.serving.library import ServedLibrary
+from simsiam_dali.serving.positions import file_key, write_map
 from simsiam_dali.serving.security import Address, Guard
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav", ".m4a")
@@ -32,6 +33,13 @@ def write_library(folder: Path, songs: int = 30, seconds: float = 2.0) -> Path:
     vectors = planted(np.arange(songs) % 6, noise=0.6)
     write_embeddings(out, Embeddings(table, vectors, {"music": str(music), "rows": "songs"}))
     return out
+
+
+def with_map(table: Path) -> Path:
+    """Keep some positions as the UMAP of a table: to compute it takes half a minute, and it comes at some moment."""
+    points = np.random.default_rng(0).uniform(-1, 1, (len(read_song_embeddings(table).table), 2))
+    write_map(table.with_name(f".{table.name}.map.npz"), points.astype(np.float32), file_key(table))
+    return table
 
 
 def open_library(table: Path) -> ServedLibrary:
@@ -64,7 +72,7 @@ class Client:
 
     def close(self) -> None:
         self._runner.close()
-        self.library.positions.close()
+        self.library.close()
 
     def request(
         self,

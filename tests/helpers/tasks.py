@@ -2,6 +2,8 @@
 
 import os
 import signal
+import struct
+import sys
 from pathlib import Path
 
 
@@ -22,3 +24,21 @@ def work_once_killed(marker: Path) -> str:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return marker.name
+
+
+def work_half_answered_once(marker: Path) -> str:
+    """The marker's name; the first process that works on it dies in the middle of its answer."""
+    if not marker.exists():
+        marker.touch()
+        connection = sys._getframe(2).f_locals["connection"]  # of process_pool._work
+        os.write(connection.fileno(), struct.pack("!i", 100) + b"half")
+        os._exit(9)
+    return marker.name
+
+
+def how_sigint_is_met(_task: int) -> tuple[bool, bool, bool]:
+    """Whether this process ignores SIGINT, whether it blocks it, and whether the fork server does."""
+    of_server = Path(f"/proc/{os.getppid()}/status").read_text().split("SigBlk:")[1].split()[0]
+    own = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    return ignores, own, bool(int(of_server, 16) >> (signal.SIGINT - 1) & 1)
