@@ -219,7 +219,7 @@ def test_epochs_are_as_many_as_the_recipe_s_time_allows():
 
 
 def test_the_interval_covers_another_draw_of_seeds_and_soundtracks():
-    """True mean 0, with an effect of each seed, soundtrack and song: some 95 of 100 intervals hold it, of 5 seeds fewer.
+    """True mean 0, an effect of each seed, soundtrack and song: some 95 of 100 intervals hold it, by 5 seeds fewer.
 
     A bootstrap over songs, each by itself, holds it much more rarely.
     """

@@ -162,7 +162,7 @@ def write(doc: Mapping[str, Any], path: Path) -> None:
 
 
 def baseline_table(feature: str, half: str, work: Path, seed: int = 0) -> Path:
-    """The table of a baseline's features of the songs that `half` is tested on; untrained: the recipe's of that seed."""
+    """The table of a baseline's features of the songs that `half` is tested on; untrained: the seed's recipe."""
     folder = work / "equal-time"
     job = next(job for job in trainings(BASE, 1, seed) if job.trained_on == half)
     table = job.table(folder, run.BASELINES[feature])
