@@ -174,15 +174,15 @@ def baseline_table(feature: str, half: str, work: Path, seed: int = 0) -> Path:
     return table
 
 
-def baselines(work: Path, seeds: int) -> dict[str, dict[str, Scores]]:
+def baselines(work: Path, seeds: Sequence[str]) -> dict[str, dict[str, Scores]]:
     """Each baseline's scores, as the document has a row's. The untrained encoder is another one for each seed."""
     found: dict[str, dict[str, Scores]] = {}
     for feature, name in run.BASELINES.items():
-        for seed in range(seeds if feature == "untrained" else 1):
+        for seed in seeds if feature == "untrained" else seeds[:1]:
             for half in halves.HALVES:
-                each = run.of_each_song(baseline_table(feature, half, work, seed))
+                each = run.of_each_song(baseline_table(feature, half, work, int(seed)))
                 own = {metric: each[metric].round(4).tolist() for metric in METRICS}
-                found.setdefault(name, {}).setdefault(str(seed), {})[half] = own
+                found.setdefault(name, {}).setdefault(seed, {})[half] = own
     return found
 
 
@@ -227,7 +227,7 @@ def main() -> None:
                 add_scores(doc, wanted, folder)
                 doc["environment"] = machine.environment(device)  # of the latest training
                 write(doc, args.json)
-    doc["baselines"] = baselines(work, args.seeds)
+    doc["baselines"] = baselines(work, list(doc["scores"][BASE]))
     write(doc, args.json)
     print("\n".join(page_lines(doc)))
 
