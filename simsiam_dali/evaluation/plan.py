@@ -20,6 +20,11 @@ MIN_SONGS = 10
 """Fewest songs with a rating or a label for which a figure means anything."""
 MIN_UNSEEN = 20
 """Fewest songs held back from the encoder's training that get figures of their own."""
+TOO_FEW_UNSEEN = (
+    "The encoder learned from its training songs' tags or ratings, and fewer than"
+    f" {MIN_UNSEEN} of these songs were held back from it: these figures do not judge it."
+)
+NOT_LOGGED = " No classifier/* is logged."
 RETRIEVED = 10
 ONE_THREAD = 20_000_000
 """Numbers in a table below which threads wait for each other longer than they work, most of all on a busy machine."""
@@ -65,12 +70,14 @@ class Figure:
 class Evaluation:
     """`notes`: for each target, which songs were left out, and what could not be evaluated and why.
 
-    `hubness`: of the embedding, and of each baseline that has vectors.
+    `hubness`: of the embedding, and of each baseline that has vectors. `judged_by`: the songs whose figures stand for
+    the encoder, `all`, or `unseen` where it learned the tags or ratings of the others.
     """
 
     figures: list[Figure] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     hubness: dict[str, Hubness] = field(default_factory=dict)
+    judged_by: str = "all"
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,15 @@ class Probe:
         return self.truth[chosen], values[chosen]
 
 
-def evaluate(table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Options) -> Evaluation:
+def evaluate(
+    table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Options, learns_from_tags: bool = False
+) -> Evaluation:
     """Probe the first of `vectors` (name to `(N, D)`); the others are its baselines.
 
     `table` has the columns of an embedding table, one row a song; row i of all `vectors` belongs to its row i.
+    learns_from_tags: whether the encoder learned from tags or ratings, so that its training songs cannot judge it.
     """
-    done = Evaluation()
+    done = Evaluation(judged_by="unseen" if learns_from_tags else "all")
     unseen = (table["split"] == "val").to_numpy()
     group = {split: groups(table, split) for split in SPLITS}
     planned: list[Probe] = []
@@ -130,7 +140,7 @@ def evaluate(table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Op
             values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()} | {GUESS: probe.guess}
         held_back = unseen[probe.scored]
         subsets = {"all": np.ones(len(held_back), bool)}
-        if MIN_UNSEEN <= held_back.sum() < len(held_back):
+        if held_back.sum() >= MIN_UNSEEN and (learns_from_tags or not held_back.all()):
             subsets["unseen"] = held_back
         for songs, chosen in subsets.items():
             for name in probe.metrics:
@@ -144,6 +154,9 @@ def evaluate(table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Op
                 ours = scores.pop(next(iter(vectors)))
                 result = int(chosen.sum()), ours, scores, verdict(metric, ours, scores)
                 done.figures.append(Figure(probe.target, probe.name, name, probe.split, songs, *result))
+    if learns_from_tags:
+        for target in {f.target for f in done.figures} - {f.target for f in done.figures if f.songs == "unseen"}:
+            done.notes[target].append(TOO_FEW_UNSEEN + (NOT_LOGGED if target == "rating" else ""))
     return done
 
 

@@ -61,7 +61,7 @@ class EncoderType(ABC):
     is_contrastive: ClassVar[bool] = False
     """Whether the loss compares the segments of a batch: then it is computed on the batches of all processes."""
     learns_from_tags: ClassVar[bool] = False
-    """Whether it learns from artists or albums: then only songs not trained on can show what it has learned."""
+    """Whether it learns from artists, albums or ratings: then only songs not trained on can show what it learned."""
 
     outputs: ClassVar[tuple[str, ...]] = ("embedding",)
     """What `embed` can return; with several, `settings.embedding` is one of them."""
