@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.evaluation_tables import planted, song_table
+from sklearn.dummy import DummyRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, LeaveOneGroupOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.neural_network import MLPRegressor
 from sklearn.preprocessing import StandardScaler
@@ -280,6 +281,35 @@ def test_without_signal_cross_validation_does_not_correlate():
         assert scores.correlation(y, shrunk) < -0.05
         found.append(scores.correlation(*probe.arrays("correlation", shrunk, np.ones(50, bool))))
     assert abs(np.mean(found)) < 0.1
+
+
+@pytest.mark.parametrize("n", [12, 20, 40])
+@pytest.mark.parametrize(("split", "k"), [("song", 10), ("album", 5)])
+def test_neighbours_by_random_vectors_do_not_correlate_with_the_rating(n, split, k):
+    """The mean of the others is low where the own rating is high: by song, that alone gives -0.67, -0.27 and -0.10."""
+    found = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        table = song_table(n, albums=1).assign(rating=rng.random(n))
+        group, x = splits.groups(table, split), rng.standard_normal((n, 8))
+        assert len(set(group)) == (n if split == "song" else 6)
+        _, probe, _ = evaluation._plan_rating(table, split, group, evaluation.Options(k=k), [])
+        assert probe.name == "knn"
+        found.append(scores.correlation(*probe.arrays("correlation", probe.run(x), np.ones(n, bool))))
+    assert abs(np.mean(found)) < 3.5 * np.std(found) / math.sqrt(200)
+
+
+def test_neighbours_that_are_all_others_have_no_correlation():
+    table = song_table(10).assign(rating=RNG.random(10))
+    done = evaluation.evaluate(table, {"e": RNG.standard_normal((10, 4))}, evaluation.Options(resamples=20))
+    (figure,) = (f for f in done.figures if f.name == "eval/rating/knn_correlation/song_split")
+    assert math.isnan(figure.score.value)
+
+
+def test_the_mean_of_the_other_groups_is_scikit_learns_leave_one_group_out():
+    y, group = RNG.random(30), RNG.integers(3, 9, 30)
+    expected = cross_val_predict(DummyRegressor(), y[:, None], y, groups=group, cv=LeaveOneGroupOut())
+    assert probes.others_mean(y, group) == pytest.approx(expected)
 
 
 def test_what_the_encoder_never_saw_is_scored_apart():

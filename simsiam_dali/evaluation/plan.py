@@ -84,7 +84,7 @@ class Evaluation:
 class Probe:
     """`run` maps the vectors of `rows` to a value for each of the songs `scored`; `guess` holds such values too.
 
-    Without `truth` the values are the scores. out_of_fold: whether the values come from models fitted on folds.
+    Without `truth` the values are the scores.
     """
 
     target: str
@@ -96,15 +96,14 @@ class Probe:
     run: Callable[[np.ndarray], np.ndarray]
     guess: np.ndarray
     truth: np.ndarray | None = None
-    out_of_fold: bool = True
 
     def arrays(self, metric: str, values: np.ndarray, chosen: np.ndarray) -> Arrays:
         """The arguments of `metric`, for the `chosen` of the scored songs."""
         if self.truth is None:
             return (values[chosen],)
-        if metric == "correlation" and self.out_of_fold:
-            # A fold's training mean is low where its test songs are high: left in, it alone would correlate negatively.
-            # What is measured is what the probe adds to it.
+        if metric == "correlation":
+            # The mean of the songs learned from is low where the song's own rating is high: left in, it alone would
+            # correlate negatively, down to -1 for k-NN of all others. What is measured is what the probe adds to it.
             values = values - self.guess
         return self.truth[chosen], values[chosen]
 
@@ -178,11 +177,11 @@ def _plan_rating(
     if len(rows) < len(table):
         notes.append(f"{len(rows)} of {len(table)} songs are rated.")
     guess, metrics = probes.mean_guess(y, parts), ("mse", "mae", "correlation")
-    probe = partial(Probe, "rating", split=split, metrics=metrics, rows=rows, scored=rows, guess=guess, truth=y)
-    yield probe("ridge", run=lambda x: probes.ridge(x, y, parts, own))
+    probe = partial(Probe, "rating", split=split, metrics=metrics, rows=rows, scored=rows, truth=y)
+    yield probe("ridge", run=lambda x: probes.ridge(x, y, parts, own), guess=guess)
     nearest = partial(knn.nearest_others, group=own, k=options.k)
-    yield probe("knn", run=lambda x: probes.knn_mean(y, nearest(x)[0]), out_of_fold=False)
-    yield probe("mlp", run=lambda x: probes.mlp(x, y, parts, options.seed))
+    yield probe("knn", run=lambda x: probes.knn_mean(y, nearest(x)[0]), guess=probes.others_mean(y, own))
+    yield probe("mlp", run=lambda x: probes.mlp(x, y, parts, options.seed), guess=guess)
 
 
 def _plan_labels(

@@ -77,6 +77,13 @@ def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
     return guess
 
 
+def others_mean(y: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The mean `(N,)` over the rows of all other groups `(N,)`, two or more: k-NN's prediction without any vectors."""
+    _, own = np.unique(group, return_inverse=True)
+    total, number = np.bincount(own, y), np.bincount(own)
+    return ((y.sum() - total) / (len(y) - number))[own]
+
+
 def majority_guess(classes: np.ndarray) -> np.ndarray:
     """The commonest class of all rows, `(N,)`."""
     # Among classes of equal size, the commonest of the training rows is always one that the test rows lack.
