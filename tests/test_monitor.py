@@ -211,9 +211,11 @@ def test_ratings_equal_scikit_learn() -> None:
     assert mae < rating_chance(ratings, truth)
 
 
-def test_rating_chance_is_the_error_of_the_mean() -> None:
+def test_rating_chance_is_the_error_of_the_median() -> None:
     bank, query = torch.tensor([0.2, 0.6, math.nan]), torch.tensor([0.4, 0.9, math.nan])
     assert rating_chance(bank, query) == pytest.approx(0.25)
+    skewed = torch.tensor([1.0, 1, 1, math.nan, 0.8, 0.2])
+    assert rating_chance(skewed, skewed) == pytest.approx(0.2)  # that of the mean, 0.8, is 0.24
     assert math.isnan(rating_chance(bank, torch.tensor([math.nan])))
     assert math.isnan(rating_chance(torch.tensor([math.nan]), query))
 
@@ -228,7 +230,7 @@ def test_equal_predictions_have_no_correlation() -> None:
     bank, query = normal(30, 8, seed=1), normal(20, 8, seed=2)
     ratings, truth = torch.sigmoid(bank[:, 0].double()), torch.sigmoid(query[:, 0].double())
     mae, correlation = knn_rating(bank, ratings, query, truth, k=30)  # equal but for the order of the sum
-    assert mae == pytest.approx(rating_chance(ratings, truth), abs=1e-6)
+    assert mae == pytest.approx((truth - ratings.mean()).abs().mean().item(), abs=1e-6)
     assert math.isnan(correlation)
 
 

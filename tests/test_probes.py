@@ -275,12 +275,25 @@ def test_without_signal_cross_validation_does_not_correlate():
         table["rating"] = np.random.default_rng(seed).random(50)
         y, parts = table["rating"].to_numpy(), splits.folds(np.arange(50))
         probe = evaluation.Probe(
-            "rating", "ridge", "song", (), np.arange(50), np.arange(50), lambda x: x, probes.mean_guess(y, parts), y
+            "rating", "ridge", "song", (), np.arange(50), np.arange(50), lambda x: x, probes.constant_guess(y, parts), y
         )
         shrunk = probe.guess + 1e-3 * np.random.default_rng(seed + 99).standard_normal(50)
         assert scores.correlation(y, shrunk) < -0.05
         found.append(scores.correlation(*probe.arrays("correlation", shrunk, np.ones(50, bool))))
     assert abs(np.mean(found)) < 0.1
+
+
+def test_a_probe_that_predicts_the_mean_is_not_better_than_a_guess_by_any_error(monkeypatch):
+    """Most songs have five stars, some one: the mean has the least squared error, the median the least absolute."""
+    table = song_table(100)
+    table["rating"] = np.where(np.arange(100) % 4, 1.0, 0.2)
+    monkeypatch.setattr(probes, "ridge", lambda _x, y, _parts, _group: np.full_like(y, y.mean()))
+    done = evaluation.evaluate(table, {"e": planted(np.arange(100) % 6)}, evaluation.Options(resamples=200))
+    found = {f.metric: f for f in done.figures if (f.probe, f.split, f.songs) == ("ridge", "song", "all")}
+    assert found["mae"].baselines["guess"].value == pytest.approx(0.2)
+    assert found["mae"].score.value == pytest.approx(0.3)
+    assert found["mae"].verdict == "worse than guess"
+    assert found["mse"].baselines["guess"].value == pytest.approx(0.12, abs=0.01)
 
 
 @pytest.mark.parametrize("n", [12, 20, 40])

@@ -29,7 +29,7 @@ RETRIEVED = 10
 ONE_THREAD = 20_000_000
 """Numbers in a table below which threads wait for each other longer than they work, most of all on a busy machine."""
 GUESS = "guess"
-"""The baseline without audio: the training songs' mean rating or commonest class, or a random order."""
+"""The baseline without audio: the training songs' mean or median rating or commonest class, or a random order."""
 
 _GROUP = {"song": "recording", "album": "album (or of albums that share a song)"}
 
@@ -84,7 +84,8 @@ class Evaluation:
 class Probe:
     """`run` maps the vectors of `rows` to a value for each of the songs `scored`; `guess` holds such values too.
 
-    Without `truth` the values are the scores.
+    Without `truth` the values are the scores. mae_guess: the guess where the metric is `mae`, of which the median is
+    the best constant; a probe worse than that could be better than the mean.
     """
 
     target: str
@@ -96,6 +97,11 @@ class Probe:
     run: Callable[[np.ndarray], np.ndarray]
     guess: np.ndarray
     truth: np.ndarray | None = None
+    mae_guess: np.ndarray | None = None
+
+    def guess_of(self, metric: str) -> np.ndarray:
+        """The best prediction by `metric` without any vectors."""
+        return self.mae_guess if metric == "mae" and self.mae_guess is not None else self.guess
 
     def arrays(self, metric: str, values: np.ndarray, chosen: np.ndarray) -> Arrays:
         """The arguments of `metric`, for the `chosen` of the scored songs."""
@@ -136,7 +142,7 @@ def evaluate(
     for probe in bar:
         bar.set_description(f"{probe.target}, {probe.name}, split by {probe.split}")
         with threadpool_limits(threads):
-            values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()} | {GUESS: probe.guess}
+            values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()}
         held_back = unseen[probe.scored]
         subsets = {"all": np.ones(len(held_back), bool)}
         if held_back.sum() >= MIN_UNSEEN and (learns_from_tags or not held_back.all()):
@@ -146,7 +152,7 @@ def evaluate(
                 metric = METRICS[name]
                 scores = {
                     source: score(metric, probe.arrays(name, own, chosen), options.resamples, options.seed)
-                    for source, own in values.items()
+                    for source, own in (values | {GUESS: probe.guess_of(name)}).items()
                 }
                 if name == "correlation":  # of a constant
                     scores[GUESS] = Score(0.0, 0.0, 0.0, np.zeros(options.resamples))
@@ -176,8 +182,9 @@ def _plan_rating(
         return
     if len(rows) < len(table):
         notes.append(f"{len(rows)} of {len(table)} songs are rated.")
-    guess, metrics = probes.mean_guess(y, parts), ("mse", "mae", "correlation")
-    probe = partial(Probe, "rating", split=split, metrics=metrics, rows=rows, scored=rows, truth=y)
+    guess, median = probes.constant_guess(y, parts), probes.constant_guess(y, parts, np.median)
+    metrics = ("mse", "mae", "correlation")
+    probe = partial(Probe, "rating", split=split, metrics=metrics, rows=rows, scored=rows, truth=y, mae_guess=median)
     yield probe("ridge", run=lambda x: probes.ridge(x, y, parts, own), guess=guess)
     nearest = partial(knn.nearest_others, group=own, k=options.k)
     yield probe("knn", run=lambda x: probes.knn_mean(y, nearest(x)[0]), guess=probes.others_mean(y, own))

@@ -69,11 +69,11 @@ def _out_of_fold(
     return predicted
 
 
-def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
-    """The training rows' mean `(N,)`: the prediction without any vectors."""
+def constant_guess(y: np.ndarray, parts: Folds, constant: Callable[[np.ndarray], float] = np.mean) -> np.ndarray:
+    """The training rows' mean, or another `constant` of them, `(N,)`: the prediction without any vectors."""
     guess = np.empty_like(y)
     for train, test in parts:
-        guess[test] = y[train].mean()
+        guess[test] = constant(y[train])
     return guess
 
 
