@@ -56,7 +56,7 @@ class EncoderType(ABC):
     """Input of `embed`: one view without augmentation, or the waveform."""
     min_samples: ClassVar[int] = 1
     """The shortest input, in samples at the front end's rate."""
-    warn_of_collapse: ClassVar[bool] = False
+    warn_of_collapse: bool = False
     """Whether few directions in the outputs are a fault: SimSiam's loss is lowest there, a contrastive one is not."""
     is_contrastive: ClassVar[bool] = False
     """Whether the loss compares the segments of a batch: then it is computed on the batches of all processes."""
