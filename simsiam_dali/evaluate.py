@@ -103,7 +103,9 @@ def main() -> None:
     vectors = {"embedding": songs.vectors} | {name: read_vectors_of(path, songs) for name, path in baselines.items()}
     log, logged = find_run(args, songs.provenance)
 
-    evaluation = evaluate(songs.table, vectors, options)
+    encoder_type = ENCODERS.get(songs.provenance.get("encoder_type", ""))
+    learns_from_tags = encoder_type is not None and encoder_type.learns_from_tags
+    evaluation = evaluate(songs.table, vectors, options, learns_from_tags)
     held_back = int((songs.table["split"] == "val").sum())
     provenance = {
         "songs": len(songs.table),
@@ -132,9 +134,9 @@ def main() -> None:
     for line in report.terminal_table(evaluation):
         print(line)
     if any(f.songs == "unseen" for f in evaluation.figures):
-        print(f"the same for the {held_back} songs held back from the training: in the report")
-    encoder_type = ENCODERS.get(songs.provenance.get("encoder_type", ""))
-    if line := nearest_song.sentence(songs.table, vectors, encoder_type is not None and encoder_type.learns_from_tags):
+        why = ", and only that judges an encoder that learned from tags or ratings" if learns_from_tags else ""
+        print(f"the same for the {held_back} songs held back from the training: in the report{why}")
+    if line := nearest_song.sentence(songs.table, vectors, learns_from_tags):
         print(line)
     print(f"report  {args.out / 'report.html'}")
     if log:  # last, so that a server that goes away costs no figure

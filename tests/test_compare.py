@@ -13,7 +13,7 @@ from helpers.logged_runs import log_run
 from mlflow import MlflowClient
 
 from simsiam_dali import compare
-from simsiam_dali.evaluation.compare_runs import METRICS, Metric
+from simsiam_dali.evaluation.compare_runs import EVALUATE, METRICS, Metric
 
 SCORES = {"knn/artist": 0.5, "knn/artist_chance": 0.1, "encoder/train_loss": -0.9, "training_time_hours": 0.25}
 
@@ -191,7 +191,8 @@ def test_missing_metrics_are_listed_with_the_command_that_logs_them(home):
     missing = [row for row in home.type().splitlines() if row.startswith("missing: ")]
     assert missing[0] == (
         "missing: classifier/val_mse, classifier/val_mae, classifier/val_correlation in poor"
-        " (logged by python -m simsiam_dali.evaluate)"
+        " (logged by python -m simsiam_dali.evaluate; of an encoder that learned from tags with 20 songs held back"
+        " or more)"
     )
     named = {name for row in missing for name in row.removeprefix("missing: ").partition(" in ")[0].split(", ")}
     assert named == {m.name for m in METRICS} - {"knn/artist", "training_time_hours"}
@@ -343,9 +344,7 @@ def test_a_loss_cannot_choose(home):
         assert f"--by {name} is refused; use one of classifier/val_mse, " in refused
         assert "(a loss cannot show" in refused
     home.log("simsiam", SCORES)
-    assert "no run has classifier/val_mae yet (logged by python -m simsiam_dali.evaluate)" in home.refused(
-        "--by", "classifier/val_mae"
-    )
+    assert f"no run has classifier/val_mae yet (logged by {EVALUATE})" in home.refused("--by", "classifier/val_mae")
 
 
 def test_no_experiment_and_no_runs(home):

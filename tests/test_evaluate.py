@@ -156,6 +156,47 @@ def test_mlflow_gets_the_figures_where_the_run_is(library, monkeypatch, capsys):
     assert kept == {"report.html", "metrics.json"}
 
 
+def test_an_encoder_that_knows_its_training_ratings_by_heart_is_judged_by_other_songs(library, monkeypatch, capsys):
+    """Its vectors tell the ratings of training songs, and nothing about those of the others."""
+    table, rng = song_table(240), np.random.default_rng(0)
+    x = rng.standard_normal((240, 8))
+    trained = ((table["split"] == "train") & table["rating"].notna()).to_numpy()
+    x[trained] += 4 * (table["rating"].to_numpy()[trained, None] - 0.5)
+
+    def evaluated(kind: str, table: pd.DataFrame) -> tuple[str, dict[str, float], str]:
+        store(library / "embeddings.parquet", table, x[: len(table)], encoder_type=kind)
+        out = run(monkeypatch, capsys, "--no-maps", "--replace")
+        written = json.loads((library / "evaluation/metrics.json").read_text())
+        return out, written["classifier"], (library / "evaluation/report.html").read_text()
+
+    name = "classifier/val_correlation"
+    out, all_songs, page = evaluated("simsiam", table)
+    assert all_songs[name] > 0.5
+    assert "only that judges" not in out
+    assert "not trained on, split" not in page
+    out, unseen, page = evaluated("joint", table)
+    assert unseen.keys() == all_songs.keys()
+    assert unseen[name] < 0.3
+    assert "and only that judges an encoder that learned from tags or ratings" in out
+    assert page.count("64 songs not trained on, split by album") == 1
+    assert page.count("not trained on, split by album") == len(report.HEADLINES)
+    few = table.assign(split=np.where(np.arange(240) % 20 == 1, "val", "train"))
+    out, unseen, page = evaluated("joint", few)
+    assert unseen == {}
+    said = "fewer than 20 of these songs were held back from it: these figures do not judge it."
+    assert f"{said} No classifier/* is logged.\n" in out
+    assert "not trained on, split" not in page
+    assert "Too few songs were held back from it to judge it" in page
+
+
+def test_songs_that_were_all_held_back_judge_an_encoder_that_learned_from_tags(library, monkeypatch, capsys):
+    songs = read_embeddings(library / "embeddings.parquet")
+    table = songs.table.assign(split="val")
+    store(library / "embeddings.parquet", table, songs.vectors, encoder_type="joint")
+    assert "do not judge" not in run(monkeypatch, capsys, "--no-maps")
+    assert len(json.loads((library / "evaluation/metrics.json").read_text())["classifier"]) == 3
+
+
 def test_without_a_run_nothing_is_logged_and_no_database_made(library, monkeypatch, capsys):
     assert "the embeddings name no run" in run(monkeypatch, capsys, "--no-maps")
     replace = ("--no-maps", "--replace")

@@ -206,6 +206,16 @@ def test_the_best_is_the_highest_score_or_the_lowest_error(tmp_path, monkeypatch
     assert chosen.encoder.epochs == 50  # final_training_epochs
 
 
+def test_the_file_of_the_best_settings_says_that_its_value_is_optimistic(tmp_path, monkeypatch):
+    fake_training(monkeypatch, lambda config: [config.encoder.simsiam.weight_decay] * 4)
+    search(make_config(tmp_path, hpo__trials=2, hpo__study_name="mine"))
+    best = tmp_path / "runs/hpo/mine/best.yaml"
+    comment = [line for line in best.read_text().splitlines() if line.startswith("#")]
+    assert comment[1].startswith("# That value is optimistic: all trials were scored on the same validation songs")
+    assert len(comment) == 3
+    load_config(best)
+
+
 def test_a_trial_below_the_median_is_pruned_after_the_warm_up(tmp_path, monkeypatch):
     values = iter([0.4, 0.5, 0.6, 0.1, 0.7])
     fake_training(monkeypatch, lambda _: [next(values)] * 4)

@@ -111,6 +111,12 @@ def test_every_teacher_reaches_the_backbone_and_every_parameter_is_optimized_onc
         assert stem.any(), name
 
 
+@pytest.mark.parametrize(("views_loss", "warns"), [("simsiam", True), ("contrastive", False)])
+def test_it_warns_of_a_collapsed_projection_where_the_loss_allows_one(views_loss: str, warns: bool) -> None:
+    config = load_config(assignments=["encoder.encoder_type=joint", f"encoder.joint.views_loss={views_loss}"])
+    assert encoder_type(config).warn_of_collapse == warns
+
+
 def test_it_learns_which_songs_are_by_one_artist(tmp_path: Path, small_shards: Path) -> None:
     over = {"encoder__epochs": 20, "encoder__batch_size": 10, "encoder__simsiam__learning_rate": 0.5}
     run_dir = train(tmp_path, small_shards, train__validate_every=100, **over, **JOINT)

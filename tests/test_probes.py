@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.evaluation_tables import planted, song_table
+from sklearn.dummy import DummyRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, LeaveOneGroupOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.neural_network import MLPRegressor
 from sklearn.preprocessing import StandardScaler
@@ -274,12 +275,54 @@ def test_without_signal_cross_validation_does_not_correlate():
         table["rating"] = np.random.default_rng(seed).random(50)
         y, parts = table["rating"].to_numpy(), splits.folds(np.arange(50))
         probe = evaluation.Probe(
-            "rating", "ridge", "song", (), np.arange(50), np.arange(50), lambda x: x, probes.mean_guess(y, parts), y
+            "rating", "ridge", "song", (), np.arange(50), np.arange(50), lambda x: x, probes.constant_guess(y, parts), y
         )
         shrunk = probe.guess + 1e-3 * np.random.default_rng(seed + 99).standard_normal(50)
         assert scores.correlation(y, shrunk) < -0.05
         found.append(scores.correlation(*probe.arrays("correlation", shrunk, np.ones(50, bool))))
     assert abs(np.mean(found)) < 0.1
+
+
+def test_a_probe_that_predicts_the_mean_is_not_better_than_a_guess_by_any_error(monkeypatch):
+    """Most songs have five stars, some one: the mean has the least squared error, the median the least absolute."""
+    table = song_table(100)
+    table["rating"] = np.where(np.arange(100) % 4, 1.0, 0.2)
+    monkeypatch.setattr(probes, "ridge", lambda _x, y, _parts, _group: np.full_like(y, y.mean()))
+    done = evaluation.evaluate(table, {"e": planted(np.arange(100) % 6)}, evaluation.Options(resamples=200))
+    found = {f.metric: f for f in done.figures if (f.probe, f.split, f.songs) == ("ridge", "song", "all")}
+    assert found["mae"].baselines["guess"].value == pytest.approx(0.2)
+    assert found["mae"].score.value == pytest.approx(0.3)
+    assert found["mae"].verdict == "worse than guess"
+    assert found["mse"].baselines["guess"].value == pytest.approx(0.12, abs=0.01)
+
+
+@pytest.mark.parametrize("n", [12, 20, 40])
+@pytest.mark.parametrize(("split", "k"), [("song", 10), ("album", 5)])
+def test_neighbours_by_random_vectors_do_not_correlate_with_the_rating(n, split, k):
+    """The mean of the others is low where the own rating is high: by song, that alone gives -0.67, -0.27 and -0.10."""
+    found = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        table = song_table(n, albums=1).assign(rating=rng.random(n))
+        group, x = splits.groups(table, split), rng.standard_normal((n, 8))
+        assert len(set(group)) == (n if split == "song" else 6)
+        _, probe, _ = evaluation._plan_rating(table, split, group, evaluation.Options(k=k), [])
+        assert probe.name == "knn"
+        found.append(scores.correlation(*probe.arrays("correlation", probe.run(x), np.ones(n, bool))))
+    assert abs(np.mean(found)) < 3.5 * np.std(found) / math.sqrt(200)
+
+
+def test_neighbours_that_are_all_others_have_no_correlation():
+    table = song_table(10).assign(rating=RNG.random(10))
+    done = evaluation.evaluate(table, {"e": RNG.standard_normal((10, 4))}, evaluation.Options(resamples=20))
+    (figure,) = (f for f in done.figures if f.name == "eval/rating/knn_correlation/song_split")
+    assert math.isnan(figure.score.value)
+
+
+def test_the_mean_of_the_other_groups_is_scikit_learns_leave_one_group_out():
+    y, group = RNG.random(30), RNG.integers(3, 9, 30)
+    expected = cross_val_predict(DummyRegressor(), y[:, None], y, groups=group, cv=LeaveOneGroupOut())
+    assert probes.others_mean(y, group) == pytest.approx(expected)
 
 
 def test_what_the_encoder_never_saw_is_scored_apart():

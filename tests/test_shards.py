@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from simsiam_dali.data.shards import open_shards
 from simsiam_dali.packing.assign_split import assign_splits, group_key
 from simsiam_dali.packing.pack import pack
 from simsiam_dali.packing.pack_song import PackSettings
-from simsiam_dali.packing.tags import Tags
+from simsiam_dali.packing.tags import Tags, clean
 from simsiam_dali.packing.write import write_shard
 
 SETTINGS = PackSettings(segment_seconds=2.0, segments_per_shard=5, val_fraction=0.3)
@@ -277,6 +278,27 @@ def test_a_replacement_cut_short_anywhere_leaves_one_whole_set(packed: Path, tmp
 )
 def test_groups(tags: Tags, name: str, expected: tuple[str, ...]) -> None:
     assert tuple(group_key(by, tags, name, "h") for by in ("album", "artist", "song")) == expected
+
+
+def test_an_album_is_one_group_however_unicode_writes_its_names() -> None:
+    composed, separate = (unicodedata.normalize(form, "Café Noé") for form in ("NFC", "NFD"))
+    assert composed != separate
+    for by in ("album", "artist"):
+        keys = {
+            group_key(by, Tags(albums=(name,), album_artist=name, artists=(name,)), "f/1.mp3", "h")
+            for name in (composed, separate, composed.upper(), f"{composed[:4]}\u00a0 {composed[5:]}")
+        }
+        assert len(keys) == 1
+
+
+def test_names_in_ascii_and_composed_letters_keep_the_split_that_they_have() -> None:
+    """The key is hashed: another key could draw another split when a library is packed anew."""
+    rng, letters = np.random.default_rng(0), [*map(chr, range(32, 127)), *"éèüßñøÅЖя東京"]
+    for _ in range(2000):
+        (artist,), (album,) = (clean(["x" + "".join(rng.choice(letters, 12))]) for _ in range(2))
+        tags = Tags(albums=(album,), album_artist=artist, artists=(artist,))
+        assert group_key("album", tags, "f/1.mp3", "h") == f"album:{artist}:{album}".casefold()
+        assert group_key("artist", tags, "f/1.mp3", "h") == f"artist:{artist}".casefold()
 
 
 def test_no_album_of_a_packed_library_is_in_both_splits(small_shards: Path) -> None:

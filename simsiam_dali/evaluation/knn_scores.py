@@ -66,8 +66,11 @@ def knn_rating(bank: Tensor, bank_ratings: Tensor, query: Tensor, query_ratings:
 
 
 def rating_chance(bank_ratings: Tensor, query_ratings: Tensor) -> float:
-    """Mean absolute error of predicting the bank's mean rating for every rated query."""
-    return (query_ratings - bank_ratings.nanmean()).abs().nanmean().item()
+    """Mean absolute error of predicting the bank's median rating for every rated query: the best constant is a median.
+
+    The mean's error is larger, so that worse than a constant could look better than chance.
+    """
+    return (query_ratings - bank_ratings.nanquantile(0.5)).abs().nanmean().item()
 
 
 def _nearest(bank: Tensor, query: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:

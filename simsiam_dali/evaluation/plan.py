@@ -20,11 +20,16 @@ MIN_SONGS = 10
 """Fewest songs with a rating or a label for which a figure means anything."""
 MIN_UNSEEN = 20
 """Fewest songs held back from the encoder's training that get figures of their own."""
+TOO_FEW_UNSEEN = (
+    "The encoder learned from its training songs' tags or ratings, and fewer than"
+    f" {MIN_UNSEEN} of these songs were held back from it: these figures do not judge it."
+)
+NOT_LOGGED = " No classifier/* is logged."
 RETRIEVED = 10
 ONE_THREAD = 20_000_000
 """Numbers in a table below which threads wait for each other longer than they work, most of all on a busy machine."""
 GUESS = "guess"
-"""The baseline without audio: the training songs' mean rating or commonest class, or a random order."""
+"""The baseline without audio: the training songs' mean or median rating or commonest class, or a random order."""
 
 _GROUP = {"song": "recording", "album": "album (or of albums that share a song)"}
 
@@ -65,19 +70,22 @@ class Figure:
 class Evaluation:
     """`notes`: for each target, which songs were left out, and what could not be evaluated and why.
 
-    `hubness`: of the embedding, and of each baseline that has vectors.
+    `hubness`: of the embedding, and of each baseline that has vectors. `judged_by`: the songs whose figures stand for
+    the encoder, `all`, or `unseen` where it learned the tags or ratings of the others.
     """
 
     figures: list[Figure] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     hubness: dict[str, Hubness] = field(default_factory=dict)
+    judged_by: str = "all"
 
 
 @dataclass(frozen=True)
 class Probe:
     """`run` maps the vectors of `rows` to a value for each of the songs `scored`; `guess` holds such values too.
 
-    Without `truth` the values are the scores. out_of_fold: whether the values come from models fitted on folds.
+    Without `truth` the values are the scores. mae_guess: the guess where the metric is `mae`, of which the median is
+    the best constant; a probe worse than that could be better than the mean.
     """
 
     target: str
@@ -89,25 +97,32 @@ class Probe:
     run: Callable[[np.ndarray], np.ndarray]
     guess: np.ndarray
     truth: np.ndarray | None = None
-    out_of_fold: bool = True
+    mae_guess: np.ndarray | None = None
+
+    def guess_of(self, metric: str) -> np.ndarray:
+        """The best prediction by `metric` without any vectors."""
+        return self.mae_guess if metric == "mae" and self.mae_guess is not None else self.guess
 
     def arrays(self, metric: str, values: np.ndarray, chosen: np.ndarray) -> Arrays:
         """The arguments of `metric`, for the `chosen` of the scored songs."""
         if self.truth is None:
             return (values[chosen],)
-        if metric == "correlation" and self.out_of_fold:
-            # A fold's training mean is low where its test songs are high: left in, it alone would correlate negatively.
-            # What is measured is what the probe adds to it.
+        if metric == "correlation":
+            # The mean of the songs learned from is low where the song's own rating is high: left in, it alone would
+            # correlate negatively, down to -1 for k-NN of all others. What is measured is what the probe adds to it.
             values = values - self.guess
         return self.truth[chosen], values[chosen]
 
 
-def evaluate(table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Options) -> Evaluation:
+def evaluate(
+    table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Options, learns_from_tags: bool = False
+) -> Evaluation:
     """Probe the first of `vectors` (name to `(N, D)`); the others are its baselines.
 
     `table` has the columns of an embedding table, one row a song; row i of all `vectors` belongs to its row i.
+    learns_from_tags: whether the encoder learned from tags or ratings, so that its training songs cannot judge it.
     """
-    done = Evaluation()
+    done = Evaluation(judged_by="unseen" if learns_from_tags else "all")
     unseen = (table["split"] == "val").to_numpy()
     group = {split: groups(table, split) for split in SPLITS}
     planned: list[Probe] = []
@@ -127,23 +142,26 @@ def evaluate(table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Op
     for probe in bar:
         bar.set_description(f"{probe.target}, {probe.name}, split by {probe.split}")
         with threadpool_limits(threads):
-            values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()} | {GUESS: probe.guess}
+            values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()}
         held_back = unseen[probe.scored]
         subsets = {"all": np.ones(len(held_back), bool)}
-        if MIN_UNSEEN <= held_back.sum() < len(held_back):
+        if held_back.sum() >= MIN_UNSEEN and (learns_from_tags or not held_back.all()):
             subsets["unseen"] = held_back
         for songs, chosen in subsets.items():
             for name in probe.metrics:
                 metric = METRICS[name]
                 scores = {
                     source: score(metric, probe.arrays(name, own, chosen), options.resamples, options.seed)
-                    for source, own in values.items()
+                    for source, own in (values | {GUESS: probe.guess_of(name)}).items()
                 }
                 if name == "correlation":  # of a constant
                     scores[GUESS] = Score(0.0, 0.0, 0.0, np.zeros(options.resamples))
                 ours = scores.pop(next(iter(vectors)))
                 result = int(chosen.sum()), ours, scores, verdict(metric, ours, scores)
                 done.figures.append(Figure(probe.target, probe.name, name, probe.split, songs, *result))
+    if learns_from_tags:
+        for target in {f.target for f in done.figures} - {f.target for f in done.figures if f.songs == "unseen"}:
+            done.notes[target].append(TOO_FEW_UNSEEN + (NOT_LOGGED if target == "rating" else ""))
     return done
 
 
@@ -164,12 +182,13 @@ def _plan_rating(
         return
     if len(rows) < len(table):
         notes.append(f"{len(rows)} of {len(table)} songs are rated.")
-    guess, metrics = probes.mean_guess(y, parts), ("mse", "mae", "correlation")
-    probe = partial(Probe, "rating", split=split, metrics=metrics, rows=rows, scored=rows, guess=guess, truth=y)
-    yield probe("ridge", run=lambda x: probes.ridge(x, y, parts, own))
+    guess, median = probes.constant_guess(y, parts), probes.constant_guess(y, parts, np.median)
+    metrics = ("mse", "mae", "correlation")
+    probe = partial(Probe, "rating", split=split, metrics=metrics, rows=rows, scored=rows, truth=y, mae_guess=median)
+    yield probe("ridge", run=lambda x: probes.ridge(x, y, parts, own), guess=guess)
     nearest = partial(knn.nearest_others, group=own, k=options.k)
-    yield probe("knn", run=lambda x: probes.knn_mean(y, nearest(x)[0]), out_of_fold=False)
-    yield probe("mlp", run=lambda x: probes.mlp(x, y, parts, options.seed))
+    yield probe("knn", run=lambda x: probes.knn_mean(y, nearest(x)[0]), guess=probes.others_mean(y, own))
+    yield probe("mlp", run=lambda x: probes.mlp(x, y, parts, options.seed), guess=guess)
 
 
 def _plan_labels(

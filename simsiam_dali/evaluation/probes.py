@@ -69,12 +69,19 @@ def _out_of_fold(
     return predicted
 
 
-def mean_guess(y: np.ndarray, parts: Folds) -> np.ndarray:
-    """The training rows' mean `(N,)`: the prediction without any vectors."""
+def constant_guess(y: np.ndarray, parts: Folds, constant: Callable[[np.ndarray], float] = np.mean) -> np.ndarray:
+    """The training rows' mean, or another `constant` of them, `(N,)`: the prediction without any vectors."""
     guess = np.empty_like(y)
     for train, test in parts:
-        guess[test] = y[train].mean()
+        guess[test] = constant(y[train])
     return guess
+
+
+def others_mean(y: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The mean `(N,)` over the rows of all other groups `(N,)`, two or more: k-NN's prediction without any vectors."""
+    _, own = np.unique(group, return_inverse=True)
+    total, number = np.bincount(own, y), np.bincount(own)
+    return ((y.sum() - total) / (len(y) - number))[own]
 
 
 def majority_guess(classes: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ NAMES = {
 }
 HEADLINES = (("rating", "mlp", "correlation"), ("artist", "knn", "accuracy"), ("genre", "knn", "accuracy"),
              ("artist", "retrieval", "map_at_10"))  # fmt: skip
-"""(target, probe, metric) of the figures at the top of the page, split by album."""
+"""(target, probe, metric) of the figures at the top of the page, split by album, of `judged_by`."""
 
 
 def number(value: float) -> str:
@@ -41,8 +41,12 @@ def interval(score: Score) -> str:
 
 
 def classifier_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """`classifier/val_*`: scores of the MLP's predicted ratings, split by album."""
-    wanted = ("rating", "mlp", "album", "all")
+    """`classifier/val_*`: scores of the MLP's predicted ratings, split by album, by which runs are compared.
+
+    Of an encoder that learned from tags or ratings they are those of songs that it was not trained on, and none where
+    there are too few: one that knows its training ratings by heart would win.
+    """
+    wanted = ("rating", "mlp", "album", evaluation.judged_by)
     found = (f for f in evaluation.figures if (f.target, f.probe, f.split, f.songs) == wanted)
     return {f"classifier/val_{f.metric}": f.score.value for f in found}
 
@@ -108,7 +112,8 @@ def page(
     done: Evaluation, provenance: dict[str, Any], options: Options, pictures: dict[str, bytes], map_html: str | None
 ) -> str:
     """report.html, which needs no other file. pictures: title to PNG."""
-    found = {(f.target, f.probe, f.metric): f for f in done.figures if (f.split, f.songs) == ("album", "all")}
+    judging = [f for f in done.figures if (f.split, f.songs) == ("album", done.judged_by)]
+    found = {(f.target, f.probe, f.metric): f for f in judging}
     baselines = list(dict.fromkeys(name for f in done.figures for name in f.baselines))
     return TEMPLATES.get_template("report.html.j2").render(
         evaluation=done,

@@ -56,12 +56,12 @@ class EncoderType(ABC):
     """Input of `embed`: one view without augmentation, or the waveform."""
     min_samples: ClassVar[int] = 1
     """The shortest input, in samples at the front end's rate."""
-    warn_of_collapse: ClassVar[bool] = False
+    warn_of_collapse: bool = False
     """Whether few directions in the outputs are a fault: SimSiam's loss is lowest there, a contrastive one is not."""
     is_contrastive: ClassVar[bool] = False
     """Whether the loss compares the segments of a batch: then it is computed on the batches of all processes."""
     learns_from_tags: ClassVar[bool] = False
-    """Whether it learns from artists or albums: then only songs not trained on can show what it has learned."""
+    """Whether it learns from artists, albums or ratings: then only songs not trained on can show what it learned."""
 
     outputs: ClassVar[tuple[str, ...]] = ("embedding",)
     """What `embed` can return; with several, `settings.embedding` is one of them."""

@@ -65,6 +65,11 @@ class JointType(ProjectedType):
     sections: ClassVar[tuple[str, ...]] = ("simsiam", "joint", "contrastive")
     loss_type = "views+metadata_contrastive+rating"
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        # With SimSiam's loss only the views teach the projector, whatever the tags and ratings do for the backbone.
+        self.warn_of_collapse = config.encoder.joint.views_loss == "simsiam"
+
     def create(self, pretrained: bool = True) -> Joint:
         """See the base class."""
         return Joint(self.config, pretrained)

@@ -4,17 +4,21 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from simsiam_dali.common.names import name_key
 from simsiam_dali.packing.tags import Tags
 
 
 def group_key(split_by: str, tags: Tags, name: str, audio_hash: str) -> str:
-    """The group that stays in one split: the song's album, else its artist, else its folder, else the song itself."""
+    """The group that stays in one split: the song's album, else its artist, else its folder, else the song itself.
+
+    Names are compared by `name_key`: the files of an album may write its "é" as one character or as two.
+    """
     if split_by == "song":
         return f"song:{audio_hash}"
     if split_by == "album" and tags.albums:
-        return f"album:{tags.album_artist}:{tags.albums[0]}".casefold()
+        return f"album:{name_key(tags.album_artist)}:{name_key(tags.albums[0])}"
     if tags.artists:
-        return f"artist:{tags.artists[0]}".casefold()
+        return f"artist:{name_key(tags.artists[0])}"
     return f"folder:{PurePosixPath(name).parent}" if "/" in name else f"path:{name}"
 
 

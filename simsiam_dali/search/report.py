@@ -87,6 +87,8 @@ def write_tables(study: Study) -> list[Path]:
         part.write_text(
             f"# The best of {len(trials)} trials of {study.name} so far: trial {trial.number},"
             f" {study.hpo.metric} {trial.value:.4f}.\n"
+            "# That value is optimistic: all trials were scored on the same validation songs, which the best suits by"
+            " chance too.\n"
             f"# python -m simsiam_dali.train --config {best}\n"
             f"{settings.to_yaml()}"
         )

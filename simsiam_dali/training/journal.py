@@ -122,7 +122,7 @@ def closing_lines(output_dim: int, run_dir: Path, epochs: list[dict[str, Any]]) 
     scores = (
         ("knn/artist", "kNN artist, accuracy", "a guess"),
         ("knn/genre", "kNN genre, accuracy", "a guess"),
-        ("knn/rating_mae", "kNN rating, mean abs. error", "the mean rating"),
+        ("knn/rating_mae", "kNN rating, mean abs. error", "the median rating"),
     )
     for name, label, guess in scores:
         if last.get(name) is not None:
