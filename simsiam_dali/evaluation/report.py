@@ -43,12 +43,13 @@ def interval(score: Score) -> str:
 def classifier_metrics(evaluation: Evaluation) -> dict[str, float]:
     """`classifier/val_*`: scores of the MLP's predicted ratings, split by album, by which runs are compared.
 
-    Of an encoder that learned from tags or ratings they are those of songs that it was not trained on, and none where
-    there are too few: one that knows its training ratings by heart would win.
+    They are those of songs that the encoder was not trained on, whatever its type, so that runs are compared on the
+    same songs, and one that knows its training ratings by heart does not win. Where there are too few of them, they are
+    those of all songs, or none if the encoder learned from tags or ratings.
     """
-    wanted = ("rating", "mlp", "album", evaluation.judged_by)
-    found = (f for f in evaluation.figures if (f.target, f.probe, f.split, f.songs) == wanted)
-    return {f"classifier/val_{f.metric}": f.score.value for f in found}
+    rating = [f for f in evaluation.figures if (f.target, f.probe, f.split) == ("rating", "mlp", "album")]
+    songs = "unseen" if any(f.songs == "unseen" for f in rating) else evaluation.judged_by
+    return {f"classifier/val_{f.metric}": f.score.value for f in rating if f.songs == songs}
 
 
 def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Options) -> str:
