@@ -110,7 +110,12 @@ def run_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     yield run.environment_line(doc)
 
 
-TABLES = {"run": run_lines, "experiments": table_lines, "equal-time-report": equal_time_scores.page_lines}
+TABLES = {
+    "run": run_lines,
+    "experiments": table_lines,
+    "equal-time-report": equal_time_scores.page_lines,
+    "equal-time-choose": equal_time_scores.page_lines,
+}
 """What stands between two comments of the page, made from the newest result of that name."""
 
 
