@@ -280,10 +280,13 @@ def test_each_candidate_changes_the_recipe(row):
 
 def test_what_is_chosen_and_what_is_reported_share_no_soundtrack():
     script = (ROOT / "benchmarks/real_music/fetch.sh").read_text()
-    chosen, reported = (script.partition(f"\n{name}=(")[2].partition(")")[0].split() for name in ("packages", "report"))
+    chosen, reported, held_out = (
+        script.partition(f"\n{name}=(")[2].partition(")")[0].split() for name in ("packages", "report", "held_out")
+    )
     assert len(chosen) == 11
     assert len(reported) == 17
     assert not {*chosen} & {*reported}
+    assert not {*chosen, *reported} & {*held_out}
 
 
 def test_the_peer_begins_as_simsiam_does_and_has_its_loss():

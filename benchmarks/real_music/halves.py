@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HALVES = ("a", "b")
 SEGMENT_SECONDS = 20
 """How songs are cut where a job does not say otherwise."""
-PACKING = ("--min-seconds", "10", "--val-fraction", "0", "--codec", "wav")
-"""Below ten seconds lie the games' sound effects. WAV, since a core that trains has better to do than decode FLAC."""
+LEAST_SECONDS = 10
+"""Below lie the games' sound effects."""
+PACKING = ("--val-fraction", "0", "--codec", "wav")
+"""WAV, since a core that trains has better to do than decode FLAC."""
 
 
 def python(words: Sequence[object], log: Path | None = None, threads: int | None = None) -> None:
@@ -69,9 +71,10 @@ def prepare(folder: Path, music: Path, report: bool = False, lengths: Collection
         pack(songs, shards, seconds)
 
 
-def pack(music: Path, shards: Path, segment_seconds: int) -> None:
+def pack(music: Path, shards: Path, segment_seconds: int, least_seconds: int = LEAST_SECONDS) -> None:
     """Pack all songs of a folder, to train on."""
-    python(["tools/make_shards.py", music, "--out", shards, "--segment-seconds", segment_seconds, *PACKING])
+    lengths = ["--segment-seconds", segment_seconds, "--min-seconds", least_seconds]
+    python(["tools/make_shards.py", music, "--out", shards, *lengths, *PACKING])
 
 
 def shards_of(folder: Path, half: str, segment_seconds: int) -> Path:
