@@ -7,8 +7,9 @@ intervals of the differences are of a bootstrap over seeds and soundtracks, both
 given up as soon as its interval of mAP@10 lies below 0.
 
 Candidates are compared on one set of soundtracks (`--part choose`, fetch.sh), and only the chosen ones are scored on
-another (`--part report --rows ROW`, fetch.sh --report). FILE holds the scores of every song
-after every training: the same command continues where it was stopped, on another machine too.
+another (`--part report --rows ROW`, fetch.sh --report), and on a third (`--part held-out`), which was listed last. FILE
+holds the scores of every song after every training: the same command continues where it was stopped, on another machine
+too.
 """
 
 import argparse
@@ -50,6 +51,7 @@ class Candidate:
     segment_seconds: int = halves.SEGMENT_SECONDS
 
 
+PARTS = {"choose": halves.CHOOSE, "report": halves.REPORT, "held-out": halves.HELD_OUT}
 AUGMENTATION = "encoder.simsiam.augmentation"
 NOISE = {f"{AUGMENTATION}.noise_prob": 0.3}
 SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
@@ -192,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run.add_common(parser)
     add = parser.add_argument
-    add("--part", choices=["choose", "report"], default="choose", help="soundtracks to compare on (default: choose)")
+    add("--part", choices=list(PARTS), default="choose", help="soundtracks to compare on (default: choose)")
     add("--seeds", type=int, default=5, metavar="N", help="trainings of each candidate on each half (default: 5)")
     add("--epochs", type=int, metavar="N", help="of the recipe, whose time all get (default: as configured)")
     add("--rows", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="ROW",
@@ -204,7 +206,7 @@ def main() -> None:
     work = args.work.resolve() / args.part
     rows = list(dict.fromkeys([BASE, *args.rows]))
     lengths = {halves.SEGMENT_SECONDS, *(CANDIDATES[row].segment_seconds for row in rows)}
-    halves.prepare(work, (args.music or work / "music").resolve(), args.part == "report", lengths)
+    halves.prepare(work, (args.music or work / "music").resolve(), PARTS[args.part], lengths)
     setup, folder = Setup(work, config, device, side_by_side), work / "equal-time"
     doc = json.loads(args.json.read_text()) if args.json.exists() else {"cost": {BASE: 1.0}, "scores": {}}
     if untimed := [row for row in rows if row not in doc["cost"]]:

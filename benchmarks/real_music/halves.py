@@ -42,19 +42,34 @@ def python(words: Sequence[object], log: Path | None = None, threads: int | None
         )
 
 
-def prepare(folder: Path, music: Path, report: bool = False, lengths: Collection[int] = (SEGMENT_SECONDS,)) -> None:
-    """Fetch the music into `music` and pack both halves below `folder`, whatever of it is not there yet.
+@dataclass(frozen=True)
+class Set:
+    """Soundtracks: the option of fetch.sh that names them, and the shortest song that counts, s."""
 
-    report: of the soundtracks on which recipes are reported, instead of those on which they are chosen. lengths: of
-    segments, s; each has a pair of halves.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    options = ["--report"] if report else []
+    option: str | None
+    least_seconds: int = LEAST_SECONDS
+
+
+CHOOSE, REPORT, HELD_OUT = Set(None), Set("--report"), Set("--held-out", 30)
+
+
+def fetch(of: Set, music: Path) -> None:
+    """Fetch what is not there yet of a set. Raises UserError where not all of it can be had."""
+    options = [of.option] if of.option else []
     if subprocess.run(["bash", ROOT / "benchmarks/real_music/fetch.sh", music, *options]).returncode:
         raise UserError(f"not all of the music could be fetched into {music} (see above)")
+
+
+def prepare(folder: Path, music: Path, of: Set = CHOOSE, lengths: Collection[int] = (SEGMENT_SECONDS,)) -> None:
+    """Fetch the music into `music` and pack both halves below `folder`, whatever of it is not there yet.
+
+    lengths: of segments, s; each has a pair of halves.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fetch(of, music)
     everything = folder / "all"
     if not (everything / "manifest.json").exists():
-        pack(music, everything, SEGMENT_SECONDS)
+        pack(music, everything, SEGMENT_SECONDS, of.least_seconds)
     halves = split(open_shards(everything).songs["path"])
     for half, seconds in itertools.product(HALVES, lengths):
         shards = shards_of(folder, half, seconds)
@@ -68,10 +83,10 @@ def prepare(folder: Path, music: Path, report: bool = False, lengths: Collection
                 os.link(music / path, songs / path) if same_disk(music, folder) else shutil.copy(
                     music / path, songs / path
                 )
-        pack(songs, shards, seconds)
+        pack(songs, shards, seconds, of.least_seconds)
 
 
-def pack(music: Path, shards: Path, segment_seconds: int, least_seconds: int = LEAST_SECONDS) -> None:
+def pack(music: Path, shards: Path, segment_seconds: int, least_seconds: int) -> None:
     """Pack all songs of a folder, to train on."""
     lengths = ["--segment-seconds", segment_seconds, "--min-seconds", least_seconds]
     python(["tools/make_shards.py", music, "--out", shards, *lengths, *PACKING])

@@ -10,7 +10,6 @@ FILE holds the scores of every song by every encoder. Its table stands in docs/e
 
 import argparse
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,13 @@ from equal_time_scores import BASE, METRICS, Scores, page_lines
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 
-LEAST_SECONDS = 30
-"""Shorter files are mostly sound effects and jingles."""
-
 
 def prepare(work: Path, music: Path) -> Path:
     """Fetch and pack the set, whatever of it is not there yet; returns its shards, in segments as the others have."""
-    script = halves.ROOT / "benchmarks/real_music/fetch.sh"
-    if subprocess.run(["bash", script, music, "--held-out"]).returncode:
-        raise UserError(f"not all of the music could be fetched into {music} (see above)")
+    halves.fetch(halves.HELD_OUT, music)
     shards = work / "held-out"
     if not (shards / "manifest.json").exists():
-        halves.pack(music, shards, halves.SEGMENT_SECONDS, LEAST_SECONDS)
+        halves.pack(music, shards, halves.SEGMENT_SECONDS, halves.HELD_OUT.least_seconds)
     return shards
 
 
