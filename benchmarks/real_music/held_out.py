@@ -10,6 +10,7 @@ FILE holds the scores of every song by every encoder. Its table stands in docs/e
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ import equal_time
 import halves
 import numpy as np
 import run
+import torch
 from equal_time_scores import BASE, METRICS, Scores, page_lines
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import machine
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 
@@ -111,7 +116,7 @@ def main() -> None:
         each = halves.HALVES if feature == "untrained" else halves.HALVES[:1]
         made = {f"{seed}{half}": baseline(feature, work, shards, seed, half) for seed in seeds for half in each}
         doc["baselines"][name] = scores_of(made)
-    doc["environment"] = report["environment"]
+    doc["environment"] = machine.environment(torch.device("cpu"))
     equal_time.write(doc, args.json)
     print("\n".join(page_lines(doc)))
 
