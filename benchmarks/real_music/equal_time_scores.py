@@ -77,6 +77,9 @@ def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
         is_baseline = row not in scored
         cells = ["" if is_baseline else str(doc["epochs"][row]), str(len(by_seed(own, METRICS[0])))]
         for metric, songs in ((METRICS[0], every), (METRICS[1], every), (METRICS[1], untagged)):
+            if not songs.any():  # all are tagged
+                cells += ["", ""]
+                continue
             cells.append(f"{np.mean([each[songs] for each in by_seed(own, metric).values()]):.3f}")
             gap = None if row == BASE or is_baseline else difference(own, doc["scores"][BASE], metric)
             cells.append("" if gap is None else shown(gap[:, songs], soundtracks[songs]))
@@ -109,7 +112,7 @@ def gap_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     yield from filter(None, (gap_line(doc, row, other) for row, other in COMPARED))
     untagged = untagged_songs(doc)
     for name, songs in (("songs with tags", ~untagged), ("songs without tags", untagged)):
-        if line := gap_line(doc, *TAGGED, songs):
+        if songs.any() and (line := gap_line(doc, *TAGGED, songs)):
             yield f"{line}, over the {songs.sum()} {name}"
 
 
