@@ -56,7 +56,7 @@ if [ "$QUICK" ]; then
   EMBED=(--batch-size 4 --windows 2)
 else
   SOAK=400 SONGS=() MATERIAL=(--segments 2048) # 16 batches of configs/gpu.yaml
-  ANEW=(--batch-size 32)                      # for the sweeps that pack again
+  ANEW=(--batch-size 32)                       # for the sweeps that pack again
   BENCH=(--seconds 1)
   SHORT=(--steps 10 --batch-sizes 32 64 128 192)
   SMALL=() RUN=() EMBED=()

@@ -19,7 +19,7 @@ def interval(differences: np.ndarray, soundtracks: np.ndarray) -> tuple[float, f
     """95% interval of the mean of `(seeds, songs)` differences: seeds and soundtracks are drawn anew.
 
     soundtracks `(songs,)`: of each song. The songs of a soundtrack are drawn together, since they are asked for the
-    same answer: drawn one by one, the intervals would be half as wide. Seeds and soundtracks are both what another
+    same answer: drawn one by one, the intervals would be too narrow. Seeds and soundtracks are both what another
     experiment would have other ones of (a two-way bootstrap: Owen 2007, doi:10.1214/07-AOAS122).
     """
     rng = np.random.default_rng(0)
