@@ -7,13 +7,12 @@ each scaled to length 1. Stopped or killed, the same command continues where it 
 import argparse
 import dataclasses
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
 from simsiam_dali.common.distributed import World, choose_device
-from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.errors import UserError, stops_with
 from simsiam_dali.common.signals import raise_keyboard_interrupt
 from simsiam_dali.config.cli import add_checkpoint, add_device, create_parser
 from simsiam_dali.data import s3
@@ -113,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     shutil.rmtree(packed, ignore_errors=True)
 
 
-@one_line_errors
+@stops_with("the same command continues from here")
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
@@ -122,9 +121,6 @@ def main() -> None:
         run(args)
     except torch.OutOfMemoryError as e:
         raise UserError("out of memory: use a smaller --batch-size or shorter --view-seconds") from e
-    except KeyboardInterrupt:
-        print("stopped: the same command continues from here", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

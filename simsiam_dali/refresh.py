@@ -10,7 +10,6 @@ import contextlib
 import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from simsiam_dali.common.distributed import choose_device
-from simsiam_dali.common.errors import UserError, one_line_errors, printable
+from simsiam_dali.common.errors import UserError, printable, stops_with
 from simsiam_dali.common.files import refuse_failed_write
 from simsiam_dali.common.replacement import Replacement, finish_commit
 from simsiam_dali.common.signals import raise_keyboard_interrupt
@@ -221,7 +220,7 @@ def same_settings(run: TrainedRun) -> str:
     return f"--config {shlex.quote(str(config))}{named}"
 
 
-@one_line_errors
+@stops_with("the table and the playlists are as they were; the same command continues")
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
@@ -230,9 +229,6 @@ def main() -> None:
         run(args)
     except torch.OutOfMemoryError as e:
         raise UserError("out of memory: use a smaller --batch-size") from e
-    except KeyboardInterrupt:
-        print("stopped: the table and the playlists are as they were; the same command continues", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,25 @@ def printable(text: str) -> str:
 
 def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command's `main`: a `UserError` becomes one line on stderr and exit status 1, Ctrl-C "stopped" and 130."""
+    return stops_with()(main)
 
-    @functools.wraps(main)
-    def wrapped() -> None:
-        try:
-            main()
-        except UserError as e:
-            print(f"error: {printable(str(e))}", file=sys.stderr)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
 
-    return wrapped
+def stops_with(state: str = "") -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """`one_line_errors` for a command whose line after Ctrl-C goes on with `state`: what it leaves behind."""
+    stopped = f"stopped: {state}" if state else "stopped"
+
+    def wrap(main: Callable[[], None]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def wrapped() -> None:
+            try:
+                main()
+            except UserError as e:
+                print(f"error: {printable(str(e))}", file=sys.stderr)
+                sys.exit(1)
+            except KeyboardInterrupt:
+                print(stopped, file=sys.stderr)
+                sys.exit(128 + signal.SIGINT)
+
+        return wrapped
+
+    return wrap

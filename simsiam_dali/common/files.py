@@ -1,5 +1,6 @@
-"""Write files whole or not at all: to a temporary name beside them, then moved in place."""
+"""Write files whole or not at all: to a temporary name beside them, then moved in place. Locks between processes."""
 
+import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +20,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(part)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -50,3 +50,26 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / list(files)[-1]).unlink(missing_ok=True)
         for name in files:
             (Path(part) / name).replace(folder / name)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, wait: bool, refusal: str = "") -> Iterator[None]:
+    """Hold the lock of the file `path`, which is made where it is not there; it ends with the process.
+
+    Raises UserError with `refusal` where another process holds it, unless `wait`.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as e:
+            raise UserError(refusal) from e
+        yield

@@ -7,14 +7,14 @@ reader of ours has come, a program that knows nothing of the journal may see som
 """
 
 import contextlib
-import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import locked, sync
 
 _SUFFIX = "staged"
 
@@ -60,15 +60,15 @@ class Replacement:
         if not self._targets:
             return
         for target in self._targets:
-            _sync(self._staged(target))
+            sync(self._staged(target))
         names = [[_relative(path, self.owner) for path in (self._staged(t), t)] for t in self._targets]
         for folder in {target.parent for target in self._targets}:
-            _sync(folder)
+            sync(folder)
         journal = _journal(self.owner)
         self._staged(journal).write_text(json.dumps({"files": names}))
-        _sync(self._staged(journal))
+        sync(self._staged(journal))
         self._staged(journal).replace(journal)
-        _sync(self.owner.parent)
+        sync(self.owner.parent)
         self._targets = []
         _roll_forward(self.owner)
 
@@ -113,19 +113,14 @@ def _roll_forward(owner: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # moved before a kill
             staged.replace(target)
     for folder in {target.parent for _, target in moves}:
-        _sync(folder)
+        sync(folder)
     journal.unlink()
-    _sync(owner.parent)
+    sync(owner.parent)
 
 
-@contextlib.contextmanager
-def _locked(owner: Path, wait: bool) -> Iterator[None]:
-    with owner.with_name(f".{owner.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as e:
-            raise UserError(f"another refresh of {owner} is running: wait until it ends") from e
-        yield
+def _locked(owner: Path, wait: bool) -> contextlib.AbstractContextManager[None]:
+    busy = f"another refresh of {owner} is running: wait until it ends"
+    return locked(owner.with_name(f".{owner.name}.lock"), wait, busy)
 
 
 def _journal(owner: Path) -> Path:
@@ -136,11 +131,3 @@ def _relative(path: Path, owner: Path) -> str:
     """From the owner's folder, so that the set may be moved as a whole before it is finished."""
     # Links resolved: ".." behind one does not lead back to where it lies.
     return os.path.relpath(path.parent.resolve() / path.name, owner.parent.resolve())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

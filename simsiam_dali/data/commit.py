@@ -5,15 +5,13 @@ names, removing those that only the old manifest names) can be repeated by the n
 last. Files that no manifest names are never touched.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import locked, sync
 
 MANIFEST = "manifest.json"
 STAGING = ".packing"
@@ -21,22 +19,16 @@ _COMMIT = ".commit"
 _LOCK = ".lock"
 
 
-@contextlib.contextmanager
-def locked(root: Path, wait: bool) -> Iterator[None]:
+def lock_set(root: Path, wait: bool) -> AbstractContextManager[None]:
     """Hold the set's lock, which ends with the process. Without `wait`, raises UserError if another holds it."""
-    with (root / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as e:
-            raise UserError(f"another make_shards is writing to {root}: wait until it ends") from e
-        yield
+    return locked(root / _LOCK, wait, f"another make_shards is writing to {root}: wait until it ends")
 
 
 def commit(root: Path, staged: Path) -> None:
     """Replace the set of `root` by the complete set in `staged`, synced and on the same disk. Needs the lock."""
-    _sync_folder(staged)
+    sync(staged)
     staged.rename(root / _COMMIT)
-    _sync_folder(root)
+    sync(root)
     roll_forward(root)
 
 
@@ -44,7 +36,7 @@ def finish_commit(root: Path) -> None:
     """Finish a replacement that another process began, if there is one."""
     if (root / _COMMIT).exists():
         try:
-            with locked(root, wait=True):
+            with lock_set(root, wait=True):
                 roll_forward(root)
         except OSError as e:
             raise UserError(f"{root}: a replacement of the shards was interrupted and cannot be finished: {e}") from e
@@ -62,10 +54,10 @@ def roll_forward(root: Path) -> None:
                 path.replace(root / path.name)
         for name in set(named_files(root)) - new:
             (root / name).unlink(missing_ok=True)
-        _sync_folder(root)
+        sync(root)
         (source / MANIFEST).replace(root / MANIFEST)
     source.rmdir()
-    _sync_folder(root)
+    sync(root)
     shutil.rmtree(root / STAGING, ignore_errors=True)  # its decoded songs are in the set now
 
 
@@ -77,11 +69,3 @@ def named_files(folder: Path) -> list[str]:
         return []
     # A damaged manifest must not lead out of its folder.
     return [name for name in names if isinstance(name, str) and Path(name).name == name]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

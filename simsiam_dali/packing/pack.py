@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.data.commit import MANIFEST, STAGING, commit, locked, named_files, roll_forward
+from simsiam_dali.data.commit import MANIFEST, STAGING, commit, lock_set, named_files, roll_forward
 from simsiam_dali.data.format import FILES, FORMAT_VERSION, REFUSED, SEGMENTS, SONGS, Manifest, read_manifest
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.packing import assemble
@@ -88,7 +88,7 @@ def pack(
         raise UserError(f"{music}: no audio file in this folder ({passed_over} other files passed over)")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out, wait=False):
+        with lock_set(out, wait=False):
             roll_forward(out)
             packer = _Packer(music.resolve(), out, settings, rated, replace, executor)
             return packer.run(queue, passed_over, workers)

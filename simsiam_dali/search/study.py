@@ -9,8 +9,7 @@ is reproducible, and two processes never sample the same settings.
 """
 
 import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Literal
 
@@ -20,6 +19,7 @@ import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
 from simsiam_dali.common.errors import UserError, one_line
+from simsiam_dali.common.files import locked
 from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.search.space import Space
 
@@ -90,12 +90,9 @@ class Study:
                     " trials would not compare; use the former value, or start another study with --study-name"
                 )
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Exclude the other processes that write below `train.runs_dir`/hpo."""
-        with (self.folder.parent / ".lock").open("w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
+        return locked(self.folder.parent / ".lock", wait=True)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """All trials, or those in the given states, by number."""
