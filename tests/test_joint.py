@@ -111,6 +111,40 @@ def test_every_teacher_reaches_the_backbone_and_every_parameter_is_optimized_onc
         assert stem.any(), name
 
 
+def test_a_rating_is_read_from_the_direction_of_the_backbones_output_not_its_length(small_shards: Path) -> None:
+    encoder, _ = create(open_shards(small_shards))
+    h = torch.randn(8, encoder.backbone_dim, generator=torch.Generator().manual_seed(0))
+    found = []
+    for scale in (1, 1000):
+        encoder.backbone.forward = lambda _, scale=scale: 5 + scale * h  # type: ignore[method-assign]
+        found.append(outputs(encoder)[4].detach())
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
+    assert ((found[0] > 0) & (found[0] < 1)).all()
+
+
+@pytest.mark.parametrize("learning_rate", [0.3, 3.0])
+def test_ratings_are_learned_and_never_make_the_loss_infinite(small_shards: Path, learning_rate: float) -> None:
+    """At the learning rate of configs/joint.yaml and ten times that; a squared error of the plain output was NaN."""
+    shards, segment = open_shards(small_shards), torch.arange(8)
+    song = shards.segments["song"].to_numpy()[:8]
+    shards.songs.loc[song, "rating"] = [0.2 + 0.1 * (i % 8) for i in range(len(song))]
+    ratings = torch.tensor(shards.songs["rating"].to_numpy("float32")[song])
+    encoder, score = create(shards, "encoder.joint.tag_weight=0", "encoder.joint.rating_weight=1")
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=learning_rate, momentum=0.9)
+    errors = []
+    for _ in range(40):
+        made = outputs(encoder)
+        loss = score(made, segment).loss
+        assert loss.isfinite()
+        errors.append(rating_loss(made[4], ratings).item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert max(errors) <= 1
+    if learning_rate < 1:
+        assert errors[-1] < 0.5 * errors[0]
+
+
 @pytest.mark.parametrize(("views_loss", "warns"), [("simsiam", True), ("contrastive", False)])
 def test_it_warns_of_a_collapsed_projection_where_the_loss_allows_one(views_loss: str, warns: bool) -> None:
     config = load_config(assignments=["encoder.encoder_type=joint", f"encoder.joint.views_loss={views_loss}"])

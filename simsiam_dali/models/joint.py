@@ -9,6 +9,7 @@ either of them compares.
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam_dali.config.schema import Config
@@ -48,9 +49,19 @@ class Joint(Projected):
         """
         features = [self.features(view) for view in views]
         z = [self.projector(h) for h in features]
-        ratings = [self.rating_head(h).squeeze(1) for h in features]
+        ratings = [self._rating(h) for h in features]
         p = predictions(z, len(z) - self.short_views, self.predictor, self.short_predictor) if self.predictor else ()
         return *z, *map(self.tag_head, features), *ratings, *p
+
+    def _rating(self, h: Tensor) -> Tensor:
+        """The backbone's output `(B, backbone_dim)` to ratings `(B,)` in 0..1, as `recommend` reads them: linearly.
+
+        From the output standardised over the batch, of length 1: of the output as it is, whose length may be any, the
+        squared error's curvature exceeds what a learning rate for the other losses allows, and the first rated song
+        makes them infinite. The sigmoid bounds the error, whatever the learning rate.
+        """
+        x = F.normalize(F.batch_norm(h, None, None, training=True), dim=1)
+        return torch.sigmoid(self.rating_head(x).squeeze(1))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; the predictor's learning rate is not decayed, as in SimSiam."""
