@@ -129,7 +129,7 @@ def measure(table: Path) -> dict[str, Any]:
     """Compare the pairs that the command finds with the known ones."""
     songs = read_song_embeddings(table)
     library = Library(songs.table, Path(songs.provenance["music"]).resolve())
-    x, rows = unit(songs.vectors), np.arange(len(library))
+    x, rows = unit(songs.vectors, whiten=False), np.arange(len(library))
     began = time.monotonic()
     pairs = set(map(tuple, duplicates.candidate_pairs(x, library.table["duration"].to_numpy(float), rows).tolist()))
     searched = time.monotonic()

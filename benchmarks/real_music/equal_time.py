@@ -7,9 +7,9 @@ intervals of the differences are of a bootstrap over seeds and soundtracks, both
 given up as soon as its interval of mAP@10 lies below 0.
 
 Candidates are compared on one set of soundtracks (`--part choose`, fetch.sh), and only the chosen ones are scored on
-another (`--part report --rows ROW`, fetch.sh --report), and on a third (`--part held-out`), which was listed last. FILE
-holds the scores of every song after every training: the same command continues where it was stopped, on another machine
-too.
+another (`--part report --rows ROW`, fetch.sh --report), and on a third and a fourth that were listed later (`--part
+held-out`, `--part fourth`). FILE holds the scores of every song after every training: the same command continues where
+it was stopped, on another machine too.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Candidate:
     segment_seconds: int = halves.SEGMENT_SECONDS
 
 
-PARTS = {"choose": halves.CHOOSE, "report": halves.REPORT, "held-out": halves.HELD_OUT}
+PARTS = {"choose": halves.CHOOSE, "report": halves.REPORT, "held-out": halves.HELD_OUT, "fourth": halves.FOURTH}
 AUGMENTATION = "encoder.simsiam.augmentation"
 NOISE = {f"{AUGMENTATION}.noise_prob": 0.3}
 SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}

@@ -116,6 +116,7 @@ TABLES = {
     "equal-time-report": equal_time_scores.page_lines,
     "equal-time-choose": equal_time_scores.page_lines,
     "equal-time-held-out": equal_time_scores.page_lines,
+    "equal-time-fourth": equal_time_scores.page_lines,
     "held-out": equal_time_scores.page_lines,
 }
 """What stands between two comments of the page, made from the newest result of that name."""

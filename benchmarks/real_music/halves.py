@@ -44,19 +44,20 @@ def python(words: Sequence[object], log: Path | None = None, threads: int | None
 
 @dataclass(frozen=True)
 class Set:
-    """Soundtracks: the option of fetch.sh that names them, and the shortest song that counts, s."""
+    """Soundtracks: what fetches them into {folder}, and the shortest song that counts, s."""
 
-    option: str | None
+    command: tuple[str, ...]
     least_seconds: int = LEAST_SECONDS
 
 
-CHOOSE, REPORT, HELD_OUT = Set(None), Set("--report"), Set("--held-out", 30)
+_FETCH = ("bash", "benchmarks/real_music/fetch.sh", "{folder}")
+CHOOSE, REPORT, HELD_OUT = Set(_FETCH), Set((*_FETCH, "--report")), Set((*_FETCH, "--held-out"), 30)
+FOURTH = Set((sys.executable, "benchmarks/real_music/fetch_fourth.py", "{folder}"), 30)
 
 
 def fetch(of: Set, music: Path) -> None:
     """Fetch what is not there yet of a set. Raises UserError where not all of it can be had."""
-    options = [of.option] if of.option else []
-    if subprocess.run(["bash", ROOT / "benchmarks/real_music/fetch.sh", music, *options]).returncode:
+    if subprocess.run([word.format(folder=music) for word in of.command], cwd=ROOT).returncode:
         raise UserError(f"not all of the music could be fetched into {music} (see above)")
 
 

@@ -1,8 +1,9 @@
 """Which way of comparing songs finds more of a soundtrack? python benchmarks/real_music/retrieval.py ROW
 
 Takes the tables that equal_time.py left in --work of one of its rows, and finds each song's nearest by other rules than
-today's, the cosine of standardised vectors. mAP@10 and 5-NN as there, with intervals over seeds and soundtracks of
-the differences from today's rule; hubness as `simsiam_dali.evaluate` reports it.
+that of `evaluate` and `recommend`, the cosine of standardised, half-whitened vectors. mAP@10 and 5-NN as there, with
+intervals over seeds and soundtracks of the differences from the cosine of standardised vectors; hubness as
+`simsiam_dali.evaluate` reports it.
 """
 
 import argparse
@@ -17,15 +18,19 @@ import halves
 import numpy as np
 import run
 from scipy.special import ndtr
+from scipy.stats import zscore
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.evaluation.hubness import of_neighbours
-from simsiam_dali.evaluation.knn import nearest_others, unit
+from simsiam_dali.evaluation.knn import half_whitened, nearest, nearest_others, of_length_1, unit
 
-TODAY = "cosine, standardised"
+PLAIN, TODAY = "cosine, standardised", "half-whitened"
+"""The rule that the others are compared with, and that of `evaluate` and `recommend`."""
 SCALE_NEIGHBOUR = 7
 """Whose distance is a song's scale in local scaling (Zelnik-Manor and Perona, 2004, section 2)."""
+LENGTH_WEIGHT = 0.5
+"""Standard deviations of the length beside a vector of length 1."""
 
 
 def whitened(vectors: np.ndarray, shrinkage: float) -> np.ndarray:
@@ -61,46 +66,74 @@ def find_by(similarity: np.ndarray, cosine: np.ndarray, k: int) -> tuple[np.ndar
     return near, np.take_along_axis(cosine, near, axis=1)
 
 
-def by_cosine(vectors: np.ndarray, standardise: bool = True) -> np.ndarray:
-    """`(N, N)`."""
-    x = unit(vectors, standardise)
+def cosines(x: np.ndarray) -> np.ndarray:
+    """`(N, N)`, of vectors `(N, D)` of length 1."""
     return x @ x.T
 
 
-def cosine_of_plain(vectors: np.ndarray, group: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def by_cosine(x: np.ndarray, group: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """By the cosine of the vectors as they are."""
-    return nearest_others(vectors, group, k, standardise=False)
+    x = of_length_1(x)
+    return nearest(x, x, k, (group, group))
+
+
+def by(rule: Callable[[np.ndarray], np.ndarray]) -> run.Find:
+    """By what a rule makes of the cosines of standardised vectors, both `(N, N)`."""
+
+    def find(vectors: np.ndarray, _: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        cosine = cosines(unit(vectors, whiten=False))
+        return find_by(rule(cosine), cosine, k)
+
+    return find
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What else is known of the songs: MFCC statistics `(N, D)`, and the logarithm of their length in s `(N, 1)`."""
+
+    mfcc: np.ndarray
+    log_length: np.ndarray
+
+
+def with_length(vectors: np.ndarray, beside: Beside) -> np.ndarray:
+    """Vectors of length 1, and the length of a song beside them: what a number that hears nothing can add."""
+    return np.hstack([unit(vectors, whiten=False), LENGTH_WEIGHT * zscore(beside.log_length)])
 
 
 @dataclass(frozen=True)
 class Rule:
-    """change: of a table's vectors and the songs' MFCC statistics, before the search."""
+    """change: of a table's vectors, before the search."""
 
     find: run.Find = nearest_others
-    change: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda x, _: x
+    change: Callable[[np.ndarray, Beside], np.ndarray] = lambda x, _: x
 
 
 RULES = {
+    PLAIN: Rule(by_cosine, lambda x, _: unit(x, whiten=False)),
     TODAY: Rule(),
-    "cosine": Rule(cosine_of_plain),
-    "cosine, centred": Rule(cosine_of_plain, lambda x, _: x - x.mean(axis=0)),
-    "PCA-whitened, shrinkage 1": Rule(cosine_of_plain, lambda x, _: whitened(x, 1)),
-    "PCA-whitened, shrinkage 0.1": Rule(cosine_of_plain, lambda x, _: whitened(x, 0.1)),
-    "MFCC statistics beside it": Rule(cosine_of_plain, lambda x, mfcc: np.hstack([unit(x), unit(mfcc)])),
-    "mutual proximity": Rule(lambda x, _, k: find_by(mutual_proximity(by_cosine(x)), by_cosine(x), k)),
-    "local scaling": Rule(lambda x, _, k: find_by(local_scaling(by_cosine(x)), by_cosine(x), k)),
+    "cosine": Rule(by_cosine),
+    "cosine, centred": Rule(by_cosine, lambda x, _: x - x.mean(axis=0)),
+    "centred, half-whitened": Rule(by_cosine, lambda x, _: half_whitened(x - x.mean(axis=0))),
+    "PCA-whitened, shrinkage 1": Rule(by_cosine, lambda x, _: whitened(x, 1)),
+    "PCA-whitened, shrinkage 0.1": Rule(by_cosine, lambda x, _: whitened(x, 0.1)),
+    "MFCC statistics beside it": Rule(
+        by_cosine, lambda x, own: np.hstack([unit(x, whiten=False), unit(own.mfcc, whiten=False)])
+    ),
+    "the song's length beside it": Rule(by_cosine, with_length),
+    "mutual proximity": Rule(by(mutual_proximity)),
+    "local scaling": Rule(by(local_scaling)),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """The tables of one row of equal_time.py. mfcc: half learned from -> MFCC statistics of the other half's songs.
+    """The tables of one row of equal_time.py. beside: half learned from -> what is known of the other half's songs.
 
     soundtracks: of each song, first of the one half's, then of the other's.
     """
 
     tables: dict[int, dict[str, Path]]
-    mfcc: dict[str, np.ndarray]
+    beside: dict[str, Beside]
     soundtracks: np.ndarray
 
     @classmethod
@@ -115,11 +148,15 @@ class Row:
             tables.setdefault(job.seed, {})[job.trained_on] = table
         mfcc = {half: equal_time.baseline_table("mfcc", half, work) for half in halves.HALVES}
         soundtracks = np.concatenate([run.of_each_song(mfcc[half])["soundtrack/of"] for half in halves.HALVES])
-        return cls(tables, {half: read_song_embeddings(table).vectors for half, table in mfcc.items()}, soundtracks)
+        beside = {}
+        for half, table in mfcc.items():
+            songs = read_song_embeddings(table)
+            beside[half] = Beside(songs.vectors, np.log(songs.table[["duration"]].to_numpy(float)))
+        return cls(tables, beside, soundtracks)
 
     def vectors(self, rule: Rule, seed: int, half: str) -> np.ndarray:
         """What is searched."""
-        return rule.change(read_song_embeddings(self.tables[seed][half]).vectors, self.mfcc[half])
+        return rule.change(read_song_embeddings(self.tables[seed][half]).vectors, self.beside[half])
 
     def scores(self, rule: Rule) -> dict[str, equal_time_scores.Scores]:
         """By a rule, as equal_time.py keeps them."""
@@ -145,14 +182,14 @@ def table_lines(row: Row) -> Iterator[str]:
     """The Markdown table."""
     yield "| nearest by | 5-NN | | mAP@10 | | skewness | nobody's neighbour |"
     yield "|---|---|---|---|---|---|---|"
-    today = row.scores(RULES[TODAY])
+    plain = row.scores(RULES[PLAIN])
     for name, rule in RULES.items():
         own, cells = row.scores(rule), []
         for metric in equal_time_scores.METRICS:
-            gap = equal_time_scores.difference(own, today, metric)
+            gap = equal_time_scores.difference(own, plain, metric)
             assert gap is not None
             cells.append(f"{np.mean([*equal_time_scores.by_seed(own, metric).values()]):.3f}")
-            cells.append("" if name == TODAY else equal_time_scores.shown(gap, row.soundtracks))
+            cells.append("" if name == PLAIN else equal_time_scores.shown(gap, row.soundtracks))
         skewness, never = row.hubness(rule)
         yield f"| {name} | {' | '.join(cells)} | {skewness:.2f} | {never:.1%} |"
 

@@ -21,7 +21,7 @@ class Hubness:
 
 
 def hubness(vectors: np.ndarray, group: np.ndarray, k: int) -> Hubness:
-    """Of vectors `(N, D)` by cosine, each dimension standardised; songs of one group `(N,)` are no neighbours."""
+    """Of vectors `(N, D)`, nearest as by `nearest_others`; songs of one group `(N,)` are no neighbours."""
     return of_neighbours(nearest_others(vectors, group, k)[0])
 
 

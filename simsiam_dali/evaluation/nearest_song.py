@@ -1,7 +1,7 @@
 """An encoder's quality in one sentence: for how many songs is the nearest other song by the same artist?
 
 Leave-one-out over every song that has a partner: another recording by one of its artists or, where no artist has two,
-of one of its genres. Nearest is as in `evaluate` and `recommend`: by the cosine of standardised vectors.
+of one of its genres. Nearest is as in `evaluate` and `recommend`, by `knn.unit`.
 """
 
 from collections.abc import Mapping, Sequence

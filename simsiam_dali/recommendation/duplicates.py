@@ -62,8 +62,8 @@ class Duplicates:
 def candidate_pairs(x: np.ndarray, seconds: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Pairs of `rows (R,)`, `(P, 2)`, the lower first, which may be one recording by vector and length.
 
-    Each song with at most `NEAREST` others that are nearest to it. x: unit vectors `(N, D)` of all songs; seconds
-    `(N,)`: their lengths, NaN = unknown, which is in no pair.
+    Each song with at most `NEAREST` others that are nearest to it. x: unit vectors `(N, D)` of all songs, not whitened;
+    seconds `(N,)`: their lengths, NaN = unknown, which is in no pair.
     """
     rows = rows[np.argsort(seconds[rows], kind="stable")]
     rows = rows[np.isfinite(seconds[rows])]
