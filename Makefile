@@ -43,7 +43,7 @@ lint: setup
 	.venv/bin/lint-imports --no-logo --no-cache
 	$(PY) tools/make_docs.py --check
 	$(PY) benchmarks/report.py --check
-	$(PY) benchmarks/real_music/experiments.py --check
+	$(PY) benchmarks/real_music/tables.py --check
 
 format: setup
 	$(PY) -m ruff check --fix .
@@ -52,7 +52,7 @@ format: setup
 docs: setup
 	$(PY) tools/make_docs.py
 	$(PY) benchmarks/report.py
-	$(PY) benchmarks/real_music/experiments.py --write
+	$(PY) benchmarks/real_music/tables.py --write
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -16,13 +16,13 @@ from scipy.stats import norm
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
 import equal_time
 import equal_time_scores
-import experiments
 import halves
 import held_out
 import map as song_map
 import peer
 import retrieval
 import run
+import tables
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
@@ -133,7 +133,13 @@ def test_a_difference_is_paired():
     songs = {"a": np.array([1.0, 0.0, 1.0, 0.0] * 20), "b": np.array([0.5] * 40)}
 
     def row(more: float) -> run.Scores:
-        return {0: {half: dict.fromkeys(NAMES, x + more) for half, x in songs.items()}}
+        of = {f"{target}/of": np.array(["one", "two"] * 40) for target in run.TARGETS}
+        return {
+            0: {
+                half: dict.fromkeys(NAMES, x + more) | {k: v[: len(x)] for k, v in of.items()}
+                for half, x in songs.items()
+            }
+        }
 
     doc = run.document({"one": row(0.25), "two": row(0.0)}, ["two"], torch.device("cpu"))
     gap = doc["rows"]["one"]["artist/knn"]["against"]["two"]
@@ -170,23 +176,8 @@ def test_the_map_has_a_style_and_a_name_for_each_package():
     assert len(fetched) == len(dict(song_map.STYLES)) == len({marker for _, marker in song_map.STYLES})
 
 
-@pytest.mark.parametrize("row", experiments.ROWS)
-def test_each_row_changes_the_recipe(row):
-    base = {"encoder.simsiam.learning_rate": 1.0}
-
-    def config(name: str) -> Config:
-        (job, *_) = experiments.plan(2, 5, {name: experiments.ROWS[name]}, base)
-        return load_config(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
-
-    changed = config(row)
-    assert changed.encoder.epochs == 5
-    assert (changed == config(experiments.BASE)) == (row == experiments.BASE)
-
-
 def test_the_experiments_page_holds_the_newest_results():
-    assert experiments.page_with_tables() == experiments.PAGE.read_text()
-    newest = json.loads(max(experiments.RESULTS.glob("experiments-*.json")).read_text())
-    assert newest["rows"].keys() <= {*experiments.ROWS, experiments.PROJECTION, experiments.UNTRAINED}
+    assert tables.page_with_tables() == tables.PAGE.read_text()
 
 
 def test_the_config_of_the_winner_is_what_was_compared() -> None:
@@ -405,7 +396,8 @@ def test_todays_rule_is_what_the_scores_are_of(tmp_path):
     found = row.scores(retrieval.RULES[retrieval.TODAY])
     table = equal_time.trainings(equal_time_scores.BASE, 1, 0)[0].table(folder, equal_time_scores.BASE)
     assert found["0"]["a"]["soundtrack/map"] == run.of_each_song(table)["soundtrack/map"].tolist()
-    lines = list(retrieval.table_lines(row))
-    assert len(lines) == 2 + len(retrieval.RULES)
+    one, two = (list(retrieval.table_lines(rows)) for rows in ([row], [row, row]))
+    assert len(one) == 2 + len(retrieval.RULES)
+    assert one == two  # of the same songs twice, a soundtrack has them all
     with pytest.raises(UserError, match="train first"):
         retrieval.Row.open(equal_time_scores.BASE, tmp_path, 2)

@@ -116,6 +116,30 @@ def gap_lines(doc: Mapping[str, Any]) -> Iterator[str]:
             yield f"{line}, over the {songs.sum()} {name}"
 
 
+def together_lines(*docs: Mapping[str, Any]) -> Iterator[str]:
+    """The recipe beside the baselines over the songs of several sets, by the seeds that it has in all of them."""
+    recipes = [doc["scores"][BASE] for doc in docs]
+    soundtracks = np.concatenate([of_songs(doc, "soundtracks") for doc in docs])
+    common = [seed for seed in recipes[0] if all(len(own.get(seed, {})) == len(halves.HALVES) for own in recipes)]
+
+    def scores(rows: list[Mapping[str, Scores]], metric: str) -> np.ndarray:
+        """`(seeds, songs)`; a row of one seed has the same for all."""
+        found = [by_seed(row, metric) for row in rows]
+        return np.stack([np.concatenate([own.get(seed, own["0"]) for own in found]) for seed in common])
+
+    yield "| | 5-NN | the recipe's difference | mAP@10 | the recipe's difference |"
+    yield "|---|---|---|---|---|"
+    for name in (BASE, *docs[0]["baselines"]):
+        cells = []
+        for metric in METRICS:
+            recipe = scores(recipes, metric)
+            own = recipe if name == BASE else scores([doc["baselines"][name] for doc in docs], metric)
+            cells += [f"{own.mean():.3f}", "" if name == BASE else shown(recipe - own, soundtracks)]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+    yield f"{len(soundtracks)} songs of {len(np.unique(soundtracks))} soundtracks, {len(common)} seeds."
+
+
 def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     """The table, and what it is of."""
     soundtracks, env = of_songs(doc, "soundtracks"), doc["environment"]

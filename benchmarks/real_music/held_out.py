@@ -5,7 +5,7 @@ encoders that equal_time.py trained for its report, of every seed and half, embe
 nearest songs are scored as there. So neither the songs nor their soundtracks were heard in training, and no tag of
 theirs was seen: what an encoder learned from the tags of others counts only if it carries over.
 
-FILE holds the scores of every song by every encoder. Its table stands in docs/experiments.md (experiments.py --write).
+FILE holds the scores of every song by every encoder. Its table stands in docs/experiments.md (tables.py --write).
 """
 
 import argparse

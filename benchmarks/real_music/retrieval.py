@@ -1,13 +1,14 @@
 """Which way of comparing songs finds more of a soundtrack? python benchmarks/real_music/retrieval.py ROW
 
-Takes the tables that equal_time.py left in --work of one of its rows, and finds each song's nearest by other rules than
-that of `evaluate` and `recommend`, the cosine of standardised, half-whitened vectors. mAP@10 and 5-NN as there, with
-intervals over seeds and soundtracks of the differences from the cosine of standardised vectors; hubness as
-`simsiam_dali.evaluate` reports it.
+Takes the tables that equal_time.py left in --work of one of its rows, or of a baseline, and finds each song's nearest
+by other rules than that of `evaluate` and `recommend`, the cosine of standardised, half-whitened vectors. mAP@10 and
+5-NN as there, with intervals over seeds and soundtracks of the differences from the cosine of standardised vectors;
+hubness as `simsiam_dali.evaluate` reports it.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -138,14 +139,20 @@ class Row:
 
     @classmethod
     def open(cls, name: str, work: Path, seeds: int) -> Self:
-        """Raises UserError where a table is missing; MFCCs are computed where they are."""
-        folder = work / "equal-time"
+        """Raises UserError where a table is missing; those of baselines are computed where they are."""
+        baseline = next((feature for feature, row in run.BASELINES.items() if row == name), None)
+        if baseline and baseline != "untrained":
+            seeds = 1  # nothing in it is drawn
         tables: dict[int, dict[str, Path]] = {}
-        for job in (job for seed in range(seeds) for job in equal_time.trainings(name, 1, seed)):
-            table = job.table(folder, name)
-            if not table.exists():
-                raise UserError(f"no {table}: train first with equal_time.py --rows '{name}'")
-            tables.setdefault(job.seed, {})[job.trained_on] = table
+        for seed, half in itertools.product(range(seeds), halves.HALVES):
+            if baseline:
+                table = equal_time.baseline_table(baseline, half, work, seed)
+            else:
+                job = next(job for job in equal_time.trainings(name, 1, seed) if job.trained_on == half)
+                table = job.table(work / "equal-time", name)
+                if not table.exists():
+                    raise UserError(f"no {table}: train first with equal_time.py --rows '{name}'")
+            tables.setdefault(seed, {})[half] = table
         mfcc = {half: equal_time.baseline_table("mfcc", half, work) for half in halves.HALVES}
         soundtracks = np.concatenate([run.of_each_song(mfcc[half])["soundtrack/of"] for half in halves.HALVES])
         beside = {}
@@ -178,20 +185,27 @@ class Row:
         return float(np.mean([each.skewness for each in found])), float(np.mean([each.never for each in found]))
 
 
-def table_lines(row: Row) -> Iterator[str]:
-    """The Markdown table."""
+def table_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """The Markdown table, over the songs of all sets together; each counts with the seeds that all of them have."""
     yield "| nearest by | 5-NN | | mAP@10 | | skewness | nobody's neighbour |"
     yield "|---|---|---|---|---|---|---|"
-    plain = row.scores(RULES[PLAIN])
+    soundtracks = np.concatenate([row.soundtracks for row in rows])
+    plain = [row.scores(RULES[PLAIN]) for row in rows]
     for name, rule in RULES.items():
-        own, cells = row.scores(rule), []
+        own, cells = [row.scores(rule) for row in rows], []
         for metric in equal_time_scores.METRICS:
-            gap = equal_time_scores.difference(own, plain, metric)
-            assert gap is not None
-            cells.append(f"{np.mean([*equal_time_scores.by_seed(own, metric).values()]):.3f}")
-            cells.append("" if name == PLAIN else equal_time_scores.shown(gap, row.soundtracks))
-        skewness, never = row.hubness(rule)
+            each, base = (_side_by_side(scores, metric) for scores in (own, plain))
+            cells.append(f"{each.mean():.3f}")
+            cells.append("" if name == PLAIN else equal_time_scores.shown(each - base, soundtracks))
+        skewness, never = np.mean([row.hubness(rule) for row in rows], axis=0)
         yield f"| {name} | {' | '.join(cells)} | {skewness:.2f} | {never:.1%} |"
+
+
+def _side_by_side(sets: Sequence[dict[str, equal_time_scores.Scores]], metric: str) -> np.ndarray:
+    """`(seeds, songs)` of several sets."""
+    found = [equal_time_scores.by_seed(scores, metric) for scores in sets]
+    common = [seed for seed in found[0] if all(seed in own for own in found)]
+    return np.stack([np.concatenate([own[seed] for own in found]) for seed in common])
 
 
 @one_line_errors
@@ -199,12 +213,20 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("row", choices=list(equal_time.CANDIDATES), metavar="ROW", help="a row of equal_time.py")
+    rows = [*equal_time.CANDIDATES, *run.BASELINES.values()]
+    add("row", choices=rows, metavar="ROW", help=f"of equal_time.py, or one of {', '.join(run.BASELINES.values())}")
     add("--work", type=Path, default=Path("real_music"), metavar="DIR", help="as of equal_time.py")
-    add("--part", choices=["choose", "report"], default="choose", help="as of equal_time.py (default: choose)")
+    add(
+        "--part",
+        choices=list(equal_time.PARTS),
+        nargs="+",
+        default=["choose"],
+        help="as of equal_time.py (default: choose); of several, all songs count together",
+    )
     add("--seeds", type=int, default=5, metavar="N", help="how many there are (default: 5)")
     args = parser.parse_args()
-    print("\n".join(table_lines(Row.open(args.row, args.work / args.part, args.seeds))))
+    sets = [Row.open(args.row, args.work / part, args.seeds) for part in args.part]
+    print("\n".join(table_lines(sets)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 import halves
 import numpy as np
 import torch
+from equal_time_scores import interval
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -32,12 +33,10 @@ from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.config.load import load_config
 from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.evaluation import knn, probes
-from simsiam_dali.evaluation import metrics as scores
 from simsiam_dali.evaluation.plan import all_label_ids
 
 NEIGHBOURS, RETRIEVED = 5, 10
 TARGETS = ("soundtrack", "artist")
-RESAMPLES = 2000
 
 OURS, PROJECTION, PEER, SIMPLE = (
     "SimSiam",
@@ -110,7 +109,7 @@ Scores = dict[int, dict[str, dict[str, np.ndarray]]]
 
 
 def by_row(jobs: Sequence[halves.Job], folder: Path) -> dict[str, Scores]:
-    """The scores of each row that has been trained on every half of the jobs; a seed counts when all of it is done."""
+    """The scores of each row; a seed counts when it has been trained on every half."""
     tables: dict[str, dict[int, dict[str, Path]]] = {}
     for job in jobs:
         for row in job.tables:
@@ -118,52 +117,53 @@ def by_row(jobs: Sequence[halves.Job], folder: Path) -> dict[str, Scores]:
     found: dict[str, Scores] = {}
     for row, seeds in tables.items():
         done = {seed: own for seed, own in seeds.items() if all(map(Path.exists, own.values()))}
-        if set().union(*done.values()) == {job.trained_on for job in jobs}:
+        if done:
             found[row] = {seed: {half: of_each_song(p) for half, p in own.items()} for seed, own in done.items()}
     return found
 
 
-def of_seed(halves_of_it: Mapping[str, dict[str, np.ndarray]], name: str) -> float:
-    """One seed's score, over the songs of all halves that it was trained against."""
-    return float(np.concatenate([half[name] for half in halves_of_it.values()]).mean())
+def matrix(row: Scores, name: str) -> np.ndarray:
+    """`(seeds, songs)`: first the songs of one half, then of the other."""
+    return np.stack([np.concatenate([seed[half][name] for half in halves.HALVES]) for seed in row.values()])
 
 
-def over_seeds(row: Scores, name: str) -> np.ndarray:
-    """Each song's score, as a mean over the seeds: first the songs of one half, then of the other."""
-    parts = [[seed[half][name] for seed in row.values() if half in seed] for half in halves.HALVES]
-    return np.concatenate([np.mean(part, axis=0) for part in parts if part])
+def gaps(row: Scores, other: Scores, name: str) -> np.ndarray:
+    """`(seeds, songs)`: the row's scores minus the other's by the same seed, or by the only one that it has."""
+    own, base = matrix(row, name), matrix(other, name)
+    if 1 in (len(own), len(base)):
+        return own - base
+    common = [seed for seed in row if seed in other]
+    return matrix({seed: row[seed] for seed in common}, name) - matrix({seed: other[seed] for seed in common}, name)
 
 
 def document(found: Mapping[str, Scores], against: Sequence[str], device: torch.device) -> dict[str, Any]:
     """What --json writes: of each row its scores, and their paired differences from the rows `against`.
 
-    The intervals are over songs, of which there are enough to draw; the seeds are given one by one.
+    The intervals are over seeds and soundtracks, as those of equal_time.py.
     """
-    metric = scores.METRICS["map_at_10"]  # a mean
     names = [f"{target}/{kind}" for target in TARGETS for kind in ("knn", "map")]
-    songs = {row: {name: over_seeds(seeds, name) for name in names} for row, seeds in found.items()}
-    drawn = {
-        row: {name: scores.score(metric, (each,), RESAMPLES, seed=0) for name, each in own.items()}
-        for row, own in songs.items()
-    }
+    first = next(iter(found.values()))
+    soundtracks = {target: matrix(first, f"{target}/of")[0] for target in TARGETS}
     rows: dict[str, Any] = {}
     for row, seeds in found.items():
         rows[row] = {}
-        for name, own in drawn[row].items():
+        for name in names:
+            of = soundtracks[name.partition("/")[0]]
+            own = matrix(seeds, name)
+            low, high = interval(own, of)
             compared = {}
             for other in against:
-                if other != row and other in drawn:
-                    low, high = scores.interval(own.resampled - drawn[other][name].resampled)
-                    gap = own.value - drawn[other][name].value
-                    compared[other] = {"difference": gap, "low": low, "high": high}
-            each_seed = {str(seed): of_seed(parts, name) for seed, parts in seeds.items()}
+                if other != row and other in found:
+                    gap = gaps(seeds, found[other], name)
+                    bounds = interval(gap, of)
+                    compared[other] = {"difference": float(gap.mean()), "low": bounds[0], "high": bounds[1]}
+            each_seed = {str(seed): float(score) for seed, score in zip(seeds, own.mean(axis=1), strict=True)}
             rows[row][name] = {
-                "value": own.value, "low": own.low, "high": own.high, "seeds": each_seed, "against": compared
+                "value": float(own.mean()), "low": low, "high": high, "seeds": each_seed, "against": compared
             }  # fmt: skip
-    first = next(iter(songs.values()))
     return {
         "environment": machine.environment(device),
-        "songs": {target: len(first[f"{target}/map"]) for target in TARGETS},
+        "songs": {target: matrix(first, f"{target}/map").shape[1] for target in TARGETS},
         "rows": rows,
     }
 
@@ -202,8 +202,17 @@ def environment_line(doc: Mapping[str, Any]) -> str:
     return f"{songs}; {where}; {work}; {env['date']}, commit {env['commit']}."
 
 
+def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:
+    """What the command prints, as Markdown."""
+    yield from table_lines(doc)
+    yield ""
+    yield from (f"- {line}" for line in verdict_lines(doc))
+    yield ""
+    yield environment_line(doc)
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """The options that run.py and experiments.py share."""
+    """The options that run.py and equal_time.py share."""
     add = parser.add_argument
     add(
         "--work",
@@ -255,8 +264,7 @@ def main() -> None:
     doc["took"] = {"trainings": trained, "of": len(wanted), "minutes": (time.perf_counter() - started) / 60}
     if args.json:
         args.json.write_text(json.dumps(doc, indent=1) + "\n")
-    for line in (*table_lines(doc), "", *verdict_lines(doc), "", environment_line(doc)):
-        print(line)
+    print("\n".join(page_lines(doc)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Put the newest results into docs/experiments.md: python benchmarks/real_music/tables.py --write
+
+Each table stands there between two comments of its name. A result is the last file of its name in
+benchmarks/results/real_music.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import equal_time_scores
+import halves
+
+from simsiam_dali.common.errors import UserError, one_line_errors
+
+PAGE = halves.ROOT / "docs" / "experiments.md"
+RESULTS = halves.ROOT / "benchmarks" / "results" / "real_music"
+NOT_CHOSEN_ON = ("equal-time-report", "equal-time-held-out", "equal-time-fourth")
+COMPARISONS = (*NOT_CHOSEN_ON, "equal-time-choose", "held-out")
+
+
+@dataclass(frozen=True)
+class Table:
+    """results: the names of what it is made from. lines: from these, in their order."""
+
+    results: tuple[str, ...]
+    lines: Callable[..., Iterable[str]]
+
+
+TABLES = {
+    **{name: Table((name,), equal_time_scores.page_lines) for name in COMPARISONS},
+    "together": Table(NOT_CHOSEN_ON, equal_time_scores.together_lines),
+}
+
+
+def page_with_tables() -> str:
+    """docs/experiments.md with the newest results' tables."""
+    page = PAGE.read_text()
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        head, found, rest = page.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if not (found and closed):
+            raise UserError(f"{PAGE} has no {begin.strip()} and {end}")
+        newest = [max(RESULTS.glob(f"{result}-*.json")) for result in table.results]
+        lines = table.lines(*(json.loads(path.read_text()) for path in newest))
+        page = head + begin + "".join(f"{line}\n" for line in lines) + end + tail
+    return page
+
+
+@one_line_errors
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true", help="write the page")
+    what.add_argument("--check", action="store_true", help="only see whether it is up to date; exit with 1 if not")
+    args = parser.parse_args()
+    page = page_with_tables()
+    if args.write:
+        PAGE.write_text(page)
+    elif page != PAGE.read_text():
+        raise UserError("docs/experiments.md is out of date: run python benchmarks/real_music/tables.py --write")
+
+
+if __name__ == "__main__":
+    main()
