@@ -22,6 +22,7 @@ import map as song_map
 import peer
 import retrieval
 import run
+import score
 import tables
 
 from simsiam_dali.common.distributed import World
@@ -383,6 +384,29 @@ def test_every_encoder_of_the_report_is_scored_on_the_third_set(tmp_path, monkey
     printed = capsys.readouterr().out
     assert "24 songs of 2 soundtracks" in printed
     assert "| contrastive | 7 | 4 | 1.000 |" in printed
+
+
+def test_tables_are_scored_beside_the_first(tmp_path):
+    rng, right = np.random.default_rng(0), np.repeat([[1.0], [-1.0]], 12, axis=0)
+    songs = [(f"{package}/{i}", ["A"]) for package in ("one", "two") for i in range(12)]
+
+    def tables(name: str, seeds: int, signal: float) -> str:
+        files = [tmp_path / f"{name}-{seed}.parquet" for seed in range(seeds)]
+        for file in files:
+            write_table(file, songs, rng.standard_normal((24, 5)) + signal * right)
+        return f"{name}={','.join(map(str, files))}"
+
+    given = dict(map(score.named, [tables("chance", 2, 0), tables("good", 2, 9), tables("one seed", 1, 9)]))
+    _, _, chance, good, one_seed, _, last = score.table_lines(given)
+    assert chance.startswith("| chance | 2 | 0.")
+    assert good.startswith("| good | 2 | 1.000 | +0.")
+    assert one_seed.split("|")[2:4] == [" 1 ", " 1.000 "]
+    assert last == "24 songs of 2 soundtracks."
+    write_table(tmp_path / "other.parquet", songs[:20], rng.standard_normal((20, 5)))
+    with pytest.raises(UserError, match="of other songs"):
+        list(score.table_lines(given | {"other": [tmp_path / "other.parquet"]}))
+    with pytest.raises(UserError, match="is not NAME=TABLE"):
+        score.named("table.parquet")
 
 
 def test_todays_rule_is_what_the_scores_are_of(tmp_path):

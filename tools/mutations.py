@@ -76,6 +76,10 @@ MUTATIONS = (
         "song_means(F.normalize(embeddings.float(), dim=1), songs)", "song_means(embeddings.float(), songs)",
         "tests/test_monitor.py tests/test_embed.py",
     ),
+    Mutation(
+        "ratings are read from the output as it is", "models/joint.py",
+        "x = F.normalize(F.batch_norm(h, None, None, training=True), dim=1)", "x = h", "tests/test_joint.py -k rating",
+    ),
     # training
     Mutation(
         "micro-batches' gradients are summed", "training/learner.py",
@@ -119,6 +123,10 @@ MUTATIONS = (
         "elif 2 * filled >= length:", "elif filled:", "tests/test_songs.py",
     ),
     # evaluation and recommendation
+    Mutation(
+        "whitened by half only where songs are few", "evaluation/knn.py",
+        "variance[held] ** -0.25", "variance[held] ** -0.5", "tests/test_knn.py",
+    ),
     Mutation(
         "another file of the recording is a neighbour", "evaluation/knn.py",
         "distance[groups[0][rows, None] == groups[1]] = np.inf", "pass",
