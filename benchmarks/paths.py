@@ -4,9 +4,9 @@ Also the steps of `--radio`, beside those of a random order; and with --made N, 
 path and each next song of a radio take with N made vectors.
 
 Between pairs of songs drawn at random, paths of `--count` songs. The naive path takes, at each of the evenly spaced
-points of the great circle between the two, the nearest recording that it has not taken yet. A step is the angle between
-the standardised embeddings of two songs in a row. The naive path knows nothing of artists; so the path is measured both
-with the library's artists, of whom no two follow each other, and without.
+points of the great circle between the two, the nearest recording that it has not taken yet. A step is the angle
+between the embeddings of two songs in a row, as `recommend` compares them. The naive path knows nothing of artists;
+so the path is measured both with the library's artists, of whom no two follow each other, and without.
 """
 
 import argparse

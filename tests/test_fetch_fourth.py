@@ -54,11 +54,11 @@ def test_files_of_a_package_are_found_by_their_sum_also_in_its_archives(tmp_path
         (tools / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tools), prepend=":")
     songs = [song(f"game/{name}.ogg", "debian:good", f"old/{name}.ogg", name.encode()) for name in ("plain", "packed")]
-    songs.append(song("other/x.ogg", "debian:bad", "x.ogg", b"x"))
+    songs += [song(f"other/{name}.ogg", "debian:bad", name, name.encode()) for name in ("x", "y")]
     missing = fetch_fourth.fetch(songs, tmp_path / "out")
     assert (tmp_path / "out/game/packed.ogg").read_bytes() == b"packed"
     assert (tmp_path / "out/game/plain.ogg").read_bytes() == b"plain"
-    assert missing == ["other/x.ogg: E: none"]
+    assert missing == ["other/x.ogg: E: none", "other/y.ogg: E: none"]
     assert (tmp_path / "asked").read_text().split() == ["good", "bad"]  # a package once, whatever its songs
 
 

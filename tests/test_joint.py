@@ -140,7 +140,6 @@ def test_ratings_are_learned_and_never_make_the_loss_infinite(small_shards: Path
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert max(errors) <= 1
     if learning_rate < 1:
         assert errors[-1] < 0.5 * errors[0]
 

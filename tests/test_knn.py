@@ -23,13 +23,29 @@ def test_directions_of_no_variance_add_nothing():
     """A column that is the sum of others leaves a component of rounding errors, which no scale may raise."""
     x = RNG.standard_normal((100, 4))
     more = np.column_stack([x, x @ [1, 2, 3, 4], np.full(100, 7.0)])
-    assert knn.unit(more).shape == (100, 4)
-    np.testing.assert_allclose(np.linalg.norm(knn.unit(more), axis=1), 1, atol=1e-5)
+    found = knn.unit(more)
+    assert found.shape == more.shape
+    assert np.count_nonzero(found.any(axis=0)) == 4
+
+
+@pytest.mark.parametrize(("songs", "dims"), [(190, 512), (600, 512)])
+def test_vectors_of_low_rank_are_compared_without_rounding_errors(songs, dims):
+    x = RNG.standard_normal((songs, 3)) @ RNG.standard_normal((3, dims))
+    x[1] = x[0]
+    scaled = (x - x.mean(axis=0)) / x.std(axis=0)
+    u, s, _ = np.linalg.svd(scaled, full_matrices=False)
+    expected = knn.of_length_1((u * s**0.5)[:, :3])
+    found = knn.unit(x)
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-5)
+    assert found[0] @ found[1] == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (3, 5), (9, 5)])
 def test_equal_songs_are_finite_zeros(shape):
-    assert not knn.unit(np.ones(shape)).any()
+    found = knn.unit(np.ones(shape))
+    assert len(found) == len(np.ones(shape))
+    assert found.shape[1] > 0
+    assert not found.any()
 
 
 def test_the_directions_that_hold_most_of_the_variance_no_longer_decide_alone():

@@ -125,7 +125,7 @@ MUTATIONS = (
     # evaluation and recommendation
     Mutation(
         "whitened by half only where songs are few", "evaluation/knn.py",
-        "variance[held] ** -0.25", "variance[held] ** -0.5", "tests/test_knn.py",
+        "np.divide(1, variance**0.25,", "np.divide(1, variance**0.5,", "tests/test_knn.py",
     ),
     Mutation(
         "another file of the recording is a neighbour", "evaluation/knn.py",

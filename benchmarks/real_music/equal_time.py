@@ -38,6 +38,8 @@ from simsiam_dali.config.load import load_config
 
 TIMED_EPOCHS = 4
 """Epochs by which a candidate's speed is measured; the first, in which everything is built, does not count."""
+SEARCH = "half-whitened"
+"""How the nearest songs are found: scores by another rule are not compared."""
 MIN_SEEDS = 2
 """Seeds after which a candidate may be given up: of one seed there is nothing to resample."""
 
@@ -208,7 +210,11 @@ def main() -> None:
     lengths = {halves.SEGMENT_SECONDS, *(CANDIDATES[row].segment_seconds for row in rows)}
     halves.prepare(work, (args.music or work / "music").resolve(), PARTS[args.part], lengths)
     setup, folder = Setup(work, config, device, side_by_side), work / "equal-time"
-    doc = json.loads(args.json.read_text()) if args.json.exists() else {"cost": {BASE: 1.0}, "scores": {}}
+    doc = {"search": SEARCH, "cost": {BASE: 1.0}, "scores": {}}
+    if args.json.exists():
+        doc = json.loads(args.json.read_text())
+        if doc.get("search") != SEARCH:
+            raise UserError(f"{args.json} was scored by another rule of search: choose another file")
     if untimed := [row for row in rows if row not in doc["cost"]]:
         doc["cost"] |= setup.costs(untimed)
         write(doc, args.json)

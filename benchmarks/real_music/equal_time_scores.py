@@ -125,7 +125,8 @@ def together_lines(*docs: Mapping[str, Any]) -> Iterator[str]:
     def scores(rows: list[Mapping[str, Scores]], metric: str) -> np.ndarray:
         """`(seeds, songs)`; a row of one seed has the same for all."""
         found = [by_seed(row, metric) for row in rows]
-        return np.stack([np.concatenate([own.get(seed, own["0"]) for own in found]) for seed in common])
+        each = [[own["0"] if len(own) == 1 else own[seed] for own in found] for seed in common]
+        return np.stack([np.concatenate(parts) for parts in each])
 
     yield "| | 5-NN | the recipe's difference | mAP@10 | the recipe's difference |"
     yield "|---|---|---|---|---|"

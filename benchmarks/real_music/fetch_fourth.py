@@ -10,14 +10,13 @@ ends with 1.
 
 import argparse
 import csv
-import functools
 import hashlib
+import http.client
 import subprocess
-import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +31,8 @@ GITHUB = "https://raw.githubusercontent.com"
 DEBIAN = "debian:"
 TIMEOUT = 60.0
 """Seconds that a server may be silent."""
+FAILURES = (OSError, http.client.HTTPException, zipfile.BadZipFile)
+"""Of a server, a connection that is cut, a package, an archive in it."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,20 @@ def from_debian(package: str, wanted: Iterable[str]) -> dict[str, bytes]:
                 raise OSError((done.stderr.strip().splitlines() or [f"{command[0]} failed"])[-1])
         files = [path for path in (folder / "tree").rglob("*") if path.is_file() and not path.is_symlink()]
         for path in files:
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    contents = [archive.read(member) for member in archive.namelist()]
-            else:
-                contents = [path.read_bytes()]
-            found |= {sum_: content for content in contents if (sum_ := sum_of(content)) in wanted}
+            for content in contents_of(path):
+                if (own := sum_of(content)) in wanted:
+                    found[own] = content
     return found
+
+
+def contents_of(path: Path) -> Iterator[bytes]:
+    """The members of a ZIP archive, or the file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                yield archive.read(member)
+    else:
+        yield path.read_bytes()
 
 
 def sum_of(content: bytes) -> str:
@@ -90,18 +98,19 @@ def sum_of(content: bytes) -> str:
 def fetch(songs: Iterable[Song], folder: Path, base: str = GITHUB) -> list[str]:
     """Fetch what is not there yet; returns a line for each song that could not be had."""
     songs, missing = [song for song in songs if not (folder / song.file).exists()], []
-
-    @functools.cache
-    def package(name: str) -> dict[str, bytes]:
-        return from_debian(name, [song.sha256 for song in songs if song.source == DEBIAN + name])
-
+    packages: dict[str, dict[str, bytes] | Exception] = {}  # each is asked for once, whatever comes of it
     for song in tqdm(songs, unit="song", disable=None):
         try:
             if song.source.startswith(DEBIAN):
-                content = package(song.source.removeprefix(DEBIAN)).get(song.sha256, b"")
+                if song.source not in packages:
+                    packages[song.source] = _package(song.source, songs)
+                files = packages[song.source]
+                if isinstance(files, Exception):
+                    raise files
+                content = files.get(song.sha256, b"")
             else:
                 content = from_github(song, base)
-        except (OSError, urllib.error.URLError) as e:
+        except FAILURES as e:
             missing.append(f"{song.file}: {one_line(e)}")
             continue
         if sum_of(content) != song.sha256:
@@ -111,6 +120,13 @@ def fetch(songs: Iterable[Song], folder: Path, base: str = GITHUB) -> list[str]:
         with atomic_write(folder / song.file) as part:
             part.write_bytes(content)
     return missing
+
+
+def _package(source: str, songs: Iterable[Song]) -> dict[str, bytes] | Exception:
+    try:
+        return from_debian(source.removeprefix(DEBIAN), [song.sha256 for song in songs if song.source == source])
+    except FAILURES as e:
+        return e
 
 
 @one_line_errors

@@ -14,6 +14,7 @@ import numpy as np
 import run
 
 from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.embedding.table import read_song_embeddings
 
 KINDS = {"5-NN": "knn", "mAP@10": "map"}
 
@@ -29,10 +30,11 @@ def named(text: str) -> tuple[str, list[Path]]:
 def table_lines(tables: Mapping[str, Sequence[Path]]) -> Iterator[str]:
     """The Markdown table. Raises UserError where tables are of other songs, or numbers of seeds differ."""
     found = {name: [run.of_each_song(path) for path in paths] for name, paths in tables.items()}
-    first = next(iter(found.values()))
+    songs = {name: [read_song_embeddings(path).table["path"].tolist() for path in own] for name, own in tables.items()}
+    first, asked = next(iter(found.values())), next(iter(songs.values()))[0]
     soundtracks = first[0]["soundtrack/of"]
     for name, own in found.items():
-        if any(not np.array_equal(each["soundtrack/of"], soundtracks) for each in own):
+        if any(each != asked for each in songs[name]):
             raise UserError(f"{name} is of other songs")
         if len(own) not in (1, len(first)):
             raise UserError(f"{name} has {len(own)} tables, and the first name has {len(first)}")
@@ -55,7 +57,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="+", metavar="NAME=TABLE", help="a name and the tables of its seeds")
     args = parser.parse_args()
-    print("\n".join(table_lines(dict(map(named, args.tables)))))
+    tables = dict(map(named, args.tables))
+    if len(tables) < len(args.tables):
+        raise UserError("a name is given twice: give its tables together, NAME=TABLE,TABLE")
+    print("\n".join(table_lines(tables)))
 
 
 if __name__ == "__main__":

@@ -49,10 +49,15 @@ def half_whitened(x: np.ndarray) -> np.ndarray:
     songs, dims = x.shape
     if songs < dims:  # the rows' Gram matrix has the same eigenvalues, and the components for eigenvectors
         variance, components = np.linalg.eigh(x @ x.T / songs)
-        return components * (songs**0.5 * variance.clip(min=0) ** 0.25)
+        return components * (songs**0.5 * _above_rounding(variance) ** 0.25)
     variance, axes = np.linalg.eigh(x.T @ x / songs)
-    held = variance > RANK_TOLERANCE * variance[-1]
-    return x @ (axes[:, held] * variance[held] ** -0.25)
+    variance = _above_rounding(variance)
+    return x @ (axes * np.divide(1, variance**0.25, out=np.zeros_like(variance), where=variance > 0))
+
+
+def _above_rounding(variance: np.ndarray) -> np.ndarray:
+    """Ascending variances, those below float32's rounding of the last as 0."""
+    return np.where(variance > RANK_TOLERANCE * variance[-1], variance, 0)
 
 
 def cosine_blocks(query: Vectors, bank: Vectors) -> Iterator[tuple[slice, np.ndarray]]:

@@ -99,7 +99,7 @@ def _by_category(axes: Axes, points: np.ndarray, labels: Iterable[Sequence[str]]
 
 
 def page_data(table: pd.DataFrame, vectors: np.ndarray, flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The data of the interactive page, as plain lists: songs, positions in 0..1, and each song's nearest by cosine."""
+    """The data of the interactive page, as plain lists: songs, positions in 0..1, and each song's nearest."""
     near, cosine = nearest_others(vectors, np.arange(len(table)), NEAREST)
     coloured = {name: categories(labels) for name, labels in kinds(table).items()}
     return {

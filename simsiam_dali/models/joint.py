@@ -54,7 +54,7 @@ class Joint(Projected):
         return *z, *map(self.tag_head, features), *ratings, *p
 
     def _rating(self, h: Tensor) -> Tensor:
-        """The backbone's output `(B, backbone_dim)` to ratings `(B,)` in 0..1, as `recommend` reads them: linearly.
+        """The backbone's output `(B, backbone_dim)` to ratings `(B,)` in 0..1, by a linear layer and a sigmoid.
 
         From the output standardised over the batch, of length 1: of the output as it is, whose length may be any, the
         squared error's curvature exceeds what a learning rate for the other losses allows, and the first rated song
