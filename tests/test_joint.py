@@ -122,6 +122,21 @@ def test_a_rating_is_read_from_the_direction_of_the_backbones_output_not_its_len
     assert ((found[0] > 0) & (found[0] < 1)).all()
 
 
+def test_a_checkpoint_from_before_the_ratings_were_standardised_loads(small_shards: Path) -> None:
+    encoder, _ = create(open_shards(small_shards))
+    former = {name: value for name, value in encoder.state_dict().items() if not name.startswith("rating_norm")}
+    assert len(former) < len(encoder.state_dict())
+    other, _ = create(open_shards(small_shards))
+    other.load_state_dict(former)
+    with pytest.raises(RuntimeError, match=r"rating_head\.bias"):
+        other.load_state_dict({name: value for name, value in former.items() if name != "rating_head.bias"})
+
+
+def test_one_song_is_enough_to_validate(small_shards: Path) -> None:
+    encoder, _ = create(open_shards(small_shards))
+    assert all(out.isfinite().all() for out in outputs(encoder.eval(), batch=1))
+
+
 @pytest.mark.parametrize("learning_rate", [0.3, 3.0])
 def test_ratings_are_learned_and_never_make_the_loss_infinite(small_shards: Path, learning_rate: float) -> None:
     """At the learning rate of configs/joint.yaml and ten times that; a squared error of the plain output was NaN."""

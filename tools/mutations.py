@@ -78,7 +78,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ratings are read from the output as it is", "models/joint.py",
-        "x = F.normalize(F.batch_norm(h, None, None, training=True), dim=1)", "x = h", "tests/test_joint.py -k rating",
+        "x = F.normalize(self.rating_norm(h), dim=1)", "x = h", "tests/test_joint.py -k rating",
     ),
     # training
     Mutation(

@@ -34,7 +34,9 @@ class Joint(Projected):
             nn.ReLU(inplace=True),
             nn.Linear(TAG_HIDDEN, TAG_DIM),
         )
+        self.rating_norm = nn.BatchNorm1d(self.backbone_dim, affine=False)
         self.rating_head = nn.Linear(self.backbone_dim, 1)
+        self.register_load_state_dict_pre_hook(_without_rating_norm)
         self.short_views = config.data.short_views
         self.predictor: nn.Module | None = None
         self.short_predictor: nn.Module | None = None
@@ -60,12 +62,18 @@ class Joint(Projected):
         squared error's curvature exceeds what a learning rate for the other losses allows, and the first rated song
         makes them infinite. The sigmoid bounds the error, whatever the learning rate.
         """
-        x = F.normalize(F.batch_norm(h, None, None, training=True), dim=1)
+        x = F.normalize(self.rating_norm(h), dim=1)
         return torch.sigmoid(self.rating_head(x).squeeze(1))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; the predictor's learning rate is not decayed, as in SimSiam."""
         return param_groups(self, self.settings.fix_predictor_lr)
+
+
+def _without_rating_norm(joint: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Let a checkpoint from before `rating_norm` load: embeddings do not depend on it."""
+    for name, value in joint.get_submodule("rating_norm").state_dict().items():
+        state.setdefault(f"{prefix}rating_norm.{name}", value)
 
 
 class JointType(ProjectedType):
