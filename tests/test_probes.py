@@ -88,7 +88,8 @@ def test_the_album_split_catches_a_planted_album():
     for probe in ("ridge", "knn", "mlp"):
         by_song = found[f"eval/rating/{probe}_correlation/song_split"].score
         by_album = found[f"eval/rating/{probe}_correlation/album_split"].score
-        assert by_song.low > 0.25  # of isotropic noise, whitening makes more; who has heard the album knows the rating
+        # Who has heard the album knows the rating; less so by k-NN, as whitening raises noise that has no direction.
+        assert by_song.low > 0.25
         assert by_album.high < by_song.low
         assert by_album.low <= 0
 

@@ -386,6 +386,17 @@ def test_every_encoder_of_the_report_is_scored_on_the_third_set(tmp_path, monkey
     assert "| contrastive | 7 | 4 | 1.000 |" in printed
 
 
+def test_scores_that_would_not_compare_are_refused(tmp_path):
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps(equal_time.document(file, 80)))
+    assert equal_time.document(file, 80)["base_epochs"] == 80
+    with pytest.raises(UserError, match="is of 80 epochs"):
+        equal_time.document(file, 56)
+    file.write_text(json.dumps({"base_epochs": 80, "cost": {}, "scores": {}}))
+    with pytest.raises(UserError, match="another rule of search"):
+        equal_time.document(file, 80)
+
+
 def test_tables_are_scored_beside_the_first(tmp_path):
     rng, right = np.random.default_rng(0), np.repeat([[1.0], [-1.0]], 12, axis=0)
     songs = [(f"{package}/{i}", ["A"]) for package in ("one", "two") for i in range(12)]

@@ -149,6 +149,18 @@ class Setup:
         return statistics.median(seconds)
 
 
+def document(path: Path, base_epochs: int) -> dict[str, Any]:
+    """What the file holds, or a new one. Raises UserError where its scores would not compare."""
+    if not path.exists():
+        return {"search": SEARCH, "base_epochs": base_epochs, "cost": {BASE: 1.0}, "scores": {}}
+    doc: dict[str, Any] = json.loads(path.read_text())
+    if doc.get("search") != SEARCH:
+        raise UserError(f"{path} was scored by another rule of search: choose another file")
+    if doc["base_epochs"] != base_epochs:
+        raise UserError(f"{path} is of {doc['base_epochs']} epochs of the recipe: choose another file")
+    return doc
+
+
 def add_scores(doc: dict[str, Any], done: Sequence[halves.Job], folder: Path) -> None:
     """Put the scores of trainings into the document."""
     for job in done:
@@ -208,20 +220,13 @@ def main() -> None:
     work = args.work.resolve() / args.part
     rows = list(dict.fromkeys([BASE, *args.rows]))
     lengths = {halves.SEGMENT_SECONDS, *(CANDIDATES[row].segment_seconds for row in rows)}
+    doc = document(args.json, args.epochs or load_config(config).encoder.epochs)
     halves.prepare(work, (args.music or work / "music").resolve(), PARTS[args.part], lengths)
     setup, folder = Setup(work, config, device, side_by_side), work / "equal-time"
-    doc = {"search": SEARCH, "cost": {BASE: 1.0}, "scores": {}}
-    if args.json.exists():
-        doc = json.loads(args.json.read_text())
-        if doc.get("search") != SEARCH:
-            raise UserError(f"{args.json} was scored by another rule of search: choose another file")
     if untimed := [row for row in rows if row not in doc["cost"]]:
         doc["cost"] |= setup.costs(untimed)
         write(doc, args.json)
-    base_epochs = args.epochs or load_config(config).encoder.epochs
-    if doc.setdefault("base_epochs", base_epochs) != base_epochs:
-        raise UserError(f"{args.json} is of {doc['base_epochs']} epochs of the recipe: choose another file")
-    doc["epochs"] = epochs_of(doc["cost"], base_epochs)
+    doc["epochs"] = epochs_of(doc["cost"], doc["base_epochs"])
 
     for seed in range(args.seeds):
         for row in rows:

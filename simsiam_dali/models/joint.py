@@ -36,7 +36,7 @@ class Joint(Projected):
         )
         self.rating_norm = nn.BatchNorm1d(self.backbone_dim, affine=False)
         self.rating_head = nn.Linear(self.backbone_dim, 1)
-        self.register_load_state_dict_pre_hook(_without_rating_norm)
+        self.register_load_state_dict_pre_hook(_supply_rating_norm)
         self.short_views = config.data.short_views
         self.predictor: nn.Module | None = None
         self.short_predictor: nn.Module | None = None
@@ -70,7 +70,7 @@ class Joint(Projected):
         return param_groups(self, self.settings.fix_predictor_lr)
 
 
-def _without_rating_norm(joint: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+def _supply_rating_norm(joint: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Let a checkpoint from before `rating_norm` load: embeddings do not depend on it."""
     for name, value in joint.get_submodule("rating_norm").state_dict().items():
         state.setdefault(f"{prefix}rating_norm.{name}", value)
