@@ -85,6 +85,34 @@ def test_halves_share_no_song_and_cut_every_soundtrack_in_two():
     assert halves.split(reversed(paths)) == halved
 
 
+def test_an_encoder_of_whole_sets_is_asked_about_the_set_that_it_did_not_learn_from(tmp_path, monkeypatch):
+    music, packed = tmp_path / "music", {}
+    for name in halves.SETS:
+        for song in range(2):
+            file = music / name / f"game of {name}" / f"{song}.ogg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+
+    def pack(folder: Path, shards: Path, segment_seconds: int, least_seconds: int) -> None:
+        songs = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        packed[shards.name] = songs, segment_seconds, least_seconds
+        shards.mkdir(parents=True)
+        (shards / "manifest.json").touch()
+
+    monkeypatch.setattr(halves, "SETS", {name: halves.Set(("true",), 30) for name in halves.SETS})
+    monkeypatch.setattr(halves, "pack", pack)
+    shards = halves.prepare_sets(tmp_path / "work", music, [20, 60])
+    for half, asked in zip(halves.HALVES, ("report", "held-out"), strict=True):
+        of_asked = {f"game of {asked}/{song}.ogg" for song in range(2)}
+        of_others = {f"game of {name}/{song}.ogg" for name in halves.SETS if name != asked for song in range(2)}
+        assert packed[shards.asked[half].name] == (of_asked, 20, 30)
+        for seconds in (20, 60):
+            assert packed[shards.learned(half, seconds).name] == (of_others, seconds, 10)
+    packed.clear()
+    halves.prepare_sets(tmp_path / "work", music, [20, 60])
+    assert not packed  # all of it is there
+
+
 def test_scores_by_hand(tmp_path):
     # Two soundtracks of three songs on two sides, one song of `red` among the `blue`, a soundtrack with one song only.
     songs = [(f"red/{i}", ["A"]) for i in range(3)] + [(f"blue/{i}", []) for i in range(3)]
@@ -427,7 +455,7 @@ def test_todays_rule_is_what_the_scores_are_of(tmp_path):
     for job in equal_time.trainings(equal_time_scores.BASE, 1, 0):
         for name in (job.name, "MFCC"):
             write_table(job.table(folder, name), songs, rng.standard_normal((24, 5)))
-    row = retrieval.Row.open(equal_time_scores.BASE, tmp_path, 1)
+    row = retrieval.Row.open(equal_time_scores.BASE, halves.halves_of(tmp_path), 1)
     found = row.scores(retrieval.RULES[retrieval.TODAY])
     table = equal_time.trainings(equal_time_scores.BASE, 1, 0)[0].table(folder, equal_time_scores.BASE)
     assert found["0"]["a"]["soundtrack/map"] == run.of_each_song(table)["soundtrack/map"].tolist()
@@ -435,4 +463,4 @@ def test_todays_rule_is_what_the_scores_are_of(tmp_path):
     assert len(one) == 2 + len(retrieval.RULES)
     assert one == two  # of the same songs twice, a soundtrack has them all
     with pytest.raises(UserError, match="train first"):
-        retrieval.Row.open(equal_time_scores.BASE, tmp_path, 2)
+        retrieval.Row.open(equal_time_scores.BASE, halves.halves_of(tmp_path), 2)

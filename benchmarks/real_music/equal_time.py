@@ -53,7 +53,9 @@ class Candidate:
     segment_seconds: int = halves.SEGMENT_SECONDS
 
 
-PARTS = {"choose": halves.CHOOSE, "report": halves.REPORT, "held-out": halves.HELD_OUT, "fourth": halves.FOURTH}
+UNHEARD = "unheard"
+"""Two of the sets, each asked about by encoders of all other sets."""
+PARTS = (*halves.SETS, UNHEARD)
 AUGMENTATION = "encoder.simsiam.augmentation"
 NOISE = {f"{AUGMENTATION}.noise_prob": 0.3}
 SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
@@ -115,9 +117,9 @@ def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What trains. shards: the folder of the halves, as `halves.prepare` packs them."""
+    """What trains."""
 
-    shards: Path
+    shards: halves.Shards
     config: Path
     device: torch.device
     side_by_side: int
@@ -132,7 +134,7 @@ class Setup:
         Medians, from a short training on each half, as many side by side as later.
         """
         timed = [row for row in rows if row != PEER]
-        with TemporaryDirectory(dir=self.shards) as name:
+        with TemporaryDirectory(dir=self.shards.folder) as name:
             seconds = {row: self._epoch_seconds(row, Path(name)) for row in (BASE, *timed)}
         # The peer keeps no journal: it is given the recipe's steps.
         return {row: seconds[row] / seconds[BASE] if row in seconds else 1.0 for row in rows}
@@ -177,26 +179,38 @@ def write(doc: Mapping[str, Any], path: Path) -> None:
         part.write_text(json.dumps(doc) + "\n")
 
 
-def baseline_table(feature: str, half: str, work: Path, seed: int = 0) -> Path:
-    """The table of a baseline's features of the songs that `half` is tested on; untrained: the seed's recipe."""
-    folder = work / "equal-time"
+def shards_of(part: str, work: Path) -> halves.Shards:
+    """Where the shards of a part lie, in the folder of all parts."""
+    return (halves.sets_of if part == UNHEARD else halves.halves_of)(work / part)
+
+
+def prepare(part: str, work: Path, music: Path, rows: Sequence[str]) -> halves.Shards:
+    """Fetch and pack what is not there yet of a part, for these rows."""
+    lengths = {halves.SEGMENT_SECONDS, *(CANDIDATES[row].segment_seconds for row in rows)}
+    if part == UNHEARD:
+        return halves.prepare_sets(work / part, music, lengths)
+    return halves.prepare(work / part, music, halves.SETS[part], lengths)
+
+
+def baseline_table(feature: str, half: str, shards: halves.Shards, seed: int = 0) -> Path:
+    """The table of a baseline's features of the songs that `half` is asked about; untrained: the seed's recipe."""
+    folder = shards.folder / "equal-time"
     job = next(job for job in trainings(BASE, 1, seed) if job.trained_on == half)
     table = job.table(folder, run.BASELINES[feature])
     if not table.exists():
-        shards = halves.shards_of(work, halves.other(half), halves.SEGMENT_SECONDS)
         run_dir = folder / "runs" / f"{halves.slug(BASE)}-{half}-{seed}"
-        words = ["--checkpoint", run_dir, "--shards", shards, "--features", feature, "--out", table]
+        words = ["--checkpoint", run_dir, "--shards", shards.asked[half], "--features", feature, "--out", table]
         halves.python(["-m", "simsiam_dali.embed", *words])
     return table
 
 
-def baselines(work: Path, seeds: Sequence[str]) -> dict[str, dict[str, Scores]]:
+def baselines(shards: halves.Shards, seeds: Sequence[str]) -> dict[str, dict[str, Scores]]:
     """Each baseline's scores, as the document has a row's. The untrained encoder is another one for each seed."""
     found: dict[str, dict[str, Scores]] = {}
     for feature, name in run.BASELINES.items():
         for seed in seeds if feature == "untrained" else seeds[:1]:
             for half in halves.HALVES:
-                each = run.of_each_song(baseline_table(feature, half, work, int(seed)))
+                each = run.of_each_song(baseline_table(feature, half, shards, int(seed)))
                 own = {metric: each[metric].round(4).tolist() for metric in METRICS}
                 found.setdefault(name, {}).setdefault(seed, {})[half] = own
     return found
@@ -208,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run.add_common(parser)
     add = parser.add_argument
-    add("--part", choices=list(PARTS), default="choose", help="soundtracks to compare on (default: choose)")
+    add("--part", choices=PARTS, default="choose", help="soundtracks to compare on (default: choose)")
     add("--seeds", type=int, default=5, metavar="N", help="trainings of each candidate on each half (default: 5)")
     add("--epochs", type=int, metavar="N", help="of the recipe, whose time all get (default: as configured)")
     add("--rows", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="ROW",
@@ -217,12 +231,10 @@ def main() -> None:
     if not args.json:
         raise UserError("--json FILE is needed: the scores of finished trainings are kept there")
     device, config, side_by_side = run.common(args)
-    work = args.work.resolve() / args.part
-    rows = list(dict.fromkeys([BASE, *args.rows]))
-    lengths = {halves.SEGMENT_SECONDS, *(CANDIDATES[row].segment_seconds for row in rows)}
+    work, rows = args.work.resolve(), list(dict.fromkeys([BASE, *args.rows]))
     doc = document(args.json, args.epochs or load_config(config).encoder.epochs)
-    halves.prepare(work, (args.music or work / "music").resolve(), PARTS[args.part], lengths)
-    setup, folder = Setup(work, config, device, side_by_side), work / "equal-time"
+    shards = prepare(args.part, work, (args.music or work / args.part / "music").resolve(), rows)
+    setup, folder = Setup(shards, config, device, side_by_side), shards.folder / "equal-time"
     if untimed := [row for row in rows if row not in doc["cost"]]:
         doc["cost"] |= setup.costs(untimed)
         write(doc, args.json)
@@ -240,7 +252,7 @@ def main() -> None:
                 add_scores(doc, wanted, folder)
                 doc["environment"] = machine.environment(device)  # of the latest training
                 write(doc, args.json)
-    doc["baselines"] = baselines(work, list(doc["scores"][BASE]))
+    doc["baselines"] = baselines(shards, list(doc["scores"][BASE]))
     write(doc, args.json)
     print("\n".join(page_lines(doc)))
 

@@ -1,12 +1,11 @@
-"""Real music in two halves, and what is trained on one of them embedding the other."""
+"""Real music in two halves, or whole sets of it, and what is trained on one part embedding another."""
 
 import hashlib
-import itertools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from simsiam_dali.data.shards import open_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 HALVES = ("a", "b")
+"""The two libraries that encoders learn from; each is asked about songs that are not in its own."""
 SEGMENT_SECONDS = 20
 """How songs are cut where a job does not say otherwise."""
 LEAST_SECONDS = 10
@@ -53,6 +53,9 @@ class Set:
 _FETCH = ("bash", "benchmarks/real_music/fetch.sh", "{folder}")
 CHOOSE, REPORT, HELD_OUT = Set(_FETCH), Set((*_FETCH, "--report")), Set((*_FETCH, "--held-out"), 30)
 FOURTH = Set((sys.executable, "benchmarks/real_music/fetch_fourth.py", "{folder}"), 30)
+SETS = {"choose": CHOOSE, "report": REPORT, "held-out": HELD_OUT, "fourth": FOURTH}
+ASKED_WHOLE = ("report", "held-out")
+"""Of the sets, those that encoders of all others are asked about: nothing about these recipes was chosen on them."""
 
 
 def fetch(of: Set, music: Path) -> None:
@@ -61,8 +64,30 @@ def fetch(of: Set, music: Path) -> None:
         raise UserError(f"not all of the music could be fetched into {music} (see above)")
 
 
-def prepare(folder: Path, music: Path, of: Set = CHOOSE, lengths: Collection[int] = (SEGMENT_SECONDS,)) -> None:
-    """Fetch the music into `music` and pack both halves below `folder`, whatever of it is not there yet.
+@dataclass(frozen=True)
+class Shards:
+    """folder: of the shards that are learned from. asked: half learned from -> the shards that are embedded then."""
+
+    folder: Path
+    asked: Mapping[str, Path]
+
+    def learned(self, half: str, segment_seconds: int = SEGMENT_SECONDS) -> Path:
+        """What a half has in segments of this length, s."""
+        return self.folder / (half if segment_seconds == SEGMENT_SECONDS else f"{half}-{segment_seconds}s")
+
+
+def halves_of(folder: Path) -> Shards:
+    """A set cut in two: who learns from one half is asked about the other."""
+    return Shards(folder, {half: folder / other(half) for half in HALVES})
+
+
+def sets_of(folder: Path) -> Shards:
+    """Whole sets: who learns from all but one is asked about that one."""
+    return Shards(folder, {half: folder / name for half, name in zip(HALVES, ASKED_WHOLE, strict=True)})
+
+
+def prepare(folder: Path, music: Path, of: Set = CHOOSE, lengths: Collection[int] = (SEGMENT_SECONDS,)) -> Shards:
+    """Fetch a set into `music` and pack both halves below `folder`, whatever of it is not there yet.
 
     lengths: of segments, s; each has a pair of halves.
     """
@@ -71,31 +96,48 @@ def prepare(folder: Path, music: Path, of: Set = CHOOSE, lengths: Collection[int
     everything = folder / "all"
     if not (everything / "manifest.json").exists():
         pack(music, everything, SEGMENT_SECONDS, of.least_seconds)
-    halves = split(open_shards(everything).songs["path"])
-    for half, seconds in itertools.product(HALVES, lengths):
-        shards = shards_of(folder, half, seconds)
-        if (shards / "manifest.json").exists():
-            continue
-        songs = folder / f"{half}-songs"
-        shutil.rmtree(songs, ignore_errors=True)
-        for path, own in halves.items():
-            if own == half:
-                (songs / path).parent.mkdir(parents=True, exist_ok=True)
-                os.link(music / path, songs / path) if same_disk(music, folder) else shutil.copy(
-                    music / path, songs / path
-                )
-        pack(songs, shards, seconds, of.least_seconds)
+    half_of = split(open_shards(everything).songs["path"])
+    shards = halves_of(folder)
+    for half in HALVES:
+        songs = [(music, path) for path, own in half_of.items() if own == half]
+        pack_linked(songs, shards, half, lengths, of.least_seconds)
+    return shards
+
+
+def prepare_sets(folder: Path, music: Path, lengths: Collection[int] = (SEGMENT_SECONDS,)) -> Shards:
+    """Fetch all sets into `music`, and pack those that are asked about, and for each of them all others together."""
+    shards = sets_of(folder)
+    for name, of in SETS.items():
+        fetch(of, music / name)
+    for half, name in zip(HALVES, ASKED_WHOLE, strict=True):
+        if not (shards.asked[half] / "manifest.json").exists():
+            pack(music / name, shards.asked[half], SEGMENT_SECONDS, SETS[name].least_seconds)
+        others = [music / one for one in SETS if one != name]
+        songs = [(one, str(path.relative_to(one))) for one in others for path in one.rglob("*") if path.is_file()]
+        pack_linked(songs, shards, half, lengths, LEAST_SECONDS)
+    return shards
+
+
+def pack_linked(
+    songs: Iterable[tuple[Path, str]], shards: Shards, half: str, lengths: Collection[int], least_seconds: int
+) -> None:
+    """Pack songs, each a folder and its path below it, for a half to learn from, where they are not packed yet."""
+    music = shards.folder / f"{half}-songs"
+    missing = [seconds for seconds in lengths if not (shards.learned(half, seconds) / "manifest.json").exists()]
+    if missing:
+        shutil.rmtree(music, ignore_errors=True)
+        for folder, path in songs:
+            (music / path).parent.mkdir(parents=True, exist_ok=True)
+            link = os.link if same_disk(folder, shards.folder) else shutil.copy
+            link(folder / path, music / path)
+    for seconds in missing:
+        pack(music, shards.learned(half, seconds), seconds, least_seconds)
 
 
 def pack(music: Path, shards: Path, segment_seconds: int, least_seconds: int) -> None:
     """Pack all songs of a folder, to train on."""
     lengths = ["--segment-seconds", segment_seconds, "--min-seconds", least_seconds]
     python(["tools/make_shards.py", music, "--out", shards, *lengths, *PACKING])
-
-
-def shards_of(folder: Path, half: str, segment_seconds: int) -> Path:
-    """Where a half's shards lie."""
-    return folder / (half if segment_seconds == SEGMENT_SECONDS else f"{half}-{segment_seconds}s")
 
 
 def same_disk(one: Path, other: Path) -> bool:
@@ -154,16 +196,16 @@ def other(half: str) -> str:
     return HALVES[1 - HALVES.index(half)]
 
 
-def run(job: Job, shards: Path, folder: Path, config: Path, device: torch.device, threads: int | None) -> None:
-    """Train and embed what is not there yet. shards: where `prepare` put the halves; folder: where the results go."""
+def run(job: Job, shards: Shards, folder: Path, config: Path, device: torch.device, threads: int | None) -> None:
+    """Train and embed what is not there yet. folder: where the results go."""
     wanted = job.missing(folder)
     name = f"{slug(job.name)}-{job.trained_on}-{job.seed}"
     log = folder / "logs" / f"{name}.log"
     for directory in ("logs", "tables", "runs"):
         (folder / directory).mkdir(parents=True, exist_ok=True)
     sets = [word for key, value in job.settings.items() for word in ("--set", f"{key}={value}")]
-    learned_from = shards_of(shards, job.trained_on, job.segment_seconds)
-    to_embed = shards_of(shards, other(job.trained_on), SEGMENT_SECONDS)  # all rows are asked about the same audio
+    learned_from = shards.learned(job.trained_on, job.segment_seconds)
+    to_embed = shards.asked[job.trained_on]  # all rows are asked about the same audio
     source = ["--config", config, "--shards", learned_from, "--seed", job.seed]
     if job.kind == "lightly":
         (row,) = wanted
@@ -184,7 +226,7 @@ def run(job: Job, shards: Path, folder: Path, config: Path, device: torch.device
 
 
 def run_all(
-    jobs: Sequence[Job], shards: Path, folder: Path, config: Path, device: torch.device, side_by_side: int
+    jobs: Sequence[Job], shards: Shards, folder: Path, config: Path, device: torch.device, side_by_side: int
 ) -> int:
     """`run` each job that lacks a table, several at once: on a CPU a training on each core does more than one on all.
 

@@ -88,10 +88,10 @@ def main() -> None:
     work = args.work.resolve()
     job = next(run.plan(seeds=1))
     if job.missing(work):
-        halves.prepare(work, (args.music or work / "music").resolve())
+        shards = halves.prepare(work, (args.music or work / "music").resolve())
         config = halves.ROOT / "configs" / "real_music_cpu.yaml"
         cores = len(os.sched_getaffinity(0))  # side by side: a training of run.py has one core, and so has this one
-        halves.run_all([job], work, work, config, torch.device("cpu"), side_by_side=cores)
+        halves.run_all([job], shards, work, config, torch.device("cpu"), side_by_side=cores)
 
     tables = {row: job.table(work, row) for row in job.tables}
     right = {row: named(table) for row, table in tables.items()}

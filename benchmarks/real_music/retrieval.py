@@ -138,7 +138,7 @@ class Row:
     soundtracks: np.ndarray
 
     @classmethod
-    def open(cls, name: str, work: Path, seeds: int) -> Self:
+    def open(cls, name: str, shards: halves.Shards, seeds: int) -> Self:
         """Raises UserError where a table is missing; those of baselines are computed where they are."""
         baseline = next((feature for feature, row in run.BASELINES.items() if row == name), None)
         if baseline and baseline != "untrained":
@@ -146,14 +146,14 @@ class Row:
         tables: dict[int, dict[str, Path]] = {}
         for seed, half in itertools.product(range(seeds), halves.HALVES):
             if baseline:
-                table = equal_time.baseline_table(baseline, half, work, seed)
+                table = equal_time.baseline_table(baseline, half, shards, seed)
             else:
                 job = next(job for job in equal_time.trainings(name, 1, seed) if job.trained_on == half)
-                table = job.table(work / "equal-time", name)
+                table = job.table(shards.folder / "equal-time", name)
                 if not table.exists():
                     raise UserError(f"no {table}: train first with equal_time.py --rows '{name}'")
             tables.setdefault(seed, {})[half] = table
-        mfcc = {half: equal_time.baseline_table("mfcc", half, work) for half in halves.HALVES}
+        mfcc = {half: equal_time.baseline_table("mfcc", half, shards) for half in halves.HALVES}
         soundtracks = np.concatenate([run.of_each_song(mfcc[half])["soundtrack/of"] for half in halves.HALVES])
         beside = {}
         for half, table in mfcc.items():
@@ -218,14 +218,14 @@ def main() -> None:
     add("--work", type=Path, default=Path("real_music"), metavar="DIR", help="as of equal_time.py")
     add(
         "--part",
-        choices=list(equal_time.PARTS),
+        choices=equal_time.PARTS,
         nargs="+",
         default=["choose"],
         help="as of equal_time.py (default: choose); of several, all songs count together",
     )
     add("--seeds", type=int, default=5, metavar="N", help="how many there are (default: 5)")
     args = parser.parse_args()
-    sets = [Row.open(args.row, args.work / part, args.seeds) for part in args.part]
+    sets = [Row.open(args.row, equal_time.shards_of(part, args.work), args.seeds) for part in args.part]
     print("\n".join(table_lines(sets)))
 
 

@@ -256,10 +256,10 @@ def main() -> None:
     device, config, side_by_side = common(args)
     work = args.work.resolve()
     started = time.perf_counter()
-    halves.prepare(work, (args.music or work / "music").resolve())
+    shards = halves.prepare(work, (args.music or work / "music").resolve())
     jobs = list(plan(args.seeds))
     wanted = [job for job in jobs if job.kind in args.encoders]
-    trained = halves.run_all(wanted, work, work, config, device, side_by_side)
+    trained = halves.run_all(wanted, shards, work, config, device, side_by_side)
     doc = document(by_row(jobs, work), [*BASELINES.values(), PEER], device)
     doc["took"] = {"trainings": trained, "of": len(wanted), "minutes": (time.perf_counter() - started) / 60}
     if args.json:
