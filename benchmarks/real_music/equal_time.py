@@ -8,8 +8,9 @@ given up as soon as its interval of mAP@10 lies below 0.
 
 Candidates are compared on one set of soundtracks (`--part choose`, fetch.sh), and only the chosen ones are scored on
 another (`--part report --rows ROW`, fetch.sh --report), and on a third and a fourth that were listed later (`--part
-held-out`, `--part fourth`). FILE holds the scores of every song after every training: the same command continues where
-it was stopped, on another machine too.
+held-out`, `--part fourth`). `--part unheard` takes whole sets: encoders of three of them embed the songs of the one
+that is left, whose soundtracks they have not heard. FILE holds the scores of every song after every training: the same
+command continues where it was stopped, on another machine too.
 """
 
 import argparse
@@ -163,6 +164,15 @@ def document(path: Path, base_epochs: int) -> dict[str, Any]:
     return doc
 
 
+def missing(doc: Mapping[str, Any], row: str, seed: int) -> list[halves.Job]:
+    """A candidate's trainings by one seed that the document has no scores of; none of one that is given up."""
+    known = doc["scores"].get(row, {})
+    if known and row != BASE and is_given_up(known, doc["scores"][BASE], of_songs(doc, "soundtracks")):
+        return []
+    done = known.get(str(seed), {})
+    return [job for job in trainings(row, doc["epochs"][row], seed) if job.trained_on not in done]
+
+
 def add_scores(doc: dict[str, Any], done: Sequence[halves.Job], folder: Path) -> None:
     """Put the scores of trainings into the document."""
     for job in done:
@@ -241,17 +251,12 @@ def main() -> None:
     doc["epochs"] = epochs_of(doc["cost"], doc["base_epochs"])
 
     for seed in range(args.seeds):
-        for row in rows:
-            known = doc["scores"].get(row, {})
-            if known and row != BASE and is_given_up(known, doc["scores"][BASE], of_songs(doc, "soundtracks")):
-                continue
-            done = known.get(str(seed), {})
-            wanted = [job for job in trainings(row, doc["epochs"][row], seed) if job.trained_on not in done]
-            if wanted:
-                setup.train(wanted, folder)
-                add_scores(doc, wanted, folder)
-                doc["environment"] = machine.environment(device)  # of the latest training
-                write(doc, args.json)
+        wanted = [job for row in rows for job in missing(doc, row, seed)]  # of all rows at once, so that no core waits
+        if wanted:
+            setup.train(wanted, folder)
+            add_scores(doc, wanted, folder)
+            doc["environment"] = machine.environment(device)  # of the latest training
+            write(doc, args.json)
     doc["baselines"] = baselines(shards, list(doc["scores"][BASE]))
     write(doc, args.json)
     print("\n".join(page_lines(doc)))

@@ -54,6 +54,11 @@ def difference(row: Mapping[str, Scores], base: Mapping[str, Scores], metric: st
     return np.stack([own[seed] - other[seed] for seed in common]) if common else None
 
 
+def for_every_seed(baseline: Mapping[str, Scores], row: Mapping[str, Scores]) -> Mapping[str, Scores]:
+    """A baseline's scores for all seeds of a row: where nothing in it is drawn, it has one, the same for all."""
+    return dict.fromkeys(row, *baseline.values()) if len(baseline) == 1 else baseline
+
+
 def of_songs(doc: Mapping[str, Any], key: str) -> np.ndarray:
     """What the document says of each song, in the order of `by_seed`'s scores."""
     return np.concatenate([np.array(doc[key][half]) for half in halves.HALVES])
@@ -91,8 +96,8 @@ def gap_line(doc: Mapping[str, Any], row: str, other: str, songs: np.ndarray | N
     soundtracks, own = of_songs(doc, "soundtracks"), doc["scores"].get(row, {})
     chosen = np.full(len(soundtracks), True) if songs is None else songs
     base = {**doc["scores"], **doc["baselines"]}.get(other, {})
-    if other in doc["baselines"] and len(base) == 1:  # nothing in it is drawn: the same for every seed
-        base = dict.fromkeys(own, *base.values())
+    if other in doc["baselines"]:
+        base = for_every_seed(base, own)
     cells = []
     for metric in METRICS:
         gap = difference(own, base, metric)
