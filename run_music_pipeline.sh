@@ -94,7 +94,7 @@ need_shards() {
     fi
     folder=$(value_of --shards "$@")
     folder=${folder:-shards}
-    [[ -e $folder/manifest.json ]] || fail "no shards in $folder/: run $self shards MUSIC_DIR first"
+    [[ $folder == s3://* || -e $folder/manifest.json ]] || fail "no shards in $folder/: run $self shards MUSIC_DIR first"
 }
 
 shards() {

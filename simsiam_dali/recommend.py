@@ -64,7 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--like", nargs="+", metavar="SONG",
         help='songs nearest to any of these; a song is a file, a folder of songs, a title or "artist - title"',
     )  # fmt: skip
-    mode.add_argument("--path", nargs=2, metavar=("FROM", "TO"), help="songs that lead from one song to another")
+    mode.add_argument(
+        "--path",
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="songs that lead from one song to another, --count in all, 3 or more",
+    )
     mode.add_argument("--radio", metavar="SONG", help="songs around one song, in a random order that drifts slowly")
     mode.add_argument("--top", action="store_true", help="unrated songs with the highest predicted rating")
     mode.add_argument(

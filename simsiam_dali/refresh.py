@@ -59,9 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, metavar="N", help="segments per batch (default: as for embed)")
     add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: as many as the training used)")
     add_device(parser)
-    add("--dry-run", action="store_true", help="show what would be done, and write nothing")
-    add("--replace", action="store_true",
-        help="go on though more than half of the songs are gone, or the table has to be made from nothing")  # fmt: skip
+    add("--dry-run", action="store_true",
+        help="show what would be done, and write nothing (an interrupted refresh is finished first)")  # fmt: skip
+    add(
+        "--replace",
+        action="store_true",
+        help="continue even if more than half of the songs are gone, or rebuild a table that cannot be continued",
+    )
     return parser
 
 

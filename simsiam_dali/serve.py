@@ -41,8 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", type=port_number, default=8710, metavar="N",
         help="port to listen on, 0 = any free one (default: %(default)s)")  # fmt: skip
     add("--token", nargs="?", const="", metavar="TOKEN",
-        help="ask for this token, or without a value for a generated one (default: with another --host than this "
-        "machine's a generated one, else none)")  # fmt: skip
+        help="require this token, 8 to 200 letters, digits, - and _; without a value a generated one (default: none on "
+        "this machine's own address, a generated one on any other --host)")  # fmt: skip
     add("--playlists", type=Path, default=Path("playlists"), metavar="DIR",
         help="folder of the saved playlists (default: %(default)s)")  # fmt: skip
     add("--ratings", type=Path, default=Path("ratings.csv"), metavar="FILE",

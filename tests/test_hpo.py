@@ -49,14 +49,17 @@ def make_study(config: Config, fingerprint: str = "0123456789abcdef") -> Study:
 
 
 def fake_training(
-    monkeypatch: pytest.MonkeyPatch, scores: Callable[[Config], list[float | None]], metric: str = "knn/artist"
+    monkeypatch: pytest.MonkeyPatch,
+    scores: Callable[[Config], list[float | None]],
+    metric: str = "knn/artist",
+    untrained: float | None = 0.9,
 ) -> list[Config]:
     """Replace training: its epochs have the scores that `scores` returns; returns the settings as they come."""
     trained: list[Config] = []
 
     def epochs(config: Config, *_: object) -> Iterator[dict[str, Any]]:
         trained.append(config)
-        for epoch, score in enumerate([0.9, *scores(config)]):  # the untrained encoder's comes first
+        for epoch, score in enumerate([untrained, *scores(config)]):  # the untrained encoder's comes first
             yield {"epoch": epoch, metric: score}
 
     monkeypatch.setattr(trials, "epochs", epochs)
@@ -249,13 +252,21 @@ def test_the_search_survives_failed_trials_while_some_succeed(tmp_path, monkeypa
     assert rows[0]["reason"] == "the loss is not finite"
 
 
-def test_failures_alone_end_the_search_with_their_reason(tmp_path, monkeypatch):
-    trained = fake_training(monkeypatch, lambda _: [None] * 4)
-    with pytest.raises(
-        UserError, match=r"3 trials failed and none succeeded.* knn/artist has no value on these shards"
-    ):
-        search(make_config(tmp_path, hpo__trials=7))
+@pytest.mark.parametrize(("metric", "untrained"), [("knn/artist", 0.9), ("knn/rating_correlation", None)])
+def test_failures_alone_end_the_search_with_their_reason(tmp_path, monkeypatch, metric, untrained):
+    trained = fake_training(monkeypatch, lambda _: [None] * 4, metric, untrained)
+    with pytest.raises(UserError, match=rf"3 trials failed and none succeeded.* {metric} has no value on these shards"):
+        search(make_config(tmp_path, hpo__trials=7, hpo__metric=metric))
     assert len(trained) == 3
+
+
+def test_a_collapsed_trial_has_no_correlation_with_the_ratings_and_does_not_fail(tmp_path, monkeypatch):
+    metric = "knn/rating_correlation"
+    scores = iter([[0.3, None, None, None], [0.3, 0.4, 0.5, 0.6]])
+    fake_training(monkeypatch, lambda _: next(scores), metric)
+    study = search(make_config(tmp_path, hpo__trials=2, hpo__metric=metric, hpo__pruner__kind="none"))
+    assert [t.state for t in study.trials()] == [TrialState.COMPLETE] * 2
+    assert [t.value for t in study.trials()] == pytest.approx([0, 0.5])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The packer as a command: kills, full disks, second runs; test_hostile_songs.py has what it packs."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import resource
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mutagen
 import numpy as np
@@ -19,11 +21,13 @@ from helpers.groups import SECONDS, alive_in_group, until
 from helpers.small_music import command, environment, make_shards, said, sound, write_audio, write_song
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.data.commit import lock_set
 from simsiam_dali.data.format import read_index, verify
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.pack import build_parser, main
+from simsiam_dali.packing import pack as packing
 from simsiam_dali.packing.find import find_songs
-from simsiam_dali.packing.pack_song import DecodeSettings, Packed, Refused
+from simsiam_dali.packing.pack_song import DecodeSettings, Packed, PackSettings, Refused
 from simsiam_dali.packing.reuse import PackedBefore
 
 SHORT = ("--segment-seconds", "4", "--workers", "2")
@@ -259,7 +263,7 @@ def test_a_stopped_run_prints_one_line_and_continues_later(music: Path, run_here
 
 
 @pytest.mark.parametrize(("songs", "seconds", "while_writing"), [(1, 90.0, False), (12, 8.0, True)])
-def test_a_full_disk_leaves_the_old_set(
+def test_a_full_disk_leaves_the_old_set_and_keeps_the_decoded_songs(
     music: Path, pack: Pack, songs: int, seconds: float, while_writing: bool
 ) -> None:
     """A limit on the size of a file stands for the disk: in a worker, for a long song, or in a shard."""
@@ -277,8 +281,31 @@ def test_a_full_disk_leaves_the_old_set(
     assert ("writing" in result.stderr) == while_writing
     assert len(said(result.stderr)) == 1
     assert said(result.stderr)[0].startswith(f"error: no space left for {shards}")
+    assert f"kept in {shards / '.packing'} " in result.stderr
     assert state(shards) == before
-    assert not (shards / ".packing").exists()
+    assert len(list(shards.glob(".packing/songs/*.json"))) == (songs if while_writing else 0)
+    assert not (shards / ".packing/new").exists()
+    assert ("decoded" in pack(music)) == (not while_writing)
+
+
+def test_what_is_left_of_a_failed_set_is_removed_under_the_lock(music: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, remove = music.parent / "shards", shutil.rmtree
+    staged = shards / ".packing/new"
+    staged.mkdir(parents=True)  # as of a run that was killed
+
+    def full_disk(*_: object) -> Iterator[Any]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    def checked(folder: Path, **options: Any) -> None:
+        with pytest.raises(UserError, match="another make_shards"), lock_set(shards, wait=False):
+            pass
+        remove(folder, **options)
+
+    monkeypatch.setattr("simsiam_dali.packing.pack.shutil.rmtree", checked)
+    with pytest.raises(UserError, match="no space left"):
+        packing.pack(music, shards, PackSettings(), 1, executor=full_disk)
+    assert not staged.exists()
 
 
 def test_a_file_that_did_not_open_is_tried_again(music: Path, pack: Pack) -> None:

@@ -1,5 +1,6 @@
 """The sentence that ends a training: its figures against counts made by hand, and who is asked."""
 
+import dataclasses
 import re
 import shutil
 import sys
@@ -13,7 +14,7 @@ from helpers.evaluation_tables import planted, song_table
 from helpers.running import command, run
 
 from simsiam_dali.common.distributed import World
-from simsiam_dali.data.shards import open_shards
+from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.embedding import closing_score as outcome
 from simsiam_dali.embedding import features
 from simsiam_dali.embedding.run import read_run
@@ -29,7 +30,10 @@ def table(artists: list[list[str]], **columns: list) -> pd.DataFrame:
     n = len(artists)
     made = {
         "title": [f"Song {i}" for i in range(n)],
+        "path": [f"{i}.flac" for i in range(n)],
         "artists": artists,
+        "albums": [[]] * n,
+        "album_artist": [""] * n,
         "genres": [[]] * n,
         "duration": [100.0 + 10 * i for i in range(n)],
         "split": ["train"] * n,
@@ -90,8 +94,8 @@ def test_the_sentence_says_the_counts():
     assert np.nansum(ours) == 6
     assert np.isnan(ours).tolist() == [False] * 9 + [True]
     assert said.startswith("the nearest song is by the same artist for 6 of 9 songs; ")
-    assert f"{np.nansum(theirs):.0f} with the untrained encoder (+{6 - np.nansum(theirs):.0f}, 95% interval +" in said
-    assert said.endswith("6 with MFCCs (+0, 95% interval +0 to +0)")
+    assert f"{np.nansum(theirs):.0f} with the untrained encoder (+{6 - np.nansum(theirs):.0f})" in said
+    assert said.endswith("6 with MFCCs (+0)")  # of so few songs there is no interval
 
 
 def test_the_interval_is_of_the_paired_differences():
@@ -167,6 +171,35 @@ def test_of_a_large_set_whole_artists_are_drawn(small_runs, small_shards, monkey
     assert outcome.closing_score(small_runs["simsiam"], HERE).count(f"of {len(every_song)} songs;") == 1
     monkeypatch.setattr(outcome, "MAX_SEGMENTS", half)
     assert f"of {len(songs)} songs, drawn from {len(every_song)};" in outcome.closing_score(small_runs["simsiam"], HERE)
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, artists: list[int], segments: int, most: int, seed: int) -> list[int]:
+    """The artist of each segment in a sample of songs by `artists`, which have `segments` segments each."""
+    monkeypatch.setattr(outcome, "subset_of", lambda shards, rows, _: dataclasses.replace(shards, rows=rows))
+    song = np.repeat(np.arange(len(artists)), segments)
+    songs = table([[f"Artist {artist}"] for artist in artists])
+    with outcome.sample_songs(ShardSet(Path(), None, songs, pd.DataFrame({"song": song})), most, seed) as part:
+        return np.array(artists)[song[part.rows]].tolist()
+
+
+def test_an_artist_that_does_not_fit_into_the_sample_is_passed_over(monkeypatch):
+    """Ten artists of two songs, one of eight: with it or without it, 20 songs can be drawn."""
+    artists = [*np.repeat(np.arange(10), 2), *[10] * 8]
+    samples = [drawn(monkeypatch, artists, segments=1, most=20, seed=seed) for seed in range(10)]
+    assert {len(sample) for sample in samples} == {20}
+    assert {sample.count(10) for sample in samples} == {0, 8}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_one_huge_artist_as_many_songs_are_drawn_as_fill_half_the_sample(monkeypatch, seed):
+    artists = [*np.repeat(np.arange(1, 3), 2), *[0] * 20]
+    sample = drawn(monkeypatch, artists, segments=3, most=24, seed=seed)
+    assert {artist: sample.count(artist) for artist in range(3)} == {0: 12, 1: 6, 2: 6}
+
+
+def test_where_no_song_fits_into_the_sample_nothing_is_printed(small_runs, monkeypatch):
+    monkeypatch.setattr(outcome, "MAX_SEGMENTS", 0)
+    assert outcome.closing_score(small_runs["simsiam"], HERE) == ""
 
 
 def embedded(run_dir: Path, shards: outcome.ShardSet) -> tuple[np.ndarray, dict[str, np.ndarray]]:

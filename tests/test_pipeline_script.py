@@ -133,6 +133,11 @@ def test_options_are_passed_on_as_they_are(shell):
     assert shell.calls("hpo", "--help") == [["simsiam_dali.hpo", "--help"]]
 
 
+def test_shards_on_s3_are_left_to_the_command(shell):
+    options = ["--shards", "s3://bucket/prefix"]
+    assert shell.calls("encoder", *options) == [["simsiam_dali.train", *options]]
+
+
 def test_settings_may_name_inputs_that_the_script_does_not_know(shell):
     for options in (["--config", "my.yaml"], ["--set", "data.shards=there"], ["--resume"]):
         assert shell.calls("encoder", *options) == [["simsiam_dali.train", *options]]

@@ -16,6 +16,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.recommendation.choose import Request
 from simsiam_dali.recommendation.library import Library
+from simsiam_dali.recommendation.remake_all import remake_all
 from simsiam_dali.recommendation.saved import read_saved, remake, save
 
 REQUESTS = {
@@ -71,6 +72,25 @@ def test_a_song_that_is_gone_is_an_error_that_names_the_playlist(library, tmp_pa
     smaller = Library(songs.table.loc[left].reset_index(drop=True), songs.music)
     with pytest.raises(UserError, match=r"playlist mine: artist \d/album \d/\d.flac is not in the library any more"):
         remake(smaller, vectors[left], saved)
+
+
+def test_where_one_song_is_gone_the_record_follows_those_that_moved_and_the_playlist_stays(library, tmp_path):
+    songs, vectors = library
+    queue = [f"Title {n}" for n in range(6)]
+    save(tmp_path / "lists", "queue", Request(songs=queue), songs, vectors)
+    new = songs.table.assign(path="new/" + songs.table["path"])
+    moved = dict(zip(songs.table["path"], new["path"], strict=True))
+    left = new.index[new["title"] != "Title 3"]
+    smaller, kept = Library(new.loc[left].reset_index(drop=True), songs.music), vectors[left]
+    (made,) = remake_all(read_saved(tmp_path / "lists"), smaller, kept, moved)
+    assert "3.flac is not in the library any more" in made.problem
+    assert [file.name for file in made.files] == ["queue.json"]
+    (tmp_path / "lists/queue.json").write_bytes(made.files[tmp_path / "lists/queue.json"])
+    (saved,) = read_saved(tmp_path / "lists")
+    paths = dict(zip(songs.table["title"], songs.table["path"], strict=True))
+    assert saved.request.songs == [moved[paths[title]] for title in queue]
+    (again,) = remake_all([saved], Library(new, songs.music), vectors, {})  # the song is back
+    assert not again.problem
 
 
 def test_other_files_and_other_playlists_are_kept(library, tmp_path):

@@ -229,6 +229,21 @@ def test_ratings_override_tags_and_stay(home):
     assert vectors(songs)["six.flac"] == vectors(before)["six.flac"]
 
 
+def test_an_empty_rating_removes_that_of_the_table_and_of_the_tags(home):
+    ratings = home / "ratings.csv"
+    ratings.write_text("path,rating\nsix.flac,1.0\na/one.flac,0.6\n")
+    run(home, "--ratings", ratings)
+    tags = mutagen.File(home / "music/c/five.flac")
+    tags["FMPS_RATING"] = "0.4"
+    tags.save()
+    settle(home / "music/c/five.flac", time_s=HOUR_AGO + 60)
+    ratings.write_text("path,rating\nsix.flac,\nc/five.flac,\n")
+    run(home, "--ratings", ratings)
+    table = read_embeddings(home / "e.parquet").table
+    rated = dict(zip(table["path"], table["rating"], strict=True))
+    assert {path: rating for path, rating in rated.items() if rating == rating} == {"a/one.flac": 0.6}
+
+
 def test_a_dry_run_writes_nothing(home, capsys):
     change(home / "music")
     before = content(home)

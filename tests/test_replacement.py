@@ -73,3 +73,32 @@ def test_a_damaged_journal_is_refused_in_one_line(tmp_path):
     (tmp_path / ".table.commit").write_text("[")
     with pytest.raises(UserError, match="is damaged"):
         finish_commit(tmp_path / "table")
+
+
+def test_what_a_link_leads_to_is_replaced_and_keeps_its_permissions(tmp_path):
+    lay_out(tmp_path)
+    (tmp_path / "synced").mkdir()
+    (tmp_path / "synced/a").write_text("old")
+    (tmp_path / "synced/a").chmod(0o600)
+    (tmp_path / "lists/a").unlink()
+    (tmp_path / "lists/a").symlink_to("../synced/a")
+    with Replacement(tmp_path / "table", [tmp_path / "lists"]) as replacement:
+        replacement.stage(tmp_path / "lists/a").write_text("new")
+        replacement.commit()
+    assert (tmp_path / "lists/a").is_symlink()
+    assert (tmp_path / "synced/a").read_text() == "new"
+    assert (tmp_path / "synced/a").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_behind_a_link_nothing_is_left_of_what_was_not_committed(tmp_path, drop):
+    lay_out(tmp_path)
+    (tmp_path / "synced").mkdir()
+    (tmp_path / "lists/b").symlink_to("../synced/b")
+    with Replacement(tmp_path / "table", [tmp_path / "lists"]) as replacement:
+        staged = replacement.stage(tmp_path / "lists/b")
+        staged.write_text("new")
+        assert staged.parent == tmp_path / "synced"
+        if drop:
+            replacement.drop(tmp_path / "lists/b")
+    assert not list((tmp_path / "synced").iterdir())

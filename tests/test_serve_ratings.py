@@ -1,5 +1,6 @@
 """Ratings given on the page, as packing reads them from the CSV."""
 
+import csv
 import math
 import os
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.evaluation_tables import song_table
+from helpers.served import Client, write_library
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.packing.ratings import RatingsFile
+from simsiam_dali.recommendation.choose import Request
+from simsiam_dali.recommendation.saved import save
 from simsiam_dali.serving.ratings import Ratings
 
 
@@ -50,14 +54,18 @@ def test_ratings_of_no_more_than_one_star_are_not_read_as_five(tmp_path, table, 
     assert packed(source, table, music)[0] == pytest.approx(0.2)
 
 
-def test_a_removed_rating_leaves_that_of_the_tag_and_a_file_that_is_read(tmp_path, table, music):
+def test_a_removed_rating_is_unrated_here_for_packing_and_at_the_next_start(tmp_path, table, music):
+    """Whether it was given here, or is that of the tag, which packing or a refresh wrote into the table."""
     source = tmp_path / "ratings.csv"
     ratings = Ratings(source, table, music)
+    ratings.rate(0, 1.0)
     for row in (0, 1):
-        ratings.rate(row, 1.0)
-    assert math.isnan(ratings.rate(0, None))
-    assert ratings.rate(1, None) == table["rating"].iloc[1]
-    assert packed(source, table, music) == [None] * 10
+        assert math.isnan(ratings.rate(row, None))
+    unrated = pytest.approx(math.nan, nan_ok=True)
+    assert packed(source, table, music) == [unrated] * 2 + [None] * 8
+    again = Ratings(source, table, music)
+    np.testing.assert_array_equal(again.values, [math.nan, math.nan, *table["rating"][2:]])
+    assert again.rate(1, 0.4) == 0.4
 
 
 @pytest.mark.parametrize(
@@ -114,7 +122,7 @@ def test_a_song_whose_file_name_is_not_utf8_is_known_by_its_title(tmp_path, tabl
         (b"\xff\xfe\0", "UTF-8"),
         (b"title\nx\n", "header"),
         (b"path,rating\na,7\n", "not in 0..1"),
-        (b"", "header"),
+        (b"title\n", "header"),
     ],
 )
 def test_a_file_that_is_no_such_csv_is_refused_and_left_alone(tmp_path, table, music, content, reason):
@@ -123,6 +131,77 @@ def test_a_file_that_is_no_such_csv_is_refused_and_left_alone(tmp_path, table, m
     with pytest.raises(UserError, match=reason):
         Ratings(source, table, music)
     assert source.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xef\xbb\xbf", b"rating;path\n"])
+def test_a_file_without_ratings_is_filled(tmp_path, table, music, content):
+    source = tmp_path / "ratings.csv"
+    source.write_bytes(content)
+    ratings = Ratings(source, table, music)
+    np.testing.assert_array_equal(ratings.values, table["rating"])
+    assert ratings.rate(0, 0.4) == 0.4
+    assert packed(source, table, music) == [0.4] + [None] * 9
+
+
+def test_columns_of_one_name_keep_their_values(tmp_path, table, music):
+    source = tmp_path / "ratings.csv"
+    source.write_text("path,note,note,rating,Rating\nelsewhere/x.mp3,one,two,3,5\n")
+    Ratings(source, table, music).rate(0, 0.4)
+    header, other, own = source.read_text().splitlines()
+    assert header == "path,note,note,rating,Rating,title,artist"
+    assert other == "elsewhere/x.mp3,one,two,3,1,,"  # the last of the ratings is read
+    assert own == "artist 0/album 0/0.flac,,,,0.4,Title 0,Artist 0"
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
+def test_line_ends_and_a_byte_order_mark_stay(tmp_path, table, music, mark, end):
+    source = tmp_path / "ratings.csv"
+    lines = [b"path,title,artist,rating", b'a.mp3,"two', b'lines",A,0.5', b""]
+    source.write_bytes(mark + end.join(lines))
+    ratings = Ratings(source, table, music)
+    for rating in (0.4, 0.6):
+        ratings.rate(0, rating)
+    own = b"artist 0/album 0/0.flac,Title 0,Artist 0,0.6"
+    assert source.read_bytes() == mark + end.join([*lines[:-1], own, b""])
+
+
+def test_a_path_that_begins_or_ends_with_a_space_is_rated_in_one_row(tmp_path, table, music):
+    table.loc[[0, 1, 2], "path"] = [" first.flac", "last.flac ", "last.flac"]
+    source = tmp_path / "ratings.csv"
+    ratings = Ratings(source, table, music)
+    for row, rating in ((0, 0.2), (1, 0.4), (2, 0.6), (0, 0.8), (1, 1.0)):
+        assert ratings.rate(row, rating) == rating
+    assert len(source.read_text().splitlines()) == 4
+    np.testing.assert_array_equal(Ratings(source, table, music).values[:3], [0.8, 1.0, 0.6])
+
+
+def test_a_rating_parses_the_file_once(tmp_path, table, music, monkeypatch):
+    source = tmp_path / "ratings.csv"
+    ratings = Ratings(source, table, music)
+    ratings.rate(0, 0.4)
+    parsed, reader = [], csv.reader
+    monkeypatch.setattr(csv, "reader", lambda *args, **options: parsed.append(args) or reader(*args, **options))
+    ratings.rate(1, 0.2)
+    assert len(parsed) == 1
+
+
+def test_a_saved_playlist_is_chosen_by_the_ratings_given_on_the_page(tmp_path):
+    client = Client(write_library(tmp_path, seconds=0.3))
+    library = client.library.search().library
+    liked = Request(like=[str(library.file(1))], min_rating=0.95, count=30)
+    for name, request in (("liked", liked), ("top", Request(top=True, count=30))):
+        save(tmp_path / "playlists", name, request, library, client.library._vectors)
+
+    def opened(name: str) -> list[int]:
+        return client.get(f"/api/playlists/{name}").json()["songs"]
+
+    assert 5 not in opened("liked")  # it has no rating
+    assert 5 in opened("top")  # the songs without one
+    assert client.post("/api/ratings", {"song": 5, "rating": 1}).status == 200
+    assert 5 in opened("liked")
+    assert 5 not in opened("top")
+    client.close()
 
 
 @pytest.mark.parametrize("content", [b"path,rating\na,0.5,lost\n", b"\xff\xfe\0"])
@@ -146,7 +225,7 @@ def test_a_failed_write_leaves_the_ratings_as_they_were(tmp_path, table, music, 
     def full(*_args: object, **_more: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="No space left"):
         ratings.rate(1, 1.0)
     assert source.read_bytes() == before

@@ -74,10 +74,21 @@ def test_two_host_headers_are_refused(client):
     ("listening", "host", "accepted"),
     [("0.0.0.0", "192.168.1.5:8710", True), ("0.0.0.0", "rebound.example:8710", False),
      ("192.168.1.5", "192.168.1.5:8710", True), ("192.168.1.5", "localhost:8710", False),
-     ("nas.local", "nas.local:8710", True), ("::1", "[::1]:8710", True)],
+     ("nas.local", "nas.local:8710", True), ("::1", "[::1]:8710", True), ("NAS.local", "nas.local:8710", True),
+     ("nas.local", "NAS.Local:8710", True), ("FE80::A", "[fe80::a]:8710", True), ("LocalHost", "127.0.0.1:8710", True)],
 )  # fmt: skip
 def test_a_server_of_another_address_accepts_its_own_names(listening, host, accepted):
     assert Address(listening, 8710).accepts(host) == accepted
+
+
+def test_the_case_of_a_host_does_not_count(table):
+    client = Client(table, address=Address("NAS.local", 8710))
+    body = {"song": 0, "rating": None}
+    assert client.get("/", host="nas.local:8710").status == 200
+    for host, origin in (("nas.local", "nas.local"), ("NAS.local", "nas.local"), ("nas.local", "NAS.local")):
+        headers = {"host": f"{host}:8710", "origin": f"http://{origin}:8710"}
+        assert client.post("/api/ratings", body, **headers).status == 200
+    client.close()
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1:8710", "http://127.0.0.1:80", ""])
@@ -122,7 +133,7 @@ def test_the_first_visit_sets_a_cookie_that_opens_the_rest(guarded):
 @pytest.mark.parametrize(
     ("host", "local"),
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),
-     ("192.168.1.5", False), ("nas.local", False)],
+     ("192.168.1.5", False), ("nas.local", False), ("LocalHost", True)],
 )  # fmt: skip
 def test_which_hosts_need_a_token(host, local):
     assert is_loopback(host) == local

@@ -154,8 +154,31 @@ def test_csv_by_path(tmp_path: Path) -> None:
     ratings = RatingsFile.read(csv_file(tmp_path, text), tmp_path)
     assert ratings.lookup(tmp_path / "a, b.mp3", "", ()) == 0.8
     assert ratings.lookup(tmp_path / "c.mp3", "", ()) == 1.0
-    assert ratings.lookup(tmp_path / "d.mp3", "", ()) is None
-    assert len(ratings) == 2
+    assert ratings.lookup(tmp_path / "e.mp3", "", ()) is None
+    assert len(ratings) == 3
+
+
+def test_an_empty_rating_in_a_csv_is_unrated_and_not_unknown(tmp_path: Path) -> None:
+    text = "path,title,artist,rating\na.mp3,A,One,\nb.mp3,B,Two,\nb.mp3,B,Two,0.4\n,C,Three,\n"
+    ratings = RatingsFile.read(csv_file(tmp_path, text), tmp_path)
+    found = [ratings.lookup(tmp_path / name, title, [artist]) for name, title, artist in (
+        ("a.mp3", "A", "One"), ("b.mp3", "B", "Two"), ("c.mp3", "C", "Three"), ("other/a.mp3", "A", "One"),
+    )]  # fmt: skip
+    assert found == [pytest.approx(math.nan, nan_ok=True), 0.4, pytest.approx(math.nan, nan_ok=True), None]
+
+
+@pytest.mark.parametrize("text", ["", " \n\n", "\ufeff", "path,rating\n", "title;artist;rating"])
+def test_a_csv_without_rows_or_without_text_has_no_ratings(tmp_path: Path, text: str) -> None:
+    ratings = RatingsFile.read(csv_file(tmp_path, text), tmp_path)
+    assert len(ratings) == 0
+    assert ratings.lookup(tmp_path / "a.mp3", "A", ("One",)) is None
+
+
+def test_a_path_in_a_csv_may_have_spaces_around_it(tmp_path: Path) -> None:
+    """They are of the file's name, or put beside the delimiter by hand."""
+    ratings = RatingsFile.read(csv_file(tmp_path, "rating,path\n0.2, a.mp3\n0.4,b.mp3 \n0.6,b.mp3\n"), tmp_path)
+    found = [ratings.lookup(tmp_path / name, "", ()) for name in (" a.mp3", "a.mp3", "b.mp3 ", "b.mp3")]
+    assert found == [0.2, 0.2, 0.4, 0.6]
 
 
 def test_csv_by_title_and_artist(tmp_path: Path) -> None:
@@ -169,7 +192,6 @@ def test_csv_by_title_and_artist(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "header"),
         ("path,stars\na.mp3,3\n", "header"),
         ("title,rating\na,3\n", "header"),
         ("path,rating\na.mp3,good\n", "line 2: rating 'good'"),

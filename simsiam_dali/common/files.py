@@ -2,8 +2,9 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,17 +15,31 @@ from simsiam_dali.common.errors import UserError, one_line
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; at the end of the block it becomes `path`.
 
-    The temporary file is hidden and of this process. What the block raises leaves `path` as it was and nothing beside
-    it. The folder of `path` must exist.
+    A link stays, and what it leads to is written: that is `path` here, also where it is not there yet. A file that is
+    replaced keeps its permissions. The temporary file is hidden and of this process. What the block raises leaves
+    `path` as it was and nothing beside it. The folder of `path` must exist.
     """
+    path = behind_link(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
+        keep_permissions(path, part)
         sync(part)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def behind_link(path: Path) -> Path:
+    """The file that is written through `path`: where a link leads, also to nothing yet; else `path` itself."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def keep_permissions(old: Path, new: Path) -> None:
+    """Give `new` the permissions of `old`, where there is such a file and the file system knows permissions."""
+    with suppress(OSError):
+        shutil.copymode(old, new)
 
 
 @contextmanager

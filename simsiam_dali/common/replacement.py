@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.common.files import locked, sync
+from simsiam_dali.common.files import behind_link, keep_permissions, locked, sync
 
 _SUFFIX = "staged"
 
@@ -24,7 +24,8 @@ class Replacement:
 
     owner: the file of the set that its journal and its lock are named after. folders: where other files of the set may
     lie, on any file system. What an earlier, killed replacement has committed is finished first, and what it has not is
-    removed. Nothing is replaced unless `commit` is called. Raises UserError while another process holds the lock.
+    removed (in the folder that a link leads to, once a file is staged there again). Nothing is replaced unless `commit`
+    is called. Raises UserError while another process holds the lock.
     """
 
     def __init__(self, owner: Path, folders: Iterable[Path] = ()) -> None:
@@ -46,12 +47,18 @@ class Replacement:
             self._discard()
 
     def stage(self, target: Path) -> Path:
-        """The path at which to write what `commit` moves to `target`, in the same folder."""
+        """The path at which to write what `commit` moves to `target`, in the same folder.
+
+        A link stays, and what it leads to is the target. A file that is replaced keeps its permissions.
+        """
+        target = behind_link(target)
+        self._folders.add(target.parent)
         self._targets.append(target)
         return self._staged(target)
 
     def drop(self, target: Path) -> None:
         """Leave a staged target as it is."""
+        target = behind_link(target)
         self._targets.remove(target)
         self._staged(target).unlink()
 
@@ -60,6 +67,7 @@ class Replacement:
         if not self._targets:
             return
         for target in self._targets:
+            keep_permissions(target, self._staged(target))
             sync(self._staged(target))
         names = [[_relative(path, self.owner) for path in (self._staged(t), t)] for t in self._targets]
         for folder in {target.parent for target in self._targets}:

@@ -1,6 +1,6 @@
 """The score that a training prints at its end: `nearest_song`'s sentence about its encoder, over its own songs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +37,8 @@ def closing_score(run_dir: Path, world: World) -> str:
     log_mel = with_statistics(log_mel_settings(config), **run.statistics)
     features = [create_features(name, run, log_mel, world.device) for name in (CHECKPOINT, *BASELINES)]
     with sample_songs(shards, MAX_SEGMENTS, run.config.train.seed) as part:
+        if part.rows is not None and not len(part.rows):  # every song is longer than the limit
+            return ""
         songs, vectors = embed_songs(features, CleanViews(config, part, log_mel, world))
     drawn_from = len(shards.songs) if part is not shards else 0
     return sentence(shards.songs.iloc[songs], vectors, encoder_type(config).learns_from_tags, drawn_from)
@@ -46,7 +48,8 @@ def closing_score(run_dir: Path, world: World) -> str:
 def sample_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
     """The set itself, or a part with at most `most` segments: all songs of artists (or genres) drawn with `seed`.
 
-    Songs drawn one by one would mostly have no partner in the sample.
+    Songs drawn one by one would mostly have no partner in the sample. What does not fit is passed over. Only of an
+    artist with more than half of the segments are songs drawn, so that strangers are left to tell apart from.
     """
     if len(shards.segments) <= most:
         yield shards
@@ -54,12 +57,29 @@ def sample_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
     found = labels_of(shards.songs)
     first = np.array([own[0] if own else -1 for own in found[1]] if found else [-1] * len(shards.songs))
     size = np.bincount(shards.segments["song"], minlength=len(first))
-    drawn = np.random.default_rng(seed).permutation(first.max() + 1)
-    segments = np.bincount(first[first >= 0], size[first >= 0], minlength=len(drawn))
-    kept = drawn[np.cumsum(segments[drawn]) <= most]
-    songs = np.isin(first, kept) & (first >= 0)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    by_label = np.split(np.argsort(first, kind="stable"), np.cumsum(np.bincount(first + 1)))  # songs without one first
+    for label in rng.permutation(first.max() + 1):
+        own = by_label[label + 1]
+        if size[own].sum() > most // 2:
+            own = rng.permutation(own)
+            own = own[fitting(size[own], most // 2)]
+        drawn.append(own)
+    kept = fitting([size[own].sum() for own in drawn], most)
+    songs = np.isin(np.arange(len(first)), np.concatenate([drawn[i] for i in kept] or [[]]))
     with TemporaryDirectory(prefix="simsiam-dali-") as folder:
         yield subset_of(shards, np.flatnonzero(songs[shards.segments["song"]]), Path(folder))
+
+
+def fitting(sizes: Iterable[int], most: int) -> list[int]:
+    """Places of sizes, taken in order, whose sum is at most `most`; one that does not fit any more is passed over."""
+    kept = []
+    for place, size in enumerate(sizes):
+        if size <= most:
+            kept.append(place)
+            most -= size
+    return kept
 
 
 def embed_songs(features: Sequence[Features], views: CleanViews) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -44,7 +44,7 @@ class TableBuilder:
     """The new table, from the old one (None: there is none), the old and the new records, and what was embedded.
 
     vectors: `(D,)` float32 by audio hash, of songs that are not in the old table. durations: of decoded songs, s, by
-    audio hash. paths: of the files by name. ratings: override those of the tags.
+    audio hash. paths: of the files by name.
     """
 
     def __init__(
@@ -64,7 +64,10 @@ class TableBuilder:
         self.report = Report()
 
     def build(self, provenance: dict[str, str], music: Path, ratings: RatingsFile | None) -> Embeddings:
-        """The table, sorted by path. A row whose files are as they were is kept as it is, its vector bit for bit."""
+        """The table, sorted by path. A row whose files are as they were is kept as it is, its vector bit for bit.
+
+        ratings: override those of the tags and of the old table, also where they say that a song is unrated.
+        """
         songs = {h: f for h, f in by_song(self.after.values()).items() if h in self._row or h in self._vectors}
         kept, made, order = list[int](), list[Row](), list[tuple[bool, int]]()
         for audio_hash, files in songs.items():
@@ -84,7 +87,7 @@ class TableBuilder:
             tables.append(_frame(made))
         table = pd.concat(tables, ignore_index=True).iloc[places].reset_index(drop=True)
         table["song"] = np.arange(len(table), dtype=np.int64)
-        if ratings:
+        if ratings is not None:
             table["rating"] = [self._rating(ratings, music, song) for song in table.to_dict("records")]
         # Stacked from rows: the vectors of a large table are copied once.
         vectors = np.stack([self._vector(audio_hash) for audio_hash in songs])

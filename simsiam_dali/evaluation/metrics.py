@@ -45,11 +45,15 @@ METRICS = {
 }
 
 
+MIN_GROUPS = 10
+"""Fewest groups of which an interval is given: of fewer, resampling would make it much too narrow."""
+
+
 @dataclass(frozen=True)
 class Score:
-    """A metric's value, its 95% percentile bootstrap interval over songs, and its values in the resamples `(R,)`.
+    """A metric's value, its 95% percentile bootstrap interval, and its values in the resamples `(R,)`.
 
-    NaN where it is undefined: the correlation with a constant is.
+    NaN where it is undefined: the correlation with a constant is, and the interval of too few groups.
     """
 
     value: float
@@ -58,12 +62,24 @@ class Score:
     resampled: np.ndarray
 
 
-def score(metric: Metric, arrays: Arrays, resamples: int, seed: int) -> Score:
-    """Score `arrays`. Equal numbers of songs and equal seeds draw the same resamples, so that scores can be paired."""
+def score(metric: Metric, arrays: Arrays, together: np.ndarray, resamples: int, seed: int) -> Score:
+    """Score `arrays`. Equal `together` and equal seeds draw the same resamples, so that scores can be paired.
+
+    together `(N,)` int: songs with the same number are drawn together. The songs of an album or an artist resemble each
+    other: drawn one by one, as if each said something new, they would give an interval that is too narrow (Davison and
+    Hinkley, "Bootstrap Methods and their Application", section 3.8).
+    """
     rng = np.random.default_rng(seed)
-    n = len(arrays[0])
-    draws = (rng.integers(0, n, n) for _ in range(resamples))
-    resampled = np.array([metric.compute(*(a[rows] for a in arrays)) for rows in draws])
+    number, size = np.unique(together, return_inverse=True, return_counts=True)[1:]
+    rows, first = np.argsort(number, kind="stable"), np.cumsum(size) - size
+    resampled = np.full(resamples, math.nan)
+    if len(size) >= MIN_GROUPS:
+        for i in range(resamples):
+            drawn = rng.integers(0, len(size), len(size))
+            # The places, in `rows`, of the songs of each group drawn, one group after the other.
+            starts = np.repeat(first[drawn] - (np.cumsum(size[drawn]) - size[drawn]), size[drawn])
+            places = rows[starts + np.arange(len(starts))]
+            resampled[i] = metric.compute(*(a[places] for a in arrays))
     return Score(float(metric.compute(*arrays)), *interval(resampled), resampled)
 
 
@@ -79,6 +95,8 @@ def verdict(metric: Metric, ours: Score, baselines: Mapping[str, Score]) -> str:
     """Whether the 95% interval of the paired differences to each baseline lies above 0, below 0, or contains it."""
     if math.isnan(ours.value):
         return "undefined: constant"
+    if np.isnan(ours.resampled).all():
+        return "too few groups of songs to tell"
     worse, undecided = [], []
     known = {name: baseline for name, baseline in baselines.items() if not math.isnan(baseline.value)}
     for name, baseline in known.items():

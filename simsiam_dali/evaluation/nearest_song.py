@@ -4,6 +4,7 @@ Leave-one-out over every song that has a partner: another recording by one of it
 of one of its genres. Nearest is as in `evaluate` and `recommend`, by `knn.unit`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +85,8 @@ def count(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only
     n = len(next(iter(hits.values())))
     if not n:
         return None
-    scores = {name: score(Metric(np.mean, 1), (hit,), RESAMPLES, seed=0) for name, hit in hits.items()}
+    mean, songs_alone = Metric(np.mean, 1), np.arange(n)
+    scores = {name: score(mean, (hit,), songs_alone, RESAMPLES, seed=0) for name, hit in hits.items()}
     first = next(iter(scores.values()))
     differences = {}
     for name, other in scores.items():
@@ -104,8 +106,11 @@ def sentence(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_o
     first, *others = counts.found
     compared = []
     for name in (name for name in BASELINES if name in others):
-        more, low, high = map(round, counts.differences[name])
-        difference = f"{more:+d}, 95% interval {low:+d} to {high:+d}"
+        more, *bounds = counts.differences[name]
+        difference = f"{round(more):+d}"
+        if not any(map(math.isnan, bounds)):  # of too few songs
+            low, high = map(round, bounds)
+            difference += f", 95% interval {low:+d} to {high:+d}"
         compared.append(f"{counts.found[name]} with {BASELINES[name]} ({difference})")
     same = "by the same artist" if counts.label == "artist" else "of the same genre"
     whose = f"{counts.asked:,} songs" + (" held back from the training" if held_back_only else "")

@@ -125,6 +125,7 @@ def evaluate(
     done = Evaluation(judged_by="unseen" if learns_from_tags else "all")
     unseen = (table["split"] == "val").to_numpy()
     group = {split: groups(table, split) for split in SPLITS}
+    drawn_together = {target: dependent_songs(table, target, group["album"]) for target in TARGETS}
     planned: list[Probe] = []
     for target in TARGETS:
         notes: list[str] = []
@@ -148,10 +149,11 @@ def evaluate(
         if held_back.sum() >= MIN_UNSEEN and (learns_from_tags or not held_back.all()):
             subsets["unseen"] = held_back
         for songs, chosen in subsets.items():
+            together = drawn_together[probe.target][probe.scored[chosen]]
             for name in probe.metrics:
                 metric = METRICS[name]
                 scores = {
-                    source: score(metric, probe.arrays(name, own, chosen), options.resamples, options.seed)
+                    source: score(metric, probe.arrays(name, own, chosen), together, options.resamples, options.seed)
                     for source, own in (values | {GUESS: probe.guess_of(name)}).items()
                 }
                 if name == "correlation":  # of a constant
@@ -233,6 +235,19 @@ def _plan_labels(
     found = partial(knn.nearest_others, group=group[labelled], k=RETRIEVED)
     probe = partial(Probe, target, "retrieval", split, ("map_at_10",), labelled, labelled[retrieval.scored])
     yield probe(run=lambda x: retrieval.average_precision(found(x)[0]), guess=retrieval.guess())
+
+
+def dependent_songs(table: pd.DataFrame, target: str, album: np.ndarray) -> np.ndarray:
+    """`(N,)` int: songs with the same number are drawn together in the intervals of a target's figures.
+
+    They are those of an album (and of albums that share a song: album `(N,)` int); for the target artist, those of a
+    song's first artist, who is what they are all asked for.
+    """
+    if target != "artist":
+        return album
+    first = [own[0] if own else None for own in all_label_ids(table, "artist")]
+    own_number = range(len(table), 2 * len(table))  # of a song without an artist
+    return np.array([own_number[row] if label is None else label for row, label in enumerate(first)])
 
 
 def all_label_ids(table: pd.DataFrame, target: str) -> list[list[int]]:

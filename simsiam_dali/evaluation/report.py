@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from simsiam_dali.common.table import table_lines
-from simsiam_dali.evaluation.metrics import METRICS, Score
+from simsiam_dali.evaluation.metrics import METRICS, MIN_GROUPS, Score
 from simsiam_dali.evaluation.plan import GUESS, MIN_SONGS, MIN_UNSEEN, RETRIEVED, Evaluation, Options
 
 NAMES = {
@@ -126,6 +126,7 @@ def page(
         names=NAMES,
         metrics=METRICS,
         min_songs=MIN_SONGS,
+        min_groups=MIN_GROUPS,
         min_unseen=MIN_UNSEEN,
         retrieved=RETRIEVED,
         pictures={title: base64.b64encode(png).decode() for title, png in pictures.items()},

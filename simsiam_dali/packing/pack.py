@@ -31,6 +31,7 @@ from simsiam_dali.packing.write import write_file, write_manifest, write_shard, 
 Executor = Callable[[Callable[[Job], Result], Iterable[Job], int], Generator[tuple[Job, Result | Died], None, None]]
 """Where jobs run: `process_pool.run_all` or `ray_pool.run_all`."""
 
+_NEW = "new"  # the folder of the new set, in STAGING
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -91,11 +92,16 @@ def pack(
         with lock_set(out, wait=False):
             roll_forward(out)
             packer = _Packer(music.resolve(), out, settings, rated, replace, executor)
-            return packer.run(queue, passed_over, workers)
+            try:
+                return packer.run(queue, passed_over, workers)
+            finally:  # what is left of a set that was not committed; the decoded songs stay, for the next run
+                shutil.rmtree(out / STAGING / _NEW, ignore_errors=True)
     except OSError as e:
         if e.errno in _DISK_FULL:
-            shutil.rmtree(out / STAGING, ignore_errors=True)
-            raise UserError(f"no space left for {out}: its shards are as they were, free some and try again") from e
+            raise UserError(
+                f"no space left for {out}: its shards are as they were; free some, and the same command continues with"
+                f" the songs decoded so far, kept in {out / STAGING} (or remove that folder)"
+            ) from e
         if e.errno in _NO_ACCESS:
             raise UserError(f"cannot write shards to {out}: {e.strerror} ({e.filename})") from e
         raise
@@ -220,7 +226,7 @@ class _Packer:
 
     def _write(self, songs: Songs, results: Results) -> None:
         """Stage the whole set, then replace the old one by it; an identical set is not written."""
-        staged = self.out / STAGING / "new"
+        staged = self.out / STAGING / _NEW
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
         shards = assemble.shuffled_shards(songs, self.settings.seed, self.settings.segments_per_shard)

@@ -1,5 +1,6 @@
 """Read ratings from a file: a CSV, or the library database of the Clementine or Strawberry player."""
 
+import codecs
 import csv
 import io
 import math
@@ -14,10 +15,81 @@ from pathlib import Path
 
 from simsiam_dali.common.errors import UserError
 
+DATABASE = b"SQLite format 3\0"
+
+
+@dataclass
+class RatingsCsv:
+    """A CSV of ratings, from which the same file can be written again: its cells, and how they were written.
+
+    header: the columns' names; none of a file without text. rows: a list of cells for each line that is not blank, as
+    many as it has. Of two columns of one name the last counts.
+    """
+
+    header: list[str]
+    rows: list[list[str]]
+    delimiter: str = ","
+    line_end: str = "\n"
+    has_mark: bool = False
+
+    @classmethod
+    def parse(cls, raw: bytes, source: Path) -> "RatingsCsv":
+        """The CSV in the bytes of the file `source`. Raises UserError where they are none."""
+        try:
+            text = raw.decode("utf-8-sig")
+            first = io.StringIO(text.lstrip(), newline="").readline()
+            delimiter = ";" if ";" in first and "," not in first else ","
+            lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if line]
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise UserError(
+                f"--ratings {source}: neither a CSV in UTF-8 nor a Clementine or Strawberry database"
+            ) from e
+        header, *rows = lines if text.strip() else [[]]
+        line_end = "\r\n" if first.endswith("\r\n") else "\n"
+        return cls(header, rows, delimiter, line_end, raw.startswith(codecs.BOM_UTF8))
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes."""
+        out = io.StringIO()
+        csv.writer(out, delimiter=self.delimiter, lineterminator=self.line_end).writerows([self.header, *self.rows])
+        return codecs.BOM_UTF8 * self.has_mark + out.getvalue().encode()
+
+    def places(self) -> dict[str, int]:
+        """The place of each column, by its name in lower case."""
+        return {name.strip().lower(): place for place, name in enumerate(self.header)}
+
+    def column(self, name: str) -> list[str]:
+        """The cells of a column, "" where a line has none."""
+        place = self.places().get(name, -1)
+        return [row[place] if 0 <= place < len(row) else "" for row in self.rows]
+
+    def ratings(self, source: Path) -> list[float]:
+        """The rows' ratings, 0..1 or, if any is above 1, 0..5; NaN = unrated.
+
+        Raises UserError, which names the file `source`, for a header or a number that is not of ratings.
+        """
+        columns = self.places()
+        if self.header and (
+            "rating" not in columns or not ("path" in columns or {"title", "artist"} <= columns.keys())
+        ):
+            raise UserError(f"--ratings {source}: needs a header with rating, and path or title and artist")
+        ratings = []
+        for line, text in enumerate(map(str.strip, self.column("rating")), 2):
+            try:
+                ratings.append(float(text or "nan"))
+            except ValueError as e:
+                raise UserError(f"--ratings {source}, line {line}: rating {text!r} is no number") from e
+            if not (math.isnan(ratings[-1]) or 0 <= ratings[-1] <= 5):
+                raise UserError(f"--ratings {source}, line {line}: rating {ratings[-1]:g} is not in 0..1 or 0..5")
+        return ratings
+
 
 @dataclass
 class RatingsFile:
-    """Ratings 0..1 by absolute path and, for a library that has moved, by file name, title and artist."""
+    """Ratings 0..1 by absolute path and, for a library that has moved, by file name, title and artist.
+
+    NaN: the file says that the song is unrated. None: it has several ratings for songs of one name.
+    """
 
     source: Path
     by_path: dict[str, float] = field(default_factory=dict)
@@ -28,29 +100,58 @@ class RatingsFile:
         """Read a ratings file; neither it nor a journal beside it is ever written.
 
         CSV: commas or semicolons, a header with `rating` and either `path` (absolute, or relative to `music`) or
-        `title` and `artist`. Ratings are 0..1, or 0..5 if any is above 1; an empty one is unrated. A database's are
-        0..1, and -1 is unrated.
+        `title` and `artist`; a file without text has no ratings. Ratings are 0..1, or 0..5 if any is above 1. A song
+        whose rating is empty is unrated, whatever its tags say, unless another row rates it. A database's ratings are
+        0..1; what it has -1 for is not in it.
         """
-        ratings = cls(source)
         try:
             with source.open("rb") as file:
-                is_database = file.read(16) == b"SQLite format 3\0"
-            for path, title, artist, rating in _database_rows(source) if is_database else _csv_rows(source, music):
-                if path:
-                    ratings.by_path[_nfc(path)] = rating
-                if title:
-                    key = _song_key(Path(path).name, title, artist)
-                    # Two songs of one name with two ratings: ambiguous.
-                    ratings.by_name[key] = rating if ratings.by_name.get(key, rating) == rating else None
+                if file.read(len(DATABASE)) != DATABASE:
+                    file.seek(0)
+                    return cls.of_csv(RatingsCsv.parse(file.read(), source), source, music)
+            ratings = cls(source)
+            for path, title, artist, rating in _database_rows(source):
+                ratings._add(path, title, artist, rating)
         except OSError as e:
             raise UserError(f"--ratings {source}: {e.strerror}") from e
         return ratings
 
+    @classmethod
+    def of_csv(cls, content: RatingsCsv, source: Path, music: Path) -> "RatingsFile":
+        """The ratings in a CSV that was read from `source`. Raises UserError as `RatingsCsv.ratings` does."""
+        ratings, numbers = cls(source), content.ratings(source)
+        scale = 5 if any(number > 1 for number in numbers) else 1
+        base, padded = str(music.absolute()), dict[str, float]()
+        cells = zip(*(content.column(name) for name in ("path", "title", "artist")), numbers, strict=True)
+        for path, title, artist, number in cells:
+            name = path.strip()
+            where = os.path.normpath(os.path.join(base, path)) if name else ""  # noqa: PTH118 - thousands of rows
+            ratings._add(where, title.strip(), artist.strip(), number / scale)
+            if name != path and name:
+                padded[_nfc(os.path.normpath(os.path.join(base, name)))] = number / scale  # noqa: PTH118
+        # Spaces around a path are part of it, or were put beside the delimiter by hand.
+        ratings.by_path = padded | ratings.by_path
+        return ratings
+
+    def _add(self, path: str, title: str, artist: str, rating: float) -> None:
+        if path and not (math.isnan(rating) and _nfc(path) in self.by_path):
+            self.by_path[_nfc(path)] = rating
+        # A song that is unrated does not make others of its name unrated.
+        if title and not (math.isnan(rating) and path):
+            key = _song_key(os.path.basename(path), title, artist)  # noqa: PTH119 - thousands of rows
+            known = self.by_name.get(key, rating)
+            if known is not None and math.isnan(known):
+                self.by_name[key] = rating
+            elif not math.isnan(rating):
+                # Two songs of one name with two ratings: ambiguous.
+                self.by_name[key] = rating if known == rating else None
+
     def __len__(self) -> int:
+        """How many songs the file names, those that it says are unrated among them."""
         return len(self.by_path) or len(self.by_name)
 
     def lookup(self, path: Path, title: str, artists: Sequence[str]) -> float | None:
-        """The rating of the song at `path`, None if the file has none for it."""
+        """The rating of the song at `path`, NaN where the file says that it is unrated, None if the file has none."""
         for candidate in (path, path.resolve()):
             if (rating := self.by_path.get(_nfc(_normalised(candidate)))) is not None:
                 return rating
@@ -59,37 +160,6 @@ class RatingsFile:
                 if title and (rating := self.by_name.get(_song_key(name, title, artist))) is not None:
                     return rating
         return None
-
-
-def _csv_rows(source: Path, music: Path) -> Iterator[tuple[str, str, str, float]]:
-    try:
-        text = source.read_text("utf-8-sig")
-        header = text.partition("\n")[0]
-        delimiter = ";" if ";" in header and "," not in header else ","
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"--ratings {source}: neither a CSV nor a Clementine or Strawberry database") from e
-    columns = {name.strip().lower(): name for name in (rows[0] if rows else {}) if name}
-    if "rating" not in columns or not ("path" in columns or {"title", "artist"} <= columns.keys()):
-        raise UserError(f"--ratings {source}: needs a header with rating, and path or title and artist")
-
-    def cell(row: dict[str, str], column: str) -> str:
-        return (row.get(columns.get(column, "")) or "").strip()
-
-    ratings = []
-    for line, row in enumerate(rows, 2):
-        text = cell(row, "rating")
-        try:
-            ratings.append(float(text or "nan"))
-        except ValueError as e:
-            raise UserError(f"--ratings {source}, line {line}: rating {text!r} is no number") from e
-        if not (math.isnan(ratings[-1]) or 0 <= ratings[-1] <= 5):
-            raise UserError(f"--ratings {source}, line {line}: rating {ratings[-1]:g} is not in 0..1 or 0..5")
-    scale = 5 if any(rating > 1 for rating in ratings) else 1
-    for row, rating in zip(rows, ratings, strict=True):
-        if not math.isnan(rating):
-            path = cell(row, "path")
-            yield (_normalised(music / path) if path else "", cell(row, "title"), cell(row, "artist"), rating / scale)
 
 
 def _database_rows(source: Path) -> Iterator[tuple[str, str, str, float]]:

@@ -17,7 +17,8 @@ from simsiam_dali.recommendation.saved import SUFFIXES, SavedPlaylist, follow, r
 class Remade:
     """A playlist made again. `files`: those whose content is another now; `unchanged`: the others.
 
-    `added`, `removed`: number of its songs. `problem`: why it could not be made; then its files stay.
+    `added`, `removed`: number of its songs. `problem`: why it could not be made; then only its request may be in
+    `files`, with the new paths of the songs that moved.
     """
 
     name: str
@@ -45,30 +46,33 @@ def remake_all(
     """
     made = []
     for old in playlists:
-        playlist = follow(old, moved)
-        texts = {}
-        try:
-            if playlist != old:
-                texts[f"{old.name}.json"] = playlist.json()
-            texts |= remake(library, vectors, playlist)
-            for name in texts:
-                check_writable(old.folder / name, replace=False)
-        except UserError as e:
-            made.append(Remade(old.name, problem=str(e)))
-            continue
-        result = Remade(old.name)
-        for name, text in texts.items():
-            path, content = old.folder / name, text.encode()
-            before = path.read_bytes() if path.exists() else b""
-            if content != before:
-                result.files[path] = content
-            else:
-                result.unchanged.append(path)
-            if path.suffix == ".m3u8":
-                now, then = _songs(content), _songs(before)
-                result.added, result.removed = (now - then).total(), (then - now).total()
+        playlist, result = follow(old, moved), Remade(old.name)
         made.append(result)
+        if playlist != old:  # also where a song is gone: nothing else keeps where the others went
+            _add(result, old.folder / f"{old.name}.json", playlist.json())
+        try:
+            texts = {old.folder / name: text for name, text in remake(library, vectors, playlist).items()}
+            for path in texts:
+                check_writable(path, replace=False)
+        except UserError as e:
+            result.problem = str(e)
+            continue
+        for path, text in texts.items():
+            _add(result, path, text)
     return made
+
+
+def _add(result: Remade, path: Path, text: str) -> None:
+    """Add a file of the playlist, with its new content."""
+    content = text.encode()
+    before = path.read_bytes() if path.exists() else b""
+    if content != before:
+        result.files[path] = content
+    else:
+        result.unchanged.append(path)
+    if path.suffix == ".m3u8":
+        now, then = _songs(content), _songs(before)
+        result.added, result.removed = (now - then).total(), (then - now).total()
 
 
 def _songs(m3u8: bytes) -> Counter[bytes]:

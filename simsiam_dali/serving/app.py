@@ -195,7 +195,7 @@ def _add_playlists(app: FastAPI, library: ServedLibrary, folder: Path) -> None:
 
     @app.get("/api/playlists/{name}")
     def songs(name: str) -> Response:
-        rows = library.search().playlist(folder, name)
+        rows = library.search().playlist(folder, name, library.ratings.values)
         if rows is None:
             raise HTTPException(404, "no such playlist")
         return _json({"name": name, "songs": rows})

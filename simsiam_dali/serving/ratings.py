@@ -1,11 +1,11 @@
 """Ratings given on the page: a CSV that `make_shards --ratings` reads, written anew after each of them.
 
-All other rows and columns of the file stay. Its ratings are written as 0..1: a file of 0..5 would be read as 0..1 once
-none of its ratings is above 1.
+All other rows and columns of the file stay, with its delimiter, line ends and byte order mark. Its ratings are written
+as 0..1: a file of 0..5 would be read as 0..1 once none of its ratings is above 1. A removed rating is an empty one,
+which means that the song is unrated.
 """
 
-import csv
-import io
+import math
 import os
 import unicodedata
 from pathlib import Path
@@ -16,10 +16,9 @@ import pandas as pd
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.files import atomic_write, refuse_failed_write
 from simsiam_dali.packing.find import file_of
-from simsiam_dali.packing.ratings import RatingsFile
+from simsiam_dali.packing.ratings import DATABASE, RatingsCsv, RatingsFile
 
 COLUMNS = ("path", "title", "artist", "rating")
-_SQLITE = b"SQLite format 3\0"
 
 
 class Ratings:
@@ -33,8 +32,7 @@ class Ratings:
         self._tags = table["rating"].to_numpy(float)
         self.values = self._tags.copy()
         """`(N,)`, 0..1, NaN = unrated."""
-        if self._read_text() is not None:
-            self._take(RatingsFile.read(source, music))
+        self._take(RatingsFile.of_csv(self._read(), source, music))
 
     def _take(self, ratings: RatingsFile) -> None:
         """Take the ratings of the file's songs."""
@@ -56,84 +54,80 @@ class Ratings:
         return path, title, artists
 
     def rate(self, row: int, rating: float | None) -> float:
-        """Keep a rating, 0..1, or remove it with None; returns what the song's rating now is, NaN = none.
+        """Keep a rating, 0..1, or with None that the song is unrated; returns what its rating now is, NaN = none.
 
         Raises UserError when the file cannot be written, or no longer read: it is then as it was.
         """
         with self._lock:
-            text = self._with_rating(row, rating)
+            content = self._read()
+            self._put(content, row, rating)
+            ratings = RatingsFile.of_csv(content, self._source, self._music)
             with refuse_failed_write(self._source, "choose another file with --ratings"):
                 self._source.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(self._source) as part:
-                    part.write_text(text, encoding="utf-8", newline="")
-            self.values[row] = self._value(RatingsFile.read(self._source, self._music), row)
+                    part.write_bytes(content.to_bytes())
+            self.values[row] = self._value(ratings, row)
             return float(self.values[row])
 
-    def _read_text(self) -> str | None:
-        """The file's text, None where there is no file yet."""
+    def _read(self) -> RatingsCsv:
+        """The file's content; without a header where there is no file yet, or an empty one."""
         try:
             raw = self._source.read_bytes()
         except FileNotFoundError:
-            return None
+            raw = b""
         except OSError as e:
             raise UserError(f"--ratings {self._source}: {e.strerror}") from e
-        if raw.startswith(_SQLITE):
+        if raw.startswith(DATABASE):
             raise UserError(f"--ratings {self._source} is a player's database, which is only read: name a CSV to write")
-        try:
-            return raw.decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise UserError(f"--ratings {self._source}: no CSV in UTF-8") from e
+        return RatingsCsv.parse(raw, self._source)
 
-    def _with_rating(self, row: int, rating: float | None) -> str:
-        """The file's text with one rating more, or another."""
-        text, delimiter = self._read_text(), ","
-        header, rows = list(COLUMNS), list[dict[str, str]]()
-        if text is not None:
-            RatingsFile.read(self._source, self._music)  # refuses what make_shards would
-            first = text.partition("\n")[0]
-            delimiter = ";" if ";" in first and "," not in first else ","
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
-            rows, header = list(reader), list(reader.fieldnames or ())
-            if any(None in one for one in rows):
-                raise UserError(f"--ratings {self._source}: a line has more cells than the header, which would be lost")
-        column = {name.strip().lower(): name for name in header}
-        header += [name for name in COLUMNS if name not in column]
-        column = {name: column.get(name, name) for name in COLUMNS}
-        _to_unit_scale(rows, column["rating"])
+    def _put(self, content: RatingsCsv, row: int, rating: float | None) -> None:
+        """Put one rating more, or another, into the content of the file."""
+        ratings = content.ratings(self._source)  # refuses what make_shards would
+        if any(len(cells) > len(content.header) for cells in content.rows):
+            raise UserError(f"--ratings {self._source}: a line has more cells than the header")
+        content.header += [name for name in COLUMNS if name not in content.places()]
+        place = content.places()
+        for cells in content.rows:
+            cells += [""] * (len(content.header) - len(cells))
+        if any(number > 1 for number in ratings):
+            for cells, number in zip(content.rows, ratings, strict=True):
+                cells[place["rating"]] = "" if math.isnan(number) else f"{number / 5:g}"
+        own = self._own_cells(row)
+        mine = self._rows_of(own, content)
+        if not mine:
+            mine = [[""] * len(content.header)]
+            content.rows += mine
+            for name, text in own.items():
+                mine[0][place[name]] = text
+        for cells in mine:
+            cells[place["rating"]] = "" if rating is None else f"{rating:g}"
+
+    def _own_cells(self, row: int) -> dict[str, str]:
+        """The cells by which the file names a song. Raises UserError where it cannot."""
         path, title, artists = self._named(row)
-        own = {"path": path, "title": title, "artist": ", ".join(artists)}
         if os.fsencode(file_of(path, self._music)) != os.fsencode(self._music / path):
             # No UTF-8 holds the file's name, so it is known by its title.
             if not title:
                 raise UserError("a song without a title whose file name is not UTF-8 cannot be named in a CSV")
-            own["path"] = ""
-        number = "" if rating is None else f"{rating:g}"
-        mine = [one for one in rows if self._is(one, column, own)]
-        for one in mine:
-            one[column["rating"]] = number
-        if not mine:
-            rows.append({column[name]: value for name, value in own.items()} | {column["rating"]: number})
-        out = io.StringIO()
-        writer = csv.DictWriter(out, header, restval="", delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return out.getvalue()
+            path = ""
+        return {"path": path, "title": title, "artist": ", ".join(artists)}
 
-    def _is(self, one: dict[str, str], column: dict[str, str], own: dict[str, str]) -> bool:
-        """Whether a row of the file is of the song `own`."""
-        path = (one.get(column["path"]) or "").strip()
-        if path or own["path"]:
-            here, there = (os.path.normpath(self._music / name) for name in (path, own["path"]))
-            return bool(path) and bool(own["path"]) and _nfc(here) == _nfc(there)
-        return all((one.get(column[name]) or "") == own[name] for name in ("title", "artist"))
+    def _rows_of(self, own: dict[str, str], content: RatingsCsv) -> list[list[str]]:
+        """The rows of the song whose cells are `own`."""
+        # Spaces around a path are compared: they belong to the file's name, and the song without them is another.
+        path = self._compared(own["path"]) if own["path"] else ""
 
+        def is_mine(there: str, title: str, artist: str) -> bool:
+            if path or there.strip():
+                return bool(path and there.strip()) and self._compared(there) == path
+            return (title, artist) == (own["title"], own["artist"])
 
-def _to_unit_scale(rows: list[dict[str, str]], column: str) -> None:
-    """Divide ratings of 0..5 by 5, as `RatingsFile.read` does."""
-    numbers = [float((one.get(column) or "").strip() or "nan") for one in rows]
-    if any(number > 1 for number in numbers):
-        for one, number in zip(rows, numbers, strict=True):
-            one[column] = "" if number != number else f"{number / 5:g}"
+        names = zip(*(content.column(name) for name in ("path", "title", "artist")), strict=True)
+        return [cells for cells, name in zip(content.rows, names, strict=True) if is_mine(*name)]
+
+    def _compared(self, path: str) -> str:
+        return _nfc(os.path.normpath(os.path.join(self._music, path)))  # noqa: PTH118 - thousands of rows
 
 
 def _nfc(text: str) -> str:

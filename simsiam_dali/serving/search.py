@@ -60,12 +60,16 @@ class Search:
 
     def explore(self, ratings: np.ndarray, count: int) -> list[int]:
         """Unrated rows whose rating tells most, with `ratings (N,)` as they are now. Raises UserError below ten."""
-        with self._lock:  # the ratings are a column of the library
-            self.library.table["rating"] = pd.Series(ratings, index=self.library.table.index)
+        with self._lock:
+            self._take(ratings)
             model, _ = fit_ratings(self.library, self._x)
             rows = candidates(self.library, [], Request(count=count))
         accept = Variety(self.library)
         return [int(rows[i]) for i in model.explore(self._x[rows], count, lambda i: accept(int(rows[i])))]
+
+    def _take(self, ratings: np.ndarray) -> None:
+        """Make ratings `(N,)` those of the library, of which they are a column: with the lock, as what reads them."""
+        self.library.table["rating"] = pd.Series(ratings, index=self.library.table.index)
 
     def clusters(self) -> np.ndarray:
         """The cluster `(N,)` of each song, by k-means of the vectors; the largest is 0."""
@@ -83,8 +87,8 @@ class Search:
         """Names of the saved playlists of a folder. Raises UserError where one is damaged."""
         return [saved.name for saved in read_saved(folder)]
 
-    def playlist(self, folder: Path, name: str) -> list[int] | None:
-        """Rows of a saved playlist, as its request chooses them now; None where there is none of that name.
+    def playlist(self, folder: Path, name: str, ratings: np.ndarray) -> list[int] | None:
+        """Rows of a saved playlist, as its request chooses them now, with `ratings (N,)`; None where there is none.
 
         Songs that the library no longer has are left out of a list of songs. Raises UserError where nothing is left.
         """
@@ -93,7 +97,9 @@ class Search:
             return None
         if saved.request.songs:
             return [row for path in saved.request.songs for row in self.library.at(path)]
-        return chosen(self.library, self._vectors, saved).rows
+        with self._lock:
+            self._take(ratings)
+            return chosen(self.library, self._vectors, saved).rows
 
     def save_playlist(self, folder: Path, name: str, rows: Sequence[int], replace: bool) -> list[str]:
         """Save songs in this order; returns the names of the files. Raises UserError where that is refused."""

@@ -44,7 +44,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.casefold() == "localhost"
 
 
 def in_url(host: str) -> str:
@@ -66,18 +66,19 @@ class Address:
 
     def accepts(self, host: str) -> bool:
         """Whether a Host header names this server. A name that is no address of it may be DNS rebinding."""
+        host, own = host.casefold(), self.host.casefold()  # browsers send names in lower case, whatever was typed
         name, colon, port = host.rpartition(":")
         if not colon or "]" in port:
             name, port = host, "80"
         if port != str(self.port):
             return False
-        if self.host in ("0.0.0.0", "::"):  # all addresses of this machine, whatever they are
+        if own in ("0.0.0.0", "::"):  # all addresses of this machine, whatever they are
             try:
                 ipaddress.ip_address(name.strip("[]"))
             except ValueError:
                 return name == "localhost"
             return True
-        names = {in_url(self.host)} | ({"localhost", "127.0.0.1", "[::1]"} if is_loopback(self.host) else set())
+        names = {in_url(own)} | ({"localhost", "127.0.0.1", "[::1]"} if is_loopback(own) else set())
         return name in names
 
 
@@ -118,7 +119,8 @@ class Guard:
             return 421, "this server does not have that name"
         origins = [value.decode("latin-1") for value in headers.get(b"origin", [])]
         is_read = scope["method"] in ("GET", "HEAD")
-        if any(origin != f"http://{hosts[0]}" for origin in origins) or not (is_read or len(origins) == 1):
+        own = f"http://{hosts[0]}".casefold()
+        if any(origin.casefold() != own for origin in origins) or not (is_read or len(origins) == 1):
             return 403, "requests of other sites are refused"
         if self._token is not None and not self._has_token(scope, headers.get(b"cookie", [])):
             return 401, "open the URL that the command printed: it ends with a token"

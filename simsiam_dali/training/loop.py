@@ -48,7 +48,7 @@ def train(config: Config, world: World, resumed: Checkpoint | None, run_dir: Pat
                         if not (window.full or data.epoch_complete or (interrupt.signal and world.size == 1)):
                             continue
 
-                        # The only place in an epoch where the host waits for the device, and the ranks for each other.
+                        # The only place in an epoch where losses are fetched, for which the host waits for the device.
                         losses, signal = window.read(interrupt.signal)
                         run.log_losses(losses)
                         bar.set_postfix_str(progress(losses[-1], clock, data))

@@ -2,6 +2,8 @@
 
 import {audioUrl} from "./api.js";
 
+const MOST_FAILURES = 5; // in a row: with the music's disk away no song plays, and a radio has no end
+
 export class Player extends EventTarget {
   /** audio: the element; more(last, songs): a promise of songs that follow, for a radio. */
   constructor(audio, more) {
@@ -11,9 +13,12 @@ export class Player extends EventTarget {
     this.queue = [];
     this.place = -1;
     this.isRadio = false;
-    this.asking = false;
+    this.failures = 0; // songs in a row that did not play
+    this.generation = 0; // of the queue: what was asked for an earlier one is dropped
+    this.asking = -1; // the generation that more songs are asked for
     audio.addEventListener("ended", () => this.step(1));
     audio.addEventListener("error", () => this.failed());
+    audio.addEventListener("playing", () => { this.failures = 0; });
     for (const name of ["play", "pause", "timeupdate", "durationchange", "emptied"]) {
       audio.addEventListener(name, () => this.dispatchEvent(new Event("time")));
     }
@@ -29,6 +34,7 @@ export class Player extends EventTarget {
 
   /** Play songs instead of the queue. */
   play(songs, isRadio = false) {
+    this.generation++;
     this.queue = [...songs];
     this.isRadio = isRadio;
     this.start(0);
@@ -58,6 +64,7 @@ export class Player extends EventTarget {
   }
 
   clear() {
+    this.generation++;
     this.queue = [];
     this.isRadio = false;
     this.stop();
@@ -88,15 +95,16 @@ export class Player extends EventTarget {
   }
 
   async extend() {
-    if (this.asking) return;
-    this.asking = true;
+    const own = this.generation;
+    if (this.asking === own) return;
+    this.asking = own;
     try {
       const songs = await this.more(this.queue.at(-1), this.queue);
-      if (this.isRadio) this.add(songs);
+      if (own === this.generation) this.add(songs);
     } catch (error) {
-      this.dispatchEvent(new CustomEvent("problem", {detail: error.message}));
+      if (own === this.generation) this.dispatchEvent(new CustomEvent("problem", {detail: error.message}));
     } finally {
-      this.asking = false;
+      if (this.asking === own) this.asking = -1;
     }
   }
 
@@ -120,12 +128,16 @@ export class Player extends EventTarget {
       this.load(true);
       return;
     }
-    const place = this.place;
+    const {place, generation} = this;
     const reason = await fetch(audioUrl(this.song, false), {method: "HEAD"}).then(
       (answer) => (answer.status === 404 ? "its file is missing, or outside the music folder" : "it cannot be played"),
       () => "the server does not answer",
     );
-    this.dispatchEvent(new CustomEvent("problem", {detail: reason, cancelable: true}));
-    if (place === this.place && place + 1 < this.queue.length && reason !== "the server does not answer") this.start(place + 1);
+    if (generation !== this.generation || place !== this.place) return; // something else was chosen meanwhile
+    const stops = ++this.failures >= MOST_FAILURES;
+    if (stops) this.failures = 0; // for what is chosen next
+    const detail = stops ? `${reason}; stopped after ${MOST_FAILURES} songs in a row that did not play` : reason;
+    this.dispatchEvent(new CustomEvent("problem", {detail, cancelable: true}));
+    if (!stops && place + 1 < this.queue.length && reason !== "the server does not answer") this.start(place + 1);
   }
 }

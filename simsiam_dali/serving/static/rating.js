@@ -32,7 +32,7 @@ export class Rating {
     this.none.hidden = rating === null;
   }
 
-  /** stars: 0 to 5, or null to remove the rating that was given here. */
+  /** stars: 0 to 5, or null for a song that is to be unrated. */
   give(song, stars) {
     if (song < 0) return Promise.resolve();
     return attempt(async () => {

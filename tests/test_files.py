@@ -1,0 +1,38 @@
+"""Files are written whole: through a link, and with the permissions of the file that they replace."""
+
+import pytest
+
+from simsiam_dali.common.files import atomic_write
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    (tmp_path / "synced").mkdir()
+    target, link = tmp_path / "synced/ratings.csv", tmp_path / "ratings.csv"
+    target.write_text("old")
+    link.symlink_to("synced/ratings.csv")
+    with atomic_write(link) as part:
+        part.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert [*target.parent.iterdir()] == [target]
+
+
+def test_a_link_to_nothing_yet_creates_its_target(tmp_path):
+    (tmp_path / "synced").mkdir()
+    link = tmp_path / "ratings.csv"
+    link.symlink_to(tmp_path / "synced/ratings.csv")
+    with atomic_write(link) as part:
+        part.write_text("new")
+    assert link.is_symlink()
+    assert (tmp_path / "synced/ratings.csv").read_text() == "new"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_replaced_file_keeps_its_permissions(tmp_path, mode):
+    path = tmp_path / "ratings.csv"
+    path.write_text("old")
+    path.chmod(mode)
+    with atomic_write(path) as part:
+        part.write_text("new")
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == mode
