@@ -16,8 +16,8 @@ from scipy.stats import norm
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
 import equal_time
 import equal_time_scores
+import figure
 import halves
-import held_out
 import map as song_map
 import peer
 import retrieval
@@ -385,33 +385,21 @@ def test_whitening_and_mutual_proximity_by_hand():
     assert proximity[0, 3] == pytest.approx(norm.cdf(z) * norm.cdf(z_back))
 
 
-def test_every_encoder_of_the_report_is_scored_on_the_third_set(tmp_path, monkeypatch, capsys):
-    rng, work = np.random.default_rng(0), tmp_path / "report"
-    songs = [(f"{package}/{i}", [f"artist {i % 3}"]) for package in ("one", "two") for i in range(12)]
-    soundtrack = np.repeat([[1.0], [-1.0]], 12, axis=0)
-    row = "contrastive"
-    for half in halves.HALVES:
-        for seed in (0, 1):
-            for name, signal in ((equal_time_scores.BASE, 0.0), (row, 5.0)):
-                x = rng.standard_normal((24, 5)) + signal * soundtrack
-                write_table(work / "held-out-tables" / f"{halves.slug(name)}-{half}-{seed}.parquet", songs, x)
-            for feature in run.BASELINES:
-                table = work / "held-out-tables" / f"{feature}-{half}-{seed}.parquet"
-                write_table(table, songs, rng.standard_normal((24, 5)))
-    report = {"base_epochs": 7, "epochs": {equal_time_scores.BASE: 7, row: 7}, "scores": {}}
-    report["scores"] = {name: {"0": {}, "1": {}} for name in report["epochs"]}
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    monkeypatch.setattr(held_out, "prepare", lambda *_: work)
-    words = ["--rows", row, "--report", str(tmp_path / "report.json"), "--json", str(tmp_path / "out.json")]
-    monkeypatch.setattr(sys, "argv", ["held_out.py", *words, "--work", str(tmp_path)])
-    held_out.main()
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert all(list(own) == ["0a", "0b", "1a", "1b"] for own in found["scores"].values())
-    assert found["scores"].keys() == report["epochs"].keys()
-    assert [len(own) for own in found["baselines"].values()] == [4, 1, 1]  # only the untrained encoder is drawn
-    printed = capsys.readouterr().out
-    assert "24 songs of 2 soundtracks" in printed
-    assert "| contrastive | 7 | 4 | 1.000 |" in printed
+def test_the_differences_are_drawn_the_same_from_the_same_scores(tmp_path):
+    rng = np.random.default_rng(0)
+    doc = {
+        "scores": {equal_time_scores.BASE: row_of(rng.random((3, 40))), "another": row_of(rng.random((2, 40)))},
+        "baselines": {"untrained": row_of(rng.random((3, 40))), "MFCC": row_of(rng.random((1, 40)))},
+        "soundtracks": {half: [f"{half}{n % 4}" for n in range(20)] for half in halves.HALVES},
+    }
+    drawn = [tmp_path / name for name in ("one.svg", "two.svg")]
+    for file in drawn:
+        figure.draw(doc, "scores.json", file)
+    assert drawn[0].read_bytes() == drawn[1].read_bytes()
+    assert "scores.json" in drawn[0].read_text()
+    doc["scores"]["another"] = row_of(rng.random((2, 40)))
+    figure.draw(doc, "scores.json", drawn[1])
+    assert drawn[0].read_bytes() != drawn[1].read_bytes()
 
 
 def test_scores_that_would_not_compare_are_refused(tmp_path):

@@ -3,7 +3,7 @@
 #
 #   benchmarks/real_music/fetch.sh DIR             makes DIR/<package>/*.{ogg,opus,mp3}; about 700 MB come over the network
 #   benchmarks/real_music/fetch.sh DIR --report    the same of other games; about 2.8 GB
-#   benchmarks/real_music/fetch.sh DIR --held-out  of a third set, for held_out.py; about 1.3 GB
+#   benchmarks/real_music/fetch.sh DIR --held-out  of a third set; about 1.3 GB
 #
 # A package that is there already is left as it is; one that cannot be had is named, and the script ends with 1.
 # The licences are in each DIR/<package>/copyright.

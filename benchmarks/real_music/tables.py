@@ -1,15 +1,17 @@
 """Put the newest results into docs/experiments.md: python benchmarks/real_music/tables.py --write
 
 Each table stands there between two comments of its name. A result is the last file of its name in
-benchmarks/results/real_music.
+benchmarks/results/real_music. One of them is drawn too.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import equal_time_scores
+import figure
 import halves
 
 from simsiam_dali.common.errors import UserError, one_line_errors
@@ -17,7 +19,8 @@ from simsiam_dali.common.errors import UserError, one_line_errors
 PAGE = halves.ROOT / "docs" / "experiments.md"
 RESULTS = halves.ROOT / "benchmarks" / "results" / "real_music"
 NOT_CHOSEN_ON = ("equal-time-report", "equal-time-held-out", "equal-time-fourth")
-COMPARISONS = (*NOT_CHOSEN_ON, "equal-time-choose", "held-out")
+DRAWN, DRAWING = "equal-time-unheard", PAGE.with_name("real_music_differences.svg")
+COMPARISONS = (DRAWN, *NOT_CHOSEN_ON, "equal-time-choose")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ TABLES = {
 }
 
 
+def newest(result: str) -> Path:
+    """The last file of a result's name."""
+    return max(RESULTS.glob(f"{result}-*.json"))
+
+
 def page_with_tables() -> str:
     """docs/experiments.md with the newest results' tables."""
     page = PAGE.read_text()
@@ -43,8 +51,7 @@ def page_with_tables() -> str:
         _, closed, tail = rest.partition(end)
         if not (found and closed):
             raise UserError(f"{PAGE} has no {begin.strip()} and {end}")
-        newest = [max(RESULTS.glob(f"{result}-*.json")) for result in table.results]
-        lines = table.lines(*(json.loads(path.read_text()) for path in newest))
+        lines = table.lines(*(json.loads(newest(result).read_text()) for result in table.results))
         page = head + begin + "".join(f"{line}\n" for line in lines) + end + tail
     return page
 
@@ -57,10 +64,11 @@ def main() -> None:
     what.add_argument("--write", action="store_true", help="write the page")
     what.add_argument("--check", action="store_true", help="only see whether it is up to date; exit with 1 if not")
     args = parser.parse_args()
-    page = page_with_tables()
+    page, drawn = page_with_tables(), newest(DRAWN)
     if args.write:
         PAGE.write_text(page)
-    elif page != PAGE.read_text():
+        figure.draw(json.loads(drawn.read_text()), drawn.name, DRAWING)
+    elif page != PAGE.read_text() or drawn.name not in DRAWING.read_text():
         raise UserError("docs/experiments.md is out of date: run python benchmarks/real_music/tables.py --write")
 
 
