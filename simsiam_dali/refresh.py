@@ -188,7 +188,7 @@ def print_report(out: Path, previous: Previous, made: Refreshed, remade: Iterabl
     print_list("refused", [f"{path}: {reason}" for path, reason in made.refused])
     for playlist in remade:
         if playlist.problem:
-            print(f"kept      {printable(playlist.problem)}; its files stay as they are")
+            print(f"kept      {printable(playlist.problem)}; its songs stay as they are")
         elif playlist.files:
             print(f"playlist  {printable(playlist.name)}: {playlist.added} songs added, {playlist.removed} removed")
     counts = ", ".join(

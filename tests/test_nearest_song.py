@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.evaluation_tables import planted, song_table
 from helpers.running import command, run
+from scipy.stats import binom
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.data.shards import ShardSet, open_shards
@@ -98,8 +99,8 @@ def test_the_sentence_says_the_counts():
     assert said.endswith("6 with MFCCs (+0)")  # of so few songs there is no interval
 
 
-def test_the_interval_is_of_the_paired_differences():
-    """100 songs, of which the baseline finds all but 40: the difference of each draw is binomial, n 100, p 0.4."""
+def test_the_interval_is_of_the_paired_differences_of_whole_artists():
+    """50 artists of two songs: the baseline finds neither song of 20, so that a draw has twice a binomial, p 0.4."""
     artist = np.repeat(np.arange(50), 2)
     songs = table([[f"Artist {a}"] for a in artist])
     x = planted(artist, width=64, noise=0.01)
@@ -107,7 +108,7 @@ def test_the_interval_is_of_the_paired_differences():
     worse[1:21:2], worse[21:41:2] = x[21:41:2], x[1:21:2]  # ten pairs of artists swap a song: all 40 lose their partner
     said = sentence(songs, {"embedding": x, "untrained": worse}, held_back_only=False)
     low, high = map(int, re.search(r"\(\+40, 95% interval \+(\d+) to \+(\d+)\)", said).groups())
-    assert (low, high) == pytest.approx((30, 50), abs=1)
+    assert (low, high) == pytest.approx(tuple(2 * binom.ppf([0.025, 0.975], 50, 0.4)), abs=2)
     assert "for 100 of 100 songs; 60 with the untrained encoder" in said
 
 

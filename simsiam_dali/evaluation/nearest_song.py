@@ -14,7 +14,7 @@ import pandas as pd
 from simsiam_dali.evaluation.folds import groups
 from simsiam_dali.evaluation.knn import cosine_blocks, unit
 from simsiam_dali.evaluation.metrics import Metric, interval, score
-from simsiam_dali.evaluation.plan import all_label_ids
+from simsiam_dali.evaluation.plan import all_label_ids, dependent_songs
 from simsiam_dali.evaluation.probes import label_matrix
 
 BASELINES = {"untrained": "the untrained encoder", "mfcc": "MFCCs"}
@@ -58,8 +58,8 @@ def nearest_shares(vectors: np.ndarray, labels: Sequence[Sequence[int]], group: 
 class Counts:
     """Of `asked` songs, how many have a nearest song that shares their label, by each feature's name.
 
-    label: "artist" or "genre". differences: the first feature's count minus another's, and its 95% interval (paired,
-    bootstrap over the songs), in songs.
+    label: "artist" or "genre". differences: the first feature's count minus another's, and its 95% interval (paired;
+    bootstrap over artists, for genres over albums), in songs; the interval of too few of them is NaN.
     """
 
     label: str
@@ -71,8 +71,9 @@ class Counts:
 def count(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only: bool) -> Counts | None:
     """The counts; None where no song has a partner.
 
-    songs: rows with `artists`, `genres`, `title`, `duration` and `split`; vectors: name to `(N, D)`, first those that
-    are judged. held_back_only: count validation songs alone, since the training saw the tags of the others.
+    songs: rows with `path`, `title`, `artists`, `albums`, `album_artist`, `genres`, `duration` and `split`; vectors:
+    name to `(N, D)`, first those that are judged. held_back_only: count validation songs alone, since the training saw
+    the tags of the others.
     """
     if (known := labels_of(songs)) is None:
         return None
@@ -81,12 +82,14 @@ def count(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only
     group = groups(songs, "song")[rows]
     asked = (songs["split"] == "val").to_numpy()[rows] | (not held_back_only)
     hits = {name: nearest_shares(x[rows], [labels[row] for row in rows], group)[asked] for name, x in vectors.items()}
-    hits = {name: hit[~np.isnan(hit)] for name, hit in hits.items()}  # of the same songs: labels and groups decide
-    n = len(next(iter(hits.values())))
+    scored = ~np.isnan(next(iter(hits.values())))  # the same songs for all: labels and groups decide
+    hits = {name: hit[scored] for name, hit in hits.items()}
+    together = dependent_songs(songs, label, groups(songs, "album"))[rows][asked][scored]
+    n = len(together)
     if not n:
         return None
-    mean, songs_alone = Metric(np.mean, 1), np.arange(n)
-    scores = {name: score(mean, (hit,), songs_alone, RESAMPLES, seed=0) for name, hit in hits.items()}
+    mean = Metric(np.mean, 1)
+    scores = {name: score(mean, (hit,), together, RESAMPLES, seed=0) for name, hit in hits.items()}
     first = next(iter(scores.values()))
     differences = {}
     for name, other in scores.items():
@@ -108,7 +111,7 @@ def sentence(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_o
     for name in (name for name in BASELINES if name in others):
         more, *bounds = counts.differences[name]
         difference = f"{round(more):+d}"
-        if not any(map(math.isnan, bounds)):  # of too few songs
+        if not any(map(math.isnan, bounds)):  # of too few artists
             low, high = map(round, bounds)
             difference += f", 95% interval {low:+d} to {high:+d}"
         compared.append(f"{counts.found[name]} with {BASELINES[name]} ({difference})")
