@@ -95,8 +95,8 @@ def test_the_sentence_says_the_counts():
     assert np.nansum(ours) == 6
     assert np.isnan(ours).tolist() == [False] * 9 + [True]
     assert said.startswith("the nearest song is by the same artist for 6 of 9 songs; ")
-    assert f"{np.nansum(theirs):.0f} with the untrained encoder (+{6 - np.nansum(theirs):.0f})" in said
-    assert said.endswith("6 with MFCCs (+0)")  # of so few songs there is no interval
+    assert f"{np.nansum(theirs):.0f} with the untrained encoder (+{6 - np.nansum(theirs):.0f}, too few artists" in said
+    assert said.endswith("6 with MFCCs (+0, too few artists for an interval)")
 
 
 def test_the_interval_is_of_the_paired_differences_of_whole_artists():

@@ -110,11 +110,11 @@ def sentence(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_o
     compared = []
     for name in (name for name in BASELINES if name in others):
         more, *bounds = counts.differences[name]
-        difference = f"{round(more):+d}"
-        if not any(map(math.isnan, bounds)):  # of too few artists
-            low, high = map(round, bounds)
-            difference += f", 95% interval {low:+d} to {high:+d}"
-        compared.append(f"{counts.found[name]} with {BASELINES[name]} ({difference})")
+        if any(map(math.isnan, bounds)):
+            interval_said = f"too few {'artists' if counts.label == 'artist' else 'albums'} for an interval"
+        else:
+            interval_said = "95% interval {:+d} to {:+d}".format(*map(round, bounds))
+        compared.append(f"{counts.found[name]} with {BASELINES[name]} ({round(more):+d}, {interval_said})")
     same = "by the same artist" if counts.label == "artist" else "of the same genre"
     whose = f"{counts.asked:,} songs" + (" held back from the training" if held_back_only else "")
     drawn = f", drawn from {drawn_from:,}" if drawn_from else ""
