@@ -10,7 +10,7 @@ from helpers.evaluation_tables import song_table
 from test_recommend import chosen, library_file, numbers
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.recommendation.path import song_path, waypoints
+from simsiam_dali.recommendation.path import song_path, taken_elsewhere, waypoints
 
 
 def on_sphere(n: int, dims: int = 16, seed: int = 0) -> np.ndarray:
@@ -55,6 +55,21 @@ def test_no_artist_twice_in_a_row_and_no_recording_twice() -> None:
     rows = song_path(x, (0, 5), 20, np.ones(300, bool), recording, artists)
     assert all(artists[a] != artists[b] for a, b in itertools.pairwise(rows))
     assert len(set(recording[rows])) == 20
+
+
+def test_a_song_that_several_places_want_stays_where_it_is_nearest_or_all_that_there_is() -> None:
+    rows, nearness = [7, 3, 7, 7, 3], np.array([0.1, 0.9, 0.5, 0.3, 0.2])
+    nobodys = np.zeros(5, bool)
+    assert taken_elsewhere(rows, nobodys, nearness) == [0, 3, 4]
+    assert taken_elsewhere(rows, np.array([True, False, False, False, False]), nearness) == [2, 3, 4]
+    assert taken_elsewhere([1, 2, 3], nobodys[:3], nearness[:3]) == []
+
+
+def test_a_path_through_songs_that_lie_together_has_each_once() -> None:
+    x = on_sphere(100)[0] + 1e-3 * on_sphere(400)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    rows = song_path(x, (0, 1), 200, np.ones(400, bool), np.arange(400), [[f"artist {i}"] for i in range(400)])
+    assert (rows[0], rows[-1], len(rows), len(set(rows))) == (0, 1, 200, 200)
 
 
 def test_a_small_library_is_used_up_and_then_too_small() -> None:

@@ -9,8 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.evaluation.probes import label_matrix
 
-CANDIDATES = 64
-"""Songs considered for each place of a path, beside as many as it has places: those nearest to where it would lie."""
+CANDIDATES = 96
+"""Songs considered for each place of a path: those nearest to where it would lie, and one that no other place needs."""
 
 SAME_ARTIST = 1e3
 """Cost of two songs of an artist in a row, where a step costs at most 16: only taken where there is no other way."""
@@ -50,7 +50,7 @@ def song_path(
         raise UserError(f"a path of {count} songs needs {between} between its ends, and {len(free)} are left: --count")
     # In the precision of x, and before the selection: else NumPy copies all of x, twice as wide.
     nearness = (waypoints(x[start], x[end], between).astype(x.dtype) @ x.T)[:, free]
-    near = np.argpartition(-nearness, min(CANDIDATES + between, len(free)) - 1)[:, : CANDIDATES + between]
+    near = np.argpartition(-nearness, min(CANDIDATES, len(free)) - 1)[:, :CANDIDATES]
     places = list(free[near])
     own = free[linear_sum_assignment(-nearness)[1]]
     places = [np.union1d(place, song) for place, song in zip(places, own, strict=True)]
@@ -60,12 +60,20 @@ def song_path(
     taken_away = [np.zeros(len(layer)) for layer in layers]  # infinite where a song is another place's
     while True:
         rows = cheapest(layers, costs, taken_away)[1:-1]
-        twice = next(((a, b) for a, b in itertools.combinations(range(between), 2) if rows[a] == rows[b]), None)
-        if twice is None:
+        near_to = nearness[range(between), [column[row] for row in rows]]
+        if not (lost := taken_elsewhere(rows, rows == own, near_to)):
             return [start, *rows, end]
-        # It stays where it is nearer, but no place loses its own song: so each has one left, whatever is taken away.
-        farther = min(twice, key=lambda place: (rows[place] == own[place], nearness[place, column[rows[place]]]))
-        taken_away[farther + 1][layers[farther + 1] == rows[farther]] = np.inf
+        for place in lost:
+            taken_away[place + 1][layers[place + 1] == rows[place]] = np.inf
+
+
+def taken_elsewhere(rows: Sequence[int], is_own: np.ndarray, nearness: np.ndarray) -> list[int]:
+    """The places that lose their song, as another has it too: it stays where it is nearest.
+
+    No place loses its own song, though: so each has one left, whatever is taken away.
+    """
+    keeper = {rows[place]: place for place in np.lexsort((nearness, is_own)).tolist()}  # the last of each song stays
+    return [place for place, row in enumerate(rows) if keeper[row] != place]
 
 
 def step_costs(x: np.ndarray, layers: Sequence[np.ndarray], artists: Sequence[Sequence[str]]) -> list[np.ndarray]:
