@@ -131,6 +131,13 @@ def test_a_song_with_a_damaged_segment_is_the_mean_of_its_others(small_shards, s
     np.testing.assert_array_equal(tables["songs"].vectors, means)
 
 
+def test_a_run_embeds_by_its_stages_too(small_runs, tmp_path):
+    stages = run(small_runs["simsiam"], tmp_path / "s.parquet", "--embedding", "stages")
+    encoder = read_run(str(small_runs["simsiam"]), embedding="stages").encoder()
+    assert stages.vectors.shape[1] == encoder.embedding_dim
+    assert stages.provenance["embedding"] == "stages"
+
+
 def test_projection_and_the_middle_of_each_segment(small_runs, tmp_path):
     projection = run(small_runs["simsiam"], tmp_path / "p.parquet", "--embedding", "projection")
     assert projection.vectors.shape[1] == 32

@@ -184,10 +184,10 @@ def test_songs_are_cut_as_those_of_the_training_also_without_their_shards(small_
     assert SongEncoder(run).segment_seconds == 3
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "projection", "windows"])
+@pytest.mark.parametrize("kind", [*KINDS, "projection", "stages", "windows"])
 def test_onnxruntime_agrees_with_torch_for_any_batch_and_length(exported, small_runs, tmp_path, kind):
     folder = exported.get(kind, tmp_path / kind)
-    embedding = "projection" if kind == "projection" else None
+    embedding = kind if kind in ("projection", "stages") else None
     run = read_run(str(small_runs["simple" if kind == "simple" else "simsiam"]), embedding=embedding)
     if kind == "windows":
         windows = replace_settings(run.config, encoder__simsiam__embedding_seconds=0.5)

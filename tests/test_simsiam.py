@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config, EncoderConfig, SimSiamConfig
 from simsiam_dali.models.losses import negative_cosine, simsiam_loss
+from simsiam_dali.models.resnet import statistics
 from simsiam_dali.models.simsiam import SimSiam
 
 
@@ -92,6 +94,37 @@ def test_pretrained_weights_are_not_zeroed(weights: Path) -> None:
     backbone = small(pretrained_backbone=str(weights)).backbone.state_dict()
     for name in backbone.keys() - {"conv1.weight"}:
         assert torch.equal(backbone[name], state[name]), name
+
+
+def test_statistics_of_a_map_with_known_values() -> None:
+    """Of two channels, one alternates in time between 0 and 2, the other in frequency: its mean does not change."""
+    in_time = torch.tensor([0.0, 2.0]).repeat(3)[None, :].expand(4, 6)
+    in_frequency = torch.tensor([0.0, 6.0]).repeat(2)[:, None].expand(4, 6)
+    found = statistics(torch.stack([in_time, in_frequency])[None].bfloat16())
+    mean, deviation, most = [1, 3], [1, 0], [2, 6]
+    expected = [torch.tensor(own, dtype=torch.float32) / np.linalg.norm(own) for own in (mean, deviation, most)]
+    torch.testing.assert_close(found, torch.cat(expected)[None])
+
+
+def test_statistics_of_silence_and_of_a_single_frame_are_finite() -> None:
+    assert torch.equal(statistics(torch.zeros(2, 3, 4, 5)), torch.zeros(2, 9))
+    one = statistics(torch.ones(2, 3, 4, 1))
+    assert torch.equal(one[:, 3:6], torch.zeros(2, 3))
+    torch.testing.assert_close(one.square().sum(dim=1), torch.full((2,), 2.0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("backbone", "channels"), [("resnet18", [16, 16, 32, 64]), ("resnet50", [16, 64, 128, 256])])
+def test_an_embedding_of_stages_is_the_statistics_of_all_maps_but_the_last(backbone: str, channels: list[int]) -> None:
+    model = small(backbone=backbone, backbone_width=16, embedding="stages").eval()
+    maps: list[torch.Tensor] = []
+    for name in ("relu", "layer1", "layer2", "layer3", "layer4"):
+        getattr(model.backbone, name).register_forward_hook(lambda module, x, y: maps.append(y.clone()))  # noqa: ARG005
+    model.features(views(2)[0])
+    expected = torch.cat([statistics(own) for own in maps[:4]], dim=1)
+    assert [own.shape[1] for own in maps[:4]] == channels
+    assert model.embedding_dim == 3 * sum(channels)
+    torch.testing.assert_close(model.embed(views(2)[0]), expected)
 
 
 @pytest.mark.parametrize(("backbone", "dim"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
@@ -275,7 +308,7 @@ def test_the_prediction_of_a_short_view_is_compared_with_the_mean_of_all_project
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("embedding", ["backbone", "projection"])
+@pytest.mark.parametrize("embedding", ["backbone", "projection", "stages"])
 def test_a_view_is_embedded_in_windows_where_that_is_set(embedding: str) -> None:
     """A second at 16 kHz and a hop of 512 samples has 32 frames: two windows and 10 frames that fill none."""
     whole, windowed = small(embedding=embedding).eval(), small(embedding=embedding, embedding_seconds=1.0).eval()

@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from simsiam_dali.common.shipped import config_file
 from simsiam_dali.config.load import default_config_file, load_config, sources_of
-from simsiam_dali.config.schema import flat, setting_fields
+from simsiam_dali.config.schema import Embedding, flat, setting_fields
 
 PROGRAM = "simsiam-dali"
 
@@ -87,7 +87,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         help="a run's folder or name, or a checkpoint file (default: the newest run in runs/)",
     )  # fmt: skip
     parser.add_argument(
-        "--embedding", choices=["backbone", "projection"],
+        "--embedding", choices=get_args(Embedding),
         help="output to use, of an encoder on views (default: the training's encoder.simsiam.embedding)",
     )  # fmt: skip
 

@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 from simsiam_dali.config.hpo import HpoConfig
 from simsiam_dali.config.section import Probability, Section
 
+Embedding = Literal["backbone", "projection", "stages"]
+
 Address = Annotated[str, Field(pattern=r"^s3://[^/]+")]
 
 
@@ -114,7 +116,10 @@ class SimSiamConfig(OptimizerConfig):
     pretrained_backbone: bool | Path = Field(
         False, description="true = torchvision's ImageNet weights, or a local state_dict file"
     )
-    embedding: Literal["backbone", "projection"] = Field("backbone", description="what a song's embedding is")
+    embedding: Embedding = Field(
+        "backbone",
+        description="what embeds a song; stages = statistics of the maps of the stem and of all stages but the last",
+    )
     embedding_seconds: float | None = Field(
         None, gt=0, description="embed a view in windows of this length, and average them, s; null = the whole view"
     )

@@ -28,7 +28,8 @@ class Projected(Encoder):
         )
         self.projector = create_projector(self.backbone_dim, settings.projection_dim, settings.projection_layers)
         self.output_dim = settings.projection_dim
-        self.embedding_dim = self.backbone_dim if settings.embedding == "backbone" else settings.projection_dim
+        widths = {"projection": settings.projection_dim, "stages": self.backbone.statistics_dim}
+        self.embedding_dim = widths.get(settings.embedding, self.backbone_dim)
 
     def features(self, view: Tensor) -> Tensor:
         """One view `(B, n_mels, T)` to the backbone's pooled output `(B, D)`."""
@@ -49,6 +50,8 @@ class Projected(Encoder):
         return embedded.reshape(batch, number, -1).mean(dim=1)
 
     def _embed(self, view: Tensor) -> Tensor:
+        if self.settings.embedding == "stages":
+            return self.backbone.stage_statistics(view.unsqueeze(1))
         features = self.features(view)
         return features if self.settings.embedding == "backbone" else self.projector(features)
 
@@ -58,7 +61,7 @@ class ProjectedType(EncoderType):
 
     batches = "views"
     embeds = "clean"
-    outputs = ("backbone", "projection")
+    outputs = ("backbone", "projection", "stages")
     loss_type: ClassVar[str]
 
     def __init__(self, config: Config) -> None:

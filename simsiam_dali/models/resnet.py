@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -28,11 +29,26 @@ class MeanMax(nn.Module):
         return torch.cat([x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)], dim=1)
 
 
-class _Resnet(torchvision.models.ResNet):
-    """torchvision's ResNet with `width` channels in its first stage instead of 64."""
+def statistics(x: Tensor) -> Tensor:
+    """Of a map `(B, C, F, T)`: mean, standard deviation over time of the mean over frequency, and maximum: `(B, 3 C)`.
+
+    Each of the three is scaled to length 1, or the layers with the largest values would decide alone which songs are
+    near. float32. Statistics over time are those of speaker embeddings: Snyder et al., "X-Vectors", ICASSP 2018.
+    """
+    x = x.float()  # whatever autocast left
+    deviation = x.mean(dim=2).var(dim=2, correction=0).sqrt()
+    return torch.cat([F.normalize(own, dim=1) for own in (x.mean(dim=(2, 3)), deviation, x.amax(dim=(2, 3)))], dim=1)
+
+
+class Resnet(torchvision.models.ResNet):
+    """torchvision's ResNet with `width` channels in its first stage instead of 64.
+
+    statistics_dim: width of what `stage_statistics` returns.
+    """
 
     def __init__(self, block: Any, layers: list[int], width: int) -> None:
         self.width = width
+        self.statistics_dim = 3 * width * (1 + 7 * block.expansion)
         super().__init__(block, layers, zero_init_residual=True)
 
     def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
@@ -41,6 +57,20 @@ class _Resnet(torchvision.models.ResNet):
             self.conv1 = nn.Conv2d(3, self.width, kernel_size=7, stride=2, padding=3, bias=False)
             self.bn1 = nn.BatchNorm2d(self.width)
         return super()._make_layer(block, planes * self.width // WIDTH, *args, **options)
+
+    def stage_statistics(self, x: Tensor) -> Tensor:
+        """The `statistics` of the stem's map and of each stage's but the last: `(B, 1, F, T)` to `(B, statistics_dim)`.
+
+        The last map is nearest to the loss, which has it forget what the augmentations change; earlier ones often serve
+        other questions better: Bordes et al., "Guillotine Regularization", arXiv:2206.13378.
+        """
+        x = self.relu(self.bn1(self.conv1(x)))
+        found = [statistics(x)]
+        x = self.maxpool(x)
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
+            found.append(statistics(x))
+        return torch.cat(found, dim=1)
 
 
 _STAGES: dict[Backbone, tuple[Any, list[int]]] = {
@@ -52,10 +82,10 @@ _STAGES: dict[Backbone, tuple[Any, list[int]]] = {
 
 def create_backbone(
     name: Backbone, pretrained: bool | str | Path, width: int = WIDTH, pooling: Pooling = "mean"
-) -> tuple[nn.Module, int]:
+) -> tuple[Resnet, int]:
     """A torchvision ResNet with a one-channel stem and no classifier, and the width of its output."""
     # Each residual block starts as the identity, as in the published code; pretrained weights replace this.
-    resnet = _Resnet(*_STAGES[name], width)
+    resnet = Resnet(*_STAGES[name], width)
     dim = _STAGES[name][0].expansion * 8 * width
     resnet.fc = nn.Identity()
     if pretrained and width != WIDTH:
