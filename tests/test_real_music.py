@@ -1,5 +1,6 @@
 """The experiment on real music: halves without overlap, scores that can be checked by hand, a peer that is one."""
 
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -291,12 +292,29 @@ def test_a_baseline_that_draws_nothing_is_the_same_for_every_seed():
     assert equal_time_scores.gap_line(doc, "no such row", "MFCC") is None
 
 
+def test_rows_of_one_training_are_made_by_one_job() -> None:
+    base, stages = equal_time_scores.BASE, equal_time_scores.STAGES
+    jobs = [job for row in (base, "contrastive", stages) for job in equal_time.trainings(row, 5, 0)]
+    one, two, *others = equal_time.merged(jobs)
+    assert one == halves.Job(
+        base, "simsiam", "a", 0, {"encoder.epochs": 5}, {base: (), stages: ("--embedding", "stages")}
+    )
+    assert (two.trained_on, two.tables) == ("b", one.tables)
+    assert [(job.name, job.trained_on) for job in others] == [("contrastive", "a"), ("contrastive", "b")]
+
+
+@pytest.mark.parametrize("row", [row for row, own in equal_time.CANDIDATES.items() if own.trained_as])
+def test_a_row_of_another_one_s_encoders_would_train_the_same(row: str) -> None:
+    own, other = (equal_time.trainings(name, 5, 0)[0] for name in (row, equal_time.CANDIDATES[row].trained_as))
+    assert own == dataclasses.replace(other, tables=own.tables)
+
+
 @pytest.mark.parametrize("row", equal_time.CANDIDATES)
 def test_each_candidate_changes_the_recipe(row):
-    def trained(name: str) -> tuple[Config, str, int]:
+    def trained(name: str) -> tuple[Config, str, int, tuple[str, ...]]:
         job = equal_time.trainings(name, 5, 0)[0]
         config = load_config(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
-        return config, job.kind, job.segment_seconds
+        return config, job.kind, job.segment_seconds, job.tables[name]
 
     assert (trained(row) == trained(equal_time_scores.BASE)) == (row == equal_time_scores.BASE)
 
@@ -434,6 +452,21 @@ def test_tables_are_scored_beside_the_first(tmp_path):
         list(score.table_lines(given | {"other": [tmp_path / "other.parquet"]}))
     with pytest.raises(UserError, match="is not NAME=TABLE"):
         score.named("table.parquet")
+
+
+def test_baselines_that_the_document_has_are_not_made_again(tmp_path):
+    """Where it goes on, on another machine, the encoders of finished seeds are not there."""
+    rng = np.random.default_rng(0)
+    songs = [(f"{package}/{i}", [f"artist {i % 3}"]) for package in ("one", "two") for i in range(12)]
+    known = {name: {"0": {"a": {}, "b": {}}} for name in equal_time.BASELINES}
+    for job, name in ((job, name) for job in equal_time.trainings(equal_time_scores.BASE, 1, 1) for name in known):
+        write_table(job.table(tmp_path / "equal-time", name), songs, rng.standard_normal((24, 5)))
+    found = equal_time.baselines(halves.halves_of(tmp_path), ["0", "1"], known)
+    assert {name: [*own] for name, own in found.items()} == {
+        name: ["0", "1"] if "untrained" in options else ["0"] for name, options in equal_time.BASELINES.items()
+    }
+    assert found["MFCC"] == known["MFCC"]
+    assert len(found["untrained encoder"]["1"]["a"]["soundtrack/map"]) == len(songs)
 
 
 def test_todays_rule_is_what_the_scores_are_of(tmp_path):

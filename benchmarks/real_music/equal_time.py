@@ -14,11 +14,12 @@ command continues where it was stopped, on another machine too.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +29,7 @@ import halves
 import numpy as np
 import run
 import torch
-from equal_time_scores import BASE, METRICS, PEER, Scores, difference, interval, of_songs, page_lines
+from equal_time_scores import BASE, METRICS, PEER, STAGES, Scores, difference, interval, of_songs, page_lines
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -47,11 +48,16 @@ MIN_SEEDS = 2
 
 @dataclass(frozen=True)
 class Candidate:
-    """kind: an encoder type, or lightly. settings: over the recipe's. segment_seconds: of the shards it learns from."""
+    """kind: an encoder type, or lightly. settings: over the recipe's. segment_seconds: of the shards it learns from.
+
+    embedding: another output of the encoders of the row `trained_as`, which is not trained again.
+    """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "simsiam"
     segment_seconds: int = halves.SEGMENT_SECONDS
+    embedding: str = ""
+    trained_as: str = ""
 
 
 UNHEARD = "unheard"
@@ -61,6 +67,11 @@ AUGMENTATION = "encoder.simsiam.augmentation"
 NOISE = {f"{AUGMENTATION}.noise_prob": 0.3}
 SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
 NO_SHIFT = {f"{AUGMENTATION}.time_shift_prob": 0}
+BASELINES = {
+    **{name: ("--features", feature) for feature, name in run.BASELINES.items()},
+    "untrained encoder, embedded by stages": ("--features", "untrained", "--embedding", "stages"),
+}
+"""What a baseline is called, and the options of `simsiam_dali.embed` that make its table."""
 SHORT_NOISY = NOISE | SHORT | NO_SHIFT
 WINDOWS = {"encoder.simsiam.embedding": "projection", "encoder.simsiam.embedding_seconds": 2.5}
 CANDIDATES = {
@@ -92,10 +103,13 @@ CANDIDATES = {
     "joint, 2.5 s noisy views of 60 s, windows": Candidate(SHORT_NOISY | WINDOWS, "joint", 60),
     "simple (from tags)": Candidate(kind="simple"),
     PEER: Candidate(kind="lightly"),
+    STAGES: Candidate(embedding="stages", trained_as=BASE),
+    "contrastive, embedded by stages": Candidate(kind="contrastive", embedding="stages", trained_as="contrastive"),
 }
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
 the segment, the farther apart. Noisy views have noise and no circular shift. Short views beside are of 2.5 s, with a
-predictor of their own; windows: songs are embedded by the projection, in windows of a view's length."""
+predictor of their own; windows: songs are embedded by the projection, in windows of a view's length. Embedded by
+stages: by statistics of the maps before the last stage."""
 
 
 def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
@@ -113,7 +127,18 @@ def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
     """A candidate's trainings by one seed, one from each half."""
     own = CANDIDATES[row]
     settings = {"encoder.epochs": epochs, **own.settings}
-    return [halves.Job(row, own.kind, half, seed, settings, {row: ()}, own.segment_seconds) for half in halves.HALVES]
+    name, tables = own.trained_as or row, {row: ("--embedding", own.embedding) if own.embedding else ()}
+    return [halves.Job(name, own.kind, half, seed, settings, tables, own.segment_seconds) for half in halves.HALVES]
+
+
+def merged(jobs: Iterable[halves.Job]) -> list[halves.Job]:
+    """Jobs of one training as one, which makes all of their tables."""
+    found: dict[tuple[str, str, int], halves.Job] = {}
+    for job in jobs:
+        key = (job.name, job.trained_on, job.seed)
+        tables = {**found[key].tables, **job.tables} if key in found else job.tables
+        found[key] = dataclasses.replace(job, tables=tables)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -134,11 +159,12 @@ class Setup:
 
         Medians, from a short training on each half, as many side by side as later.
         """
-        timed = [row for row in rows if row != PEER]
+        trained = {row: CANDIDATES[row].trained_as or row for row in rows if row != PEER}
+        timed = {*trained.values()} - {BASE}
         with TemporaryDirectory(dir=self.shards.folder) as name:
-            seconds = {row: self._epoch_seconds(row, Path(name)) for row in (BASE, *timed)}
+            seconds = {row: self._epoch_seconds(row, Path(name)) for row in (BASE, *sorted(timed)) if timed}
         # The peer keeps no journal: it is given the recipe's steps.
-        return {row: seconds[row] / seconds[BASE] if row in seconds else 1.0 for row in rows}
+        return {row: seconds[trained[row]] / seconds[BASE] if trained.get(row, BASE) in timed else 1.0 for row in rows}
 
     def _epoch_seconds(self, row: str, folder: Path) -> float:
         timed = trainings(row, TIMED_EPOCHS, 0)
@@ -175,12 +201,13 @@ def missing(doc: Mapping[str, Any], row: str, seed: int) -> list[halves.Job]:
 
 def add_scores(doc: dict[str, Any], done: Sequence[halves.Job], folder: Path) -> None:
     """Put the scores of trainings into the document."""
-    for job in done:
-        found = run.of_each_song(job.table(folder, job.name))
-        own = doc["scores"].setdefault(job.name, {}).setdefault(str(job.seed), {})
-        own[job.trained_on] = {metric: found[metric].round(4).tolist() for metric in METRICS}
-        doc.setdefault("untagged", {})[job.trained_on] = np.flatnonzero(found["soundtrack/untagged"]).tolist()
-        doc.setdefault("soundtracks", {})[job.trained_on] = found["soundtrack/of"].tolist()
+    made = [(job, row) for job in done for row in job.tables]
+    for of, row in made:
+        found = run.of_each_song(of.table(folder, row))
+        own = doc["scores"].setdefault(row, {}).setdefault(str(of.seed), {})
+        own[of.trained_on] = {metric: found[metric].round(4).tolist() for metric in METRICS}
+        doc.setdefault("untagged", {})[of.trained_on] = np.flatnonzero(found["soundtrack/untagged"]).tolist()
+        doc.setdefault("soundtracks", {})[of.trained_on] = found["soundtrack/of"].tolist()
 
 
 def write(doc: Mapping[str, Any], path: Path) -> None:
@@ -202,27 +229,31 @@ def prepare(part: str, work: Path, music: Path, rows: Sequence[str]) -> halves.S
     return halves.prepare(work / part, music, halves.SETS[part], lengths)
 
 
-def baseline_table(feature: str, half: str, shards: halves.Shards, seed: int = 0) -> Path:
-    """The table of a baseline's features of the songs that `half` is asked about; untrained: the seed's recipe."""
+def baseline_table(name: str, half: str, shards: halves.Shards, seed: int = 0) -> Path:
+    """The table of a baseline of the songs that `half` is asked about; an untrained encoder is of the seed's recipe."""
     folder = shards.folder / "equal-time"
     job = next(job for job in trainings(BASE, 1, seed) if job.trained_on == half)
-    table = job.table(folder, run.BASELINES[feature])
+    table = job.table(folder, name)
     if not table.exists():
         run_dir = folder / "runs" / f"{halves.slug(BASE)}-{half}-{seed}"
-        words = ["--checkpoint", run_dir, "--shards", shards.asked[half], "--features", feature, "--out", table]
+        words = ["--checkpoint", run_dir, "--shards", shards.asked[half], *BASELINES[name], "--out", table]
         halves.python(["-m", "simsiam_dali.embed", *words])
     return table
 
 
-def baselines(shards: halves.Shards, seeds: Sequence[str]) -> dict[str, dict[str, Scores]]:
-    """Each baseline's scores, as the document has a row's. The untrained encoder is another one for each seed."""
+def baselines(shards: halves.Shards, seeds: Sequence[str], known: Mapping[str, Any]) -> dict[str, dict[str, Scores]]:
+    """Each baseline's scores, as the document has a row's. The untrained encoder is another one for each seed.
+
+    known: those that the document has.
+    """
     found: dict[str, dict[str, Scores]] = {}
-    for feature, name in run.BASELINES.items():
-        for seed in seeds if feature == "untrained" else seeds[:1]:
-            for half in halves.HALVES:
-                each = run.of_each_song(baseline_table(feature, half, shards, int(seed)))
-                own = {metric: each[metric].round(4).tolist() for metric in METRICS}
-                found.setdefault(name, {}).setdefault(seed, {})[half] = own
+    for name, options in BASELINES.items():
+        own = found.setdefault(name, dict(known.get(name, {})))
+        for seed in seeds if "untrained" in options else seeds[:1]:
+            if seed in own:
+                continue
+            each = {half: run.of_each_song(baseline_table(name, half, shards, int(seed))) for half in halves.HALVES}
+            own[seed] = {half: {m: scores[m].round(4).tolist() for m in METRICS} for half, scores in each.items()}
     return found
 
 
@@ -251,13 +282,14 @@ def main() -> None:
     doc["epochs"] = epochs_of(doc["cost"], doc["base_epochs"])
 
     for seed in range(args.seeds):
-        wanted = [job for row in rows for job in missing(doc, row, seed)]  # of all rows at once, so that no core waits
+        # Of all rows at once, so that no core waits.
+        wanted = merged(job for row in rows for job in missing(doc, row, seed))
         if wanted:
             setup.train(wanted, folder)
             add_scores(doc, wanted, folder)
             doc["environment"] = machine.environment(device)  # of the latest training
             write(doc, args.json)
-    doc["baselines"] = baselines(shards, list(doc["scores"][BASE]))
+    doc["baselines"] = baselines(shards, list(doc["scores"][BASE]), doc.get("baselines", {}))
     write(doc, args.json)
     print("\n".join(page_lines(doc)))
 

@@ -140,20 +140,20 @@ class Row:
     @classmethod
     def open(cls, name: str, shards: halves.Shards, seeds: int) -> Self:
         """Raises UserError where a table is missing; those of baselines are computed where they are."""
-        baseline = next((feature for feature, row in run.BASELINES.items() if row == name), None)
-        if baseline and baseline != "untrained":
+        baseline = name in equal_time.BASELINES
+        if baseline and "untrained" not in equal_time.BASELINES[name]:
             seeds = 1  # nothing in it is drawn
         tables: dict[int, dict[str, Path]] = {}
         for seed, half in itertools.product(range(seeds), halves.HALVES):
             if baseline:
-                table = equal_time.baseline_table(baseline, half, shards, seed)
+                table = equal_time.baseline_table(name, half, shards, seed)
             else:
                 job = next(job for job in equal_time.trainings(name, 1, seed) if job.trained_on == half)
                 table = job.table(shards.folder / "equal-time", name)
                 if not table.exists():
                     raise UserError(f"no {table}: train first with equal_time.py --rows '{name}'")
             tables.setdefault(seed, {})[half] = table
-        mfcc = {half: equal_time.baseline_table("mfcc", half, shards) for half in halves.HALVES}
+        mfcc = {half: equal_time.baseline_table("MFCC", half, shards) for half in halves.HALVES}
         soundtracks = np.concatenate([run.of_each_song(mfcc[half])["soundtrack/of"] for half in halves.HALVES])
         beside = {}
         for half, table in mfcc.items():
@@ -213,7 +213,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    rows = [*equal_time.CANDIDATES, *run.BASELINES.values()]
+    rows = [*equal_time.CANDIDATES, *equal_time.BASELINES]
     add("row", choices=rows, metavar="ROW", help=f"of equal_time.py, or one of {', '.join(run.BASELINES.values())}")
     add("--work", type=Path, default=Path("real_music"), metavar="DIR", help="as of equal_time.py")
     add(
