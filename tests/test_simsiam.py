@@ -101,30 +101,41 @@ def test_statistics_of_a_map_with_known_values() -> None:
     in_time = torch.tensor([0.0, 2.0]).repeat(3)[None, :].expand(4, 6)
     in_frequency = torch.tensor([0.0, 6.0]).repeat(2)[:, None].expand(4, 6)
     found = statistics(torch.stack([in_time, in_frequency])[None].bfloat16())
-    mean, deviation, most = [1, 3], [1, 0], [2, 6]
-    expected = [torch.tensor(own, dtype=torch.float32) / np.linalg.norm(own) for own in (mean, deviation, most)]
+    mean, deviation, most, change = [1, 3], [1, 0], [2, 6], [2, 0]
+    expected = [torch.tensor(own, dtype=torch.float32) / np.linalg.norm(own) for own in (mean, deviation, most, change)]
     torch.testing.assert_close(found, torch.cat(expected)[None])
 
 
+def test_change_is_from_frame_to_frame_and_deviation_of_the_whole() -> None:
+    """Both channels rise by as much over all; one does at once, the other frame by frame."""
+    at_once, evenly = torch.tensor([0.0, 0.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    _, deviation, _, change = statistics(torch.stack([at_once, evenly])[None, :, None]).reshape(4, 2)
+    assert (deviation[0] / deviation[1]).item() == pytest.approx(at_once.std().item() / evenly.std().item())
+    assert (change[0] / change[1]).item() == pytest.approx(3 / 3**0.5)
+
+
 def test_statistics_of_silence_and_of_a_single_frame_are_finite() -> None:
-    assert torch.equal(statistics(torch.zeros(2, 3, 4, 5)), torch.zeros(2, 9))
-    one = statistics(torch.ones(2, 3, 4, 1))
-    assert torch.equal(one[:, 3:6], torch.zeros(2, 3))
-    torch.testing.assert_close(one.square().sum(dim=1), torch.full((2,), 2.0))
+    assert torch.equal(statistics(torch.zeros(2, 3, 4, 5)), torch.zeros(2, 12))
+    mean, deviation, most, change = statistics(torch.ones(2, 3, 4, 1)).reshape(2, 4, 3).unbind(dim=1)
+    assert torch.equal(deviation, torch.zeros(2, 3))
+    assert torch.equal(change, torch.zeros(2, 3))
+    torch.testing.assert_close(mean.square().sum(dim=1), torch.ones(2))
+    assert torch.equal(mean, most)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("backbone", "channels"), [("resnet18", [16, 16, 32, 64]), ("resnet50", [16, 64, 128, 256])])
 def test_an_embedding_of_stages_is_the_statistics_of_all_maps_but_the_last(backbone: str, channels: list[int]) -> None:
-    model = small(backbone=backbone, backbone_width=16, embedding="stages").eval()
+    model = small(backbone=backbone, backbone_width=16, n_mels=32, embedding="stages").eval()
     maps: list[torch.Tensor] = []
     for name in ("relu", "layer1", "layer2", "layer3", "layer4"):
         getattr(model.backbone, name).register_forward_hook(lambda module, x, y: maps.append(y.clone()))  # noqa: ARG005
-    model.features(views(2)[0])
-    expected = torch.cat([statistics(own) for own in maps[:4]], dim=1)
+    view = views(2)[0]
+    model.features(view)
+    expected = torch.cat([statistics(view[:, :, None]), *(statistics(own) for own in maps[:4])], dim=1)
     assert [own.shape[1] for own in maps[:4]] == channels
-    assert model.embedding_dim == 3 * sum(channels)
-    torch.testing.assert_close(model.embed(views(2)[0]), expected)
+    assert model.embedding_dim == 4 * (view.shape[1] + sum(channels))
+    torch.testing.assert_close(model.embed(view), expected)
 
 
 @pytest.mark.parametrize(("backbone", "dim"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])

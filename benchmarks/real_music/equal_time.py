@@ -126,7 +126,7 @@ def is_given_up(row: Mapping[str, Scores], base: Mapping[str, Scores], soundtrac
 def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
     """A candidate's trainings by one seed, one from each half."""
     own = CANDIDATES[row]
-    settings = {"encoder.epochs": epochs, **own.settings}
+    settings = {"encoder.epochs": epochs, "encoder.simsiam.embedding": "backbone", **own.settings}
     name, tables = own.trained_as or row, {row: ("--embedding", own.embedding) if own.embedding else ()}
     return [halves.Job(name, own.kind, half, seed, settings, tables, own.segment_seconds) for half in halves.HALVES]
 

@@ -38,14 +38,15 @@ from simsiam_dali.evaluation.plan import all_label_ids
 NEIGHBOURS, RETRIEVED = 5, 10
 TARGETS = ("soundtrack", "artist")
 
-OURS, PROJECTION, PEER, SIMPLE = (
+OURS, STAGES, PROJECTION, PEER, SIMPLE = (
     "SimSiam",
+    "SimSiam, embedded by stages",
     "SimSiam, its projection",
     "SimSiam of lightly's parts",
     "simple (from tags)",
 )
 BASELINES = {"untrained": "untrained encoder", "mfcc": "MFCC", "log-mel": "log-mel"}
-ORDER = (OURS, PROJECTION, PEER, SIMPLE, *BASELINES.values())
+ORDER = (OURS, STAGES, PROJECTION, PEER, SIMPLE, *BASELINES.values())
 
 
 def plan(seeds: int) -> Iterator[halves.Job]:
@@ -54,9 +55,10 @@ def plan(seeds: int) -> Iterator[halves.Job]:
     for seed in range(seeds):
         for half in halves.HALVES:
             tables: dict[str, tuple[str, ...]] = {
-                OURS: (),
+                OURS: ("--embedding", "backbone"),
+                STAGES: ("--embedding", "stages"),
                 PROJECTION: ("--embedding", "projection"),
-                BASELINES["untrained"]: ("--features", "untrained"),
+                BASELINES["untrained"]: ("--features", "untrained", "--embedding", "backbone"),
             }
             if seed == 0:  # nothing in them is drawn
                 tables |= {BASELINES[name]: ("--features", name) for name in ("mfcc", "log-mel")}

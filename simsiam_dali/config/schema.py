@@ -118,7 +118,7 @@ class SimSiamConfig(OptimizerConfig):
     )
     embedding: Embedding = Field(
         "backbone",
-        description="what embeds a song; stages = statistics of the maps of the stem and of all stages but the last",
+        description="what embeds a song; stages = statistics of the log-mel and of all maps but the last stage's",
     )
     embedding_seconds: float | None = Field(
         None, gt=0, description="embed a view in windows of this length, and average them, s; null = the whole view"

@@ -28,7 +28,7 @@ class Projected(Encoder):
         )
         self.projector = create_projector(self.backbone_dim, settings.projection_dim, settings.projection_layers)
         self.output_dim = settings.projection_dim
-        widths = {"projection": settings.projection_dim, "stages": self.backbone.statistics_dim}
+        widths = {"projection": settings.projection_dim, "stages": 4 * (settings.n_mels + self.backbone.map_channels)}
         self.embedding_dim = widths.get(settings.embedding, self.backbone_dim)
 
     def features(self, view: Tensor) -> Tensor:

@@ -30,25 +30,26 @@ class MeanMax(nn.Module):
 
 
 def statistics(x: Tensor) -> Tensor:
-    """Of a map `(B, C, F, T)`: mean, standard deviation over time of the mean over frequency, and maximum: `(B, 3 C)`.
+    """Of a map `(B, C, F, T)`, `(B, 4 C)` float32: four statistics of each channel, each scaled to length 1.
 
-    Each of the three is scaled to length 1, or the layers with the largest values would decide alone which songs are
-    near. float32. Statistics over time are those of speaker embeddings: Snyder et al., "X-Vectors", ICASSP 2018.
+    Mean; standard deviation over time of the mean over frequency; maximum; root mean square of the change from frame to
+    frame. Scaled, or the maps with the largest values would decide alone which songs are near. Statistics over time are
+    those of speaker embeddings (Snyder et al., "X-Vectors", ICASSP 2018).
     """
     x = x.float()  # whatever autocast left
     deviation = x.mean(dim=2).var(dim=2, correction=0).sqrt()
-    return torch.cat([F.normalize(own, dim=1) for own in (x.mean(dim=(2, 3)), deviation, x.amax(dim=(2, 3)))], dim=1)
+    change = F.pad(x[..., 1:] - x[..., :-1], (1, 0)).square().mean(dim=(2, 3)).sqrt()  # 0 of a single frame
+    parts = (x.mean(dim=(2, 3)), deviation, x.amax(dim=(2, 3)), change)
+    return torch.cat([F.normalize(own, dim=1) for own in parts], dim=1)
 
 
 class Resnet(torchvision.models.ResNet):
-    """torchvision's ResNet with `width` channels in its first stage instead of 64.
-
-    statistics_dim: width of what `stage_statistics` returns.
-    """
+    """torchvision's ResNet with `width` channels in its first stage instead of 64."""
 
     def __init__(self, block: Any, layers: list[int], width: int) -> None:
         self.width = width
-        self.statistics_dim = 3 * width * (1 + 7 * block.expansion)
+        self.map_channels = width * (1 + 7 * block.expansion)
+        """Of the stem's map, and those of the first three stages."""
         super().__init__(block, layers, zero_init_residual=True)
 
     def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
@@ -58,14 +59,15 @@ class Resnet(torchvision.models.ResNet):
             self.bn1 = nn.BatchNorm2d(self.width)
         return super()._make_layer(block, planes * self.width // WIDTH, *args, **options)
 
-    def stage_statistics(self, x: Tensor) -> Tensor:
-        """The `statistics` of the stem's map and of each stage's but the last: `(B, 1, F, T)` to `(B, statistics_dim)`.
+    def stage_statistics(self, view: Tensor) -> Tensor:
+        """The `statistics` of log-mels `(B, 1, n_mels, T)`, and of the maps that they become but for the last stage's.
 
-        The last map is nearest to the loss, which has it forget what the augmentations change; earlier ones often serve
-        other questions better: Bordes et al., "Guillotine Regularization", arXiv:2206.13378.
+        `(B, 4 (n_mels + map_channels))`; the log-mel's channels are its mel bins. The last map is nearest to the loss,
+        which has it forget what the augmentations change; earlier ones often serve other questions better: Bordes et
+        al., "Guillotine Regularization", arXiv:2206.13378.
         """
-        x = self.relu(self.bn1(self.conv1(x)))
-        found = [statistics(x)]
+        x = self.relu(self.bn1(self.conv1(view)))
+        found = [statistics(view.transpose(1, 2)), statistics(x)]
         x = self.maxpool(x)
         for stage in (self.layer1, self.layer2, self.layer3):
             x = stage(x)
