@@ -36,10 +36,10 @@ def statistics(x: Tensor) -> Tensor:
     frame. Scaled, or the maps with the largest values would decide alone which songs are near. Statistics over time are
     those of speaker embeddings (Snyder et al., "X-Vectors", ICASSP 2018).
     """
-    x = x.float()  # whatever autocast left
-    deviation = x.mean(dim=2).var(dim=2, correction=0).sqrt()
-    change = F.pad(x[..., 1:] - x[..., :-1], (1, 0)).square().mean(dim=(2, 3)).sqrt()  # 0 of a single frame
-    parts = (x.mean(dim=(2, 3)), deviation, x.amax(dim=(2, 3)), change)
+    # In float32, whatever autocast left, but without a copy of the map: the stem's is the largest of the encoder.
+    mean, of_frames = (x.mean(dim=dims, dtype=torch.float32) for dims in ((2, 3), 2))
+    change = torch.linalg.vector_norm(x[..., 1:] - x[..., :-1], dim=(2, 3), dtype=torch.float32)
+    parts = (mean, of_frames.var(dim=2, correction=0).sqrt(), x.amax(dim=(2, 3)).float(), change)
     return torch.cat([F.normalize(own, dim=1) for own in parts], dim=1)
 
 
