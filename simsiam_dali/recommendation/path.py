@@ -68,12 +68,15 @@ def song_path(
 
 
 def taken_elsewhere(rows: Sequence[int], is_own: np.ndarray, nearness: np.ndarray) -> list[int]:
-    """The places that lose their song, as another has it too: it stays where it is nearest.
+    """Of the places that want one song, the farthest from it, for each song that several want.
 
-    No place loses its own song, though: so each has one left, whatever is taken away.
+    One at a time: the others may want another song when it has gone. No place loses its own song, though: so each has
+    one left, whatever is taken away.
     """
-    keeper = {rows[place]: place for place in np.lexsort((nearness, is_own)).tolist()}  # the last of each song stays
-    return [place for place, row in enumerate(rows) if keeper[row] != place]
+    places: dict[int, list[int]] = {}
+    for place in np.lexsort((nearness, is_own)).tolist():  # the farthest first, and a place's own song last
+        places.setdefault(rows[place], []).append(place)
+    return [wanting[0] for wanting in places.values() if len(wanting) > 1]
 
 
 def step_costs(x: np.ndarray, layers: Sequence[np.ndarray], artists: Sequence[Sequence[str]]) -> list[np.ndarray]:
