@@ -25,11 +25,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import equal_time_scores
 import halves
 import numpy as np
 import run
 import torch
-from equal_time_scores import BASE, METRICS, PEER, STAGES, Scores, difference, interval, of_songs, page_lines
+from equal_time_scores import BASE, METRICS, PEER, STAGES, UNTRAINED_STAGES, Scores, of_songs, page_lines
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -69,7 +70,7 @@ SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
 NO_SHIFT = {f"{AUGMENTATION}.time_shift_prob": 0}
 BASELINES = {
     **{name: ("--features", feature) for feature, name in run.BASELINES.items()},
-    "untrained encoder, embedded by stages": ("--features", "untrained", "--embedding", "stages"),
+    UNTRAINED_STAGES: ("--features", "untrained", "--embedding", "stages"),
 }
 """What a baseline is called, and the options of `simsiam_dali.embed` that make its table."""
 SHORT_NOISY = NOISE | SHORT | NO_SHIFT
@@ -119,8 +120,8 @@ def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
 
 def is_given_up(row: Mapping[str, Scores], base: Mapping[str, Scores], soundtracks: np.ndarray) -> bool:
     """Whether the interval of mAP@10's difference lies below 0."""
-    found = difference(row, base, "soundtrack/map")
-    return found is not None and len(found) >= MIN_SEEDS and interval(found, soundtracks)[1] < 0
+    found = equal_time_scores.difference(row, base, "soundtrack/map")
+    return found is not None and len(found) >= MIN_SEEDS and equal_time_scores.interval(found, soundtracks)[1] < 0
 
 
 def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:

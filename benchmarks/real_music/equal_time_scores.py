@@ -7,10 +7,15 @@ import halves
 import numpy as np
 
 BASE, PEER = "the recipe", "SimSiam of lightly's parts"
-STAGES = f"{BASE}, embedded by stages"
+STAGES, UNTRAINED_STAGES = (f"{of}, embedded by stages" for of in (BASE, "untrained encoder"))
 TAGGED = ("joint, 2.5 s noisy views of 60 s, windows", "contrastive, 2.5 s noisy views of 60 s, windows")
 """A recipe that learns from tags too, and the same without them."""
-COMPARED = (TAGGED, *((row, "SimSiam, 2.5 s noisy views of 60 s") for row in TAGGED))
+COMPARED = (
+    TAGGED,
+    *((row, "SimSiam, 2.5 s noisy views of 60 s") for row in TAGGED),
+    (STAGES, UNTRAINED_STAGES),
+    (STAGES, TAGGED[0]),
+)
 """Rows that differ in what a claim is about."""
 CLAIMED = (BASE, STAGES, "contrastive", *TAGGED)
 """Rows that the pages say something about: they are compared with the peer and with the best baseline too."""
@@ -111,9 +116,10 @@ def gap_line(doc: Mapping[str, Any], row: str, other: str, songs: np.ndarray | N
 
 
 def gap_lines(doc: Mapping[str, Any]) -> Iterator[str]:
-    """Differences other than from the recipe: from the peer, from the best baseline, and between the rows compared."""
+    """Differences other than from the recipe: from the peer, the best baseline without an encoder, and between rows."""
     yield from filter(None, (gap_line(doc, row, PEER) for row in CLAIMED))
-    mean = {name: np.mean(next(iter(by_seed(own, METRICS[1]).values()))) for name, own in doc["baselines"].items()}
+    features = {name: own for name, own in doc["baselines"].items() if not name.startswith("untrained")}
+    mean = {name: np.mean(next(iter(by_seed(own, METRICS[1]).values()))) for name, own in features.items()}
     best = max(mean, key=lambda name: float(mean[name]))
     yield from filter(None, (gap_line(doc, row, best) for row in CLAIMED))
     yield from filter(None, (gap_line(doc, row, other) for row, other in COMPARED))
