@@ -30,6 +30,7 @@ from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
 
 KINDS = ("simsiam", "simple")
+STAGES_WIDTH = 4 * (16 + 8 * (1 + 1 + 2 + 4))  # mel bins, and the channels of the stem and of three stages
 
 
 def run(run_dir: Path, out: Path, *options: object) -> Embeddings:
@@ -75,7 +76,7 @@ def test_every_song_once_with_its_own_embedding(tables, small_shards, small_runs
     assert table.table["song"].tolist() == list(range(len(shards.songs)))
     assert table.table["path"].tolist() == shards.songs["path"].tolist()
     assert set(table.table["split"]) == {"train", "val"}
-    assert table.vectors.shape == (len(shards.songs), 8 * 8 if kind == "simsiam" else 24)
+    assert table.vectors.shape == (len(shards.songs), STAGES_WIDTH if kind == "simsiam" else 24)
     for song in (0, 7, 15):
         np.testing.assert_allclose(table.vectors[song], by_hand(small_runs[kind], small_shards, song), atol=1e-5)
     # Rows are told apart: no other song's embedding is as near as that.
@@ -90,7 +91,7 @@ def test_provenance_tells_where_the_vectors_come_from(tables, small_shards, smal
         "features": "checkpoint",
         "rows": "songs",
         "encoder_type": "simsiam",
-        "embedding": "backbone",
+        "embedding": "stages",
         "checkpoint": str(small_runs["simsiam"] / "checkpoint.pt"),
         "checkpoint_sha256": read_run(str(small_runs["simsiam"])).sha256,
         "music": shards.manifest.music,
@@ -131,11 +132,10 @@ def test_a_song_with_a_damaged_segment_is_the_mean_of_its_others(small_shards, s
     np.testing.assert_array_equal(tables["songs"].vectors, means)
 
 
-def test_a_run_embeds_by_its_stages_too(small_runs, tmp_path):
-    stages = run(small_runs["simsiam"], tmp_path / "s.parquet", "--embedding", "stages")
-    encoder = read_run(str(small_runs["simsiam"]), embedding="stages").encoder()
-    assert stages.vectors.shape[1] == encoder.embedding_dim
-    assert stages.provenance["embedding"] == "stages"
+def test_a_run_embeds_by_its_pooled_last_map_too(small_runs, tmp_path):
+    backbone = run(small_runs["simsiam"], tmp_path / "b.parquet", "--embedding", "backbone")
+    assert backbone.vectors.shape[1] == 8 * 8
+    assert backbone.provenance["embedding"] == "backbone"
 
 
 def test_projection_and_the_middle_of_each_segment(small_runs, tmp_path):
@@ -226,7 +226,11 @@ def test_an_output_is_kept_unless_it_may_be_replaced(small_runs, tmp_path, capsy
 
 def test_baselines_are_of_the_same_songs(tables, small_shards):
     songs = len(open_shards(small_shards).songs)
-    widths = {"untrained": 8 * 8, "mfcc": 2 * 16, "log-mel": 2 * 16}  # 16 mel bins have only 16 cepstral coefficients
+    widths = {
+        "untrained": STAGES_WIDTH,
+        "mfcc": 2 * 16,
+        "log-mel": 2 * 16,
+    }  # 16 mel bins have only 16 cepstral coefficients
     for name, width in widths.items():
         baseline = read_embeddings(tables[name])
         assert tables[name].parent == tables["simsiam"].parent / "baselines"

@@ -296,9 +296,8 @@ def test_rows_of_one_training_are_made_by_one_job() -> None:
     base, stages = equal_time_scores.BASE, equal_time_scores.STAGES
     jobs = [job for row in (base, "contrastive", stages) for job in equal_time.trainings(row, 5, 0)]
     one, two, *others = equal_time.merged(jobs)
-    assert one == halves.Job(
-        base, "simsiam", "a", 0, {"encoder.epochs": 5}, {base: (), stages: ("--embedding", "stages")}
-    )
+    settings = {"encoder.epochs": 5, "encoder.simsiam.embedding": "backbone"}
+    assert one == halves.Job(base, "simsiam", "a", 0, settings, {base: (), stages: ("--embedding", "stages")})
     assert (two.trained_on, two.tables) == ("b", one.tables)
     assert [(job.name, job.trained_on) for job in others] == [("contrastive", "a"), ("contrastive", "b")]
 

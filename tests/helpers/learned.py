@@ -1,7 +1,7 @@
 """What an encoder has learned from the shards it was trained on, compared with how it began."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ def embedded(run_dir: Path, folder: Path, trained: bool, split: Literal["train",
     """Embeddings and songs of a split's whole segments by the encoder of `run_dir`, as it is or as it began."""
     saved = checkpoint.load(run_dir / checkpoint.FILE_NAME)
     shards = open_shards(folder)
-    whole = {"data.shards": folder, "data.view_seconds": shards.segment_seconds}
+    whole: dict[str, Any] = {"data.shards": folder, "data.view_seconds": shards.segment_seconds}
+    whole["encoder.simsiam.embedding"] = "backbone"  # of which an untrained encoder tells the least
     settings = load_config(base=saved["config"], command_line=whole)
     log_mel = with_statistics(log_mel_settings(settings), **saved["log_mel"])
     torch.manual_seed(settings.train.seed)
