@@ -26,7 +26,7 @@ from simsiam_dali.recommendation.fingerprint import MAX_LAG, MIN_OVERLAP, Match,
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import DUPLICATE_COLUMNS, one_line, player_path, truncate
 
-MIN_COSINE = 0.5
+MIN_COSINE = 0.4
 """Cosine of standardised embeddings from which a pair is a candidate: some MP3s of 64 kbit/s are no nearer."""
 NEAREST = 20
 """A pair is a candidate where one is among so many nearest of the other, of like length: bounds the work."""
