@@ -226,11 +226,8 @@ def test_an_output_is_kept_unless_it_may_be_replaced(small_runs, tmp_path, capsy
 
 def test_baselines_are_of_the_same_songs(tables, small_shards):
     songs = len(open_shards(small_shards).songs)
-    widths = {
-        "untrained": STAGES_WIDTH,
-        "mfcc": 2 * 16,
-        "log-mel": 2 * 16,
-    }  # 16 mel bins have only 16 cepstral coefficients
+    # 16 mel bins have only 16 cepstral coefficients.
+    widths = {"untrained": STAGES_WIDTH, "mfcc": 2 * 16, "log-mel": 2 * 16}
     for name, width in widths.items():
         baseline = read_embeddings(tables[name])
         assert tables[name].parent == tables["simsiam"].parent / "baselines"

@@ -460,7 +460,12 @@ def test_baselines_that_the_document_has_are_not_made_again(tmp_path):
     known = {name: {"0": {"a": {}, "b": {}}} for name in equal_time.BASELINES}
     for job, name in ((job, name) for job in equal_time.trainings(equal_time_scores.BASE, 1, 1) for name in known):
         write_table(job.table(tmp_path / "equal-time", name), songs, rng.standard_normal((24, 5)))
-    found = equal_time.baselines(halves.halves_of(tmp_path), ["0", "1"], known)
+    shards = halves.halves_of(tmp_path)
+    assert equal_time.baselines(shards, ["0", "1"], known) == known  # no run is here
+    assert equal_time.baselines(shards, ["0", "1"], {}) == {}
+    for half in halves.HALVES:
+        (tmp_path / "equal-time" / "runs" / f"{halves.slug(equal_time_scores.BASE)}-{half}-1").mkdir(parents=True)
+    found = equal_time.baselines(shards, ["0", "1"], known)
     assert {name: [*own] for name, own in found.items()} == {
         name: ["0", "1"] if "untrained" in options else ["0"] for name, options in equal_time.BASELINES.items()
     }

@@ -245,17 +245,17 @@ def baseline_table(name: str, half: str, shards: halves.Shards, seed: int = 0) -
 def baselines(shards: halves.Shards, seeds: Sequence[str], known: Mapping[str, Any]) -> dict[str, dict[str, Scores]]:
     """Each baseline's scores, as the document has a row's. The untrained encoder is another one for each seed.
 
-    known: those that the document has.
+    known: those that the document has. Others need the recipe's run: a seed that was trained elsewhere is left out.
     """
-    found: dict[str, dict[str, Scores]] = {}
-    for name, options in BASELINES.items():
-        own = found.setdefault(name, dict(known.get(name, {})))
-        for seed in seeds if "untrained" in options else seeds[:1]:
-            if seed in own:
+    runs = shards.folder / "equal-time" / "runs"
+    found: dict[str, dict[str, Scores]] = {name: dict(known.get(name, {})) for name in BASELINES}
+    for name, own in found.items():
+        for seed in seeds if "untrained" in BASELINES[name] else seeds[:1]:
+            if seed in own or not all((runs / f"{halves.slug(BASE)}-{half}-{seed}").exists() for half in halves.HALVES):
                 continue
             each = {half: run.of_each_song(baseline_table(name, half, shards, int(seed))) for half in halves.HALVES}
             own[seed] = {half: {m: scores[m].round(4).tolist() for m in METRICS} for half, scores in each.items()}
-    return found
+    return {name: own for name, own in found.items() if own}
 
 
 @one_line_errors
