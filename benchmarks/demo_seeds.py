@@ -31,7 +31,7 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
     songs = read_song_embeddings(done.run / "embeddings.parquet")
     tables = {name: read_song_embeddings(done.run / "baselines" / f"{name}.parquet") for name in BASELINES}
     assert all(table.table["song"].equals(songs.table["song"]) for table in tables.values())
-    vectors = {"trained": songs.vectors} | {name: table.vectors for name, table in tables.items()}
+    vectors = {"trained": songs.unit()} | {name: table.unit() for name, table in tables.items()}
     counts = nearest_song.count(songs.table, vectors, held_back_only=False)
     assert counts is not None, "the demo library has artists"
     stages = {s.does: {"seconds": round(s.seconds, 1), "cpu_seconds": round(s.cpu_seconds, 1)} for s in done.stages}

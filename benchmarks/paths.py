@@ -23,7 +23,7 @@ import torch
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.embedding.table import read_song_embeddings
-from simsiam_dali.evaluation.knn import of_length_1, unit
+from simsiam_dali.evaluation.knn import of_length_1
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.path import song_path, waypoints
 from simsiam_dali.recommendation.radio import radio
@@ -52,7 +52,7 @@ def steps(x: np.ndarray, rows: Sequence[int]) -> np.ndarray:
 def measure(table: Path, pairs: int, count: int, seed: int) -> dict[str, Any]:
     """Mean and largest step of each kind of path, and how many pairs' paths are better than the naive one."""
     songs = read_song_embeddings(table)
-    library, x = Library(songs.table, Path()), unit(songs.vectors)
+    library, x = Library(songs.table, Path()), songs.unit()
     if len(library) < count:
         raise UserError(f"{table} has {len(library)} songs, and a path --count {count}")
     rng, everything = np.random.default_rng(seed), np.ones(len(library), bool)

@@ -79,7 +79,7 @@ def lay_out(home: Path, run: str, songs: int) -> None:
     library = Library(table.table, home / "music")
     for number in range(3):
         request = Request(like=[str(home / "music" / names[number * songs // 3])])
-        save(home / "playlists", f"playlist {number}", request, library, table.vectors)
+        save(home / "playlists", f"playlist {number}", request, library, table.unit())
 
 
 def refresh(home: Path, run: str) -> dict[str, float]:

@@ -20,7 +20,7 @@ from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.files import replace_files
 from simsiam_dali.config.cli import add_config, add_embeddings, create_parser, whole_number
 from simsiam_dali.config.load import load_config
-from simsiam_dali.embedding.table import read_song_embeddings, read_vectors_of
+from simsiam_dali.embedding.table import read_same_songs, read_song_embeddings
 from simsiam_dali.evaluation import maps, nearest_song, report
 from simsiam_dali.evaluation.plan import GUESS, Options, evaluate
 from simsiam_dali.models.registry import ENCODERS
@@ -100,12 +100,14 @@ def main() -> None:
         raise UserError(f"{args.out} holds an evaluation already: choose another --out, or --replace it")
     songs = read_song_embeddings(args.embeddings)
     baselines = baseline_files(args.baselines, args.embeddings.parent)
-    vectors = {"embedding": songs.vectors} | {name: read_vectors_of(path, songs) for name, path in baselines.items()}
+    tables = {"embedding": songs} | {name: read_same_songs(path, songs) for name, path in baselines.items()}
+    vectors = {name: own.vectors for name, own in tables.items()}
+    unit_vectors = {name: own.unit() for name, own in tables.items()}
     log, logged = find_run(args, songs.provenance)
 
     encoder_type = ENCODERS.get(songs.provenance.get("encoder_type", ""))
     learns_from_tags = encoder_type is not None and encoder_type.learns_from_tags
-    evaluation = evaluate(songs.table, vectors, options, learns_from_tags)
+    evaluation = evaluate(songs.table, vectors, unit_vectors, options, learns_from_tags)
     held_back = int((songs.table["split"] == "val").sum())
     provenance = {
         "songs": len(songs.table),
@@ -125,7 +127,7 @@ def main() -> None:
         print("drawing the maps", flush=True)
         projections = maps.project(songs.vectors, options.seed)
         pictures = {name: maps.picture(points, songs.table, name) for name, points in projections.items()}
-        page = report.map_page(maps.page_data(songs.table, songs.vectors, projections))
+        page = report.map_page(maps.page_data(songs.table, unit_vectors["embedding"], projections))
         files = {f"{name.lower()}.png": png for name, png in pictures.items()} | {"map.html": page.encode()}
     files["report.html"] = report.page(evaluation, provenance, options, pictures, page).encode()
     files["metrics.json"] = report.as_json(evaluation, provenance, options).encode()
@@ -136,7 +138,7 @@ def main() -> None:
     if any(f.songs == "unseen" for f in evaluation.figures):
         why = ", and only that judges an encoder that learned from tags or ratings" if learns_from_tags else ""
         print(f"the same for the {held_back} songs held back from the training: in the report{why}")
-    if line := nearest_song.sentence(songs.table, vectors, learns_from_tags):
+    if line := nearest_song.sentence(songs.table, unit_vectors, learns_from_tags):
         print(line)
     print(f"report  {args.out / 'report.html'}")
     if log:  # last, so that a server that goes away costs no figure

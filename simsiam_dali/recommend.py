@@ -139,7 +139,8 @@ def run(args: argparse.Namespace) -> None:
     if args.duplicates:
         list_duplicates(args, library, songs.vectors, request)
         return
-    choice = choose(library, songs.vectors, request)
+    x = songs.unit()
+    choice = choose(library, x, request)
     print(f"{len(choice.rows)} of {len(library)} songs: {printable(choice.title)}\n")
     print("\n".join(terminal_table(library, choice)))
     if not outputs and args.save is None:
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
         warn(LEFT_OUT.format(path), left_out)
     if args.save is not None:
         written = save(
-            args.playlists, args.save, request, library, songs.vectors,
+            args.playlists, args.save, request, library, x,
             relative_to=args.relative_to, prefix=args.path_prefix, replace=args.replace,
         )  # fmt: skip
         print(f"wrote {', '.join(shlex.quote(str(path)) for path in written.files)}")

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
             playlists = [playlist for playlist in playlists if not is_newer(playlist, args.out)]
         if playlists:
             library = Library(made.songs.table, music.resolve())
-            remade = remake_all(playlists, library, made.songs.vectors, dict(made.report.moved))
+            remade = remake_all(playlists, library, made.songs.unit(), dict(made.report.moved))
         with refuse_failed_write(args.out):
             replace_all(replacement, args.out, previous, made, remade)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -25,6 +25,7 @@ from simsiam_dali.embedding import write
 from simsiam_dali.embedding.features import CHECKPOINT, create_features
 from simsiam_dali.embedding.run import TrainedRun, read_run
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, read_provenance
+from simsiam_dali.evaluation.within_song import WithinSong
 from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import create_loader, log_mel_settings, with_statistics
@@ -109,7 +110,13 @@ def test_segments_have_their_start_and_make_up_their_song(tables, small_shards, 
     for name in ("song", "start", "split"):
         assert each.table[name].tolist() == shards.segments[name].tolist()
     _, means = song_embeddings(torch.tensor(each.vectors), torch.tensor(each.table["song"]))
-    np.testing.assert_array_equal(means, read_embeddings(tables["simsiam"]).vectors)
+    songs = read_embeddings(tables["simsiam"])
+    np.testing.assert_array_equal(means, songs.vectors)
+    segments = torch.nn.functional.normalize(torch.tensor(each.vectors), dim=1).numpy()
+    assert each.within is None
+    np.testing.assert_array_equal(
+        songs.within.axes, WithinSong.of_segments(segments, each.table["song"].to_numpy()).axes
+    )
 
 
 def test_a_song_with_a_damaged_segment_is_the_mean_of_its_others(small_shards, small_runs, tmp_path):

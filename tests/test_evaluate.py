@@ -235,7 +235,7 @@ def test_a_server_that_goes_away_costs_no_figure(library, monkeypatch, capsys):
 
 def test_the_map_holds_each_songs_nearest_as_recommend_finds_them():
     table, x = song_table(30), np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32) + 1
-    data = maps.page_data(table, x, maps.project(x[:9], 0))
+    data = maps.page_data(table, unit(x), maps.project(x[:9], 0))
     cosine = unit(x) @ unit(x).T
     for song in range(30):
         others = sorted(set(range(30)) - {song}, key=lambda other: -cosine[song, other])

@@ -57,7 +57,7 @@ def test_the_directions_that_hold_most_of_the_variance_no_longer_decide_alone():
     x = np.column_stack([loud, own])
     hits = {}
     for whiten in (False, True):
-        cosine = knn.unit(x, whiten) @ knn.unit(x, whiten).T
+        cosine = knn.unit(x, whiten=whiten) @ knn.unit(x, whiten=whiten).T
         np.fill_diagonal(cosine, -1)
         hits[whiten] = (group[cosine.argmax(axis=1)] == group).sum()
     assert hits[True] > 1.5 * hits[False]

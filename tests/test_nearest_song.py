@@ -20,7 +20,7 @@ from simsiam_dali.embedding import closing_score as outcome
 from simsiam_dali.embedding import features
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.evaluation import nearest_song
-from simsiam_dali.evaluation.nearest_song import nearest_shares, sentence
+from simsiam_dali.evaluation.knn import unit
 from simsiam_dali.training import checkpoint
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -51,21 +51,29 @@ def at(*degrees: float) -> np.ndarray:
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
+def shares(x: np.ndarray, labels: list[list[int]], group: np.ndarray) -> np.ndarray:
+    return nearest_song.nearest_shares(unit(x), labels, group)
+
+
+def sentence_of(songs: pd.DataFrame, vectors: dict[str, np.ndarray], held_back_only: bool) -> str:
+    return nearest_song.sentence(songs, {name: unit(x) for name, x in vectors.items()}, held_back_only)
+
+
 def test_a_hit_is_counted_where_the_nearest_is_by_an_artist_of_the_song():
     """Four songs at the corners of a square, moved in pairs: who is near whom can be said by hand."""
     x = at(0, 10, 180, 190)
-    assert nearest_shares(x, [[0], [0], [1], [1]], np.arange(4)).tolist() == [1, 1, 1, 1]
-    assert nearest_shares(x, [[0], [1], [0], [1]], np.arange(4)).tolist() == [0, 0, 0, 0]
+    assert shares(x, [[0], [0], [1], [1]], np.arange(4)).tolist() == [1, 1, 1, 1]
+    assert shares(x, [[0], [1], [0], [1]], np.arange(4)).tolist() == [0, 0, 0, 0]
     # Only one of the two artists has to be shared; the third song's only artist has no other song.
-    assert nearest_shares(x, [[0, 2], [0], [1], [2]], np.arange(4))[[0, 1, 3]].tolist() == [1, 1, 0]
-    assert np.isnan(nearest_shares(x, [[0, 2], [0], [1], [2]], np.arange(4))[2])
+    assert shares(x, [[0, 2], [0], [1], [2]], np.arange(4))[[0, 1, 3]].tolist() == [1, 1, 0]
+    assert np.isnan(shares(x, [[0, 2], [0], [1], [2]], np.arange(4))[2])
 
 
 def test_another_file_of_one_recording_is_no_neighbour():
     x = at(0, 10, 180, 190)
-    hit = nearest_shares(x, [[0], [0], [0], [0]], np.array([0, 0, 1, 2]))
+    hit = shares(x, [[0], [0], [0], [0]], np.array([0, 0, 1, 2]))
     assert hit.tolist() == [1, 1, 1, 1]  # the first two have the far ones
-    hit = nearest_shares(x, [[0], [0], [1], [1]], np.array([0, 0, 1, 2]))
+    hit = shares(x, [[0], [0], [1], [1]], np.array([0, 0, 1, 2]))
     assert np.isnan(hit[:2]).all()
     assert hit[2:].tolist() == [1, 1]
 
@@ -73,12 +81,12 @@ def test_another_file_of_one_recording_is_no_neighbour():
 def test_a_tie_is_no_hit():
     """On a circle each song lies between its partner and a stranger, equally far from both."""
     x, pairs = at(*HOURS), [[i // 2] for i in range(12)]
-    assert nearest_shares(x, pairs, np.arange(12)).sum() == 0
-    assert nearest_shares(np.ones((12, 5)), pairs, np.arange(12)).sum() == 0  # a collapsed encoder
+    assert shares(x, pairs, np.arange(12)).sum() == 0
+    assert shares(np.ones((12, 5)), pairs, np.arange(12)).sum() == 0  # a collapsed encoder
     same = np.repeat(at(0, 90, 180, 270), 3, axis=0)
-    assert nearest_shares(same, [[i // 3] for i in range(12)], np.arange(12)).sum() == 12  # all three are by the artist
+    assert shares(same, [[i // 3] for i in range(12)], np.arange(12)).sum() == 12  # all three are by the artist
     mixed = [[i // 3] if i % 3 else [4] for i in range(12)]
-    assert nearest_shares(same, mixed, np.arange(12)).sum() == 0  # at every place a stranger is as near
+    assert shares(same, mixed, np.arange(12)).sum() == 0  # at every place a stranger is as near
 
 
 def test_the_sentence_says_the_counts():
@@ -89,9 +97,11 @@ def test_the_sentence_says_the_counts():
     heap = np.eye(3)[[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0]]
     good = np.c_[heap, [0, 1, 2, -20, 0, 1, 2, 20, 0, 0, 0, 0]]
     none = at(*(HOURS[i * 5 % 12] for i in range(12)))
-    said = sentence(songs, {"embedding": good, "untrained": none, "mfcc": good, "log-mel": none}, held_back_only=False)
+    said = sentence_of(
+        songs, {"embedding": good, "untrained": none, "mfcc": good, "log-mel": none}, held_back_only=False
+    )
     labels = [[0], [0], [0, 1], [1], [2], [2], [2], [3], [3], [4]]
-    ours, theirs = (nearest_shares(x[:10], labels, np.arange(10)) for x in (good, none))
+    ours, theirs = (shares(x[:10], labels, np.arange(10)) for x in (good, none))
     assert np.nansum(ours) == 6
     assert np.isnan(ours).tolist() == [False] * 9 + [True]
     assert said.startswith("the nearest song is by the same artist for 6 of 9 songs; ")
@@ -106,7 +116,7 @@ def test_the_interval_is_of_the_paired_differences_of_whole_artists():
     x = planted(artist, width=64, noise=0.01)
     worse = x.copy()
     worse[1:21:2], worse[21:41:2] = x[21:41:2], x[1:21:2]  # ten pairs of artists swap a song: all 40 lose their partner
-    said = sentence(songs, {"embedding": x, "untrained": worse}, held_back_only=False)
+    said = sentence_of(songs, {"embedding": x, "untrained": worse}, held_back_only=False)
     low, high = map(int, re.search(r"\(\+40, 95% interval \+(\d+) to \+(\d+)\)", said).groups())
     assert (low, high) == pytest.approx(tuple(2 * binom.ppf([0.025, 0.975], 50, 0.4)), abs=2)
     assert "for 100 of 100 songs; 60 with the untrained encoder" in said
@@ -115,22 +125,22 @@ def test_the_interval_is_of_the_paired_differences_of_whole_artists():
 def test_an_encoder_that_learned_from_tags_is_scored_on_other_songs_only():
     songs = song_table(30)
     x = planted(np.arange(30) % 6)
-    everyone = sentence(songs, {"embedding": x}, held_back_only=False)
+    everyone = sentence_of(songs, {"embedding": x}, held_back_only=False)
     assert everyone == "the nearest song is by the same artist for 30 of 30 songs"
-    held_back = sentence(songs, {"embedding": x}, held_back_only=True)
+    held_back = sentence_of(songs, {"embedding": x}, held_back_only=True)
     assert held_back == "the nearest song is by the same artist for 10 of 10 songs held back from the training"
     songs["split"] = "train"
-    assert sentence(songs, {"embedding": x}, held_back_only=True) == ""
+    assert sentence_of(songs, {"embedding": x}, held_back_only=True) == ""
 
 
 def test_without_two_songs_of_one_artist_the_genre_is_used_and_without_labels_nothing_is_printed():
     x = at(0, 5, 180, 185)
     songs = table([["A"], ["B"], ["C"], []], genres=[["Rock"], ["rock"], ["Jazz"], ["Jazz"]])
-    said = sentence(songs, {"embedding": x}, held_back_only=False)
+    said = sentence_of(songs, {"embedding": x}, held_back_only=False)
     assert said == "the nearest song is of the same genre for 4 of 4 songs"
-    assert sentence(table([["A"], ["B"], [], []]), {"embedding": x}, held_back_only=False) == ""
+    assert sentence_of(table([["A"], ["B"], [], []]), {"embedding": x}, held_back_only=False) == ""
     same = table([["A"], ["A"], [], []], title=["One", "One", "Two", "Three"], duration=[100.0, 100.5, 90.0, 80.0])
-    assert sentence(same, {"embedding": x}, held_back_only=False) == ""  # two files of one recording
+    assert sentence_of(same, {"embedding": x}, held_back_only=False) == ""  # two files of one recording
 
 
 @pytest.mark.parametrize("kind", ["simsiam", "simple"])
@@ -167,8 +177,8 @@ def test_of_a_large_set_whole_artists_are_drawn(small_runs, small_shards, monkey
     artists = shards.songs["artists"].str[0]
     assert set(songs) == set(np.flatnonzero(artists.isin(artists.iloc[songs].unique())))
     rows = np.searchsorted(every_song, songs)
-    for name, x in vectors.items():
-        assert np.allclose(x, everything[name][rows], rtol=1e-4, atol=1e-5), name
+    for name, (x, _) in vectors.items():
+        assert np.allclose(x, everything[name][0][rows], rtol=1e-4, atol=1e-5), name
     assert outcome.closing_score(small_runs["simsiam"], HERE).count(f"of {len(every_song)} songs;") == 1
     monkeypatch.setattr(outcome, "MAX_SEGMENTS", half)
     assert f"of {len(songs)} songs, drawn from {len(every_song)};" in outcome.closing_score(small_runs["simsiam"], HERE)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,14 @@ from simsiam_dali.evaluation import plan as evaluation
 from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
 
 RNG = np.random.default_rng(7)
+
+
+def evaluated(
+    table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: evaluation.Options, learns_from_tags: bool = False
+) -> evaluation.Evaluation:
+    """By vectors that are searched half-whitened, as those of songs of one segment are."""
+    searched = {name: knn.unit(x) for name, x in vectors.items()}
+    return evaluation.evaluate(table, vectors, searched, options, learns_from_tags)
 
 
 def standardised(x: np.ndarray, train: np.ndarray) -> np.ndarray:
@@ -84,7 +93,7 @@ def test_the_album_split_catches_a_planted_album():
     table["rating"] = RNG.permutation(np.linspace(0, 1, 24))[album]
     x = planted(album)
     options = evaluation.Options(resamples=200)
-    found = {f.name: f for f in evaluation.evaluate(table, {"embedding": x}, options).figures}
+    found = {f.name: f for f in evaluated(table, {"embedding": x}, options).figures}
     for probe in ("ridge", "knn", "mlp"):
         by_song = found[f"eval/rating/{probe}_correlation/song_split"].score
         by_album = found[f"eval/rating/{probe}_correlation/album_split"].score
@@ -147,7 +156,7 @@ def test_knn_agrees_with_scikit_learn_by_hand(monkeypatch):
     x = planted(classes, noise=1.2)
     y = RNG.random(50)
     group = np.arange(50) // 2
-    near, cosine = knn.nearest_others(x, group, 4)
+    near, cosine = knn.nearest_others(knn.unit(x), group, 4)
     vote, mean = knn.vote(classes, near, cosine), probes.knn_mean(y, near)
     components = PCA().fit_transform(StandardScaler().fit_transform(x))
     scaled = components / components.std(axis=0) ** 0.5
@@ -164,24 +173,24 @@ def test_knn_is_right_on_planted_clusters_and_at_chance_on_shuffled_labels():
     table = song_table(120, artists=12, albums=2).assign(rating=math.nan, genres=[[]] * 120)
     x = {"embedding": planted(np.arange(120) % 12)}
     options = evaluation.Options(k=5, resamples=300)
-    found = {f.name: f for f in evaluation.evaluate(table, x, options).figures}
+    found = {f.name: f for f in evaluated(table, x, options).figures}
     for split in splits.SPLITS:
         figure = found[f"eval/artist/knn_accuracy/{split}_split"]
         assert figure.score.value == 1.0
         assert figure.verdict == "better than guess"
     table["artists"] = RNG.permutation(table["artists"].to_numpy())
-    found = {f.name: f for f in evaluation.evaluate(table, x, options).figures}
+    found = {f.name: f for f in evaluated(table, x, options).figures}
     shuffled = found["eval/artist/knn_accuracy/song_split"]
     assert shuffled.score.low <= 1 / 12 <= shuffled.score.high
     assert shuffled.verdict == "no clear difference from guess"
 
 
 def test_rows_without_neighbours_are_not_predicted():
-    near, cosine = knn.nearest_others(RNG.standard_normal((3, 2)), np.array([0, 0, 1]), 5)
+    near, cosine = knn.nearest_others(knn.unit(RNG.standard_normal((3, 2))), np.array([0, 0, 1]), 5)
     assert (near[:, 2:] == -1).all()
     assert (near[2, :2] >= 0).all()
     assert near[0].tolist() == [2, -1, -1, -1, -1]
-    alone, cosine = knn.nearest_others(RNG.standard_normal((2, 2)), np.array([0, 0]), 2)
+    alone, cosine = knn.nearest_others(knn.unit(RNG.standard_normal((2, 2))), np.array([0, 0]), 2)
     assert (alone == -1).all()
     assert knn.vote(np.array([0, 1]), alone, cosine).tolist() == [-1, -1]
     assert probes.knn_mean(np.array([0.2, 0.4]), alone) == pytest.approx([0.3, 0.3])
@@ -324,7 +333,7 @@ def test_a_probe_that_predicts_the_mean_is_not_better_than_a_guess_by_any_error(
     table = song_table(100)
     table["rating"] = np.where(np.arange(100) % 4, 1.0, 0.2)
     monkeypatch.setattr(probes, "ridge", lambda _x, y, _parts, _group: np.full_like(y, y.mean()))
-    done = evaluation.evaluate(table, {"e": planted(np.arange(100) % 6)}, evaluation.Options(resamples=200))
+    done = evaluated(table, {"e": planted(np.arange(100) % 6)}, evaluation.Options(resamples=200))
     found = {f.metric: f for f in done.figures if (f.probe, f.split, f.songs) == ("ridge", "song", "all")}
     assert found["mae"].baselines["guess"].value == pytest.approx(0.2)
     assert found["mae"].score.value == pytest.approx(0.3)
@@ -350,7 +359,7 @@ def test_neighbours_by_random_vectors_do_not_correlate_with_the_rating(n, split,
 
 def test_neighbours_that_are_all_others_have_no_correlation():
     table = song_table(10).assign(rating=RNG.random(10))
-    done = evaluation.evaluate(table, {"e": RNG.standard_normal((10, 4))}, evaluation.Options(resamples=20))
+    done = evaluated(table, {"e": RNG.standard_normal((10, 4))}, evaluation.Options(resamples=20))
     (figure,) = (f for f in done.figures if f.name == "eval/rating/knn_correlation/song_split")
     assert math.isnan(figure.score.value)
 
@@ -363,23 +372,23 @@ def test_the_mean_of_the_other_groups_is_scikit_learns_leave_one_group_out():
 
 def test_what_the_encoder_never_saw_is_scored_apart():
     table = song_table(90)
-    figures = evaluation.evaluate(table, {"e": planted(np.arange(90) % 6)}, evaluation.Options(resamples=20)).figures
+    figures = evaluated(table, {"e": planted(np.arange(90) % 6)}, evaluation.Options(resamples=20)).figures
     accuracy = {f.songs: f.n for f in figures if f.name.startswith("eval/artist/knn_accuracy/song")}
     assert accuracy == {"all": 90, "unseen": 30}
     table["split"] = "train"
-    figures = evaluation.evaluate(table, {"e": planted(np.arange(90) % 6)}, evaluation.Options(resamples=20)).figures
+    figures = evaluated(table, {"e": planted(np.arange(90) % 6)}, evaluation.Options(resamples=20)).figures
     assert {f.songs for f in figures} == {"all"}
 
 
 def test_classes_too_small_or_on_one_album_are_left_out_and_counted():
     table = song_table(40, artists=4, albums=2)
     table.loc[:1, "artists"] = pd.Series([["Alone"], ["Alone too"]])
-    done = evaluation.evaluate(table, {"e": planted(np.arange(40) % 4)}, evaluation.Options(resamples=20))
+    done = evaluated(table, {"e": planted(np.arange(40) % 4)}, evaluation.Options(resamples=20))
     sizes = {f.n for f in done.figures if f.name.startswith("eval/artist/knn")}
     assert sizes == {38}
     assert any("leaves out 2 songs of 2 artists" in said for said in done.notes["artist"])
     table["albums"] = [["One"]] * 40
-    done = evaluation.evaluate(table, {"e": planted(np.arange(40) % 4)}, evaluation.Options(resamples=20))
+    done = evaluated(table, {"e": planted(np.arange(40) % 4)}, evaluation.Options(resamples=20))
     assert any(said.startswith("Not classified, split by album") for said in done.notes["artist"])
     assert not [f for f in done.figures if f.target == "artist" and f.split == "album" and f.probe == "knn"]
 
@@ -404,7 +413,7 @@ def test_the_largest_classes_are_kept():
 def test_what_cannot_be_evaluated_is_reported_and_the_rest_is_there(column, value, said):
     table = song_table(30)
     table[column] = [value] * 30
-    done = evaluation.evaluate(table, {"e": planted(np.arange(30) % 6)}, evaluation.Options(resamples=20))
+    done = evaluated(table, {"e": planted(np.arange(30) % 6)}, evaluation.Options(resamples=20))
     target = {"rating": "rating", "artists": "artist", "genres": "genre", "albums": "album"}[column]
     assert said in done.notes[target]
     assert {f.target for f in done.figures} == set(evaluation.TARGETS) - {target}
@@ -413,7 +422,7 @@ def test_what_cannot_be_evaluated_is_reported_and_the_rest_is_there(column, valu
 @pytest.mark.parametrize("n", [1, 2, 5, 11])
 def test_tiny_libraries(n):
     table = song_table(n)
-    done = evaluation.evaluate(table, {"e": planted(np.arange(n) % 6)}, evaluation.Options(resamples=20))
+    done = evaluated(table, {"e": planted(np.arange(n) % 6)}, evaluation.Options(resamples=20))
     assert all(done.notes[target] for target in evaluation.TARGETS if n < 11)
 
 

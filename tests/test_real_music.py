@@ -119,8 +119,8 @@ def test_scores_by_hand(tmp_path):
     songs = [(f"red/{i}", ["A"]) for i in range(3)] + [(f"blue/{i}", []) for i in range(3)]
     songs += [("red/stray", ["B"]), ("lonely/0", ["A"])]
     angle = np.array([0.0, 0.1, 0.2, 3.0, 3.1, 3.2, 3.3, 1.5])
-    table = write_table(tmp_path / "t.parquet", songs, np.stack([np.cos(angle), np.sin(angle)], 1))
-    found = run.of_each_song(table, retrieval.by_cosine)
+    vectors = np.stack([np.cos(angle), np.sin(angle)], 1)
+    found = run.of_each_song(write_table(tmp_path / "t.parquet", songs, vectors), retrieval.by_cosine, vectors)
     # `lonely` has nobody to be found with. The five nearest of a blue song are blue, blue, stray, and two others.
     assert found["soundtrack/knn"].tolist() == [1, 1, 1, 1, 1, 1, 0]
     # From the first red song on come two red ones, `lonely`, and the stray one, which is nearest round the other way.

@@ -80,7 +80,7 @@ def test_like_finds_the_cluster_and_not_the_song_itself(clusters):
 def test_like_agrees_with_the_knn_probe(clusters):
     folder, table, _ = clusters
     songs = read_embeddings(folder / "embeddings.parquet")
-    near, cosine = nearest_others(songs.vectors, np.arange(len(table)), 12)
+    near, cosine = nearest_others(songs.unit(), np.arange(len(table)), 12)
     found = chosen(folder, "--like", "Title 8", "--count", 12)
     assert numbers(found) == near[8].tolist()
     np.testing.assert_allclose([float(row["similarity"]) for row in found], cosine[8], atol=1e-4)

@@ -31,10 +31,10 @@ REQUESTS = {
 
 @pytest.fixture
 def library(tmp_path: Path) -> tuple[Library, np.ndarray]:
-    """80 songs by 8 artists, at any place, and their vectors."""
+    """80 songs by 8 artists, at any place, and their unit vectors."""
     file = library_file(tmp_path, song_table(80, artists=8), on_sphere(80))
     songs = read_song_embeddings(file)
-    return Library(songs.table, Path(songs.provenance["music"])), songs.vectors
+    return Library(songs.table, Path(songs.provenance["music"])), songs.unit()
 
 
 @pytest.mark.parametrize("mode", REQUESTS)

@@ -191,7 +191,7 @@ def test_a_saved_playlist_is_chosen_by_the_ratings_given_on_the_page(tmp_path):
     library = client.library.search().library
     liked = Request(like=[str(library.file(1))], min_rating=0.95, count=30)
     for name, request in (("liked", liked), ("top", Request(top=True, count=30))):
-        save(tmp_path / "playlists", name, request, library, client.library._vectors)
+        save(tmp_path / "playlists", name, request, library, client.library._songs.unit())
 
     def opened(name: str) -> list[int]:
         return client.get(f"/api/playlists/{name}").json()["songs"]

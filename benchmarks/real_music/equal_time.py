@@ -41,7 +41,7 @@ from simsiam_dali.config.load import load_config
 
 TIMED_EPOCHS = 4
 """Epochs by which a candidate's speed is measured; the first, in which everything is built, does not count."""
-SEARCH = "half-whitened"
+SEARCH = "normalised within songs"
 """How the nearest songs are found: scores by another rule are not compared."""
 MIN_SEEDS = 2
 """Seeds after which a candidate may be given up: of one seed there is nothing to resample."""

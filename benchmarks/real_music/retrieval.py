@@ -1,9 +1,9 @@
 """Which way of comparing songs finds more of a soundtrack? python benchmarks/real_music/retrieval.py ROW
 
 Takes the tables that equal_time.py left in --work of one of its rows, or of a baseline, and finds each song's nearest
-by other rules than that of `evaluate` and `recommend`, the cosine of standardised, half-whitened vectors. mAP@10 and
-5-NN as there, with intervals over seeds and soundtracks of the differences from the cosine of standardised vectors;
-hubness as `simsiam_dali.evaluate` reports it.
+by other rules than that of `evaluate` and `recommend`, the cosine of vectors normalised within songs. mAP@10 and 5-NN
+as there, with intervals over seeds and soundtracks of the differences from the cosine of standardised vectors; hubness
+as `simsiam_dali.evaluate` reports it.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from scipy.special import ndtr
 from scipy.stats import zscore
 
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.embedding.table import read_song_embeddings
+from simsiam_dali.embedding.table import Embeddings, read_song_embeddings
 from simsiam_dali.evaluation.hubness import of_neighbours
-from simsiam_dali.evaluation.knn import half_whitened, nearest, nearest_others, of_length_1, unit
+from simsiam_dali.evaluation.knn import half_whitened, nearest, of_length_1, unit
 
-PLAIN, TODAY = "cosine, standardised", "half-whitened"
+PLAIN, TODAY = "cosine, standardised", "normalised within songs"
 """The rule that the others are compared with, and that of `evaluate` and `recommend`."""
 SCALE_NEIGHBOUR = 7
 """Whose distance is a song's scale in local scaling (Zelnik-Manor and Perona, 2004, section 2)."""
@@ -96,29 +96,32 @@ class Beside:
     log_length: np.ndarray
 
 
-def with_length(vectors: np.ndarray, beside: Beside) -> np.ndarray:
+def with_length(songs: Embeddings, beside: Beside) -> np.ndarray:
     """Vectors of length 1, and the length of a song beside them: what a number that hears nothing can add."""
-    return np.hstack([unit(vectors, whiten=False), LENGTH_WEIGHT * zscore(beside.log_length)])
+    return np.hstack([unit(songs.vectors, whiten=False), LENGTH_WEIGHT * zscore(beside.log_length)])
 
 
 @dataclass(frozen=True)
 class Rule:
-    """change: of a table's vectors, before the search."""
+    """change: what of a table is searched."""
 
-    find: run.Find = nearest_others
-    change: Callable[[np.ndarray, Beside], np.ndarray] = lambda x, _: x
+    find: run.Find
+    change: Callable[[Embeddings, Beside], np.ndarray] = lambda songs, _: songs.vectors
 
 
 RULES = {
-    PLAIN: Rule(by_cosine, lambda x, _: unit(x, whiten=False)),
-    TODAY: Rule(),
+    PLAIN: Rule(by_cosine, lambda songs, _: unit(songs.vectors, whiten=False)),
+    TODAY: Rule(by_cosine, lambda songs, _: songs.unit()),
+    "half-whitened": Rule(by_cosine, lambda songs, _: unit(songs.vectors)),
     "cosine": Rule(by_cosine),
-    "cosine, centred": Rule(by_cosine, lambda x, _: x - x.mean(axis=0)),
-    "centred, half-whitened": Rule(by_cosine, lambda x, _: half_whitened(x - x.mean(axis=0))),
-    "PCA-whitened, shrinkage 1": Rule(by_cosine, lambda x, _: whitened(x, 1)),
-    "PCA-whitened, shrinkage 0.1": Rule(by_cosine, lambda x, _: whitened(x, 0.1)),
+    "cosine, centred": Rule(by_cosine, lambda songs, _: songs.vectors - songs.vectors.mean(axis=0)),
+    "centred, half-whitened": Rule(
+        by_cosine, lambda songs, _: half_whitened(songs.vectors - songs.vectors.mean(axis=0))
+    ),
+    "PCA-whitened, shrinkage 1": Rule(by_cosine, lambda songs, _: whitened(songs.vectors, 1)),
+    "PCA-whitened, shrinkage 0.1": Rule(by_cosine, lambda songs, _: whitened(songs.vectors, 0.1)),
     "MFCC statistics beside it": Rule(
-        by_cosine, lambda x, own: np.hstack([unit(x, whiten=False), unit(own.mfcc, whiten=False)])
+        by_cosine, lambda songs, own: np.hstack([unit(songs.vectors, whiten=False), unit(own.mfcc, whiten=False)])
     ),
     "the song's length beside it": Rule(by_cosine, with_length),
     "mutual proximity": Rule(by(mutual_proximity)),
@@ -163,7 +166,7 @@ class Row:
 
     def vectors(self, rule: Rule, seed: int, half: str) -> np.ndarray:
         """What is searched."""
-        return rule.change(read_song_embeddings(self.tables[seed][half]).vectors, self.beside[half])
+        return rule.change(read_song_embeddings(self.tables[seed][half]), self.beside[half])
 
     def scores(self, rule: Rule) -> dict[str, equal_time_scores.Scores]:
         """By a rule, as equal_time.py keeps them."""

@@ -80,10 +80,10 @@ def of_each_song(
     """`soundtrack/knn`, `soundtrack/map`, and so for artist: the score of each song that can be scored, in order.
 
     `soundtrack/of`: its soundtrack. `soundtrack/untagged`: whether it has neither artist nor album. vectors `(N, D)`:
-    instead of the table's own.
+    instead of the table's unit vectors.
     """
     songs = read_song_embeddings(table)
-    vectors = songs.vectors if vectors is None else vectors
+    vectors = songs.unit() if vectors is None else vectors
     rows = songs.table.assign(albums=[[halves.soundtrack(path)] for path in songs.table["path"]])
     names = {name: i for i, name in enumerate(dict.fromkeys(own for (own,) in rows["albums"]))}
     labels = {"soundtrack": [[names[own]] for (own,) in rows["albums"]], "artist": all_label_ids(rows, "artist")}

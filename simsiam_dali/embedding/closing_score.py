@@ -15,7 +15,9 @@ from simsiam_dali.data.shards import ShardSet, open_shards, subset_of
 from simsiam_dali.embedding.features import CHECKPOINT, Features, create_features
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.write import CleanViews, check_finite, embedding_config
+from simsiam_dali.evaluation.knn import unit
 from simsiam_dali.evaluation.nearest_song import BASELINES, labels_of, sentence
+from simsiam_dali.evaluation.within_song import WithinSong
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import log_mel_settings, with_statistics
 
@@ -40,8 +42,9 @@ def closing_score(run_dir: Path, world: World) -> str:
         if part.rows is not None and not len(part.rows):  # every song is longer than the limit
             return ""
         songs, vectors = embed_songs(features, CleanViews(config, part, log_mel, world))
+    unit_vectors = {name: unit(means, within) for name, (means, within) in vectors.items()}
     drawn_from = len(shards.songs) if part is not shards else 0
-    return sentence(shards.songs.iloc[songs], vectors, encoder_type(config).learns_from_tags, drawn_from)
+    return sentence(shards.songs.iloc[songs], unit_vectors, encoder_type(config).learns_from_tags, drawn_from)
 
 
 @contextmanager
@@ -82,9 +85,11 @@ def fitting(sizes: Iterable[int], most: int) -> list[int]:
     return kept
 
 
-def embed_songs(features: Sequence[Features], views: CleanViews) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Rows `(S,)` of the song table that have a segment, and the vectors `(S, D)` of each of `features`, by name."""
-    made: dict[str, np.ndarray] = {}
+def embed_songs(
+    features: Sequence[Features], views: CleanViews
+) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, WithinSong | None]]]:
+    """Rows `(S,)` of the song table that have a segment; by the name of each of `features`, `(S, D)` and `within`."""
+    made: dict[str, tuple[np.ndarray, WithinSong | None]] = {}
     songs, segment_song = torch.empty(0), torch.tensor(views.shards.segments["song"].to_numpy())
     for mode in dict.fromkeys(f.mode for f in features):
         own = [f for f in features if f.mode == mode]
@@ -96,6 +101,6 @@ def embed_songs(features: Sequence[Features], views: CleanViews) -> tuple[np.nda
         batches = [batch for rank in views.world.gather(batches) for batch in rank]
         song = segment_song[torch.cat([segment for segment, _ in batches])]
         for i, f in enumerate(own):
-            songs, means = f.song_means(check_finite(torch.cat([vectors[i] for _, vectors in batches])), song)
-            made[f.name] = means.numpy()
+            songs, means, within = f.of_songs(check_finite(torch.cat([vectors[i] for _, vectors in batches])), song)
+            made[f.name] = means.numpy(), within
     return songs.numpy(), {f.name: made[f.name] for f in features}

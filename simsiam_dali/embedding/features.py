@@ -11,13 +11,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.fft import dct
 from torch import Tensor
 
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.graph import LogMel
 from simsiam_dali.embedding.run import TrainedRun
-from simsiam_dali.models.encoder import Encoder, song_embeddings, song_means
+from simsiam_dali.evaluation.within_song import WithinSong
+from simsiam_dali.models.encoder import Encoder, song_means
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.learner import autocast_dtype
 
@@ -31,15 +33,24 @@ N_MFCC = 20
 class Features:
     """`compute` maps a batch of the graph's `mode`, on the device, to `(B, D)` float32 on the device.
 
-    name: "checkpoint" or a baseline. dtype: of the computation. song_means: from segments' vectors `(N, D)` and songs
-    `(N,)` to the songs `(S,)`, ascending, and their vectors `(S, D)`.
+    name: "checkpoint" or a baseline. dtype: of the computation. of_length_1: whether segments' vectors are scaled to
+    length 1 before a song's mean is taken, so that each segment counts the same.
     """
 
     name: str
     mode: Literal["clean", "raw"]
     compute: Callable[[Tensor], Tensor]
     dtype: torch.dtype = torch.float32
-    song_means: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = song_means
+    of_length_1: bool = False
+
+    def of_songs(self, vectors: Tensor, song: Tensor) -> tuple[Tensor, Tensor, WithinSong | None]:
+        """Segments' vectors `(N, D)` and songs `(N,)` to the songs `(S,)`, ascending, and their vectors `(S, D)`.
+
+        And how the segments lie around them.
+        """
+        segments = F.normalize(vectors, dim=1) if self.of_length_1 else vectors
+        songs, means = song_means(segments, song)
+        return songs, means, WithinSong.of_segments(segments.numpy(), song.numpy())
 
 
 def create_features(name: str, run: TrainedRun, log_mel: LogMel, device: torch.device) -> Features:
@@ -75,4 +86,4 @@ def encoder_features(name: str, encoder: Encoder, config: Config, device: torch.
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return encoder.embed(data).float()
 
-    return Features(name, encoder_type(config).embeds, compute, dtype, song_embeddings)
+    return Features(name, encoder_type(config).embeds, compute, dtype, of_length_1=True)

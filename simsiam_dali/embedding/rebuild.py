@@ -13,6 +13,7 @@ import pandas as pd
 
 from simsiam_dali.embedding.records import FileRecord
 from simsiam_dali.embedding.table import Embeddings
+from simsiam_dali.evaluation.within_song import WithinSong
 from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.packing.tags import merged, read_tags
 
@@ -43,8 +44,9 @@ def by_song(records: Iterable[FileRecord]) -> dict[str, list[FileRecord]]:
 class TableBuilder:
     """The new table, from the old one (None: there is none), the old and the new records, and what was embedded.
 
-    vectors: `(D,)` float32 by audio hash, of songs that are not in the old table. durations: of decoded songs, s, by
-    audio hash. paths: of the files by name.
+    vectors: `(D,)` float32 by audio hash, of songs that are not in the old table. within: of their segments, for a
+    table that is made from nothing; an old one keeps its own, or the songs in it would move. durations: of decoded
+    songs, s, by audio hash. paths: of the files by name.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class TableBuilder:
         before: Mapping[str, FileRecord],
         after: Mapping[str, FileRecord],
         vectors: Mapping[str, np.ndarray],
+        within: WithinSong | None,
         durations: Mapping[str, float],
         paths: Mapping[str, Path],
     ) -> None:
         self.old, self.before, self.after = old, before, after
         self._vectors, self._durations, self._paths = vectors, durations, paths
+        self._within = old.within if old else within
         self._old_songs = by_song(before.values())
         rows = [] if old is None else old.table["path"].tolist()
         self._row = {before[path].audio_hash: number for number, path in enumerate(rows)}
@@ -91,7 +95,7 @@ class TableBuilder:
             table["rating"] = [self._rating(ratings, music, song) for song in table.to_dict("records")]
         # Stacked from rows: the vectors of a large table are copied once.
         vectors = np.stack([self._vector(audio_hash) for audio_hash in songs])
-        return Embeddings(table, vectors, provenance)
+        return Embeddings(table, vectors, provenance, self._within)
 
     def _vector(self, audio_hash: str) -> np.ndarray:
         row = self._row.get(audio_hash)

@@ -21,6 +21,7 @@ from simsiam_dali.embedding.records import NO_AUDIO, FileRecord, Records, of_row
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import Embeddings, read_embeddings
 from simsiam_dali.embedding.write import CleanViews, table_provenance, write_table
+from simsiam_dali.evaluation.within_song import WithinSong
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack import NothingPacked
 from simsiam_dali.packing.pack_song import DecodeSettings, PackSettings
@@ -53,14 +54,14 @@ def decode(files: list[SongFile], music: Path, settings: DecodeSettings, folder:
 
 def embed_unknown(
     shards: ShardSet, known: set[str], run: TrainedRun, device: torch.device, folder: Path
-) -> dict[str, np.ndarray]:
-    """The vectors `(D,)` of the songs of `shards` whose audio hash is not in `known`, by that hash.
+) -> tuple[dict[str, np.ndarray], WithinSong | None]:
+    """The vectors `(D,)` of the songs of `shards` whose audio hash is not in `known`, by that hash; and their `within`.
 
     run: its config as it is for embedding (`embedding_config`). Stopped, the same call continues in `folder`.
     """
     unknown = ~shards.songs["audio_hash"].isin(known).to_numpy()
     if not unknown.any():
-        return {}
+        return {}, None
     rows = np.flatnonzero(unknown[shards.segments["song"]])
     index, out = folder / "unknown", folder / "unknown.parquet"
     index.mkdir(exist_ok=True)
@@ -72,7 +73,7 @@ def embed_unknown(
     write_table(create_features(CHECKPOINT, run, log_mel, device), views, provenance, out)
     made = read_embeddings(out)
     hashes = shards.songs["audio_hash"].iloc[made.table["song"]]
-    return dict(zip(hashes, made.vectors, strict=True))
+    return dict(zip(hashes, made.vectors, strict=True)), made.within
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def refresh(
     settings = previous.records.settings
     decoded = decode(changes.decode, music, settings, scratch) if changes.decode else Decoded(None, {})
     known = {before[path].audio_hash for path in old.table["path"]} if old else set()
-    vectors, durations = dict[str, np.ndarray](), dict[str, float]()
+    vectors, within, durations = dict[str, np.ndarray](), None, dict[str, float]()
     if decoded.shards:
-        vectors = embed_unknown(decoded.shards, known, run, device, scratch)
+        vectors, within = embed_unknown(decoded.shards, known, run, device, scratch)
         songs = decoded.shards.songs
         durations = dict(zip(songs["audio_hash"], songs["duration"], strict=True))
     after = changes.known | {
@@ -124,7 +125,7 @@ def refresh(
         return Refreshed(old, previous.records, Report(), refused)
     records = Records("", settings, after)
     provenance = table_provenance(CHECKPOINT, "songs", run, str(music), records.fingerprint)
-    builder = TableBuilder(old, before, after, vectors, durations, {file.name: file.path for file in files})
+    builder = TableBuilder(old, before, after, vectors, within, durations, {file.name: file.path for file in files})
     new = builder.build(provenance, music, ratings)
     if old and is_here and same_songs(old, new):
         new = old

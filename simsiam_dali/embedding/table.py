@@ -1,8 +1,10 @@
 """The embedding table, `embeddings.parquet`: one row per song, or per segment, with its tags and its vector."""
 
+import base64
+import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,9 +17,12 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.files import atomic_write, refuse_failed_write
 from simsiam_dali.common.replacement import finish_commit
 from simsiam_dali.data.format import SCHEMAS, SONGS
+from simsiam_dali.evaluation.knn import unit
+from simsiam_dali.evaluation.within_song import WithinSong
 
 FORMAT_VERSION = 1
 _METADATA_KEY = b"simsiam_dali"
+_WITHIN_KEY = b"simsiam_dali.within_song"
 _TAGS = ("path", "title", "artists", "albums", "album_artist", "year", "genres", "rating", "duration", "split")
 
 
@@ -29,19 +34,32 @@ class Embeddings:
     segment table, and `start` (s). `provenance` tells where the vectors come from: `features` ("checkpoint", or a
     baseline's name), `rows` ("songs" or "segments"), `encoder_type`, `embedding` (which output of the encoder),
     `checkpoint` (its path), `checkpoint_sha256`, `music` (the folder that `path` is relative to), `shards`
-    (fingerprint), `view_seconds`, `mlflow_run` ("" without MLflow) and `tracking_uri`.
+    (fingerprint), `view_seconds`, `mlflow_run` ("" without MLflow) and `tracking_uri`. `within`: how segments lie
+    around their song's mean; None where no song has two, in tables of segments, and in older tables.
     """
 
     table: pd.DataFrame
     vectors: np.ndarray
     provenance: dict[str, str]
+    within: WithinSong | None = None
 
     @classmethod
-    def of_songs(cls, songs: pd.DataFrame, rows: np.ndarray, vectors: np.ndarray, provenance: dict[str, str]) -> Self:
+    def of_songs(
+        cls,
+        songs: pd.DataFrame,
+        rows: np.ndarray,
+        vectors: np.ndarray,
+        provenance: dict[str, str],
+        within: WithinSong | None = None,
+    ) -> Self:
         """Vectors `(N, D)` of the songs at `rows (N,)` of the song table."""
         table = songs.iloc[rows][list(_TAGS)].reset_index(drop=True)
         table.insert(0, "song", rows.astype("int64"))
-        return cls(table, vectors.astype(np.float32, copy=False), provenance)
+        return cls(table, vectors.astype(np.float32, copy=False), provenance, within)
+
+    def unit(self) -> np.ndarray:
+        """The vectors `(N, D)` by which songs are searched, of length 1: two songs are as near as their cosine says."""
+        return unit(self.vectors, self.within)
 
 
 def write_embeddings(path: Path, embeddings: Embeddings) -> None:
@@ -61,41 +79,59 @@ def write_embeddings(path: Path, embeddings: Embeddings) -> None:
             # The vectors as they are: floats neither repeat nor compress, and to try costs readers half a second in
             # 100,000 songs.
             compression = dict.fromkeys(columns.column_names, "snappy") | {"embedding": "none"}
-            pq.write_table(table, part, use_dictionary=columns.column_names, compression=compression)
+            options = {"use_dictionary": columns.column_names, "compression": compression}
+            with pq.ParquetWriter(part, table.schema, **options) as writer:
+                writer.write_table(table)
+                if embeddings.within:  # beside the schema, of whose metadata a file holds two copies
+                    writer.add_key_value_metadata({_WITHIN_KEY: _as_text(embeddings.within)})
 
 
 def read_embeddings(path: Path) -> Embeddings:
     """Read an embedding table. Raises UserError for a file that is missing or something else."""
-    provenance, table = _read(path, pq.read_table)
+    provenance, table, within = _read(path, lambda file: file.read())
     vectors = table["embedding"].combine_chunks()
     frame = table.drop_columns(["embedding"]).to_pandas()
     for name in ("artists", "albums", "genres"):
         frame[name] = [list(texts) for texts in frame[name]]
     frame["year"] = table["year"].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     numbers = vectors.flatten().to_numpy(zero_copy_only=False)
-    return Embeddings(frame, numbers.reshape(len(frame), vectors.type.list_size), provenance)
+    return Embeddings(
+        frame, numbers.reshape(len(frame), vectors.type.list_size), provenance, _from_text(within) if within else None
+    )
+
+
+def _as_text(within: WithinSong) -> bytes:
+    """In base64, since others may read a parquet file's metadata as text."""
+    content = io.BytesIO()
+    np.save(content, np.vstack([within.axes, within.rest]))
+    return base64.b64encode(content.getvalue())
+
+
+def _from_text(text: bytes) -> WithinSong:
+    numbers = np.load(io.BytesIO(base64.b64decode(text)))
+    return WithinSong(numbers[:-1], numbers[-1])
 
 
 def read_provenance(path: Path) -> dict[str, str]:
     """`Embeddings.provenance` alone, without the vectors; raises as `read_embeddings` does."""
-    return _read(path, pq.read_schema)[0]
+    return _read(path, lambda _: None)[0]
 
 
-def _read(path: Path, reader: Callable[[Path], Any]) -> tuple[dict[str, str], Any]:
-    """The provenance, and what `reader` reads: the table, or only its schema."""
+def _read(path: Path, reader: Callable[[pq.ParquetFile], Any]) -> tuple[dict[str, str], Any, bytes | None]:
+    """The provenance, what `reader` reads, and the text of `Embeddings.within`."""
     finish_commit(path)
     try:
-        table = reader(path)
-        schema = table.schema if isinstance(table, pa.Table) else table
-        provenance = json.loads(schema.metadata[_METADATA_KEY])
-        version = provenance.pop("format_version")
+        with pq.ParquetFile(path) as file:
+            provenance = json.loads(file.schema_arrow.metadata[_METADATA_KEY])
+            version = provenance.pop("format_version")
+            content, within = reader(file), file.metadata.metadata.get(_WITHIN_KEY)
     except FileNotFoundError:
         raise UserError(f"no embeddings {path}: make them with python -m simsiam_dali.embed") from None
     except (OSError, pa.ArrowException, TypeError, KeyError, ValueError) as e:
         raise UserError(f"{path} is damaged or holds no embeddings: make them with python -m simsiam_dali.embed") from e
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: embed again")
-    return provenance, table
+    return provenance, content, within
 
 
 def read_song_embeddings(path: Path) -> Embeddings:
@@ -110,8 +146,8 @@ def read_song_embeddings(path: Path) -> Embeddings:
     return songs
 
 
-def read_vectors_of(path: Path, songs: Embeddings) -> np.ndarray:
-    """The vectors `(N, D)` of another table in the order of `songs`. Raises UserError when it is of other songs."""
+def read_same_songs(path: Path, songs: Embeddings) -> Embeddings:
+    """Another table, in the order of `songs`. Raises UserError when it is of other songs."""
     other = read_song_embeddings(path)
     shards = songs.provenance.get("shards"), other.provenance.get("shards")
     if all(shards) and shards[0] != shards[1]:
@@ -121,4 +157,5 @@ def read_vectors_of(path: Path, songs: Embeddings) -> np.ndarray:
         raise UserError(
             f"{path} has {len(row)} songs, not the {len(songs.table)} of the embeddings: make it from the same songs"
         )
-    return other.vectors[[row[song] for song in songs.table["song"]]]
+    order = [row[song] for song in songs.table["song"]]
+    return replace(other, table=other.table.iloc[order].reset_index(drop=True), vectors=other.vectors[order])

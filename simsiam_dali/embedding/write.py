@@ -187,8 +187,9 @@ def write_table(features: Features, views: CleanViews, provenance: dict[str, str
             table.table.insert(1, "segment", rows.numpy())
             table.table.insert(2, "start", segments["start"].to_numpy())
         else:
-            songs, means = features.song_means(vectors, torch.tensor(shards.segments["song"].to_numpy())[rows])
-            table = Embeddings.of_songs(shards.songs, songs.numpy(), means.numpy(), provenance)
+            song = torch.tensor(shards.segments["song"].to_numpy())[rows]
+            songs, means, within = features.of_songs(vectors, song)
+            table = Embeddings.of_songs(shards.songs, songs.numpy(), means.numpy(), provenance, within)
         write_embeddings(out, table)
         shutil.rmtree(results.folder)
     without = f", without {len(missing)} segments that do not decode (see {quarantine.path})" if missing else ""

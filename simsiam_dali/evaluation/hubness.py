@@ -20,9 +20,9 @@ class Hubness:
     never: float
 
 
-def hubness(vectors: np.ndarray, group: np.ndarray, k: int) -> Hubness:
+def hubness(x: np.ndarray, group: np.ndarray, k: int) -> Hubness:
     """Of vectors `(N, D)`, nearest as by `nearest_others`; songs of one group `(N,)` are no neighbours."""
-    return of_neighbours(nearest_others(vectors, group, k)[0])
+    return of_neighbours(nearest_others(x, group, k)[0])
 
 
 def of_neighbours(near: np.ndarray) -> Hubness:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from simsiam_dali.evaluation.within_song import WithinSong
+
 if TYPE_CHECKING:  # torch takes seconds and 500 MB, which those that search in arrays need not spend
     from torch import Tensor
 
@@ -22,16 +24,19 @@ RANK_TOLERANCE = 1e-6
 """Principal components with less variance, of the first one's, are float32's rounding."""
 
 
-def unit(vectors: np.ndarray, whiten: bool = True) -> np.ndarray:
-    """`(N, D)` to vectors of length 1, float32: each dimension standardised over all rows, then `half_whitened`.
+def unit(vectors: np.ndarray, within: WithinSong | None = None, whiten: bool = True) -> np.ndarray:
+    """`(N, D)` to vectors of length 1, float32: each dimension standardised over all rows, then normalised by `within`.
 
-    Standardising removes what all songs have in common, which would make any two of them look alike. whiten: False
-    leaves it at that.
+    Standardising removes what all songs have in common, which would make any two of them look alike. Without `within`
+    they are `half_whitened`. whiten: False leaves it at standardising.
     """
     from sklearn.preprocessing import StandardScaler  # here, so that training does not need scikit-learn
 
-    x: np.ndarray = StandardScaler().fit_transform(vectors.astype(np.float32))
-    return of_length_1(half_whitened(x) if whiten else x)
+    scaler = StandardScaler()
+    x: np.ndarray = scaler.fit_transform(vectors.astype(np.float32))
+    if not whiten:
+        return of_length_1(x)
+    return of_length_1(within.normalised(x, scaler.scale_) if within else half_whitened(x))
 
 
 def of_length_1(vectors: np.ndarray) -> np.ndarray:
@@ -88,9 +93,8 @@ def nearest(
     return found, cosine
 
 
-def nearest_others(vectors: np.ndarray, group: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """`nearest` among the rows `(N, D)` themselves, by `unit`, none of a row's own group `(N,)`: both `(N, k)`."""
-    x = unit(vectors)
+def nearest_others(x: np.ndarray, group: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`nearest` among unit vectors `(N, D)` themselves, none of a row's own group `(N,)`: both `(N, k)`."""
     return nearest(x, x, k, (group, group))
 
 

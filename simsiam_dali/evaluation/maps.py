@@ -98,9 +98,12 @@ def _by_category(axes: Axes, points: np.ndarray, labels: Iterable[Sequence[str]]
         text.set_parse_math(False)  # "A$AP" is no formula
 
 
-def page_data(table: pd.DataFrame, vectors: np.ndarray, flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The data of the interactive page, as plain lists: songs, positions in 0..1, and each song's nearest."""
-    near, cosine = nearest_others(vectors, np.arange(len(table)), NEAREST)
+def page_data(table: pd.DataFrame, x: np.ndarray, flat: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The data of the interactive page, as plain lists: songs, positions in 0..1, and each song's nearest.
+
+    x: the songs' unit vectors `(N, D)`.
+    """
+    near, cosine = nearest_others(x, np.arange(len(table)), NEAREST)
     coloured = {name: categories(labels) for name, labels in kinds(table).items()}
     return {
         "title": [title or path for title, path in zip(table["title"], table["path"], strict=True)],

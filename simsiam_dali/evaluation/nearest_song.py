@@ -1,7 +1,7 @@
 """An encoder's quality in one sentence: for how many songs is the nearest other song by the same artist?
 
 Leave-one-out over every song that has a partner: another recording by one of its artists or, where no artist has two,
-of one of its genres. Nearest is as in `evaluate` and `recommend`, by `knn.unit`.
+of one of its genres. Nearest is as in `evaluate` and `recommend`.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from simsiam_dali.evaluation.folds import groups
-from simsiam_dali.evaluation.knn import cosine_blocks, unit
+from simsiam_dali.evaluation.knn import cosine_blocks
 from simsiam_dali.evaluation.metrics import Metric, interval, score
 from simsiam_dali.evaluation.plan import all_label_ids, dependent_songs
 from simsiam_dali.evaluation.probes import label_matrix
@@ -35,14 +35,14 @@ def labels_of(songs: pd.DataFrame) -> tuple[str, list[list[int]]] | None:
     return None
 
 
-def nearest_shares(vectors: np.ndarray, labels: Sequence[Sequence[int]], group: np.ndarray) -> np.ndarray:
+def nearest_shares(x: np.ndarray, labels: Sequence[Sequence[int]], group: np.ndarray) -> np.ndarray:
     """Whether each song's nearest other song shares a label with it: `(N,)` float, NaN for a song without a partner.
 
-    vectors `(N, D)` float; labels: each song's, at least one; group `(N,)` int: songs with the same number are one
+    x: unit vectors `(N, D)`; labels: each song's, at least one; group `(N,)` int: songs with the same number are one
     recording, and never each other's neighbours. Of several equally near, all have to share it: a tie is not a hit by
     chance, and an encoder that maps all songs to one vector scores 0.
     """
-    x, table = unit(vectors), label_matrix(labels)
+    table = label_matrix(labels)
     hit = np.full(len(x), np.nan)
     for block, cosine in cosine_blocks(x, x):
         other = group[block, None] != group
@@ -72,8 +72,8 @@ def count(songs: pd.DataFrame, vectors: Mapping[str, np.ndarray], held_back_only
     """The counts; None where no song has a partner.
 
     songs: rows with `path`, `title`, `artists`, `albums`, `album_artist`, `genres`, `duration` and `split`; vectors:
-    name to `(N, D)`, first those that are judged. held_back_only: count validation songs alone, since the training saw
-    the tags of the others.
+    name to unit vectors `(N, D)`, first those that are judged. held_back_only: count validation songs alone, since the
+    training saw the tags of the others.
     """
     if (known := labels_of(songs)) is None:
         return None

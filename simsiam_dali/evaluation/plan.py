@@ -84,8 +84,9 @@ class Evaluation:
 class Probe:
     """`run` maps the vectors of `rows` to a value for each of the songs `scored`; `guess` holds such values too.
 
-    Without `truth` the values are the scores. mae_guess: the guess where the metric is `mae`, of which the median is
-    the best constant; a probe worse than that could be better than the mean.
+    searches: whether it takes the unit vectors. Without `truth` the values are the scores. mae_guess: the guess where
+    the metric is `mae`, of which the median is the best constant; a probe worse than that could be better than the
+    mean.
     """
 
     target: str
@@ -98,6 +99,7 @@ class Probe:
     guess: np.ndarray
     truth: np.ndarray | None = None
     mae_guess: np.ndarray | None = None
+    searches: bool = False
 
     def guess_of(self, metric: str) -> np.ndarray:
         """The best prediction by `metric` without any vectors."""
@@ -115,11 +117,16 @@ class Probe:
 
 
 def evaluate(
-    table: pd.DataFrame, vectors: Mapping[str, np.ndarray], options: Options, learns_from_tags: bool = False
+    table: pd.DataFrame,
+    vectors: Mapping[str, np.ndarray],
+    unit_vectors: Mapping[str, np.ndarray],
+    options: Options,
+    learns_from_tags: bool = False,
 ) -> Evaluation:
     """Probe the first of `vectors` (name to `(N, D)`); the others are its baselines.
 
-    `table` has the columns of an embedding table, one row a song; row i of all `vectors` belongs to its row i.
+    `table` has the columns of an embedding table, one row a song; row i of all vectors belongs to its row i.
+    unit_vectors: the same, as nearest songs are searched by.
     learns_from_tags: whether the encoder learned from tags or ratings, so that its training songs cannot judge it.
     """
     done = Evaluation(judged_by="unseen" if learns_from_tags else "all")
@@ -137,13 +144,15 @@ def evaluate(
                 planned += plan(split, group[split], options, notes)
         done.notes[target] = list(dict.fromkeys(notes))
     if len(table) > RETRIEVED:  # among fewer, everybody is everybody's neighbour
-        done.hubness = {name: hubness(x, group["song"], RETRIEVED) for name, x in vectors.items()}
+        done.hubness = {name: hubness(x, group["song"], RETRIEVED) for name, x in unit_vectors.items()}
     threads = 1 if max(x.size for x in vectors.values()) < ONE_THREAD else None
     bar = tqdm(planned, unit="probe", leave=False)
     for probe in bar:
         bar.set_description(f"{probe.target}, {probe.name}, split by {probe.split}")
         with threadpool_limits(threads):
-            values = {name: probe.run(x[probe.rows]) for name, x in vectors.items()}
+            values = {
+                name: probe.run(x[probe.rows]) for name, x in (unit_vectors if probe.searches else vectors).items()
+            }
         held_back = unseen[probe.scored]
         subsets = {"all": np.ones(len(held_back), bool)}
         if held_back.sum() >= MIN_UNSEEN and (learns_from_tags or not held_back.all()):
@@ -189,7 +198,7 @@ def _plan_rating(
     probe = partial(Probe, "rating", split=split, metrics=metrics, rows=rows, scored=rows, truth=y, mae_guess=median)
     yield probe("ridge", run=lambda x: probes.ridge(x, y, parts, own), guess=guess)
     nearest = partial(knn.nearest_others, group=own, k=options.k)
-    yield probe("knn", run=lambda x: probes.knn_mean(y, nearest(x)[0]), guess=probes.others_mean(y, own))
+    yield probe("knn", run=lambda x: probes.knn_mean(y, nearest(x)[0]), searches=True, guess=probes.others_mean(y, own))
     yield probe("mlp", run=lambda x: probes.mlp(x, y, parts, options.seed), guess=guess)
 
 
@@ -226,7 +235,7 @@ def _plan_labels(
         parts = folds(group[rows], classes)
         yield probe("logistic", run=lambda x: probes.logistic(x, classes, parts))
         nearest = partial(knn.nearest_others, group=group[rows], k=options.k)
-        yield probe("knn", run=lambda x: knn.vote(classes, *nearest(x)))
+        yield probe("knn", run=lambda x: knn.vote(classes, *nearest(x)), searches=True)
 
     retrieval = probes.Retrieval([labels[row] for row in labelled], group[labelled], RETRIEVED)
     if retrieval.scored.sum() < MIN_SONGS:
@@ -234,7 +243,7 @@ def _plan_labels(
         return
     found = partial(knn.nearest_others, group=group[labelled], k=RETRIEVED)
     probe = partial(Probe, target, "retrieval", split, ("map_at_10",), labelled, labelled[retrieval.scored])
-    yield probe(run=lambda x: retrieval.average_precision(found(x)[0]), guess=retrieval.guess())
+    yield probe(run=lambda x: retrieval.average_precision(found(x)[0]), searches=True, guess=retrieval.guess())
 
 
 def dependent_songs(table: pd.DataFrame, target: str, album: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from simsiam_dali.common.errors import UserError, printable
 from simsiam_dali.common.names import name_key
-from simsiam_dali.evaluation.knn import cosine_blocks, unit
+from simsiam_dali.evaluation.knn import cosine_blocks
 from simsiam_dali.recommendation.library import Library, Variety
 from simsiam_dali.recommendation.path import song_path
 from simsiam_dali.recommendation.radio import radio
@@ -66,8 +66,8 @@ class Choice:
         return f"{self.scores['predicted_rating'][i]:.2f} ± {self.scores['std'][i]:.2f}"
 
 
-def choose(library: Library, vectors: np.ndarray, request: Request) -> Choice:
-    """The songs that are requested, from their vectors `(N, D)`. Raises UserError when none is left."""
+def choose(library: Library, unit_vectors: np.ndarray, request: Request) -> Choice:
+    """The songs that are requested, from the library's unit vectors `(N, D)`. Raises UserError when none is left."""
     if request.unlike and not request.like:
         raise UserError("--unlike goes with --like")
     if request.seed and not request.radio:
@@ -76,14 +76,13 @@ def choose(library: Library, vectors: np.ndarray, request: Request) -> Choice:
         named = [row for text in request.songs for row in library.find(text, "song")]
         return Choice(named, {}, f"{len(named)} songs")
     if request.path:
-        return choose_path(library, unit(vectors), request)
+        return choose_path(library, unit_vectors, request)
     if request.radio:
-        return choose_radio(library, unit(vectors), request)
+        return choose_radio(library, unit_vectors, request)
     seeds, unlike = find_all(library, request.like, "--like"), find_all(library, request.unlike, "--unlike")
     if both := set(seeds) & set(unlike):
         raise UserError(f"{printable(library.name(min(both)))} is given with --like and with --unlike")
     rows = candidates(library, seeds, request, unlike)
-    unit_vectors = unit(vectors)
     x, accept = unit_vectors[rows], Variety(library, request.max_per_artist, request.max_per_album)
     if request.like:
         similarity = nearest_cosine(unit_vectors[seeds], x)

@@ -37,9 +37,9 @@ def is_newer(playlist: SavedPlaylist, table: Path) -> bool:
 
 
 def remake_all(
-    playlists: Iterable[SavedPlaylist], library: Library, vectors: np.ndarray, moved: Mapping[str, str]
+    playlists: Iterable[SavedPlaylist], library: Library, x: np.ndarray, moved: Mapping[str, str]
 ) -> list[Remade]:
-    """Every playlist from `library`, whose songs have `vectors (N, D)`; nothing is written.
+    """Every playlist from `library`, whose songs have the unit vectors `x (N, D)`; nothing is written.
 
     moved: old path -> new path of songs; requests that name one are written with its new path. A playlist whose songs
     are gone, or whose file belongs to another program, is returned with the problem.
@@ -51,7 +51,7 @@ def remake_all(
         if playlist != old:  # also where a song is gone: nothing else keeps where the others went
             _add(result, old.folder / f"{old.name}.json", playlist.json())
         try:
-            texts = {old.folder / name: text for name, text in remake(library, vectors, playlist).items()}
+            texts = {old.folder / name: text for name, text in remake(library, x, playlist).items()}
             for path in texts:
                 check_writable(path, replace=False)
         except UserError as e:

@@ -61,7 +61,7 @@ def save(
     name: str,
     request: Request,
     library: Library,
-    vectors: np.ndarray,
+    x: np.ndarray,
     *,
     relative_to: Path | None = None,
     prefix: str | None = None,
@@ -69,7 +69,7 @@ def save(
 ) -> Written:
     """Write `NAME.json`, `NAME.m3u8` and `NAME.xspf` into `folder`, which is made where there is none.
 
-    vectors: `(N, D)` of the library's songs. relative_to, prefix: as in `playlists.playlist_entries`, but without both
+    x: unit vectors `(N, D)` of the songs. relative_to, prefix: as in `playlists.playlist_entries`, but without both
     the paths are relative to `folder`. Raises UserError, and changes nothing, for a name that is no file name, for a
     request that chooses nothing, and, unless `replace`, where a file of that name is not of this program or remembers
     another request.
@@ -77,7 +77,7 @@ def save(
     check_name(name)
     base = None if relative_to is None else str(relative_to.resolve())
     saved = SavedPlaylist(folder, name, portable(request, library), base, prefix)
-    texts, left_out = _texts(library, vectors, saved)
+    texts, left_out = _texts(library, x, saved)
     files = {folder / f"{name}.json": saved.json()} | {folder / file: text for file, text in texts.items()}
     for path, text in files.items():
         check_writable(path, replace)
@@ -127,26 +127,26 @@ def read_saved(folder: Path) -> list[SavedPlaylist]:
     return found
 
 
-def remake(library: Library, vectors: np.ndarray, saved: SavedPlaylist) -> dict[str, str]:
+def remake(library: Library, x: np.ndarray, saved: SavedPlaylist) -> dict[str, str]:
     """The playlist's files from this library: file name -> text. Nothing is written, and `NAME.json` stays as it is.
 
-    vectors: `(N, D)` of the library's songs. Raises UserError, which names the playlist, where a song of the request is
+    x: unit vectors `(N, D)` of the songs. Raises UserError, which names the playlist, where a song of the request is
     not in the library any more, or nothing is left to choose.
     """
-    return _texts(library, vectors, saved)[0]
+    return _texts(library, x, saved)[0]
 
 
-def chosen(library: Library, vectors: np.ndarray, saved: SavedPlaylist) -> Choice:
+def chosen(library: Library, x: np.ndarray, saved: SavedPlaylist) -> Choice:
     """The playlist's songs, as its request chooses them from this library; raises as `remake` does."""
     try:
-        return choose(library, vectors, _absolute(saved.request, library))
+        return choose(library, x, _absolute(saved.request, library))
     except UserError as e:
         raise UserError(f"playlist {printable(saved.name)}: {e}") from e
 
 
-def _texts(library: Library, vectors: np.ndarray, saved: SavedPlaylist) -> tuple[dict[str, str], list[str]]:
+def _texts(library: Library, x: np.ndarray, saved: SavedPlaylist) -> tuple[dict[str, str], list[str]]:
     """`remake`, and the paths that M3U8 cannot hold."""
-    choice = chosen(library, vectors, saved)
+    choice = chosen(library, x, saved)
     relative_to = Path(saved.relative_to) if saved.relative_to else saved.folder
     entries = playlist_entries(library, choice, relative_to, saved.prefix)
     made = {suffix: FORMATS[suffix](entries, saved.name) for suffix in SUFFIXES}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.evaluation.knn import nearest, unit
+from simsiam_dali.evaluation.knn import nearest
 from simsiam_dali.recommendation.choose import Request, candidates, fit_ratings
 from simsiam_dali.recommendation.library import Library, Variety
 from simsiam_dali.recommendation.path import song_path
@@ -25,11 +25,10 @@ CLUSTERS = 10
 
 
 class Search:
-    """What `recommend` finds, for a table that is in memory. Rows are int; songs of one recording come once."""
+    """What `recommend` finds by unit vectors `x (N, D)`. Rows are int; songs of one recording come once."""
 
-    def __init__(self, library: Library, vectors: np.ndarray) -> None:
-        self.library = library
-        self._vectors, self._x = vectors, unit(vectors)
+    def __init__(self, library: Library, x: np.ndarray) -> None:
+        self.library, self._x = library, x
         self._clusters: np.ndarray | None = None
         self._lock = Lock()
 
@@ -99,10 +98,10 @@ class Search:
             return [row for path in saved.request.songs for row in self.library.at(path)]
         with self._lock:
             self._take(ratings)
-            return chosen(self.library, self._vectors, saved).rows
+            return chosen(self.library, self._x, saved).rows
 
     def save_playlist(self, folder: Path, name: str, rows: Sequence[int], replace: bool) -> list[str]:
         """Save songs in this order; returns the names of the files. Raises UserError where that is refused."""
         songs = [str(self.library.music / self.library.path[row]) for row in rows]
-        written = save(folder, name, Request(songs=songs), self.library, self._vectors, replace=replace)
+        written = save(folder, name, Request(songs=songs), self.library, self._x, replace=replace)
         return [file.name for file in written.files]

@@ -1,0 +1,95 @@
+"""The covariance within songs is what it is by hand, and what varies there no longer decides which songs are near."""
+
+import numpy as np
+import pytest
+from helpers.evaluation_tables import song_table
+
+from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
+from simsiam_dali.evaluation import within_song
+from simsiam_dali.evaluation.knn import of_length_1, unit
+from simsiam_dali.evaluation.within_song import FLOOR, WithinSong
+
+RNG = np.random.default_rng(3)
+SONG = np.array([7] * 4 + [2] * 9 + [5] + [3] * 6 + [9] * 5)
+
+
+def covariance(x: np.ndarray, song: np.ndarray) -> np.ndarray:
+    """Pooled over songs, each around its own mean."""
+    deviations = np.concatenate([x[song == one] - x[song == one].mean(axis=0) for one in np.unique(song)])
+    return deviations.T @ deviations / (len(x) - len(np.unique(song)))
+
+
+@pytest.mark.parametrize("axes", [1024, 4, 1])
+def test_it_is_the_pooled_covariance_and_what_is_left_out_is_kept_by_dimension(monkeypatch, axes):
+    monkeypatch.setattr(within_song, "MAX_AXES", axes)
+    x = RNG.standard_normal((len(SONG), 6)) @ RNG.standard_normal((6, 6)) * [1, 1e-4, 1, 50, 1, 1] + RNG.random(6)
+    found = WithinSong.of_segments(x.astype(np.float32), SONG)
+    assert found.axes.shape == (min(axes, 6), 6)
+    assert found.axes.dtype == found.rest.dtype == np.float32
+    expected = covariance(x, SONG)
+    made = found.axes.astype(float).T @ found.axes + np.diag(found.rest)
+    scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+    np.testing.assert_allclose(np.diag(made), np.diag(expected), rtol=1e-3)
+    if axes >= 6:
+        np.testing.assert_allclose(made / scale, expected / scale, atol=1e-3)
+        assert not found.rest.any()
+
+
+def test_songs_of_one_segment_tell_nothing():
+    assert WithinSong.of_segments(RNG.standard_normal((5, 3)), np.arange(5)) is None
+
+
+def test_of_very_many_segments_only_some_songs_are_taken_whole(monkeypatch):
+    monkeypatch.setattr(within_song, "MAX_SEGMENTS", 30)
+    song = np.repeat(np.arange(30), 3)
+    x = RNG.standard_normal((90, 4))
+    taken = song % 3 == 0
+    found = WithinSong.of_segments(x, song)
+    np.testing.assert_allclose(found.axes.T @ found.axes, covariance(x[taken], song[taken]), atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [1024, 3])
+def test_vectors_are_multiplied_by_the_inverse_root_of_the_covariance_and_the_floor(monkeypatch, axes):
+    monkeypatch.setattr(within_song, "MAX_AXES", axes)
+    segments = RNG.standard_normal((len(SONG), 5)) @ RNG.standard_normal((5, 5))
+    within = WithinSong.of_segments(segments, SONG)
+    x, scale = RNG.standard_normal((8, 5)), RNG.uniform(0.5, 2, 5)
+    found = within.normalised(x, scale)
+    variance, turn = np.linalg.eigh((within.axes / scale).T.astype(float) @ (within.axes / scale))
+    variance += FLOOR + (variance < 1e-6) * np.mean(within.rest / scale**2)
+    expected = (x @ turn / np.sqrt(variance)) @ turn.T
+    np.testing.assert_allclose(of_length_1(found), of_length_1(expected), atol=1e-4)
+
+
+def test_what_varies_within_songs_no_longer_decides_which_songs_are_near():
+    """Thirty songs of ten groups: all dimensions vary as much from song to song, but most of them within songs too."""
+    group = np.repeat(np.arange(10), 3)
+    own = RNG.standard_normal((10, 4))[group] + 0.2 * RNG.standard_normal((30, 4))
+    song = np.repeat(np.arange(30), 6)
+    moods = 2.4 * RNG.standard_normal((180, 40))  # their means have a deviation of about 1
+    segments = np.column_stack([own[song] + 0.05 * RNG.standard_normal((180, 4)), moods])
+    means = segments.reshape(30, 6, -1).mean(axis=1)
+    hits = {}
+    for name, within in {"half-whitened": None, "within": WithinSong.of_segments(segments, song)}.items():
+        x = unit(means, within)
+        cosine = x @ x.T - 2 * np.eye(30)
+        hits[name] = int((group[cosine.argmax(axis=1)] == group).sum())
+    assert hits["within"] >= 28
+    assert hits["half-whitened"] < 20
+
+
+def test_a_table_keeps_it_and_is_searched_by_it(tmp_path):
+    song = np.repeat(np.arange(20), 3)
+    segments = RNG.standard_normal((60, 8)).astype(np.float32)
+    means = segments.reshape(20, 3, 8).mean(axis=1)
+    within = WithinSong.of_segments(segments, song)
+    for name, own in {"with": within, "without": None}.items():
+        write_embeddings(tmp_path / name, Embeddings(song_table(20), means, {"rows": "songs"}, own))
+    read = read_song_embeddings(tmp_path / "with")
+    np.testing.assert_array_equal(read.within.axes, within.axes)
+    np.testing.assert_array_equal(read.within.rest, within.rest)
+    np.testing.assert_array_equal(read.unit(), unit(means, within))
+    older = read_song_embeddings(tmp_path / "without")
+    assert older.within is None
+    np.testing.assert_array_equal(older.unit(), unit(means))
+    assert np.abs(older.unit()[:, :8] @ older.unit()[:, :8].T - read.unit() @ read.unit().T).max() > 0.1
