@@ -271,9 +271,9 @@ def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up():
     one_seed_more = equal_time_scores.difference(row_of(rng.random((4, 40))), row_of(base), "soundtrack/map")
     assert one_seed_more.shape == (3, 40)  # of the seeds that both have
     of = np.repeat(np.arange(8), 5)
-    assert not equal_time.is_given_up(row_of(base + 0.1), row_of(base), of)
-    assert equal_time.is_given_up(row_of(base - 0.1), row_of(base), of)
-    assert not equal_time.is_given_up(row_of(base[:1] - 0.1), row_of(base[:1]), of)  # one seed decides nothing
+    assert not equal_time_scores.is_given_up(row_of(base + 0.1), row_of(base), of)
+    assert equal_time_scores.is_given_up(row_of(base - 0.1), row_of(base), of)
+    assert not equal_time_scores.is_given_up(row_of(base[:1] - 0.1), row_of(base[:1]), of)  # one seed decides nothing
     half = {seed: {"a": own["a"]} for seed, own in row_of(base).items()}
     assert equal_time_scores.difference(half, row_of(base), "soundtrack/map") is None
 
@@ -420,14 +420,13 @@ def test_the_differences_are_drawn_the_same_from_the_same_scores(tmp_path):
 
 
 def test_scores_that_would_not_compare_are_refused(tmp_path):
-    file = tmp_path / "scores.json"
-    file.write_text(json.dumps(equal_time.document(file, 80)))
-    assert equal_time.document(file, 80)["base_epochs"] == 80
+    file, (rule, other) = tmp_path / "scores.json", run.SEARCHES
+    file.write_text(json.dumps(equal_time.document(file, 80, rule)))
+    assert equal_time.document(file, 80, rule)["base_epochs"] == 80
     with pytest.raises(UserError, match="is of 80 epochs"):
-        equal_time.document(file, 56)
-    file.write_text(json.dumps({"base_epochs": 80, "cost": {}, "scores": {}}))
-    with pytest.raises(UserError, match="another rule of search"):
-        equal_time.document(file, 80)
+        equal_time.document(file, 56, rule)
+    with pytest.raises(UserError, match=f"is scored by '{rule}'"):
+        equal_time.document(file, 80, other)
 
 
 def test_tables_are_scored_beside_the_first(tmp_path):
@@ -461,11 +460,12 @@ def test_baselines_that_the_document_has_are_not_made_again(tmp_path):
     for job, name in ((job, name) for job in equal_time.trainings(equal_time_scores.BASE, 1, 1) for name in known):
         write_table(job.table(tmp_path / "equal-time", name), songs, rng.standard_normal((24, 5)))
     shards = halves.halves_of(tmp_path)
-    assert equal_time.baselines(shards, ["0", "1"], known) == known  # no run is here
-    assert equal_time.baselines(shards, ["0", "1"], {}) == {}
+    doc = {"search": "half-whitened", "scores": {equal_time_scores.BASE: {"0": {}, "1": {}}}}
+    assert equal_time.baselines(shards, doc | {"baselines": known}) == known  # no run is here
+    assert equal_time.baselines(shards, doc) == {}
     for half in halves.HALVES:
         (tmp_path / "equal-time" / "runs" / f"{halves.slug(equal_time_scores.BASE)}-{half}-1").mkdir(parents=True)
-    found = equal_time.baselines(shards, ["0", "1"], known)
+    found = equal_time.baselines(shards, doc | {"baselines": known})
     assert {name: [*own] for name, own in found.items()} == {
         name: ["0", "1"] if "untrained" in options else ["0"] for name, options in equal_time.BASELINES.items()
     }

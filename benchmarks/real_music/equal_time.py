@@ -25,12 +25,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import equal_time_scores
 import halves
 import numpy as np
 import run
 import torch
-from equal_time_scores import BASE, METRICS, PEER, STAGES, UNTRAINED_STAGES, Scores, of_songs, page_lines
+from equal_time_scores import BASE, METRICS, PEER, STAGES, UNTRAINED_STAGES, Scores, is_given_up, of_songs, page_lines
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -38,13 +37,10 @@ import machine
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.common.files import atomic_write
 from simsiam_dali.config.load import load_config
+from simsiam_dali.embedding.table import read_song_embeddings
 
 TIMED_EPOCHS = 4
 """Epochs by which a candidate's speed is measured; the first, in which everything is built, does not count."""
-SEARCH = "normalised within songs"
-"""How the nearest songs are found: scores by another rule are not compared."""
-MIN_SEEDS = 2
-"""Seeds after which a candidate may be given up: of one seed there is nothing to resample."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +114,6 @@ def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
     return {row: max(1, round(base_epochs / own)) for row, own in cost.items()}
 
 
-def is_given_up(row: Mapping[str, Scores], base: Mapping[str, Scores], soundtracks: np.ndarray) -> bool:
-    """Whether the interval of mAP@10's difference lies below 0."""
-    found = equal_time_scores.difference(row, base, "soundtrack/map")
-    return found is not None and len(found) >= MIN_SEEDS and equal_time_scores.interval(found, soundtracks)[1] < 0
-
-
 def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
     """A candidate's trainings by one seed, one from each half."""
     own = CANDIDATES[row]
@@ -179,13 +169,13 @@ class Setup:
         return statistics.median(seconds)
 
 
-def document(path: Path, base_epochs: int) -> dict[str, Any]:
+def document(path: Path, base_epochs: int, search: str) -> dict[str, Any]:
     """What the file holds, or a new one. Raises UserError where its scores would not compare."""
     if not path.exists():
-        return {"search": SEARCH, "base_epochs": base_epochs, "cost": {BASE: 1.0}, "scores": {}}
+        return {"search": search, "base_epochs": base_epochs, "cost": {BASE: 1.0}, "scores": {}}
     doc: dict[str, Any] = json.loads(path.read_text())
-    if doc.get("search") != SEARCH:
-        raise UserError(f"{path} was scored by another rule of search: choose another file")
+    if doc["search"] != search:
+        raise UserError(f"{path} is scored by {doc['search']!r}: choose another file, or --search")
     if doc["base_epochs"] != base_epochs:
         raise UserError(f"{path} is of {doc['base_epochs']} epochs of the recipe: choose another file")
     return doc
@@ -193,8 +183,8 @@ def document(path: Path, base_epochs: int) -> dict[str, Any]:
 
 def missing(doc: Mapping[str, Any], row: str, seed: int) -> list[halves.Job]:
     """A candidate's trainings by one seed that the document has no scores of; none of one that is given up."""
-    known = doc["scores"].get(row, {})
-    if known and row != BASE and is_given_up(known, doc["scores"][BASE], of_songs(doc, "soundtracks")):
+    known, base = doc["scores"].get(row, {}), doc["scores"].get(BASE, {})
+    if known and row != BASE and is_given_up(known, base, of_songs(doc, "soundtracks")):
         return []
     done = known.get(str(seed), {})
     return [job for job in trainings(row, doc["epochs"][row], seed) if job.trained_on not in done]
@@ -204,7 +194,7 @@ def add_scores(doc: dict[str, Any], done: Sequence[halves.Job], folder: Path) ->
     """Put the scores of trainings into the document."""
     made = [(job, row) for job in done for row in job.tables]
     for of, row in made:
-        found = run.of_each_song(of.table(folder, row))
+        found = scored(of.table(folder, row), doc["search"])
         own = doc["scores"].setdefault(row, {}).setdefault(str(of.seed), {})
         own[of.trained_on] = {metric: found[metric].round(4).tolist() for metric in METRICS}
         doc.setdefault("untagged", {})[of.trained_on] = np.flatnonzero(found["soundtrack/untagged"]).tolist()
@@ -233,8 +223,7 @@ def prepare(part: str, work: Path, music: Path, rows: Sequence[str]) -> halves.S
 def baseline_table(name: str, half: str, shards: halves.Shards, seed: int = 0) -> Path:
     """The table of a baseline of the songs that `half` is asked about; an untrained encoder is of the seed's recipe."""
     folder = shards.folder / "equal-time"
-    job = next(job for job in trainings(BASE, 1, seed) if job.trained_on == half)
-    table = job.table(folder, name)
+    table = next(job.table(folder, name) for job in trainings(BASE, 1, seed) if job.trained_on == half)
     if not table.exists():
         run_dir = folder / "runs" / f"{halves.slug(BASE)}-{half}-{seed}"
         words = ["--checkpoint", run_dir, "--shards", shards.asked[half], *BASELINES[name], "--out", table]
@@ -242,18 +231,24 @@ def baseline_table(name: str, half: str, shards: halves.Shards, seed: int = 0) -
     return table
 
 
-def baselines(shards: halves.Shards, seeds: Sequence[str], known: Mapping[str, Any]) -> dict[str, dict[str, Scores]]:
+def scored(table: Path, search: str) -> dict[str, np.ndarray]:
+    """`run.of_each_song`, compared by this rule."""
+    return run.of_each_song(table, vectors=run.SEARCHES[search](read_song_embeddings(table)))
+
+
+def baselines(shards: halves.Shards, doc: Mapping[str, Any]) -> dict[str, dict[str, Scores]]:
     """Each baseline's scores, as the document has a row's. The untrained encoder is another one for each seed.
 
-    known: those that the document has. Others need the recipe's run: a seed that was trained elsewhere is left out.
+    Those that the document lacks need the recipe's run: a seed that was trained elsewhere is left out.
     """
-    runs = shards.folder / "equal-time" / "runs"
-    found: dict[str, dict[str, Scores]] = {name: dict(known.get(name, {})) for name in BASELINES}
+    runs, seeds = shards.folder / "equal-time" / "runs", list(doc["scores"][BASE])
+    found: dict[str, dict[str, Scores]] = {name: dict(doc.get("baselines", {}).get(name, {})) for name in BASELINES}
     for name, own in found.items():
         for seed in seeds if "untrained" in BASELINES[name] else seeds[:1]:
             if seed in own or not all((runs / f"{halves.slug(BASE)}-{half}-{seed}").exists() for half in halves.HALVES):
                 continue
-            each = {half: run.of_each_song(baseline_table(name, half, shards, int(seed))) for half in halves.HALVES}
+            tables = {half: baseline_table(name, half, shards, int(seed)) for half in halves.HALVES}
+            each = {half: scored(table, doc["search"]) for half, table in tables.items()}
             own[seed] = {half: {m: scores[m].round(4).tolist() for m in METRICS} for half, scores in each.items()}
     return {name: own for name, own in found.items() if own}
 
@@ -269,12 +264,14 @@ def main() -> None:
     add("--epochs", type=int, metavar="N", help="of the recipe, whose time all get (default: as configured)")
     add("--rows", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="ROW",
         help=f"candidates, beside {BASE} (default: all): {', '.join(CANDIDATES)}")  # fmt: skip
+    add("--search", choices=list(run.SEARCHES), default=next(iter(run.SEARCHES)), metavar="RULE",
+        help=f"how songs are compared: {', '.join(run.SEARCHES)} (default: the first)")  # fmt: skip
     args = parser.parse_args()
     if not args.json:
         raise UserError("--json FILE is needed: the scores of finished trainings are kept there")
     device, config, side_by_side = run.common(args)
     work, rows = args.work.resolve(), list(dict.fromkeys([BASE, *args.rows]))
-    doc = document(args.json, args.epochs or load_config(config).encoder.epochs)
+    doc = document(args.json, args.epochs or load_config(config).encoder.epochs, args.search)
     shards = prepare(args.part, work, (args.music or work / args.part / "music").resolve(), rows)
     setup, folder = Setup(shards, config, device, side_by_side), shards.folder / "equal-time"
     if untimed := [row for row in rows if row not in doc["cost"]]:
@@ -290,7 +287,7 @@ def main() -> None:
             add_scores(doc, wanted, folder)
             doc["environment"] = machine.environment(device)  # of the latest training
             write(doc, args.json)
-    doc["baselines"] = baselines(shards, list(doc["scores"][BASE]), doc.get("baselines", {}))
+    doc["baselines"] = baselines(shards, doc)
     write(doc, args.json)
     print("\n".join(page_lines(doc)))
 

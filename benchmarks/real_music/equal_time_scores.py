@@ -21,6 +21,8 @@ CLAIMED = (BASE, STAGES, "contrastive", *TAGGED)
 """Rows that the pages say something about: they are compared with the peer and with the best baseline too."""
 METRICS = ("soundtrack/knn", "soundtrack/map")
 RESAMPLES = 4000
+MIN_SEEDS = 2
+"""Seeds after which a candidate may be given up: of one seed there is nothing to resample."""
 
 
 def interval(differences: np.ndarray, soundtracks: np.ndarray) -> tuple[float, float]:
@@ -60,6 +62,12 @@ def difference(row: Mapping[str, Scores], base: Mapping[str, Scores], metric: st
     own, other = by_seed(row, metric), by_seed(base, metric)
     common = [seed for seed in own if seed in other]
     return np.stack([own[seed] - other[seed] for seed in common]) if common else None
+
+
+def is_given_up(row: Mapping[str, Scores], base: Mapping[str, Scores], soundtracks: np.ndarray) -> bool:
+    """Whether the interval of mAP@10's difference lies below 0."""
+    found = difference(row, base, "soundtrack/map")
+    return found is not None and len(found) >= MIN_SEEDS and interval(found, soundtracks)[1] < 0
 
 
 def for_every_seed(baseline: Mapping[str, Scores], row: Mapping[str, Scores]) -> Mapping[str, Scores]:

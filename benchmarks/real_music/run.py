@@ -2,10 +2,10 @@
 
 Fetches the soundtracks of eleven free games (fetch.sh), packs them in two halves, trains on one half of each
 soundtrack's songs and embeds the other, then the other way round: no song was heard in training. Scores are of each
-song among the others of its half, by the cosine of half-whitened embeddings: the vote of its 5 nearest (accuracy) and
-mAP@10, for its soundtrack and its artist. Beside SimSiam stand the baselines (mean and std of MFCCs and of the log-mel,
-and the untrained encoder), SimSiam built from lightly's parts on the same backbone, views and steps, and the encoder
-that learns from tags.
+song among the others of its half, by the cosine of embeddings normalised within songs: the vote of its 5 nearest
+(accuracy) and mAP@10, for its soundtrack and its artist. Beside SimSiam stand the baselines (mean and std of MFCCs and
+of the log-mel, and the untrained encoder), SimSiam built from lightly's parts on the same backbone, views and steps,
+and the encoder that learns from tags.
 
 Everything stays in --work; the same command continues where it was stopped.
 """
@@ -31,7 +31,7 @@ import machine
 from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.config.load import load_config
-from simsiam_dali.embedding.table import read_song_embeddings
+from simsiam_dali.embedding.table import Embeddings, read_song_embeddings
 from simsiam_dali.evaluation import knn, probes
 from simsiam_dali.evaluation.plan import all_label_ids
 
@@ -72,6 +72,13 @@ def plan(seeds: int) -> Iterator[halves.Job]:
 
 Find = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 """As `knn.nearest_others`: of vectors `(N, D)`, none of a row's own group, the k nearest rows and their similarity."""
+
+
+SEARCHES: dict[str, Callable[[Embeddings], np.ndarray]] = {
+    "normalised within songs": Embeddings.unit,
+    "half-whitened": lambda songs: knn.unit(songs.vectors),
+}
+"""How songs are compared: the rule of `evaluate` and `recommend`, and that of tables that know of no segments."""
 
 
 def of_each_song(
