@@ -57,6 +57,8 @@ class Candidate:
     trained_as: str = ""
 
 
+NO_CHOICE = ("simple", "lightly")
+"""Kinds with one output."""
 UNHEARD = "unheard"
 """Two of the sets, each asked about by encoders of all other sets."""
 PARTS = (*halves.SETS, UNHEARD)
@@ -65,7 +67,7 @@ NOISE = {f"{AUGMENTATION}.noise_prob": 0.3}
 SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
 NO_SHIFT = {f"{AUGMENTATION}.time_shift_prob": 0}
 BASELINES = {
-    **{name: ("--features", feature) for feature, name in run.BASELINES.items()},
+    **{name: ("--features", feature, "--embedding", "backbone") for feature, name in run.BASELINES.items()},
     UNTRAINED_STAGES: ("--features", "untrained", "--embedding", "stages"),
 }
 """What a baseline is called, and the options of `simsiam_dali.embed` that make its table."""
@@ -118,7 +120,9 @@ def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
     """A candidate's trainings by one seed, one from each half."""
     own = CANDIDATES[row]
     settings = {"encoder.epochs": epochs, "encoder.simsiam.embedding": "backbone", **own.settings}
-    name, tables = own.trained_as or row, {row: ("--embedding", own.embedding) if own.embedding else ()}
+    # Said again to `embed`, since a run that is gone on with may have been configured otherwise.
+    embedding = own.embedding or str(settings["encoder.simsiam.embedding"])
+    name, tables = own.trained_as or row, {row: () if own.kind in NO_CHOICE else ("--embedding", embedding)}
     return [halves.Job(name, own.kind, half, seed, settings, tables, own.segment_seconds) for half in halves.HALVES]
 
 
