@@ -237,9 +237,9 @@ def row_of(scores: np.ndarray) -> dict[str, equal_time_scores.Scores]:
 
 
 def test_epochs_are_as_many_as_the_recipe_s_time_allows():
-    assert equal_time.epochs_of({equal_time_scores.BASE: 1.0, "slow": 2.0, "fast": 0.5, "endless": 500.0}, 80) == {
-        equal_time_scores.BASE: 80, "slow": 40, "fast": 160, "endless": 1,
-    }  # fmt: skip
+    cost = {equal_time_scores.BASE: 1.0, "slow": 2.0, "fast": 0.5, "endless": 500.0}
+    expected = {equal_time_scores.BASE: 80, "slow": 40, "fast": 160, "endless": 1}
+    assert equal_time_scores.epochs_of(cost, 80) == expected
 
 
 def test_the_interval_covers_another_draw_of_seeds_and_soundtracks():
@@ -297,7 +297,8 @@ def test_rows_of_one_training_are_made_by_one_job() -> None:
     jobs = [job for row in (base, "contrastive", stages) for job in equal_time.trainings(row, 5, 0)]
     one, two, *others = equal_time.merged(jobs)
     settings = {"encoder.epochs": 5, "encoder.simsiam.embedding": "backbone"}
-    assert one == halves.Job(base, "simsiam", "a", 0, settings, {base: (), stages: ("--embedding", "stages")})
+    tables = {base: ("--embedding", "backbone"), stages: ("--embedding", "stages")}
+    assert one == halves.Job(base, "simsiam", "a", 0, settings, tables)
     assert (two.trained_on, two.tables) == ("b", one.tables)
     assert [(job.name, job.trained_on) for job in others] == [("contrastive", "a"), ("contrastive", "b")]
 

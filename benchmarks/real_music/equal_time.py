@@ -25,11 +25,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import equal_time_scores
 import halves
 import numpy as np
 import run
 import torch
-from equal_time_scores import BASE, METRICS, PEER, STAGES, UNTRAINED_STAGES, Scores, is_given_up, of_songs, page_lines
+from equal_time_scores import BASE, METRICS, PEER, STAGES, UNTRAINED_STAGES, Scores, of_songs, page_lines
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -104,16 +105,14 @@ CANDIDATES = {
     PEER: Candidate(kind="lightly"),
     STAGES: Candidate(embedding="stages", trained_as=BASE),
     "contrastive, embedded by stages": Candidate(kind="contrastive", embedding="stages", trained_as="contrastive"),
+    "joint, embedded by stages": Candidate(
+        SHORT_NOISY, "joint", 60, embedding="stages", trained_as="joint, 2.5 s noisy views of 60 s"
+    ),
 }
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
 the segment, the farther apart. Noisy views have noise and no circular shift. Short views beside are of 2.5 s, with a
 predictor of their own; windows: songs are embedded by the projection, in windows of a view's length. Embedded by
 stages: by statistics of the maps before the last stage."""
-
-
-def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
-    """Each candidate's epochs in the time of `base_epochs` of the recipe's. cost: of an epoch, the recipe's being 1."""
-    return {row: max(1, round(base_epochs / own)) for row, own in cost.items()}
 
 
 def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
@@ -188,7 +187,7 @@ def document(path: Path, base_epochs: int, search: str) -> dict[str, Any]:
 def missing(doc: Mapping[str, Any], row: str, seed: int) -> list[halves.Job]:
     """A candidate's trainings by one seed that the document has no scores of; none of one that is given up."""
     known, base = doc["scores"].get(row, {}), doc["scores"].get(BASE, {})
-    if known and row != BASE and is_given_up(known, base, of_songs(doc, "soundtracks")):
+    if known and row != BASE and equal_time_scores.is_given_up(known, base, of_songs(doc, "soundtracks")):
         return []
     done = known.get(str(seed), {})
     return [job for job in trainings(row, doc["epochs"][row], seed) if job.trained_on not in done]
@@ -281,7 +280,7 @@ def main() -> None:
     if untimed := [row for row in rows if row not in doc["cost"]]:
         doc["cost"] |= setup.costs(untimed)
         write(doc, args.json)
-    doc["epochs"] = epochs_of(doc["cost"], doc["base_epochs"])
+    doc["epochs"] = equal_time_scores.epochs_of(doc["cost"], doc["base_epochs"])
 
     for seed in range(args.seeds):
         # Of all rows at once, so that no core waits.

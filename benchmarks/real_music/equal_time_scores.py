@@ -15,6 +15,7 @@ COMPARED = (
     *((row, "SimSiam, 2.5 s noisy views of 60 s") for row in TAGGED),
     (STAGES, UNTRAINED_STAGES),
     (STAGES, TAGGED[0]),
+    ("joint, embedded by stages", STAGES),
 )
 """Rows that differ in what a claim is about."""
 CLAIMED = (BASE, STAGES, "contrastive", *TAGGED)
@@ -68,6 +69,11 @@ def is_given_up(row: Mapping[str, Scores], base: Mapping[str, Scores], soundtrac
     """Whether the interval of mAP@10's difference lies below 0."""
     found = difference(row, base, "soundtrack/map")
     return found is not None and len(found) >= MIN_SEEDS and interval(found, soundtracks)[1] < 0
+
+
+def epochs_of(cost: Mapping[str, float], base_epochs: int) -> dict[str, int]:
+    """Each candidate's epochs in the time of `base_epochs` of the recipe's. cost: of an epoch, the recipe's being 1."""
+    return {row: max(1, round(base_epochs / own)) for row, own in cost.items()}
 
 
 def for_every_seed(baseline: Mapping[str, Scores], row: Mapping[str, Scores]) -> Mapping[str, Scores]:
