@@ -168,6 +168,23 @@ def together_lines(*docs: Mapping[str, Any]) -> Iterator[str]:
     yield f"{len(soundtracks)} songs of {len(np.unique(soundtracks))} soundtracks, {len(common)} seeds."
 
 
+def across_lines(doc: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[str]:
+    """The recipe by stages beside what another document has, which compares songs by another rule.
+
+    Both are of the same songs, and of the same encoders where a row is of the recipe.
+    """
+    own, soundtracks = doc["scores"][STAGES], of_songs(doc, "soundtracks")
+    mean = [np.mean([each.mean() for each in by_seed(own, metric).values()]) for metric in METRICS]
+    yield f"| {STAGES}, {doc['search']} | 5-NN {mean[0]:.3f} | mAP@10 {mean[1]:.3f} |"
+    yield "|---|---|---|"
+    rows = {**before["scores"], **{name: for_every_seed(row, own) for name, row in before["baselines"].items()}}
+    for name in (BASE, STAGES, PEER, TAGGED[0], "log-mel"):
+        gaps = [difference(own, rows[name], metric) for metric in METRICS if name in rows]
+        cells = [shown(gap, soundtracks) for gap in gaps if gap is not None]
+        if cells:
+            yield f"| to {name}, {before['search']} | {' | '.join(cells)} |"
+
+
 def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     """The table, and what it is of."""
     soundtracks, env = of_songs(doc, "soundtracks"), doc["environment"]

@@ -1,9 +1,9 @@
 """Draw docs/real_music_map.svg, the map in the README: python benchmarks/real_music/map.py
 
-The songs of one half, as t-SNE of the vectors that an encoder trained on the other half gives them, coloured by
-soundtrack; beside it the same songs by the best baseline. Below each map stands for how many songs the vote of the 5
-nearest names the soundtrack, as run.py counts it. Takes run.py's first training from --work, or fetches, packs and
-trains (about 20 minutes on two busy cores) where it is not there yet.
+The songs of one half, as t-SNE of the unit vectors that an encoder trained on the other half gives them by stages,
+coloured by soundtrack; beside it the same songs by the best baseline. Below each map stands for how many songs the vote
+of the 5 nearest names the soundtrack, as run.py counts it. Takes run.py's first training from --work, or fetches, packs
+and trains (about 20 minutes on two busy cores) where it is not there yet.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def named(table: Path) -> np.ndarray:
 def draw_map(axes: Axes, table: Path, packages: list[str]) -> None:
     """The songs of `table`, in the styles that the order of `packages` gives them."""
     songs = read_song_embeddings(table)
-    points = maps.project(songs.vectors, seed=0)["t-SNE"]
+    points = maps.project(songs.unit(), seed=0)["t-SNE"]
     own = np.array([halves.soundtrack(path) for path in songs.table["path"]])
     for package, (colour, marker) in zip(packages, itertools.cycle(STYLES), strict=False):
         x, y = points[own == package].T
@@ -96,18 +96,18 @@ def main() -> None:
     tables = {row: job.table(work, row) for row in job.tables}
     right = {row: named(table) for row, table in tables.items()}
     best = max(run.BASELINES.values(), key=lambda row: right[row].mean())
-    paths = read_song_embeddings(tables[run.OURS]).table["path"]
+    paths = read_song_embeddings(tables[run.STAGES]).table["path"]
     packages = [package for package, _ in Counter(map(halves.soundtrack, sorted(paths))).most_common()]
-    figures = {row: f"{right[row].sum()} of {len(right[row])}" for row in (run.OURS, best)}
+    figures = {row: f"{right[row].sum()} of {len(right[row])}" for row in (run.STAGES, best)}
     caption = (
         f"{len(paths)} songs never heard in training, coloured by soundtrack, which the encoder never saw. The vote of"
-        f" the five nearest songs names the right soundtrack for {figures[run.OURS]} that are not alone in theirs, and"
-        f" by the best baseline ({best}) for {figures[best]}."
+        f" the five nearest songs names the right soundtrack for {figures[run.STAGES]} that are not alone in theirs, by"
+        f" the best baseline ({best}) for {figures[best]}."
     )
     # The same file from the same tables: no date, no random ids. Text as outlines, for hosts without the font.
     matplotlib.rcParams.update({"svg.hashsalt": "map", "svg.fonttype": "path", "font.size": 10})
     figure = Figure(figsize=(10, 5.6), layout="constrained", facecolor="white")
-    titles = {run.OURS: "SimSiam, trained on other songs", best: f"the best baseline: {best}"}
+    titles = {run.STAGES: "SimSiam, trained on other songs", best: f"the best baseline: {best}"}
     for axes, (row, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         draw_map(axes, tables[row], packages)
         axes.set_title(title, fontsize=12)

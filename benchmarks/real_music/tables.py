@@ -19,8 +19,9 @@ from simsiam_dali.common.errors import UserError, one_line_errors
 PAGE = halves.ROOT / "docs" / "experiments.md"
 RESULTS = halves.ROOT / "benchmarks" / "results" / "real_music"
 NOT_CHOSEN_ON = ("equal-time-report", "equal-time-held-out", "equal-time-fourth")
-DRAWN, DRAWING = "equal-time-unheard", PAGE.with_name("real_music_differences.svg")
-COMPARISONS = (DRAWN, *NOT_CHOSEN_ON, "equal-time-choose")
+DRAWN, DRAWING = "within-songs-unheard", PAGE.with_name("real_music_differences.svg")
+WITHIN_SONGS = ("within-songs-report", "within-songs-unheard")
+COMPARISONS = (*WITHIN_SONGS, "equal-time-unheard", *NOT_CHOSEN_ON, "equal-time-choose")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Table:
 
 TABLES = {
     **{name: Table((name,), equal_time_scores.page_lines) for name in COMPARISONS},
+    **{
+        f"{name}-before": Table((name, name.replace("within-songs", "equal-time")), equal_time_scores.across_lines)
+        for name in WITHIN_SONGS
+    },
     "together": Table(NOT_CHOSEN_ON, equal_time_scores.together_lines),
 }
 
