@@ -14,6 +14,8 @@ import numpy as np
 FLOOR = 0.05
 """Variance that is added to each direction's, in units of the songs' own: without it, what never varies within songs
 would count without bounds."""
+ROUNDING = 1e-7
+"""Of the largest variance: what is below is float32's rounding, and no direction."""
 MAX_AXES = 1024
 """Directions that are kept; all of them, for the encoders that are trained on CPUs."""
 MAX_SEGMENTS = 20_000
@@ -65,7 +67,7 @@ class WithinSong:
         axes = (self.axes / scale).astype(np.float64)
         # Orthogonal in the units of the table that they were made with; that one may have gained songs since.
         variance, turn = np.linalg.eigh(axes @ axes.T)
-        kept = variance > 0
+        kept = variance > ROUNDING * variance[-1]
         variance, turn = variance[kept], turn[:, kept]
         directions = axes.T @ (turn / np.sqrt(variance))
         outside = FLOOR + float(np.mean(self.rest / scale**2))
