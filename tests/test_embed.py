@@ -98,6 +98,7 @@ def test_provenance_tells_where_the_vectors_come_from(tables, small_shards, smal
         "music": shards.manifest.music,
         "shards": shards.fingerprint,
         "view_seconds": "3",
+        "table_version": "2",
         "mlflow_run": "",
         "tracking_uri": provenance["tracking_uri"],
     }
@@ -224,6 +225,11 @@ def test_an_output_is_kept_unless_it_may_be_replaced(small_runs, tmp_path, capsy
     with pytest.raises(UserError, match="other rows"):
         run(small_runs["simsiam"], out, "--per-segment")
     assert out.read_bytes() == before
+    older = dataclasses.replace(first, provenance=first.provenance | {"table_version": "1"}, within=None)
+    write.write_embeddings(out, older)
+    with pytest.raises(UserError, match="other table version"):
+        run(small_runs["simsiam"], out)
+    assert run(small_runs["simsiam"], out, "--replace").within is not None
     assert run(small_runs["simple"], out, "--replace").provenance["encoder_type"] == "simple"
     out.write_text("my notes")
     with pytest.raises(UserError, match="is not a table of embeddings"):

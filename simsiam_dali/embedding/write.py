@@ -37,6 +37,9 @@ from simsiam_dali.training.throughput import StepClock
 PART_SECONDS = 10.0
 """How much work a kill can cost. The host waits for the device once per part."""
 
+TABLE_VERSION = "2"
+"""Rises when the same songs and checkpoint give another table: 2 keeps the spread within songs."""
+
 FORWARD_SHARE = 4
 """A batch may hold this many times the audio of a training batch: nothing is kept for a backward pass."""
 
@@ -203,7 +206,7 @@ def is_up_to_date(out: Path, provenance: dict[str, str], replace: bool) -> bool:
         return False
     try:
         found = read_provenance(out)
-        compared = ("features", "rows", "checkpoint_sha256", "shards", "embedding", "view_seconds")
+        compared = ("features", "rows", "checkpoint_sha256", "shards", "embedding", "view_seconds", "table_version")
         differ = [name for name in compared if found.get(name) != provenance[name]]
         if not differ:
             return True
@@ -259,6 +262,7 @@ def table_provenance(name: str, rows: str, run: TrainedRun, music: str, fingerpr
         "music": music,
         "shards": fingerprint,
         "view_seconds": f"{config.data.view_seconds:g}",
+        "table_version": TABLE_VERSION,
         "mlflow_run": run.mlflow_run or "",
         "tracking_uri": config.mlflow.tracking_uri,
     }
