@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from equal_time_scores import BASE, METRICS, by_seed, difference, for_every_seed, interval, of_songs
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 TITLES = dict(zip(METRICS, ("5-NN", "mAP@10"), strict=True))
 TRAINED, BASELINE = "#1f5fa8", "#8a8a8a"
@@ -36,6 +37,7 @@ def draw(doc: Mapping[str, Any], source: str, out: Path) -> None:
             mean = np.mean([each.mean() for each in by_seed(base, metric).values()])
             axes.set_title(f"{title}, minus {BASE}'s {mean:.3f}", fontsize=9)
             axes.set_yticks(range(len(rows)), list(rows))
+            axes.xaxis.set_major_locator(MaxNLocator(5))  # labels of more run into each other
             axes.grid(axis="x", color="#dddddd", linewidth=0.6)
             axes.set_axisbelow(True)
             axes.spines[["top", "right", "left"]].set_visible(False)
