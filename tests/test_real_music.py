@@ -187,7 +187,7 @@ def test_the_map_is_drawn_from_the_tables_of_one_training(tmp_path, monkeypatch,
     noise = np.random.default_rng(0).standard_normal((17, 2))
     job = next(run.plan(1))
     for row in job.tables:
-        write_table(job.table(tmp_path, row), songs, good if row == run.OURS else noise)
+        write_table(job.table(tmp_path, row), songs, good if row == run.STAGES else noise)
     # UMAP, which project() computes too, compiles for long; the evaluation's tests have the real ones.
     monkeypatch.setattr(song_map.maps, "project", lambda vectors, **_: {"t-SNE": vectors})
     pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]
