@@ -36,6 +36,7 @@ from simsiam_dali.embedding.records import FileRecord, Records, records_path, wr
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.table import Embeddings, write_embeddings
 from simsiam_dali.embedding.write import embedding_config, table_provenance
+from simsiam_dali.evaluation.within_song import WithinSong
 from simsiam_dali.packing.find import find_songs
 from simsiam_dali.recommendation.choose import Request
 from simsiam_dali.recommendation.library import Library
@@ -73,7 +74,9 @@ def lay_out(home: Path, run: str, songs: int) -> None:
     config = embedding_config(trained.config, settings.segment_seconds)
     made_by = table_provenance(CHECKPOINT, "songs", trained, str(home / "music"), records.fingerprint)
     made_by["view_seconds"] = f"{config.data.view_seconds:g}"
-    table = Embeddings(pd.DataFrame(columns), rng.standard_normal((songs, WIDTH), dtype=np.float32), made_by)
+    vectors = rng.standard_normal((songs, WIDTH), dtype=np.float32)
+    within = WithinSong.of_segments(rng.standard_normal((6000, WIDTH)), np.repeat(np.arange(2000), 3))
+    table = Embeddings(pd.DataFrame(columns), vectors, made_by, within)
     write_embeddings(home / "e.parquet", table)
     write_records(records_path(home / "e.parquet"), Records(records.fingerprint, settings, files))
     library = Library(table.table, home / "music")

@@ -34,6 +34,7 @@ import pandas as pd
 import torch
 
 from simsiam_dali.embedding.table import Embeddings, write_embeddings
+from simsiam_dali.evaluation.within_song import WithinSong
 
 FRAMES = """
 const done = arguments[arguments.length - 1], marks = document.getElementById("marks"), times = [];
@@ -69,9 +70,12 @@ def write_table(path: Path, songs: int, width: int) -> None:
             "split": "train",
         }
     )
+    segments = np.repeat(vectors[:2000], 3, axis=0)
+    segments += 0.7 * rng.standard_normal(segments.shape)
+    within = WithinSong.of_segments(segments, np.repeat(np.arange(len(segments) // 3), 3))
     (path.parent / "music").mkdir()
     provenance = {"music": str(path.parent / "music"), "rows": "songs"}
-    write_embeddings(path, Embeddings.of_songs(table, np.arange(songs), vectors, provenance))
+    write_embeddings(path, Embeddings.of_songs(table, np.arange(songs), vectors, provenance, within))
 
 
 def memory(pid: int) -> tuple[int, int]:

@@ -113,6 +113,7 @@ def main() -> None:
         "songs": len(songs.table),
         "held back": held_back,
         "dimensions": songs.vectors.shape[1],
+        "compared": "normalised within songs" if songs.within else "half-whitened",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "embeddings": str(args.embeddings),
         "made by": songs.provenance,
@@ -125,7 +126,7 @@ def main() -> None:
     page = None
     if not args.no_maps:
         print("drawing the maps", flush=True)
-        projections = maps.project(songs.vectors, options.seed)
+        projections = maps.project(unit_vectors["embedding"], options.seed)
         pictures = {name: maps.picture(points, songs.table, name) for name, points in projections.items()}
         page = report.map_page(maps.page_data(songs.table, unit_vectors["embedding"], projections))
         files = {f"{name.lower()}.png": png for name, png in pictures.items()} | {"map.html": page.encode()}

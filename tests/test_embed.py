@@ -98,7 +98,7 @@ def test_provenance_tells_where_the_vectors_come_from(tables, small_shards, smal
         "music": shards.manifest.music,
         "shards": shards.fingerprint,
         "view_seconds": "3",
-        "table_version": "2",
+        "table_version": "3",
         "mlflow_run": "",
         "tracking_uri": provenance["tracking_uri"],
     }

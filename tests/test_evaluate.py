@@ -95,6 +95,8 @@ def test_what_does_not_fit_is_refused_in_one_line(library, monkeypatch, capsys):
     songs = read_embeddings(library / "embeddings.parquet")
     others = store(library / "other.parquet", songs.table, songs.vectors, shards="another")
     assert "is of other shards" in run(monkeypatch, capsys, "--baseline", f"mfcc={others}")
+    older = store(library / "older.parquet", songs.table, songs.vectors, table_version="1")
+    assert "different versions" in run(monkeypatch, capsys, "--baseline", f"mfcc={older}")
     fewer = store(library / "fewer.parquet", songs.table[:30], songs.vectors[:30])
     assert "has 30 songs, not the 40" in run(monkeypatch, capsys, "--baseline", f"mfcc={fewer}")
     assert "expected NAME=FILE" in run(monkeypatch, capsys, "--baseline", str(fewer))
@@ -235,7 +237,7 @@ def test_a_server_that_goes_away_costs_no_figure(library, monkeypatch, capsys):
 
 def test_the_map_holds_each_songs_nearest_as_recommend_finds_them():
     table, x = song_table(30), np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32) + 1
-    data = maps.page_data(table, unit(x), maps.project(x[:9], 0))
+    data = maps.page_data(table, unit(x), maps.project(unit(x[:9]), 0))
     cosine = unit(x) @ unit(x).T
     for song in range(30):
         others = sorted(set(range(30)) - {song}, key=lambda other: -cosine[song, other])
@@ -281,6 +283,6 @@ def test_names_that_look_like_formulas_are_drawn():
 
 def test_a_report_of_nothing():
     nothing = Evaluation([], {target: ["Not evaluated."] for target in ("rating", "artist", "album", "genre")})
-    provenance = {"songs": 1, "held back": 1, "dimensions": 2, "date": "today"}
+    provenance = {"songs": 1, "held back": 1, "dimensions": 2, "compared": "half-whitened", "date": "today"}
     assert "Not evaluated." in report.page(nothing, provenance, Options(), {}, None)
     assert list(report.terminal_table(nothing)) == [f"{t}: Not evaluated." for t in nothing.notes]

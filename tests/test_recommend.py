@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from helpers.evaluation_tables import planted, song_table
 from rich.cells import cell_len
+from sklearn.linear_model import BayesianRidge
 
 from simsiam_dali import recommend
 from simsiam_dali.common.errors import UserError
@@ -22,7 +23,7 @@ from simsiam_dali.evaluation.knn import nearest_others, unit
 from simsiam_dali.recommendation.choose import nearest_cosine
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import CSV_COLUMNS, truncate
-from simsiam_dali.recommendation.rating_model import RatingModel
+from simsiam_dali.recommendation.rating_model import NOISE, RatingModel
 
 NS = "{http://xspf.org/ns/0/}"
 HOSTILE = '<script>alert(1)</script> ]]> & "q"\n#EXTINF:9,x\r\x1b[2J\x07\x00\u2028\u202e\ufffe 日本'
@@ -215,6 +216,19 @@ def test_explore_asks_for_songs_far_from_the_rated_ones_and_not_twice_alike(tmp_
     assert std[np.isin(classes, (3, 4, 5))].min() > std[np.isin(classes, (0, 1, 2))].max()
 
 
+@pytest.mark.parametrize("width", [5, 40])
+def test_the_rating_model_is_bayesian_ridge_of_all_dimensions(width):
+    """Of vectors narrower and wider than the rated songs are many."""
+    rng = np.random.default_rng(0)
+    x = unit(rng.standard_normal((60, width)), whiten=False)
+    y, mean = rng.random(15), x[:15].mean(axis=0)
+    whole = BayesianRidge(alpha_1=1.0, alpha_2=NOISE**2).fit(x[:15] - mean, y)
+    for found, expected in zip(
+        RatingModel(x[:15], y).predict(x), whole.predict(x - mean, return_std=True), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_a_pick_counts_as_a_rated_song():
     """The variance that explore goes by is what fitting with that song would leave, for the same prior and noise."""
     rng = np.random.default_rng(0)
@@ -222,7 +236,7 @@ def test_a_pick_counts_as_a_rated_song():
     model = RatingModel(x[:15], rng.random(15))
     picked = model.explore(x[15:], 5, lambda _: True)
     mean = x[:15].mean(axis=0)
-    covariance = model._covariance.copy()
+    covariance = model._times_covariance(np.eye(6))
     for row in picked:
         here = x[15:] - mean
         assert (here @ covariance * here).sum(axis=1).argmax() == row

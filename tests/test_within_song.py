@@ -1,9 +1,11 @@
 """The covariance within songs is what it is by hand, and what varies there no longer decides which songs are near."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from helpers.evaluation_tables import song_table
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
 from simsiam_dali.evaluation import within_song
 from simsiam_dali.evaluation.knn import of_length_1, unit
@@ -19,20 +21,51 @@ def covariance(x: np.ndarray, song: np.ndarray) -> np.ndarray:
     return deviations.T @ deviations / (len(x) - len(np.unique(song)))
 
 
-@pytest.mark.parametrize("axes", [1024, 4, 1])
+@pytest.mark.parametrize("axes", [6, 4, 1])
 def test_it_is_the_pooled_covariance_and_what_is_left_out_is_kept_by_dimension(monkeypatch, axes):
-    monkeypatch.setattr(within_song, "MAX_AXES", axes)
+    monkeypatch.setattr(within_song, "MAX_NUMBERS", axes * 6)
     x = RNG.standard_normal((len(SONG), 6)) @ RNG.standard_normal((6, 6)) * [1, 1e-4, 1, 50, 1, 1] + RNG.random(6)
     found = WithinSong.of_segments(x.astype(np.float32), SONG)
-    assert found.axes.shape == (min(axes, 6), 6)
+    assert found.axes.shape == (axes, 6)
     assert found.axes.dtype == found.rest.dtype == np.float32
+    assert found.freedom == len(SONG) - 5
     expected = covariance(x, SONG)
-    made = found.axes.astype(float).T @ found.axes + np.diag(found.rest)
+    made = matrix(found)
     scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
     np.testing.assert_allclose(np.diag(made), np.diag(expected), rtol=1e-3)
-    if axes >= 6:
+    if axes == 6:
         np.testing.assert_allclose(made / scale, expected / scale, atol=1e-3)
         assert not found.rest.any()
+
+
+def matrix(within: WithinSong) -> np.ndarray:
+    """The covariance itself."""
+    return within.axes.astype(float).T @ within.axes + np.diag(within.rest)
+
+
+def test_of_few_segments_no_more_axes_are_kept_than_they_span():
+    song = np.repeat(np.arange(4), 3)
+    x = RNG.standard_normal((12, 40))
+    found = WithinSong.of_segments(x, song)
+    assert found.axes.shape == (8, 40)
+    np.testing.assert_allclose(matrix(found), covariance(x, song), atol=1e-5)
+
+
+@pytest.mark.parametrize(("dims", "kept"), [(6, 6), (40, 40), (40, 12)])
+def test_pooled_it_is_that_of_all_segments(monkeypatch, dims, kept):
+    """6 or 40 dimensions: more segments than dimensions, and fewer."""
+    monkeypatch.setattr(within_song, "MAX_NUMBERS", dims * kept)
+    scale = RNG.uniform(0.01, 100, dims)
+    x = RNG.standard_normal((len(SONG), dims)) @ RNG.standard_normal((dims, dims)) * scale
+    first = np.isin(SONG, [7, 3])
+    parts = [WithinSong.of_segments(x[rows], SONG[rows]) for rows in (first, ~first)]
+    found = parts[0].pooled(parts[1], scale)
+    assert found.freedom == len(SONG) - 5
+    assert len(found.axes) == min(kept, found.freedom)
+    made, expected = (own / np.outer(scale, scale) for own in (matrix(found), covariance(x, SONG)))
+    if kept == dims:
+        np.testing.assert_allclose(made, expected, atol=1e-3 * np.diag(expected).max())
+    np.testing.assert_allclose(np.diag(made), np.diag(expected), rtol=1e-3)
 
 
 def test_songs_of_one_segment_tell_nothing():
@@ -54,19 +87,31 @@ def test_of_very_many_segments_only_some_songs_are_taken_whole(monkeypatch):
     taken = song % 3 == 0
     found = WithinSong.of_segments(x, song)
     np.testing.assert_allclose(found.axes.T @ found.axes, covariance(x[taken], song[taken]), atol=1e-5)
+    assert WithinSong.of_segments(x, np.where(song % 2, np.arange(90) + 100, song)) is not None  # half are of one
 
 
-@pytest.mark.parametrize("axes", [1024, 3])
+@pytest.mark.parametrize("axes", [5, 3])
 def test_vectors_are_multiplied_by_the_inverse_root_of_the_covariance_and_the_floor(monkeypatch, axes):
-    monkeypatch.setattr(within_song, "MAX_AXES", axes)
+    monkeypatch.setattr(within_song, "MAX_NUMBERS", axes * 5)
     segments = RNG.standard_normal((len(SONG), 5)) @ RNG.standard_normal((5, 5))
     within = WithinSong.of_segments(segments, SONG)
     x, scale = RNG.standard_normal((8, 5)), RNG.uniform(0.5, 2, 5)
     found = within.normalised(x, scale)
     variance, turn = np.linalg.eigh((within.axes / scale).T.astype(float) @ (within.axes / scale))
-    variance += FLOOR + (variance < 1e-6) * np.mean(within.rest / scale**2)
+    variance += FLOOR + (variance < 1e-6) * np.sum(within.rest / scale**2) / max(1, 5 - axes)
     expected = (x @ turn / np.sqrt(variance)) @ turn.T
     np.testing.assert_allclose(of_length_1(found), of_length_1(expected), atol=1e-4)
+
+
+def test_what_is_left_out_counts_as_much_as_what_is_kept(monkeypatch):
+    """Segments that spread equally in all directions: none of them counts more than another."""
+    monkeypatch.setattr(within_song, "MAX_NUMBERS", 20 * 15)
+    song = np.repeat(np.arange(3000), 4)
+    within = WithinSong.of_segments(
+        np.repeat(RNG.standard_normal((3000, 20)), 4, axis=0) + RNG.standard_normal((12000, 20)), song
+    )
+    weights = np.linalg.norm(within.normalised(np.eye(20), np.ones(20)), axis=1)
+    assert weights.max() < 1.1 * weights.min()
 
 
 def test_what_varies_within_songs_no_longer_decides_which_songs_are_near():
@@ -97,8 +142,26 @@ def test_a_table_keeps_it_and_is_searched_by_it(tmp_path):
     read = read_song_embeddings(tmp_path / "with")
     np.testing.assert_array_equal(read.within.axes, within.axes)
     np.testing.assert_array_equal(read.within.rest, within.rest)
+    assert read.within.freedom == within.freedom
     np.testing.assert_array_equal(read.unit(), unit(means, within))
     older = read_song_embeddings(tmp_path / "without")
     assert older.within is None
     np.testing.assert_array_equal(older.unit(), unit(means))
     assert np.abs(older.unit()[:, :8] @ older.unit()[:, :8].T - read.unit() @ read.unit().T).max() > 0.1
+
+
+def test_a_table_that_lost_it_is_refused(tmp_path):
+    """Other programs write the columns and the metadata of the schema again, and not this."""
+    song = np.repeat(np.arange(20), 3)
+    within = WithinSong.of_segments(RNG.standard_normal((60, 8)), song)
+    file = tmp_path / "e.parquet"
+    write_embeddings(file, Embeddings(song_table(20), RNG.standard_normal((20, 8)).astype(np.float32), {}, within))
+    content = file.read_bytes()
+    start = content.index(b"simsiam_dali.within_song") + 400  # within the numbers
+    file.write_bytes(content[:start] + b"AAAAAAAA" + content[start + 8 :])
+    with pytest.raises(UserError, match="is damaged"):
+        read_song_embeddings(file)
+    file.write_bytes(content)
+    pq.write_table(pq.read_table(file), file)
+    with pytest.raises(UserError, match="another program"):
+        read_song_embeddings(file)

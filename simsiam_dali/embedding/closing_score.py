@@ -29,7 +29,10 @@ With their 3,000 songs or so, the 95% interval of a share reaches 2 points to ea
 
 
 def closing_score(run_dir: Path, world: World) -> str:
-    """The sentence about the run in `run_dir`, empty where no songs share a label. All ranks must call it."""
+    """The sentence about the run in `run_dir`; empty where no songs share a label, and on all ranks but the first.
+
+    All ranks must call it.
+    """
     release_memory()  # of the training
     (run, *_) = world.gather(read_run(str(run_dir)) if world.main else None)
     shards = open_shards(run.config.data.shards)
@@ -42,6 +45,8 @@ def closing_score(run_dir: Path, world: World) -> str:
         if part.rows is not None and not len(part.rows):  # every song is longer than the limit
             return ""
         songs, vectors = embed_songs(features, CleanViews(config, part, log_mel, world))
+    if not world.main:
+        return ""
     unit_vectors = {name: unit(means, within) for name, (means, within) in vectors.items()}
     drawn_from = len(shards.songs) if part is not shards else 0
     return sentence(shards.songs.iloc[songs], unit_vectors, encoder_type(config).learns_from_tags, drawn_from)
@@ -88,7 +93,10 @@ def fitting(sizes: Iterable[int], most: int) -> list[int]:
 def embed_songs(
     features: Sequence[Features], views: CleanViews
 ) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, WithinSong | None]]]:
-    """Rows `(S,)` of the song table that have a segment; by the name of each of `features`, `(S, D)` and `within`."""
+    """Rows `(S,)` of the song table that have a segment; by the name of each of `features`, `(S, D)` and `within`.
+
+    Nothing on all ranks but the first.
+    """
     made: dict[str, tuple[np.ndarray, WithinSong | None]] = {}
     songs, segment_song = torch.empty(0), torch.tensor(views.shards.segments["song"].to_numpy())
     for mode in dict.fromkeys(f.mode for f in features):
@@ -99,8 +107,10 @@ def embed_songs(
                 if len(batch.segment):
                     batches.append((batch.segment.cpu(), [f.compute(batch.inputs[0]).cpu() for f in own]))
         batches = [batch for rank in views.world.gather(batches) for batch in rank]
+        if not views.world.main:
+            continue
         song = segment_song[torch.cat([segment for segment, _ in batches])]
         for i, f in enumerate(own):
             songs, means, within = f.of_songs(check_finite(torch.cat([vectors[i] for _, vectors in batches])), song)
             made[f.name] = means.numpy(), within
-    return songs.numpy(), {f.name: made[f.name] for f in features}
+    return songs.numpy(), {f.name: made[f.name] for f in features if f.name in made}

@@ -9,7 +9,7 @@ from simsiam_dali.embedding.features import CHECKPOINT
 from simsiam_dali.embedding.records import Records, of_shards, open_tables, read_records, records_path
 from simsiam_dali.embedding.run import TrainedRun, read_run
 from simsiam_dali.embedding.table import Embeddings, read_provenance, read_song_embeddings
-from simsiam_dali.embedding.write import embedding_config
+from simsiam_dali.embedding.write import TABLE_VERSION, embedding_config
 from simsiam_dali.models.registry import encoder_type
 
 
@@ -34,7 +34,7 @@ def read_previous(
 
     checkpoint: as of `--checkpoint`, "" for the table's own. shards: those that a table without records was made from,
     None for the training's. Raises UserError, unless `replace`, for a table that cannot be continued: of another
-    checkpoint, of segments, of a baseline, or of files that are not known.
+    checkpoint, of segments, of a baseline, of another version, or of files that are not known.
     """
     made_by = _made_by(table, replace)
     run = read_run(checkpoint or made_by.get("checkpoint", ""))
@@ -79,6 +79,8 @@ def _check(table: Path, made_by: dict[str, str], run: TrainedRun) -> None:
         raise UserError(f"{table} holds the baseline {made_by.get('features')}, no encoder's vectors: {advice}")
     if made_by.get("checkpoint_sha256") != run.sha256:
         raise UserError(f"{table} was made by another checkpoint than {run.path}: {advice}")
+    if made_by.get("table_version") != TABLE_VERSION:
+        raise UserError(f"{table} was made by another version of this program: {advice}")
 
 
 def _records_of(table: Path, songs: Embeddings, run: TrainedRun, shards: Path | str | None) -> Records:

@@ -44,9 +44,8 @@ def by_song(records: Iterable[FileRecord]) -> dict[str, list[FileRecord]]:
 class TableBuilder:
     """The new table, from the old one (None: there is none), the old and the new records, and what was embedded.
 
-    vectors: `(D,)` float32 by audio hash, of songs that are not in the old table. within: of their segments, for a
-    table that is made from nothing; an old one keeps its own, or the songs in it would move. durations: of decoded
-    songs, s, by audio hash. paths: of the files by name.
+    vectors: `(D,)` float32 by audio hash, of songs that are not in the old table. within: of their segments, which are
+    pooled with those of the old table. durations: of decoded songs, s, by audio hash. paths: of the files by name.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class TableBuilder:
     ) -> None:
         self.old, self.before, self.after = old, before, after
         self._vectors, self._durations, self._paths = vectors, durations, paths
-        self._within = old.within if old else within
+        self._within = [own for own in (old and old.within, within) if own]
         self._old_songs = by_song(before.values())
         rows = [] if old is None else old.table["path"].tolist()
         self._row = {before[path].audio_hash: number for number, path in enumerate(rows)}
@@ -95,7 +94,9 @@ class TableBuilder:
             table["rating"] = [self._rating(ratings, music, song) for song in table.to_dict("records")]
         # Stacked from rows: the vectors of a large table are copied once.
         vectors = np.stack([self._vector(audio_hash) for audio_hash in songs])
-        return Embeddings(table, vectors, provenance, self._within)
+        scale = vectors.std(axis=0)
+        within = functools.reduce(lambda one, other: one.pooled(other, scale), self._within) if self._within else None
+        return Embeddings(table, vectors, provenance, within)
 
     def _vector(self, audio_hash: str) -> np.ndarray:
         row = self._row.get(audio_hash)

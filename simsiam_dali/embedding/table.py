@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,8 @@ def write_embeddings(path: Path, embeddings: Embeddings) -> None:
     columns = pa.Table.from_pandas(frame, schema, preserve_index=False)
     width = embeddings.vectors.shape[1]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.vectors.reshape(-1), pa.float32()), width)
-    metadata = {_METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, **embeddings.provenance}).encode()}
+    own = {"format_version": FORMAT_VERSION, "within_song": embeddings.within is not None}
+    metadata = {_METADATA_KEY: json.dumps({**own, **embeddings.provenance}).encode()}
     with refuse_failed_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
@@ -88,28 +90,34 @@ def write_embeddings(path: Path, embeddings: Embeddings) -> None:
 
 def read_embeddings(path: Path) -> Embeddings:
     """Read an embedding table. Raises UserError for a file that is missing or something else."""
-    provenance, table, within = _read(path, lambda file: file.read())
+    provenance, (table, within) = _read(path, lambda file: (file.read(), _within(file)))
     vectors = table["embedding"].combine_chunks()
     frame = table.drop_columns(["embedding"]).to_pandas()
     for name in ("artists", "albums", "genres"):
         frame[name] = [list(texts) for texts in frame[name]]
     frame["year"] = table["year"].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     numbers = vectors.flatten().to_numpy(zero_copy_only=False)
-    return Embeddings(
-        frame, numbers.reshape(len(frame), vectors.type.list_size), provenance, _from_text(within) if within else None
-    )
+    return Embeddings(frame, numbers.reshape(len(frame), vectors.type.list_size), provenance, within)
 
 
 def _as_text(within: WithinSong) -> bytes:
     """In base64, since others may read a parquet file's metadata as text."""
     content = io.BytesIO()
-    np.save(content, np.vstack([within.axes, within.rest]))
+    np.savez(content, axes=within.axes, rest=within.rest, freedom=within.freedom)
     return base64.b64encode(content.getvalue())
 
 
-def _from_text(text: bytes) -> WithinSong:
-    numbers = np.load(io.BytesIO(base64.b64decode(text)))
-    return WithinSong(numbers[:-1], numbers[-1])
+def _within(file: pq.ParquetFile) -> WithinSong | None:
+    """`Embeddings.within` of a file. Raises ValueError or KeyError where it is damaged."""
+    text = file.metadata.metadata.get(_WITHIN_KEY)
+    if text is None:
+        return None
+    with np.load(io.BytesIO(base64.b64decode(text))) as found:
+        within = WithinSong(found["axes"], found["rest"], int(found["freedom"]))
+    dims = file.schema_arrow.field("embedding").type.list_size
+    if within.axes.shape[1:] != (dims,) or within.rest.shape != (dims,):
+        raise ValueError("of other vectors")
+    return within
 
 
 def read_provenance(path: Path) -> dict[str, str]:
@@ -117,21 +125,26 @@ def read_provenance(path: Path) -> dict[str, str]:
     return _read(path, lambda _: None)[0]
 
 
-def _read(path: Path, reader: Callable[[pq.ParquetFile], Any]) -> tuple[dict[str, str], Any, bytes | None]:
-    """The provenance, what `reader` reads, and the text of `Embeddings.within`."""
+def _read(path: Path, reader: Callable[[pq.ParquetFile], Any]) -> tuple[dict[str, str], Any]:
+    """The provenance, and what `reader` reads."""
     finish_commit(path)
     try:
         with pq.ParquetFile(path) as file:
             provenance = json.loads(file.schema_arrow.metadata[_METADATA_KEY])
             version = provenance.pop("format_version")
-            content, within = reader(file), file.metadata.metadata.get(_WITHIN_KEY)
+            lost = provenance.pop("within_song", False) and _WITHIN_KEY not in file.metadata.metadata
+            content = reader(file)
     except FileNotFoundError:
         raise UserError(f"no embeddings {path}: make them with python -m simsiam_dali.embed") from None
-    except (OSError, pa.ArrowException, TypeError, KeyError, ValueError) as e:
+    except (OSError, pa.ArrowException, TypeError, KeyError, ValueError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged or holds no embeddings: make them with python -m simsiam_dali.embed") from e
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: embed again")
-    return provenance, content, within
+    if lost:
+        raise UserError(
+            f"{path} was written again by another program, which left out how to compare songs: embed again"
+        )
+    return provenance, content
 
 
 def read_song_embeddings(path: Path) -> Embeddings:
@@ -152,6 +165,9 @@ def read_same_songs(path: Path, songs: Embeddings) -> Embeddings:
     shards = songs.provenance.get("shards"), other.provenance.get("shards")
     if all(shards) and shards[0] != shards[1]:
         raise UserError(f"{path} is of other shards than the embeddings: make it again from the same shards")
+    if songs.provenance.get("table_version") != other.provenance.get("table_version"):
+        # Else one of them may be compared by a rule that the other has not.
+        raise UserError(f"{path} and the embeddings are of different versions of this program: make both again")
     row = {song: i for i, song in enumerate(other.table["song"])}
     if set(row) != set(songs.table["song"]):
         raise UserError(

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from sklearn.preprocessing import StandardScaler
 
 from simsiam_dali.evaluation.knn import nearest_others
 from simsiam_dali.evaluation.map_colours import OTHER, PALETTE, categories, commonest_kind, kinds
@@ -25,9 +24,9 @@ NEAREST = 10
 _PCA_DIMS = 50
 
 
-def project(vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Vectors `(N, D)` in two dimensions, `(N, 2)` each, by cosine: UMAP and t-SNE, or PCA of a few songs."""
-    x = _reduced(vectors, seed)
+def project(unit_vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Unit vectors `(N, D)` in two dimensions, `(N, 2)` each: UMAP and t-SNE, or PCA of a few songs."""
+    x = _reduced(unit_vectors, seed)
     if len(x) < MIN_SONGS:
         flat = PCA(min(2, *x.shape)).fit_transform(x) if len(x) > 1 else np.zeros((1, 1))
         return {"PCA": np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))}
@@ -35,15 +34,14 @@ def project(vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     return {"UMAP": _umap(x, seed), "t-SNE": tsne.fit_transform(x)}
 
 
-def project_umap(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """The UMAP `(N, 2)` of `project` alone, of `MIN_SONGS` vectors `(N, D)` or more."""
-    return _umap(_reduced(vectors, seed), seed)
+def project_umap(unit_vectors: np.ndarray, seed: int) -> np.ndarray:
+    """The UMAP `(N, 2)` of `project` alone, of `MIN_SONGS` unit vectors `(N, D)` or more."""
+    return _umap(_reduced(unit_vectors, seed), seed)
 
 
-def _reduced(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """Standardised vectors of length 1; of many songs and dimensions their first principal components."""
-    x = StandardScaler().fit_transform(vectors.astype(np.float64))
-    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
+def _reduced(unit_vectors: np.ndarray, seed: int) -> np.ndarray:
+    """In float64; of many songs and dimensions their first principal components."""
+    x = unit_vectors.astype(np.float64)
     is_large = len(x) >= MIN_SONGS and min(x.shape) > _PCA_DIMS
     return PCA(_PCA_DIMS, random_state=seed).fit_transform(x) if is_large else x
 

@@ -26,8 +26,12 @@ class RatingModel:
 
     def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
         self._mean = x.mean(axis=0, dtype=np.float64)
-        model = BayesianRidge(alpha_1=1.0, alpha_2=NOISE**2).fit(x - self._mean, y)
-        self._weights, self._bias, self._covariance = model.coef_, float(model.intercept_), model.sigma_
+        # The ratings say nothing of directions in which the rated songs do not differ: there the prior stays, and the
+        # model need not have them. It is small when few songs are rated, however wide the vectors.
+        self._basis = np.linalg.svd(x - self._mean, full_matrices=False)[2]  # (min(R, D), D)
+        model = BayesianRidge(alpha_1=1.0, alpha_2=NOISE**2).fit((x - self._mean) @ self._basis.T, y)
+        self._weights, self._bias = self._basis.T @ model.coef_, float(model.intercept_)
+        self._covariance, self._prior = model.sigma_, 1 / float(model.lambda_)
         self.noise = float(model.alpha_) ** -0.5
         """Standard deviation of the ratings around the best linear model of the vectors."""
 
@@ -52,7 +56,7 @@ class RatingModel:
             if accept(row):
                 picked.append(row)
                 here = centred[row].astype(np.float64)
-                direction = self._covariance @ here - sum((u * (u @ here) for u in updates), np.zeros_like(here))
+                direction = self._times_covariance(here) - sum((u * (u @ here) for u in updates), np.zeros_like(here))
                 updates.append(direction / np.sqrt(self.noise**2 + max(here @ direction, 0.0)))
                 variance -= (centred @ updates[-1].astype(np.float32)).astype(np.float64) ** 2
             variance[row] = -np.inf
@@ -63,5 +67,10 @@ class RatingModel:
         variance = np.empty(len(x))
         for start in range(0, len(x), _BLOCK):
             block = x[start : start + _BLOCK] - self._mean
-            variance[start : start + _BLOCK] = ((block @ self._covariance) * block).sum(axis=1)
+            variance[start : start + _BLOCK] = (self._times_covariance(block) * block).sum(axis=1)
         return variance.clip(min=0)
+
+    def _times_covariance(self, x: np.ndarray) -> np.ndarray:
+        """Centred vectors `(..., D)` times the posterior covariance of the weights."""
+        inside = x @ self._basis.T
+        return (inside @ (self._covariance - self._prior * np.eye(len(self._basis)))) @ self._basis + self._prior * x

@@ -25,7 +25,10 @@ _KEY = "simsiam_dali_table_sha256"
 
 
 def principal_components(vectors: np.ndarray) -> np.ndarray:
-    """The first two principal components `(N, 2)` of standardised vectors `(N, D)` of length 1, in -1..1."""
+    """The first two principal components `(N, 2)` of standardised vectors `(N, D)` of length 1, in -1..1.
+
+    Not of the unit vectors by which songs are searched, which take seconds: the page shows these until UMAP is there.
+    """
     some = vectors[:: -(-len(vectors) // _SAMPLE)].astype(np.float32)
     mean, std = some.mean(axis=0), some.std(axis=0)
 

@@ -26,7 +26,7 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.nice(19)
     key = file_key(table)
-    write_map(out, in_unit_square(project_umap(read_song_embeddings(table).vectors, seed=0)), key)
+    write_map(out, in_unit_square(project_umap(read_song_embeddings(table).unit(), seed=0)), key)
 
 
 if __name__ == "__main__":
