@@ -90,7 +90,8 @@ def size(config: Config, steps: int) -> dict[str, Any]:
 
 def _answer(measured: Callable[[], dict[str, Any]], pipe: Any) -> None:
     try:
-        pipe.send(measured())
+        with memory.out_of_memory_as_one_error():
+            pipe.send(measured())
     except (UserError, torch.OutOfMemoryError) as e:
         pipe.send(str(e).splitlines()[0])
 

@@ -53,13 +53,14 @@ if [ "$QUICK" ]; then
   BENCH=(--seconds 0.1 --windows 2 --threads 1 --workers 1 --batch-size 4 --view-seconds 10)
   SHORT=(--steps 2 --batch-sizes 2 4 --set data.view_seconds=10)
   RUN=(--config configs/demo.yaml --songs 16 --segment-seconds 5 --steps 16 --set encoder.batch_size=4)
-  EMBED=(--batch-size 4 --windows 2)
+  EMBED=(--batch-size 4 --windows 2) HALF=()
 else
   SOAK=400 SONGS=() MATERIAL=(--segments 2048) # 16 batches of configs/gpu.yaml
   ANEW=(--batch-size 32)                       # for the sweeps that pack again
   BENCH=(--seconds 1)
   SHORT=(--steps 10 --batch-sizes 32 64 128 192)
-  SMALL=() RUN=() EMBED=()
+  SMALL=() EMBED=() HALF=(--batch-size 64)
+  RUN=(--songs 352) # at least four batches of configs/gpu.yaml
 fi
 
 left() { echo $((BUDGET - SECONDS + started)); }
@@ -145,15 +146,16 @@ bench step d baseline 200 --windows 3 "${ON[@]}" \
   --stages loader/light loader/all baseline/light baseline/full
 bench step d baseline-train 200 --windows 3 --stages baseline/train "${ON[@]}"
 # The training's options one by one, each against part c's `train`: what does each of them give?
-bench cuda d compile 240 --stages model train --set train.compile=true "${ON[@]}"
+bench cuda d compile 400 --windows 3 --stages model train --set train.compile=true "${ON[@]}"
 bench cuda d fp32 90 --stages model train --set train.precision=fp32 "${ON[@]}"
 bench cuda d contiguous 90 --stages model train --set train.channels_last=false "${ON[@]}"
 bench cuda d recompute 90 --stages model train --set train.activation_checkpointing=true "${ON[@]}"
 bench cuda d cpu-graph 120 --device cpu --threads "$(nproc)" --stages loader/light loader/all "${ON[@]}"
 step d embed 90 "$PYTHON" benchmarks/embed.py --seconds 1 --json FOLDER/embed.json "${SMALL[@]}" "${EMBED[@]}" "${ON[@]}"
-bench step d soak 90 --soak "$SOAK" "${ON[@]}"
+bench step d soak 150 --soak "$SOAK" "${ON[@]}"
 bench step d seconds 120 --sweep seconds --stages loader/light "${ON[@]}"
-bench step d threads 120 --sweep threads --stages loader/all "${ON[@]}"
+# Its five graphs are alive side by side: of 128 segments each they would need 100 GB of a GPU.
+bench step d threads 120 "${HALF[@]}" --sweep threads --stages loader/all "${ON[@]}"
 bench step d rate 200 --sweep rate --stages loader/light "${ANEW[@]}"
 bench step d codec 200 --sweep codec --stages loader/light "${ANEW[@]}"
 

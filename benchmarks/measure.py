@@ -24,6 +24,7 @@ from machine import gpu_bytes_in_use, host_bytes, host_peak_bytes
 from torch import Tensor
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.training.memory import out_of_memory_as_one_error
 from simsiam_dali.training.throughput import StepClock
 
 WARM_UP_UNITS = 2
@@ -119,11 +120,12 @@ def _serve(pipe: Connection, open_stage: Callable[..., Stage], arguments: tuple[
     with contextlib.suppress(EOFError, ConnectionError):  # asked to end, or the parent died
         try:
             pipe.recv()
-            stage = open_stage(*arguments)
-            timed_window(stage, seconds, batches=WARM_UP_UNITS * stage.unit)
-            pipe.send(None)
-            while True:
-                pipe.send(timed_window(stage, *pipe.recv()))
+            with out_of_memory_as_one_error():
+                stage = open_stage(*arguments)
+                timed_window(stage, seconds, batches=WARM_UP_UNITS * stage.unit)
+                pipe.send(None)
+                while True:
+                    pipe.send(timed_window(stage, *pipe.recv()))
         except (UserError, torch.OutOfMemoryError) as e:
             pipe.send(UserError(str(e).splitlines()[0]))
 

@@ -30,6 +30,7 @@ from simsiam_dali.embedding.write import (
 )
 from simsiam_dali.packing import temporary
 from simsiam_dali.training.data import log_mel_settings, view_seconds, with_statistics
+from simsiam_dali.training.memory import out_of_memory_as_one_error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -118,7 +119,8 @@ def main() -> None:
     args = build_parser().parse_args()
     raise_keyboard_interrupt()
     try:
-        run(args)
+        with out_of_memory_as_one_error():
+            run(args)
     except torch.OutOfMemoryError as e:
         raise UserError("out of memory: use a smaller --batch-size or shorter --view-seconds") from e
 

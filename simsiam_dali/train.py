@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from simsiam_dali.common.distributed import choose_device, is_main, process_group, report_error_once
+from simsiam_dali.common.distributed import World, choose_device, is_main, process_group, report_error_once
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.config.cli import add_config, add_setting, create_parser, describe_source, given_settings
 from simsiam_dali.config.load import default_config_file, load_config
@@ -22,6 +22,7 @@ from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import checkpoint
 from simsiam_dali.training.loop import train
+from simsiam_dali.training.memory import out_of_memory_as_one_error
 from simsiam_dali.training.world_size import rescale_batch_size
 
 CHANGEABLE = (
@@ -101,22 +102,34 @@ def main() -> None:
             if len(resumed["loaders"]) != world.size:
                 config = rescale_batch_size(config, len(resumed["loaders"]), world.size)
         try:
-            signal = train(config, world, resumed, run_dir)
-            if config.train.closing_score and not signal:
-                # Here, since it needs scikit-learn, which training does not.
-                from simsiam_dali.embedding.closing_score import closing_score
-
-                if line := closing_score(run_dir, world):
-                    world.print(line)
-        except KeyboardInterrupt:  # in the closing score: training turns signals into a save
-            world.print(f"stopped before the closing score; the training in {run_dir} is complete")
-            sys.exit(130)
+            with out_of_memory_as_one_error():
+                signal = train(config, world, resumed, run_dir)
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"out of memory on {world.device}: use a smaller train.micro_batch (the first lines show the one in"
                 " use), shorter views (--set data.view_seconds=...) or --set train.activation_checkpointing=true"
             ) from e
+        if config.train.closing_score and not signal:
+            print_closing_score(run_dir, world)
     sys.exit(128 + signal if signal else 0)
+
+
+def print_closing_score(run_dir: Path, world: World) -> None:
+    """Print what the trained encoder finds. Raises UserError where it cannot be computed."""
+    # Here, since it needs scikit-learn, which training does not.
+    from simsiam_dali.embedding.closing_score import closing_score
+
+    complete = f"the training in {run_dir} is complete"
+    try:
+        with out_of_memory_as_one_error():
+            line = closing_score(run_dir, world)
+    except KeyboardInterrupt:  # training turns signals into a save
+        world.print(f"stopped before the closing score; {complete}")
+        sys.exit(130)
+    except (UserError, torch.OutOfMemoryError) as e:
+        raise UserError(f"{complete}, but not its closing score: {e}") from e
+    if line:
+        world.print(line)
 
 
 if __name__ == "__main__":

@@ -211,17 +211,36 @@ def test_the_largest_that_fits_by_the_estimate_is_chosen(shards, monkeypatch, ca
 def runs_out_above(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let the encoder run out of memory with more than so many segments."""
 
-    def limit(segments: int) -> None:
+    def limit(segments: int, error: type[Exception] = torch.OutOfMemoryError, says: str = "CUDA out of memory") -> None:
         forward = SimSiam.forward
 
         def limited(self: SimSiam, *views: Tensor) -> Any:
             if len(views[0]) > segments:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error(says)
             return forward(self, *views)
 
         monkeypatch.setattr(SimSiam, "forward", limited)
 
     return limit
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "FIND was unable to find an engine to execute this computation",
+    ],
+)
+def test_a_trial_step_knows_all_words_for_no_memory(shards, runs_out_above, says):
+    """torch raises OutOfMemoryError for its own allocator only."""
+    learner = Learner(config(), shards, HERE)
+    runs_out_above(5, RuntimeError, says)
+    assert micro_batch.choose_by_trial_step(config(train__micro_batch=16), learner, shards, HERE).train.micro_batch == 4
+    runs_out_above(1, RuntimeError, "something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        micro_batch.choose_by_trial_step(config(train__micro_batch=16), learner, shards, HERE)
 
 
 def test_a_trial_step_tries_smaller_ones_and_changes_no_state(shards, runs_out_above):

@@ -223,20 +223,28 @@ def embedded(run_dir: Path, shards: outcome.ShardSet) -> tuple[np.ndarray, dict[
     return outcome.embed_songs(made, outcome.CleanViews(config, shards, log_mel, HERE))
 
 
-def test_an_interrupted_closing_score_leaves_a_complete_run(small_runs, tmp_path):
-    """Ctrl-C after the last epoch: one line, and the checkpoint and its journal stay."""
+INTERRUPTED = "signal.raise_signal(signal.SIGINT)"
+OUT_OF_MEMORY = "exec('raise RuntimeError(\"cuDNN error: CUDNN_STATUS_ALLOC_FAILED\")')"
+
+
+@pytest.mark.parametrize(("event", "status"), [(INTERRUPTED, 130), (OUT_OF_MEMORY, 1)])
+def test_a_closing_score_that_is_interrupted_or_fails_leaves_a_complete_run(small_runs, tmp_path, event, status):
+    """After the last epoch: one line, and the checkpoint and its journal stay."""
     run_dir = shutil.copytree(small_runs["simsiam"], tmp_path / "runs/done")
-    script = """
+    script = f"""
 import signal
 from simsiam_dali import train
 from simsiam_dali.embedding import closing_score
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-closing_score.closing_score = lambda *_: signal.raise_signal(signal.SIGINT)
+closing_score.closing_score = lambda *_: {event}
 train.main()
 """
     options = ("--resume", str(run_dir), "--set", "train.closing_score=true")
     done = run([sys.executable, "-c", script, *options], tmp_path)
-    assert done.returncode == 130, done.stderr[-2000:]
-    assert f"stopped before the closing score; the training in {run_dir} is complete" in done.stdout
+    assert done.returncode == status, done.stderr[-2000:]
+    if event == INTERRUPTED:
+        assert f"stopped before the closing score; the training in {run_dir} is complete" in done.stdout
+    else:
+        assert f"error: the training in {run_dir} is complete, but not its closing score: cuDNN error" in done.stderr
     assert "Traceback" not in done.stderr
     assert checkpoint.is_intact(run_dir / checkpoint.FILE_NAME)

@@ -8,7 +8,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,20 +55,26 @@ class World:
         return everyone
 
 
-def rows_of_all_ranks(x: Tensor) -> Tensor:
+def count_of_each_rank(count: int) -> list[int]:
+    """`count` of every rank, in the order of ranks. All ranks must call it; it does not wait for a GPU."""
+    if not dist.is_initialized():
+        return [count]
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    counts[dist.get_rank()] = count
+    dist.all_reduce(counts)
+    return counts.tolist()
+
+
+def rows_of_all_ranks(x: Tensor, counts: Sequence[int]) -> Tensor:
     """`(B, ...)` of each rank to `(sum of B, ...)` on every rank, in the order of ranks; differentiable.
 
-    All ranks must call it; B may differ, since a segment that does not decode makes one rank's batch smaller. Waits for
-    the device, to learn how many rows the others bring. Without a process group it is `x`.
+    counts: B of each rank (`count_of_each_rank`). They may differ, since a segment that does not decode makes one
+    rank's batch smaller. All ranks must call it. Without a process group it is `x`.
     """
     if not dist.is_initialized():
         return x
     rank = dist.get_rank()
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=x.device)
-    sizes[rank] = len(x)
-    dist.all_reduce(sizes)
-    each = sizes.tolist()
-    before, after = (x.new_zeros(sum(part), *x.shape[1:]) for part in (each[:rank], each[rank + 1 :]))
+    before, after = (x.new_zeros(sum(part), *x.shape[1:]) for part in (counts[:rank], counts[rank + 1 :]))
     return all_reduce(torch.cat([before, x, after]))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simsiam_dali.common.distributed import World, rows_of_all_ranks
+from simsiam_dali.common.distributed import World, count_of_each_rank, rows_of_all_ranks
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
@@ -90,9 +90,12 @@ class Learner:
         with self.autocast():
             outputs, segment = self.model(*batch.inputs), batch.segment
             if self.is_contrastive:
-                segment = rows_of_all_ranks(segment)
-                together = tuple(map(rows_of_all_ranks, outputs if isinstance(outputs, tuple) else (outputs,)))
-                outputs = together if isinstance(outputs, tuple) else together[0]
+                counts = count_of_each_rank(len(segment))
+                segment = rows_of_all_ranks(segment, counts)
+                together = [
+                    rows_of_all_ranks(x, counts) for x in (outputs if isinstance(outputs, tuple) else [outputs])
+                ]
+                outputs = tuple(together) if isinstance(outputs, tuple) else together[0]
             return self.loss_fn(outputs, segment)
 
     def step(self, batches: Iterable[Batch], lr: float, fixed_lr: float) -> Scored:

@@ -6,6 +6,9 @@ free.
 """
 
 import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,6 +43,23 @@ Measured on an H200 with 128 segments of 60 s at 16 kHz, two batches ahead: 1.0 
 
 RUNTIME_BYTES = 1 << 30
 """The process itself: torch's and DALI's libraries, CUDA context or thread stacks."""
+
+
+OUT_OF_MEMORY = re.compile(r"CUDA error: out of memory|STATUS_ALLOC_FAILED|unable to find an engine to execute", re.I)
+"""What libraries below torch say, in a RuntimeError, where memory ran out; cuDNN, that none of its algorithms ran."""
+
+
+@contextmanager
+def out_of_memory_as_one_error() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError for every error that says that memory ran out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:
+        if OUT_OF_MEMORY.search(str(e)):
+            raise torch.OutOfMemoryError(str(e)) from e
+        raise
 
 
 def activation_bytes(encoder: nn.Module, shapes: list[tuple[int, ...]]) -> float:

@@ -95,7 +95,8 @@ def choose_by_trial_step(
             beside = bytes_beside(config, learner, shards, size)
             data.append(torch.empty(beside, dtype=torch.uint8, device=world.device))
             segment = torch.arange(size) % len(shards.segments)
-            learner.trial_step(Batch(tuple(data[:-1]), segment))
+            with memory.out_of_memory_as_one_error():
+                learner.trial_step(Batch(tuple(data[:-1]), segment))
         except torch.OutOfMemoryError:
             fits = False
         data = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from simsiam_dali.common.distributed import World, process_group, rows_of_all_ranks
+from simsiam_dali.common.distributed import World, count_of_each_rank, process_group, rows_of_all_ranks
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
@@ -132,7 +132,7 @@ def segments(shards: ShardSet, w: World) -> list[list[int]]:
 def uneven(w: World) -> dict[str, Any]:
     """Ranks whose batches differ in size: what all have together, the gradient of a weighted sum, batch norm of it."""
     mine = torch.arange(100 * w.rank, 100 * w.rank + w.rank + 2, dtype=torch.float32).unsqueeze(1).requires_grad_()
-    rows = rows_of_all_ranks(mine)
+    rows = rows_of_all_ranks(mine, count_of_each_rank(len(mine)))
     weights = torch.arange(len(rows), dtype=torch.float32).unsqueeze(1)
     (rows * weights).sum().backward()
     norm = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False))
