@@ -1,7 +1,7 @@
 """The contrastive loss is its equation, unknown tags match nothing, and the 1-D CNN takes waveforms of any length."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from simsiam_dali.models.losses import UNKNOWN, MetadataContrastiveLoss
 from simsiam_dali.models.simple import MIN_SAMPLES, SimpleAudioEncoder
 from simsiam_dali.packing.write import write_table
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # embeddings, artists, albums, years
+SWITCHES = ("artist", "album", "year", "folder")
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # embeddings, artists, albums, years, folders
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,13 +31,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def tags(songs: int, artists: object = UNKNOWN, albums: object = UNKNOWN, years: object = UNKNOWN) -> list[Tensor]:
+def tags(
+    songs: int, artists: object = UNKNOWN, albums: object = UNKNOWN, years: object = UNKNOWN, folders: object = UNKNOWN
+) -> list[Tensor]:
     """Label tensors of a batch; a number stands for the same in every row."""
 
     def rows(values: object) -> Tensor:
         return torch.full((songs, 1), values) if isinstance(values, int) else torch.tensor(values)
 
-    return [rows(artists), rows(albums), rows(years).reshape(songs)]
+    return [rows(artists), rows(albums), rows(years).reshape(songs), rows(folders)]
 
 
 def random_batch(seed: int, kind: str = "mixed") -> Batch:
@@ -46,18 +49,21 @@ def random_batch(seed: int, kind: str = "mixed") -> Batch:
     artists = rng.integers(-2, 6, (size, int(rng.integers(1, 4)))).clip(UNKNOWN)
     albums = rng.integers(-4, 9, (size, int(rng.integers(1, 6)))).clip(UNKNOWN)
     years = np.where(rng.random(size) < 0.4, UNKNOWN, rng.integers(1960, 1980, size))
-    for labels in (artists, albums, years):
+    folders = rng.integers(-3, 6, (size, int(rng.integers(1, 3)))).clip(UNKNOWN)
+    for labels in (artists, albums, years, folders):
         if kind == "all unknown":
             labels[:] = UNKNOWN
         elif kind == "all the same":
             labels[:] = 7
     embeddings = rng.standard_normal((size, int(rng.integers(2, 10)))) * rng.choice([1e-3, 1, 1e3])
-    return tuple(torch.from_numpy(values) for values in (embeddings, artists, albums, years))  # type: ignore[return-value]
+    values = (embeddings, artists, albums, years, folders)
+    return tuple(map(torch.from_numpy, values))  # type: ignore[return-value]
 
 
-def reference(batch: Batch, t: float, artist: bool, album: bool, year: bool, threshold: int) -> tuple[float, int]:
+def reference(batch: Batch, t: float, switches: Sequence[bool], threshold: int) -> tuple[float, int]:
     """Equation 2 of arXiv:2004.11362 as it is written, one pair at a time in float64."""
-    embeddings, artists, albums, years = (values.numpy() for values in batch)
+    artist, album, year, folder = switches
+    embeddings, artists, albums, years, folders = (values.numpy() for values in batch)
     z = embeddings.astype(np.float64) / np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
 
     def known(ids: np.ndarray) -> set[int]:
@@ -69,6 +75,7 @@ def reference(batch: Batch, t: float, artist: bool, album: bool, year: bool, thr
             (artist and bool(known(artists[i]) & known(artists[j])))
             or (album and bool(known(albums[i]) & known(albums[j])))
             or (year and near)
+            or (folder and bool(known(folders[i]) & known(folders[j])))
         )
 
     losses = []
@@ -92,14 +99,13 @@ def test_loss_equals_the_double_loop(kind: str) -> None:
     compared = 0
     for seed in range(60):
         rng = np.random.default_rng([seed, 1])
-        artist, album, year = (bool(on) for on in rng.integers(0, 2, 3))
-        artist |= not (album or year)
+        artist, album, year, folder = (bool(on) for on in rng.integers(0, 2, 4))
+        artist |= not (album or year or folder)
         t, threshold = float(rng.choice([0.005, 0.07, 0.5, 2.0])), int(rng.integers(0, 4))
         batch = random_batch(seed, kind)
-        expected, expected_anchors = reference(batch, t, artist, album, year, threshold)
-        loss_fn = create_loss(
-            contrastive_temperature=t, use_artist=artist, use_album=album, use_year=year, year_threshold=threshold
-        )
+        expected, expected_anchors = reference(batch, t, (artist, album, year, folder), threshold)
+        switches = {"use_artist": artist, "use_album": album, "use_year": year, "use_folder": folder}
+        loss_fn = create_loss(contrastive_temperature=t, year_threshold=threshold, **switches)
 
         loss, anchors = loss_fn(*batch)
         assert (loss.dtype, anchors.dtype, anchors.item()) == (torch.float64, torch.int64, expected_anchors)
@@ -196,11 +202,16 @@ def pairs(match: Tensor) -> set[tuple[int, int]]:
 
 
 def test_each_switch_matches_by_its_own_tag_only() -> None:
-    labels = tags(4, artists=[[1], [1], [2], [3]], albums=[[5], [6], [5], [7]], years=[1990, 1970, 1950, 1991])
-    tag_names = ("artist", "album", "year")
-    only = {tag: create_loss(**{f"use_{name}": name == tag for name in tag_names}) for tag in tag_names}
+    labels = tags(
+        4,
+        artists=[[1], [1], [2], [3]],
+        albums=[[5], [6], [5], [7]],
+        years=[1990, 1970, 1950, 1991],
+        folders=[[0], [1], [2], [1]],
+    )
+    only = {tag: create_loss(**{f"use_{name}": name == tag for name in SWITCHES}) for tag in SWITCHES}
     found = {tag: pairs(loss_fn.positives(*labels)) for tag, loss_fn in only.items()}
-    assert found == {"artist": {(0, 1)}, "album": {(0, 2)}, "year": {(0, 3)}}
+    assert found == {"artist": {(0, 1)}, "album": {(0, 2)}, "year": {(0, 3)}, "folder": {(1, 3)}}
     assert pairs(create_loss().positives(*labels)) == {(0, 1), (0, 2), (0, 3)}
 
 
@@ -209,14 +220,14 @@ def test_any_artist_and_any_album_match() -> None:
     assert pairs(create_loss().positives(*labels)) == {(0, 1), (0, 2), (2, 3)}
 
 
-@pytest.mark.parametrize("column", range(3))
+@pytest.mark.parametrize("column", range(4))
 def test_unknown_matches_nothing(column: int) -> None:
     labels = tags(3)
-    if column < 2:
+    if column != 2:
         labels[column] = torch.tensor([[UNKNOWN, 1], [2, UNKNOWN], [UNKNOWN, UNKNOWN]])
     else:
         labels[column] = torch.tensor([UNKNOWN, UNKNOWN, 0])  # within the threshold of -1, were that a year
-    assert not create_loss().positives(*labels).any()
+    assert not create_loss(use_folder=True).positives(*labels).any()
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0, {(0, 1)}), (2, {(0, 1), (0, 2), (1, 2), (2, 3)})])
@@ -236,7 +247,7 @@ def song_table(tmp_path: Path, *songs: dict[str, object]) -> pd.DataFrame:
 
 def matches(tmp_path: Path, by: str, *songs: dict[str, object]) -> set[tuple[int, int]]:
     labels = SongLabels.from_songs(song_table(tmp_path, *songs), np.arange(len(songs)))
-    loss_fn = create_loss(**{f"use_{name}": name == by for name in ("artist", "album", "year")})
+    loss_fn = create_loss(**{f"use_{name}": name == by for name in SWITCHES})
     return pairs(loss_fn.positives(*labels.of(torch.arange(len(songs)))))
 
 
@@ -283,6 +294,19 @@ def test_compilation_joins_its_songs_and_no_owner_none(tmp_path: Path) -> None:
     assert matches(tmp_path, "album", *songs) == {(0, 1), (0, 2), (1, 2)}
 
 
+def test_songs_match_by_any_folder_that_holds_a_copy_but_not_by_the_music_folder(tmp_path: Path) -> None:
+    songs = (
+        {"path": "a/one/x.mp3"},
+        {"path": "a/one/y.mp3", "other_paths": ["best of/y.mp3"]},
+        {"path": "a/two/x.mp3"},
+        {"path": "best of/z.mp3"},
+        {"path": "loose.mp3"},
+        {"path": "loose too.mp3", "other_paths": ["a/x.mp3"]},
+        {"path": "A/one/x.mp3"},
+    )
+    assert matches(tmp_path, "folder", *songs) == {(0, 1), (1, 3)}
+
+
 def test_unknown_years_match_nothing(tmp_path: Path) -> None:
     assert matches(tmp_path, "year", *({"year": year} for year in (2000, None, 2002, None, 2003))) == {(0, 2), (2, 4)}
 
@@ -296,11 +320,12 @@ def test_labels_are_looked_up_by_segment(tmp_path: Path) -> None:
     )
     labels = SongLabels.from_songs(songs, np.array([2, 0, 0, 1])).to("cpu")
     assert (labels.artists.shape, labels.albums.shape, labels.years.shape) == ((3, 2), (3, 3), (3,))
-    artists, albums, years = labels.of(torch.tensor([3, 0, 1]))
+    artists, albums, years, folders = labels.of(torch.tensor([3, 0, 1]))
     assert artists.tolist() == [[1, UNKNOWN], [UNKNOWN] * 2, [0, 1]]
     assert albums.tolist() == [[1, 2, 0], [UNKNOWN] * 3, [0, UNKNOWN, UNKNOWN]]
     assert years.tolist() == [UNKNOWN, UNKNOWN, 1999]
-    assert {values.dtype for values in (artists, albums, years, labels.segment_song)} == {torch.int64}
+    assert folders.tolist() == [[UNKNOWN]] * 3
+    assert {values.dtype for values in (artists, albums, years, folders, labels.segment_song)} == {torch.int64}
     tagless = SongLabels.from_songs(songs[2:], np.array([0]))
     assert (tagless.artists.tolist(), tagless.albums.tolist()) == ([[UNKNOWN]], [[UNKNOWN]])
 

@@ -73,6 +73,8 @@ BASELINES = {
 }
 """What a baseline is called, and the options of `simsiam_dali.embed` that make its table."""
 SHORT_NOISY = NOISE | SHORT | NO_SHIFT
+FOLDERS = "joint, SimSiam's loss, folders as tags"
+WITH_FOLDERS = {"encoder.joint.views_loss": "simsiam", "encoder.joint.use_folder": True}
 WINDOWS = {"encoder.simsiam.embedding": "projection", "encoder.simsiam.embedding_seconds": 2.5}
 CANDIDATES = {
     BASE: Candidate(),
@@ -105,9 +107,8 @@ CANDIDATES = {
     PEER: Candidate(kind="lightly"),
     STAGES: Candidate(embedding="stages", trained_as=BASE),
     "contrastive, embedded by stages": Candidate(kind="contrastive", embedding="stages", trained_as="contrastive"),
-    "joint, embedded by stages": Candidate(
-        SHORT_NOISY, "joint", 60, embedding="stages", trained_as="joint, 2.5 s noisy views of 60 s"
-    ),
+    FOLDERS: Candidate(WITH_FOLDERS, "joint"),
+    f"{FOLDERS}, embedded by stages": Candidate(WITH_FOLDERS, "joint", embedding="stages", trained_as=FOLDERS),
 }
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
 the segment, the farther apart. Noisy views have noise and no circular shift. Short views beside are of 2.5 s, with a

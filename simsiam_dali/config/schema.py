@@ -140,12 +140,13 @@ class TagPairsConfig(Section):
     use_album: bool = Field(True, description="segments of one album are a positive pair")
     use_year: bool = Field(True, description="segments of years close together are a positive pair")
     year_threshold: int = Field(2, ge=0, description="how far apart such years may be, years")
+    use_folder: bool = Field(False, description="segments of songs in one folder are a positive pair, tags or not")
     contrastive_temperature: float = Field(0.5, gt=0, description="temperature of the softmax over similarities")
 
     @model_validator(mode="after")
     def _something_to_go_by(self) -> typing.Self:
-        if not (self.use_artist or self.use_album or self.use_year):
-            raise ValueError("use_artist, use_album and use_year are all false: nothing makes a positive pair")
+        if not (self.use_artist or self.use_album or self.use_year or self.use_folder):
+            raise ValueError("use_artist, use_album, use_year, use_folder are all false: nothing makes a positive pair")
         return self
 
 

@@ -1,8 +1,9 @@
-"""What songs have in common, as tensors for the contrastive loss: the song table's artists, albums and years as ids."""
+"""What songs have in common, as tensors for the contrastive loss: artists, albums, years and folders as ids."""
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import PurePosixPath
 from typing import Self
 
 import numpy as np
@@ -20,37 +21,50 @@ MOST = 8
 
 @dataclass(frozen=True)
 class SongLabels:
-    """Each song's artists `(S, A)`, albums `(S, K)` and year `(S,)`, and each segment's song `(N,)`: int64.
+    """Artists `(S, A)`, albums `(S, K)`, year `(S,)` and folders `(S, F)` of each song; each segment's song `(N,)`.
 
-    Ids count from 0, artists' and albums' each their own; `UNKNOWN` fills what is not known. A song's ids keep the
-    order of its tags: `artists[:, 0]` is the first artist that is known.
+    All int64. Ids count from 0, those of each kind by themselves; `UNKNOWN` fills what is not known. A song's ids keep
+    the order of its tags: `artists[:, 0]` is the first artist that is known.
     """
 
     artists: Tensor
     albums: Tensor
     years: Tensor
+    folders: Tensor
     segment_song: Tensor
 
     @classmethod
     def from_songs(cls, songs: pd.DataFrame, segment_song: np.ndarray) -> Self:
-        """Labels of the song table (`artists`, `albums`, `album_artist`, `year`), for segments of these songs.
+        """Labels of the song table (`artists`, `albums`, `album_artist`, `year`, `path`), for segments of these songs.
 
-        Of a song with more than `MOST` artists or albums, those that the most songs have are kept.
+        Of a song with more than `MOST` artists, albums or folders, those that the most songs have are kept.
         """
         artists = [artist_keys(names) for names in songs["artists"]]
         columns = zip(songs["albums"], songs["album_artist"], songs["artists"], strict=True)
         albums = [album_keys(titles, album_artist, names) for titles, album_artist, names in columns]
         years = songs["year"].astype("Int64").fillna(UNKNOWN).to_numpy("int64")
-        return cls(_ids(artists), _ids(albums), torch.tensor(years), torch.tensor(segment_song, dtype=torch.int64))
+        copies = zip(songs["path"], songs["other_paths"], strict=True)
+        folders = [folder_keys([path, *others]) for path, others in copies]
+        song = torch.tensor(segment_song, dtype=torch.int64)
+        return cls(_ids(artists), _ids(albums), torch.tensor(years), _ids(folders), song)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        return type(self)(*(t.to(device) for t in (self.artists, self.albums, self.years, self.segment_song)))
+        return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
-    def of(self, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the segment table `(B,)`, on the same device, to artists `(B, A)`, albums `(B, K)`, years `(B,)`."""
+    def of(self, segments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of the segment table `(B,)`, on the same device, to what the contrastive loss takes of each.
+
+        Artists `(B, A)`, albums `(B, K)`, years `(B,)` and folders `(B, F)`.
+        """
         song = self.segment_song[segments]
-        return self.artists[song], self.albums[song], self.years[song]
+        return self.artists[song], self.albums[song], self.years[song], self.folders[song]
+
+
+def folder_keys(paths: Iterable[str]) -> list[str]:
+    """The folders that a song's files lie in, without repeats; the music folder itself holds no album, and is none."""
+    folders = dict.fromkeys(str(PurePosixPath(path).parent) for path in paths)
+    return [folder for folder in folders if folder != "."]
 
 
 def first_label_ids(songs: pd.DataFrame, column: str) -> Tensor:

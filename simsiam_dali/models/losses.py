@@ -65,7 +65,7 @@ def rating_loss(predicted: Tensor, rating: Tensor) -> Tensor:
 
 
 class MetadataContrastiveLoss(nn.Module):
-    """Multi-positive InfoNCE: songs that share an artist, an album or a time attract, all others of the batch repel.
+    """Multi-positive InfoNCE: songs that share an artist, an album, a time or a folder attract, all others repel.
 
     It is L_out of Khosla et al., "Supervised Contrastive Learning" (arXiv:2004.11362, equation 2), with positives by
     metadata in place of one class label: a row may have several artists and albums, and matching is not transitive.
@@ -75,14 +75,16 @@ class MetadataContrastiveLoss(nn.Module):
         super().__init__()
         self.settings = settings
 
-    def forward(self, embeddings: Tensor, artists: Tensor, albums: Tensor, years: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, embeddings: Tensor, artists: Tensor, albums: Tensor, years: Tensor, folders: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings `(B, D)`, any float dtype, and their labels (see `positives`) to the loss and its anchors.
 
         The loss is a float32 scalar (float64 for float64), also under autocast: the mean over the anchors, which are
         the rows with a positive. Their number is an int64 scalar; without any, the loss and its gradient are exactly 0.
         Nothing here makes the host wait for the device.
         """
-        positives = self.positives(artists, albums, years)
+        positives = self.positives(artists, albums, years, folders)
         with torch.autocast(embeddings.device.type, enabled=False):
             z = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)
             logits = z @ z.T / self.settings.contrastive_temperature
@@ -96,18 +98,20 @@ class MetadataContrastiveLoss(nn.Module):
             each = (others.logsumexp(dim=1) - mean_positive) * has_positive
             return each.sum() / anchors.clamp(min=1), anchors
 
-    def positives(self, artists: Tensor, albums: Tensor, years: Tensor) -> Tensor:
+    def positives(self, artists: Tensor, albums: Tensor, years: Tensor, folders: Tensor) -> Tensor:
         """Which rows attract each other: bool `(B, B)`, symmetric, False on the diagonal.
 
-        artists: ids `(B, A)`; albums: ids `(B, K)`; years `(B,)`; all int64, `UNKNOWN` where not known or padded.
-        Two rows match by a common artist, a common album or years close enough, whichever are switched on. What is
-        unknown matches nothing, not even what is unknown too.
+        artists: ids `(B, A)`; albums: ids `(B, K)`; years `(B,)`; folders: ids `(B, F)`; all int64, `UNKNOWN` where not
+        known or padded. Two rows match by a common artist, album or folder or years close enough, whichever are
+        switched on. What is unknown matches nothing, not even what is unknown too.
         """
         match = torch.zeros(len(years), len(years), dtype=torch.bool, device=years.device)
         if self.settings.use_artist:
             match |= _share_an_id(artists)
         if self.settings.use_album:
             match |= _share_an_id(albums)
+        if self.settings.use_folder:
+            match |= _share_an_id(folders)
         if self.settings.use_year:
             known = years != UNKNOWN
             match |= ((years[:, None] - years).abs() <= self.settings.year_threshold) & known[:, None] & known
