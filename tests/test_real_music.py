@@ -270,10 +270,13 @@ def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up():
     assert found == pytest.approx(np.full((3, 40), 0.1))
     one_seed_more = equal_time_scores.difference(row_of(rng.random((4, 40))), row_of(base), "soundtrack/map")
     assert one_seed_more.shape == (3, 40)  # of the seeds that both have
-    of = np.repeat(np.arange(8), 5)
-    assert not equal_time_scores.is_given_up(row_of(base + 0.1), row_of(base), of)
-    assert equal_time_scores.is_given_up(row_of(base - 0.1), row_of(base), of)
-    assert not equal_time_scores.is_given_up(row_of(base[:1] - 0.1), row_of(base[:1]), of)  # one seed decides nothing
+    rows = {"above": base + 0.1, "below": base - 0.1, "of one seed": base[:1] - 0.1, equal_time_scores.BASE: base}
+    soundtracks = dict(zip(halves.HALVES, np.split(np.repeat(np.arange(8), 5), 2), strict=True))
+    doc = {"scores": {name: row_of(scores) for name, scores in rows.items()}, "soundtracks": soundtracks}
+    assert not equal_time_scores.is_given_up(doc, "above")
+    assert equal_time_scores.is_given_up(doc, "below")
+    assert not equal_time_scores.is_given_up(doc, "of one seed")  # which decides nothing
+    assert not equal_time_scores.is_given_up(doc, "not trained")
     half = {seed: {"a": own["a"]} for seed, own in row_of(base).items()}
     assert equal_time_scores.difference(half, row_of(base), "soundtrack/map") is None
 

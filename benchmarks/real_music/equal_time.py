@@ -30,7 +30,7 @@ import halves
 import numpy as np
 import run
 import torch
-from equal_time_scores import BASE, METRICS, PEER, STAGES, UNTRAINED_STAGES, Scores, of_songs, page_lines
+from equal_time_scores import BASE, FOLDERS, FOLDERS_STAGES, METRICS, PEER, STAGES, UNTRAINED_STAGES, Scores
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -73,7 +73,6 @@ BASELINES = {
 }
 """What a baseline is called, and the options of `simsiam_dali.embed` that make its table."""
 SHORT_NOISY = NOISE | SHORT | NO_SHIFT
-FOLDERS = "joint, SimSiam's loss, folders as tags"
 WITH_FOLDERS = {"encoder.joint.views_loss": "simsiam", "encoder.joint.use_folder": True}
 WINDOWS = {"encoder.simsiam.embedding": "projection", "encoder.simsiam.embedding_seconds": 2.5}
 CANDIDATES = {
@@ -108,7 +107,7 @@ CANDIDATES = {
     STAGES: Candidate(embedding="stages", trained_as=BASE),
     "contrastive, embedded by stages": Candidate(kind="contrastive", embedding="stages", trained_as="contrastive"),
     FOLDERS: Candidate(WITH_FOLDERS, "joint"),
-    f"{FOLDERS}, embedded by stages": Candidate(WITH_FOLDERS, "joint", embedding="stages", trained_as=FOLDERS),
+    FOLDERS_STAGES: Candidate(WITH_FOLDERS, "joint", embedding="stages", trained_as=FOLDERS),
 }
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
 the segment, the farther apart. Noisy views have noise and no circular shift. Short views beside are of 2.5 s, with a
@@ -187,10 +186,9 @@ def document(path: Path, base_epochs: int, search: str) -> dict[str, Any]:
 
 def missing(doc: Mapping[str, Any], row: str, seed: int) -> list[halves.Job]:
     """A candidate's trainings by one seed that the document has no scores of; none of one that is given up."""
-    known, base = doc["scores"].get(row, {}), doc["scores"].get(BASE, {})
-    if known and row != BASE and equal_time_scores.is_given_up(known, base, of_songs(doc, "soundtracks")):
+    if row != BASE and equal_time_scores.is_given_up(doc, row):
         return []
-    done = known.get(str(seed), {})
+    done = doc["scores"].get(row, {}).get(str(seed), {})
     return [job for job in trainings(row, doc["epochs"][row], seed) if job.trained_on not in done]
 
 
@@ -293,7 +291,7 @@ def main() -> None:
             write(doc, args.json)
     doc["baselines"] = baselines(shards, doc)
     write(doc, args.json)
-    print("\n".join(page_lines(doc)))
+    print("\n".join(equal_time_scores.page_lines(doc)))
 
 
 if __name__ == "__main__":
