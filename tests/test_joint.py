@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.learned import same_artist_is_nearer
-from helpers.running import train
+from helpers.running import command, losses, run, start, train, wait_for_step
 from torch import Tensor
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import JointConfig
 from simsiam_dali.data.shards import ShardSet, open_shards
+from simsiam_dali.embedding import export
+from simsiam_dali.embedding.run import read_run
+from simsiam_dali.embedding.song_encoder import SongEncoder
 from simsiam_dali.models.encoder import LossFn
 from simsiam_dali.models.joint import TAG_DIM, Joint
 from simsiam_dali.models.labels import SongLabels
@@ -111,6 +116,53 @@ def test_every_teacher_reaches_the_backbone_and_every_parameter_is_optimized_onc
         assert stem.any(), name
 
 
+@pytest.mark.parametrize("read", ["backbone", "stages"])
+def test_the_tags_read_the_pooled_map_or_the_statistics_of_the_stages(small_shards: Path, read: str) -> None:
+    encoder, _ = create(open_shards(small_shards), f"encoder.joint.tags_read={read}")
+    encoder.eval()
+    views = [torch.randn(8, 128, 40, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    z, _, t, *_ = encoder(*views)
+    h, stages = encoder.features(views[0]), encoder.backbone.stage_statistics(views[0][:, None])
+    torch.testing.assert_close(z, encoder.projector(h))
+    torch.testing.assert_close(t, encoder.tag_head(h if read == "backbone" else stages))
+    t.square().sum().backward()
+    # Of the norm that ends a block, whose weight is 0 at first: before it there is no gradient.
+    last, first = (own[0].bn2.weight.grad for own in (encoder.backbone.layer4, encoder.backbone.layer1))
+    assert first is not None
+    assert first.any()
+    assert (last is None) == (read == "stages")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("read", ["backbone", "stages"])
+def test_an_embedding_of_stages_and_tags_is_both_side_by_side(small_shards: Path, read: str) -> None:
+    sets = (f"encoder.joint.tags_read={read}", "encoder.simsiam.embedding=stages+tags")
+    encoder, _ = create(open_shards(small_shards), *sets)
+    encoder.eval()
+    view = torch.randn(5, 128, 40, generator=torch.Generator().manual_seed(1))
+    found = encoder.embed(view)
+    assert found.shape == (5, encoder.embedding_dim)
+    stages, tags = found[:, :-TAG_DIM], found[:, -TAG_DIM:]
+    torch.testing.assert_close(stages, encoder.backbone.stage_statistics(view[:, None]))
+    torch.testing.assert_close(tags, F.normalize(encoder(view, view)[2], dim=1))
+
+
+def test_the_gradient_through_the_statistics_of_a_silent_view_is_finite(small_shards: Path) -> None:
+    encoder, _ = create(open_shards(small_shards), "encoder.joint.tags_read=stages")
+    view = torch.zeros(4, 128, 40)
+    view[0] = torch.randn(128, 40, generator=torch.Generator().manual_seed(1))
+    encoder(view, view)[2].square().sum().backward()
+    gradient = next(encoder.backbone.parameters()).grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient.any()
+
+
+def test_other_encoder_types_have_no_output_of_tags() -> None:
+    with pytest.raises(UserError, match=r"simsiam has no output stages\+tags, but backbone, projection, stages"):
+        encoder_type(load_config(assignments=["encoder.simsiam.embedding=stages+tags"]))
+
+
 def test_a_rating_is_read_from_the_direction_of_the_backbones_output_not_its_length(small_shards: Path) -> None:
     encoder, _ = create(open_shards(small_shards))
     h = torch.randn(8, encoder.backbone_dim, generator=torch.Generator().manual_seed(0))
@@ -170,3 +222,24 @@ def test_it_learns_which_songs_are_by_one_artist(tmp_path: Path, small_shards: P
     run_dir = train(tmp_path, small_shards, train__validate_every=100, **over, **JOINT)
     untrained, trained = (same_artist_is_nearer(run_dir, small_shards, trained) for trained in (False, True))
     assert trained > untrained + 0.1
+
+
+def test_taught_at_the_stages_it_is_resumed_bit_for_bit_embeds_and_is_exported(
+    tmp_path: Path, small_shards: Path
+) -> None:
+    over = {"encoder__joint__tags_read": "stages", "encoder__joint__use_folder": True, "encoder__epochs": 2, **JOINT}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = train(tmp_path / "whole", small_shards, **over)
+    args = command(tmp_path / "killed", small_shards, mlflow__enabled="false", train__checkpoint_every=1, **over)
+    process = start(args, tmp_path / "killed")
+    wait_for_step(process, tmp_path / "killed/runs", max(losses(whole)) // 2 + 1)
+    process.kill()
+    process.wait()
+    (run_dir,) = (tmp_path / "killed/runs").iterdir()
+    done = run([*args[:3], "--resume", str(run_dir)], tmp_path / "killed")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(run_dir) == losses(whole)
+    songs = SongEncoder(read_run(str(run_dir), embedding="stages+tags"))
+    assert songs.embedding_dim == read_run(str(run_dir), embedding="stages").encoder().embedding_dim + TAG_DIM
+    export.to_onnx(songs)  # refused where onnxruntime gives other values

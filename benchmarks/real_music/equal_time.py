@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +30,8 @@ import halves
 import numpy as np
 import run
 import torch
-from equal_time_scores import BASE, FOLDERS, FOLDERS_STAGES, METRICS, PEER, STAGES, UNTRAINED_STAGES, Scores
+from candidates import CANDIDATES
+from equal_time_scores import BASE, METRICS, PEER, UNTRAINED_STAGES, Scores, page_lines
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -43,76 +44,16 @@ from simsiam_dali.embedding.table import read_song_embeddings
 TIMED_EPOCHS = 4
 """Epochs by which a candidate's speed is measured; the first, in which everything is built, does not count."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """kind: an encoder type, or lightly. settings: over the recipe's. segment_seconds: of the shards it learns from.
-
-    embedding: another output of the encoders of the row `trained_as`, which is not trained again.
-    """
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    kind: str = "simsiam"
-    segment_seconds: int = halves.SEGMENT_SECONDS
-    embedding: str = ""
-    trained_as: str = ""
-
-
 NO_CHOICE = ("simple", "lightly")
 """Kinds with one output."""
 UNHEARD = "unheard"
 """Two of the sets, each asked about by encoders of all other sets."""
 PARTS = (*halves.SETS, UNHEARD)
-AUGMENTATION = "encoder.simsiam.augmentation"
-NOISE = {f"{AUGMENTATION}.noise_prob": 0.3}
-SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
-NO_SHIFT = {f"{AUGMENTATION}.time_shift_prob": 0}
 BASELINES = {
     **{name: ("--features", feature, "--embedding", "backbone") for feature, name in run.BASELINES.items()},
     UNTRAINED_STAGES: ("--features", "untrained", "--embedding", "stages"),
 }
 """What a baseline is called, and the options of `simsiam_dali.embed` that make its table."""
-SHORT_NOISY = NOISE | SHORT | NO_SHIFT
-WITH_FOLDERS = {"encoder.joint.views_loss": "simsiam", "encoder.joint.use_folder": True}
-WINDOWS = {"encoder.simsiam.embedding": "projection", "encoder.simsiam.embedding_seconds": 2.5}
-CANDIDATES = {
-    BASE: Candidate(),
-    "with noise": Candidate(NOISE),
-    "views of 2.5 s": Candidate(SHORT),
-    "no time shift": Candidate(NO_SHIFT),
-    "no frequency mask": Candidate({f"{AUGMENTATION}.frequency_mask_prob": 0}),
-    "weight decay 1e-4": Candidate({"encoder.simsiam.weight_decay": 1e-4}),
-    "projector of 3 layers": Candidate({"encoder.simsiam.projection_layers": 3}),
-    "2.5 s noisy views": Candidate(SHORT_NOISY),
-    "four views": Candidate({"data.views": 4}),
-    "two short views beside": Candidate({"data.short_views": 2}),
-    "with mixup": Candidate({f"{AUGMENTATION}.mixup_prob": 1.0}),
-    "with resized crop": Candidate({f"{AUGMENTATION}.crop_prob": 1.0}),
-    "segments of 60 s": Candidate(segment_seconds=60),
-    "momentum target (BYOL)": Candidate(kind="byol"),
-    "contrastive": Candidate(kind="contrastive"),
-    "contrastive, 60 s segments": Candidate(kind="contrastive", segment_seconds=60),
-    "SimSiam, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, segment_seconds=60),
-    "SimSiam, 60 s segments, two short views beside": Candidate(
-        NOISE | NO_SHIFT | {"data.short_views": 2}, segment_seconds=60
-    ),
-    "contrastive, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, "contrastive", 60),
-    "contrastive, 2.5 s noisy views of 60 s, windows": Candidate(SHORT_NOISY | WINDOWS, "contrastive", 60),
-    "joint, SimSiam's loss": Candidate({"encoder.joint.views_loss": "simsiam"}, "joint"),
-    "joint, SimSiam's loss, 60 s segments": Candidate({"encoder.joint.views_loss": "simsiam"}, "joint", 60),
-    "joint, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, "joint", 60),
-    "joint, 2.5 s noisy views of 60 s, windows": Candidate(SHORT_NOISY | WINDOWS, "joint", 60),
-    "simple (from tags)": Candidate(kind="simple"),
-    PEER: Candidate(kind="lightly"),
-    STAGES: Candidate(embedding="stages", trained_as=BASE),
-    "contrastive, embedded by stages": Candidate(kind="contrastive", embedding="stages", trained_as="contrastive"),
-    FOLDERS: Candidate(WITH_FOLDERS, "joint"),
-    FOLDERS_STAGES: Candidate(WITH_FOLDERS, "joint", embedding="stages", trained_as=FOLDERS),
-}
-"""What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
-the segment, the farther apart. Noisy views have noise and no circular shift. Short views beside are of 2.5 s, with a
-predictor of their own; windows: songs are embedded by the projection, in windows of a view's length. Embedded by
-stages: by statistics of the maps before the last stage."""
 
 
 def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
@@ -291,7 +232,7 @@ def main() -> None:
             write(doc, args.json)
     doc["baselines"] = baselines(shards, doc)
     write(doc, args.json)
-    print("\n".join(equal_time_scores.page_lines(doc)))
+    print("\n".join(page_lines(doc)))
 
 
 if __name__ == "__main__":

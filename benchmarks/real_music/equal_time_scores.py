@@ -10,17 +10,18 @@ BASE, PEER = "the recipe", "SimSiam of lightly's parts"
 STAGES, UNTRAINED_STAGES = (f"{of}, embedded by stages" for of in (BASE, "untrained encoder"))
 TAGGED = ("joint, 2.5 s noisy views of 60 s, windows", "contrastive, 2.5 s noisy views of 60 s, windows")
 """A recipe that learns from tags too, and the same without them."""
-FOLDERS = "joint, SimSiam's loss, folders as tags"
-FOLDERS_STAGES = f"{FOLDERS}, embedded by stages"
+FOLDERS = "joint, folders as tags"
+FOLDERS_STAGES, FOLDERS_TAGS = (f"{FOLDERS}, embedded by stages{more}" for more in ("", " and tags"))
 COMPARED = (
     TAGGED,
     *((row, "SimSiam, 2.5 s noisy views of 60 s") for row in TAGGED),
     (STAGES, UNTRAINED_STAGES),
     (STAGES, TAGGED[0]),
     (FOLDERS_STAGES, STAGES),
+    (FOLDERS_TAGS, STAGES),
 )
 """Rows that differ in what a claim is about."""
-CLAIMED = (BASE, STAGES, "contrastive", *TAGGED, FOLDERS, FOLDERS_STAGES)
+CLAIMED = (BASE, STAGES, "contrastive", *TAGGED, FOLDERS, FOLDERS_STAGES, FOLDERS_TAGS)
 """Rows that the pages say something about: they are compared with the peer and with the best baseline too."""
 METRICS = ("soundtrack/knn", "soundtrack/map")
 RESAMPLES = 4000

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from simsiam_dali.config.hpo import HpoConfig
 from simsiam_dali.config.section import Probability, Section
 
-Embedding = Literal["backbone", "projection", "stages"]
+Embedding = Literal["backbone", "projection", "stages", "stages+tags"]
 
 Address = Annotated[str, Field(pattern=r"^s3://[^/]+")]
 
@@ -118,7 +118,8 @@ class SimSiamConfig(OptimizerConfig):
     )
     embedding: Embedding = Field(
         "backbone",
-        description="what embeds a song; stages = statistics of the log-mel and of all maps but the last stage's",
+        description="what embeds a song; stages = statistics of the log-mel and of all maps but the last stage's;"
+        " stages+tags, of joint: beside them, what its tags compare",
     )
     embedding_seconds: float | None = Field(
         None, gt=0, description="embed a view in windows of this length, and average them, s; null = the whole view"
@@ -179,6 +180,9 @@ class JointConfig(TagPairsConfig):
 
     views_loss: Literal["simsiam", "contrastive"] = Field(
         "contrastive", description="the loss on the views; the latter's temperature is encoder.contrastive's"
+    )
+    tags_read: Literal["backbone", "stages"] = Field(
+        "backbone", description="what the tags' head reads: the pooled last map, or the statistics of embedding: stages"
     )
     tag_weight: float = Field(0.5, ge=0, description="of the contrastive loss by tags; the views' has 1")
     rating_weight: float = Field(0.5, ge=0, description="of the squared error of the songs' ratings (0 to 1)")

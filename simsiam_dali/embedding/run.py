@@ -51,8 +51,10 @@ def read_run(run: str, option: str = "--checkpoint", embedding: str | None = Non
     path = checkpoint.find(run, TrainConfig().runs_dir, option)
     saved = checkpoint.load(path, option)
     config = load_config(base=saved["config"])
-    if embedding and embedding not in encoder_type(config).outputs:
-        raise UserError(f"--embedding: an encoder of type {config.encoder.encoder_type} has one output")
+    outputs = encoder_type(config).outputs
+    if embedding and embedding not in outputs:
+        has = "one output" if len(outputs) == 1 else f"the outputs {', '.join(outputs)}"
+        raise UserError(f"--embedding: an encoder of type {config.encoder.encoder_type} has {has}")
     return TrainedRun(
         path=path,
         sha256=sha256_of(path),

@@ -28,12 +28,19 @@ class Joint(Projected):
 
     def __init__(self, config: Config, pretrained: bool = True) -> None:
         super().__init__(config, pretrained)
+        self.tags_read = config.encoder.joint.tags_read
         self.tag_head = nn.Sequential(
             nn.Linear(self.backbone_dim, TAG_HIDDEN, bias=False),
             nn.BatchNorm1d(TAG_HIDDEN),
             nn.ReLU(inplace=True),
             nn.Linear(TAG_HIDDEN, TAG_DIM),
         )
+        if self.tags_read == "stages":
+            # Standardised: a few of the statistics vary a hundred times as much as most.
+            first = nn.Linear(self.stages_dim, TAG_HIDDEN, bias=False)
+            self.tag_head = nn.Sequential(nn.BatchNorm1d(self.stages_dim), first, *self.tag_head[1:])
+        if self.settings.embedding == "stages+tags":
+            self.embedding_dim = self.stages_dim + TAG_DIM
         self.rating_norm = nn.BatchNorm1d(self.backbone_dim, affine=False)
         self.rating_head = nn.Linear(self.backbone_dim, 1)
         self.register_load_state_dict_pre_hook(_supply_rating_norm)
@@ -49,11 +56,25 @@ class Joint(Projected):
 
         t `(B, TAG_DIM)` is what the tags compare, r `(B,)` the rating, p `(B, projection_dim)` SimSiam's prediction.
         """
-        features = [self.features(view) for view in views]
+        features, read = zip(*map(self._features_and_read, views), strict=True)
         z = [self.projector(h) for h in features]
         ratings = [self._rating(h) for h in features]
         p = predictions(z, len(z) - self.short_views, self.predictor, self.short_predictor) if self.predictor else ()
-        return *z, *map(self.tag_head, features), *ratings, *p
+        return *z, *map(self.tag_head, read), *ratings, *p
+
+    def _features_and_read(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        """One view `(B, n_mels, T)` to the backbone's pooled output and to what the tag head reads."""
+        if self.tags_read == "stages":
+            return self.backbone.pooled_and_statistics(view.unsqueeze(1))
+        features = self.features(view)
+        return features, features
+
+    def _embed(self, view: Tensor) -> Tensor:
+        if self.settings.embedding != "stages+tags":
+            return super()._embed(view)
+        stages = self.backbone.stage_statistics(view.unsqueeze(1))
+        tags = self.tag_head(stages if self.tags_read == "stages" else self.features(view))
+        return torch.cat([stages, F.normalize(tags.float(), dim=1)], dim=1)
 
     def _rating(self, h: Tensor) -> Tensor:
         """The backbone's output `(B, backbone_dim)` to ratings `(B,)` in 0..1, by a linear layer and a sigmoid.
@@ -81,6 +102,7 @@ class JointType(ProjectedType):
 
     is_contrastive = True
     learns_from_tags = True
+    outputs = (*ProjectedType.outputs, "stages+tags")
     sections: ClassVar[tuple[str, ...]] = ("simsiam", "joint", "contrastive")
     loss_type = "views+metadata_contrastive+rating"
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config, SimSiamConfig
 from simsiam_dali.data.graph import LogMel
 from simsiam_dali.models.encoder import Encoder, EncoderType
@@ -28,8 +29,9 @@ class Projected(Encoder):
         )
         self.projector = create_projector(self.backbone_dim, settings.projection_dim, settings.projection_layers)
         self.output_dim = settings.projection_dim
-        widths = {"projection": settings.projection_dim, "stages": 4 * (settings.n_mels + self.backbone.map_channels)}
-        self.embedding_dim = widths.get(settings.embedding, self.backbone_dim)
+        self.stages_dim = 4 * (settings.n_mels + self.backbone.map_channels)
+        widths = {"backbone": self.backbone_dim, "projection": settings.projection_dim, "stages": self.stages_dim}
+        self.embedding_dim = widths.get(settings.embedding, 0)  # 0: an output of a subclass
 
     def features(self, view: Tensor) -> Tensor:
         """One view `(B, n_mels, T)` to the backbone's pooled output `(B, D)`."""
@@ -67,6 +69,11 @@ class ProjectedType(EncoderType):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.settings: SimSiamConfig = config.encoder.simsiam
+        if self.settings.embedding not in self.outputs:
+            raise UserError(
+                f"encoder.simsiam.embedding: an encoder of type {config.encoder.encoder_type} has no output"
+                f" {self.settings.embedding}, but {', '.join(self.outputs)}"
+            )
         self.variant = self.settings.backbone
         pretrained = str(bool(self.settings.pretrained_backbone)).lower()
         self.tags = {"loss_type": self.loss_type, "backbone": self.settings.backbone, "pretrained": pretrained}

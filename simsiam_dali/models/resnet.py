@@ -38,8 +38,10 @@ def statistics(x: Tensor) -> Tensor:
     """
     # In float32, whatever autocast left, but without a copy of the map: the stem's is the largest of the encoder.
     mean, of_frames = (x.mean(dim=dims, dtype=torch.float32) for dims in ((2, 3), 2))
+    # As a length, whose gradient is bounded where a channel is silent; that of the root of a variance is not.
+    deviation = torch.linalg.vector_norm(of_frames - of_frames.mean(dim=2, keepdim=True), dim=2)
     change = torch.linalg.vector_norm(x[..., 1:] - x[..., :-1], dim=(2, 3), dtype=torch.float32)
-    parts = (mean, of_frames.var(dim=2, correction=0).sqrt(), x.amax(dim=(2, 3)).float(), change)
+    parts = (mean, deviation, x.amax(dim=(2, 3)).float(), change)
     return torch.cat([F.normalize(own, dim=1) for own in parts], dim=1)
 
 
@@ -66,13 +68,21 @@ class Resnet(torchvision.models.ResNet):
         which has it forget what the augmentations change; earlier ones often serve other questions better: Bordes et
         al., "Guillotine Regularization", arXiv:2206.13378.
         """
+        return self._before_last_stage(view)[1]
+
+    def pooled_and_statistics(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        """The pooled last map `(B, D)`, as `forward` returns it, and the `stage_statistics`, in one pass."""
+        x, statistics_of_stages = self._before_last_stage(view)
+        return self.fc(torch.flatten(self.avgpool(self.layer4(x)), 1)), statistics_of_stages
+
+    def _before_last_stage(self, view: Tensor) -> tuple[Tensor, Tensor]:
         x = self.relu(self.bn1(self.conv1(view)))
         found = [statistics(view.transpose(1, 2)), statistics(x)]
         x = self.maxpool(x)
         for stage in (self.layer1, self.layer2, self.layer3):
             x = stage(x)
             found.append(statistics(x))
-        return torch.cat(found, dim=1)
+        return x, torch.cat(found, dim=1)
 
 
 _STAGES: dict[Backbone, tuple[Any, list[int]]] = {
