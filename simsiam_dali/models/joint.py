@@ -102,7 +102,7 @@ class JointType(ProjectedType):
 
     is_contrastive = True
     learns_from_tags = True
-    outputs = (*ProjectedType.outputs, "stages+tags")
+    outputs: ClassVar[tuple[str, ...]] = (*ProjectedType.outputs, "stages+tags")
     sections: ClassVar[tuple[str, ...]] = ("simsiam", "joint", "contrastive")
     loss_type = "views+metadata_contrastive+rating"
 

@@ -63,7 +63,7 @@ class ProjectedType(EncoderType):
 
     batches = "views"
     embeds = "clean"
-    outputs = ("backbone", "projection", "stages")
+    outputs: ClassVar[tuple[str, ...]] = ("backbone", "projection", "stages")
     loss_type: ClassVar[str]
 
     def __init__(self, config: Config) -> None:
