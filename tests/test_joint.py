@@ -18,7 +18,7 @@ from simsiam_dali.embedding import export
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.song_encoder import SongEncoder
 from simsiam_dali.models.encoder import LossFn
-from simsiam_dali.models.joint import TAG_DIM, Joint
+from simsiam_dali.models.joint import TAG_DIM, TAG_HIDDEN, Joint
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.losses import MetadataContrastiveLoss, nt_xent, rating_loss, simsiam_loss
 from simsiam_dali.models.registry import encoder_type
@@ -142,9 +142,11 @@ def test_an_embedding_of_stages_and_tags_is_both_side_by_side(small_shards: Path
     view = torch.randn(5, 128, 40, generator=torch.Generator().manual_seed(1))
     found = encoder.embed(view)
     assert found.shape == (5, encoder.embedding_dim)
-    stages, tags = found[:, :-TAG_DIM], found[:, -TAG_DIM:]
+    stages, tags = found[:, :-TAG_HIDDEN], found[:, -TAG_HIDDEN:]
     torch.testing.assert_close(stages, encoder.backbone.stage_statistics(view[:, None]))
-    torch.testing.assert_close(tags, F.normalize(encoder(view, view)[2], dim=1))
+    hidden = encoder.tag_head[:-1](stages if read == "stages" else encoder.features(view))
+    torch.testing.assert_close(tags, F.normalize(hidden, dim=1))
+    torch.testing.assert_close(encoder.tag_head[-1](hidden), encoder(view, view)[2])
 
 
 def test_the_gradient_through_the_statistics_of_a_silent_view_is_finite(small_shards: Path) -> None:
@@ -241,5 +243,5 @@ def test_taught_at_the_stages_it_is_resumed_bit_for_bit_embeds_and_is_exported(
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(run_dir) == losses(whole)
     songs = SongEncoder(read_run(str(run_dir), embedding="stages+tags"))
-    assert songs.embedding_dim == read_run(str(run_dir), embedding="stages").encoder().embedding_dim + TAG_DIM
+    assert songs.embedding_dim == read_run(str(run_dir), embedding="stages").encoder().embedding_dim + TAG_HIDDEN
     export.to_onnx(songs)  # refused where onnxruntime gives other values

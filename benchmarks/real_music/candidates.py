@@ -68,4 +68,4 @@ CANDIDATES = {
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
 the segment, the farther apart. Noisy views have noise and no circular shift. Short views beside are of 2.5 s, with a
 predictor of their own; windows: songs are embedded by the projection, in windows of a view's length. Embedded by
-stages: by statistics of the maps before the last stage; and tags: beside them, what the tags' head makes of them."""
+stages: by statistics of the maps before the last stage; and tags: beside them, the hidden layer of the tags' head."""

@@ -119,7 +119,7 @@ class SimSiamConfig(OptimizerConfig):
     embedding: Embedding = Field(
         "backbone",
         description="what embeds a song; stages = statistics of the log-mel and of all maps but the last stage's;"
-        " stages+tags, of joint: beside them, what its tags compare",
+        " stages+tags, of joint: beside them, the hidden layer of its tags' head",
     )
     embedding_seconds: float | None = Field(
         None, gt=0, description="embed a view in windows of this length, and average them, s; null = the whole view"

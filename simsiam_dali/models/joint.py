@@ -40,7 +40,7 @@ class Joint(Projected):
             first = nn.Linear(self.stages_dim, TAG_HIDDEN, bias=False)
             self.tag_head = nn.Sequential(nn.BatchNorm1d(self.stages_dim), first, *self.tag_head[1:])
         if self.settings.embedding == "stages+tags":
-            self.embedding_dim = self.stages_dim + TAG_DIM
+            self.embedding_dim = self.stages_dim + TAG_HIDDEN
         self.rating_norm = nn.BatchNorm1d(self.backbone_dim, affine=False)
         self.rating_head = nn.Linear(self.backbone_dim, 1)
         self.register_load_state_dict_pre_hook(_supply_rating_norm)
@@ -73,7 +73,8 @@ class Joint(Projected):
         if self.settings.embedding != "stages+tags":
             return super()._embed(view)
         stages = self.backbone.stage_statistics(view.unsqueeze(1))
-        tags = self.tag_head(stages if self.tags_read == "stages" else self.features(view))
+        # Its hidden layer, as a projector's input is taken and not its output.
+        tags = self.tag_head[:-1](stages if self.tags_read == "stages" else self.features(view))
         return torch.cat([stages, F.normalize(tags.float(), dim=1)], dim=1)
 
     def _rating(self, h: Tensor) -> Tensor:
