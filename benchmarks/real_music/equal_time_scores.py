@@ -21,7 +21,7 @@ COMPARED = (
     (FOLDERS_TAGS, STAGES),
 )
 """Rows that differ in what a claim is about."""
-CLAIMED = (BASE, STAGES, "contrastive", *TAGGED, FOLDERS, FOLDERS_STAGES, FOLDERS_TAGS)
+CLAIMED = (BASE, STAGES, "contrastive", *TAGGED)
 """Rows that the pages say something about: they are compared with the peer and with the best baseline too."""
 METRICS = ("soundtrack/knn", "soundtrack/map")
 RESAMPLES = 4000
