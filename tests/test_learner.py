@@ -57,6 +57,7 @@ moves: list[object] = []
 def test_the_host_does_not_wait_for_the_segments_of_a_batch(monkeypatch, device, expected):
     """A copy out of memory that is not pinned would stop the host until the GPU is done."""
     songs = pd.DataFrame({"artists": [["A"], ["B"]], "albums": [[], []], "album_artist": "", "year": [1990, 2020]})
+    songs = songs.assign(path=["a.flac", "b.flac"], other_paths=[[], []])
     shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0, 0, 1, 1]}))
     monkeypatch.setattr(SongLabels, "to", lambda self, _: self)
     config = load_config(assignments=["encoder.encoder_type=simple"])
@@ -71,6 +72,7 @@ def test_a_run_in_bf16_continues_where_there_is_only_fp16():
     """Its checkpoint has no state for a gradient scaler, which starts anew."""
     config = load_config(assignments=["encoder.encoder_type=simple", "encoder.simple.base_channels=4"])
     songs = pd.DataFrame({"artists": [["A"]], "albums": [["B"]], "album_artist": "", "year": [1990]})
+    songs = songs.assign(path=["a.flac"], other_paths=[[]])
     shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0]}))
     saved = Learner(config, shards, World(0, 1, torch.device("cpu"))).state_dict()
     assert saved["scaler"] == {}

@@ -58,6 +58,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "songs": SONGS,
         "held back": 0,
         "dimensions": 16,
+        "compared": "half-whitened",
         "date": "today",
         "made by": {HOSTILE[0]: HOSTILE[1]},
     }
