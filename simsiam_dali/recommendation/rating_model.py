@@ -28,10 +28,13 @@ class RatingModel:
         self._mean = x.mean(axis=0, dtype=np.float64)
         # The ratings say nothing of directions in which the rated songs do not differ: there the prior stays, and the
         # model need not have them. It is small when few songs are rated, however wide the vectors.
-        self._basis = np.linalg.svd(x - self._mean, full_matrices=False)[2]  # (min(R, D), D)
-        model = BayesianRidge(alpha_1=1.0, alpha_2=NOISE**2).fit((x - self._mean) @ self._basis.T, y)
-        self._weights, self._bias = self._basis.T @ model.coef_, float(model.intercept_)
-        self._covariance, self._prior = model.sigma_, 1 / float(model.lambda_)
+        basis = np.linalg.svd(x - self._mean, full_matrices=False)[2]  # (min(R, D), D)
+        model = BayesianRidge(alpha_1=1.0, alpha_2=NOISE**2).fit((x - self._mean) @ basis.T, y)
+        self._weights, self._bias = basis.T @ model.coef_, float(model.intercept_)
+        # The posterior covariance is what the ratings leave of the prior: prior I - known known^T.
+        self._prior = 1 / float(model.lambda_)
+        variance, axes = np.linalg.eigh(model.sigma_)
+        self._known = basis.T @ (axes * np.sqrt((self._prior - variance).clip(min=0)))  # (D, min(R, D))
         self.noise = float(model.alpha_) ** -0.5
         """Standard deviation of the ratings around the best linear model of the vectors."""
 
@@ -67,10 +70,10 @@ class RatingModel:
         variance = np.empty(len(x))
         for start in range(0, len(x), _BLOCK):
             block = x[start : start + _BLOCK] - self._mean
-            variance[start : start + _BLOCK] = (self._times_covariance(block) * block).sum(axis=1)
+            known = ((block @ self._known) ** 2).sum(axis=1)
+            variance[start : start + _BLOCK] = self._prior * (block**2).sum(axis=1) - known
         return variance.clip(min=0)
 
     def _times_covariance(self, x: np.ndarray) -> np.ndarray:
         """Centred vectors `(..., D)` times the posterior covariance of the weights."""
-        inside = x @ self._basis.T
-        return (inside @ (self._covariance - self._prior * np.eye(len(self._basis)))) @ self._basis + self._prior * x
+        return self._prior * x - (x @ self._known) @ self._known.T
