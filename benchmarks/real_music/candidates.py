@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import halves
-from equal_time_scores import BASE, FOLDERS, FOLDERS_STAGES, FOLDERS_TAGS, PEER, STAGES
+from equal_time_scores import (
+    BASE,
+    FOLDERS,
+    FOLDERS_LAST,
+    FOLDERS_LAST_STAGES,
+    FOLDERS_STAGES,
+    FOLDERS_TAGS,
+    PEER,
+    STAGES,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
 NO_SHIFT = {f"{AUGMENTATION}.time_shift_prob": 0}
 SHORT_NOISY = NOISE | SHORT | NO_SHIFT
 JOINT = "encoder.joint"
-WITH_FOLDERS = {f"{JOINT}.views_loss": "simsiam", f"{JOINT}.tags_read": "stages", f"{JOINT}.use_folder": True}
+WITH_FOLDERS = {f"{JOINT}.views_loss": "simsiam", f"{JOINT}.use_folder": True}
+FROM_STAGES = WITH_FOLDERS | {f"{JOINT}.tags_read": "stages"}
 WINDOWS = {"encoder.simsiam.embedding": "projection", "encoder.simsiam.embedding_seconds": 2.5}
 CANDIDATES = {
     BASE: Candidate(),
@@ -61,9 +71,11 @@ CANDIDATES = {
     PEER: Candidate(kind="lightly"),
     STAGES: Candidate(embedding="stages", trained_as=BASE),
     "contrastive, embedded by stages": Candidate(kind="contrastive", embedding="stages", trained_as="contrastive"),
-    FOLDERS: Candidate(WITH_FOLDERS, "joint"),
-    FOLDERS_STAGES: Candidate(WITH_FOLDERS, "joint", embedding="stages", trained_as=FOLDERS),
-    FOLDERS_TAGS: Candidate(WITH_FOLDERS, "joint", embedding="stages+tags", trained_as=FOLDERS),
+    FOLDERS: Candidate(FROM_STAGES, "joint"),
+    FOLDERS_STAGES: Candidate(FROM_STAGES, "joint", embedding="stages", trained_as=FOLDERS),
+    FOLDERS_TAGS: Candidate(FROM_STAGES, "joint", embedding="stages+tags", trained_as=FOLDERS),
+    FOLDERS_LAST: Candidate(WITH_FOLDERS, "joint"),
+    FOLDERS_LAST_STAGES: Candidate(WITH_FOLDERS, "joint", embedding="stages", trained_as=FOLDERS_LAST),
 }
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
 the segment, the farther apart. Noisy views have noise and no circular shift. Short views beside are of 2.5 s, with a

@@ -12,6 +12,8 @@ TAGGED = ("joint, 2.5 s noisy views of 60 s, windows", "contrastive, 2.5 s noisy
 """A recipe that learns from tags too, and the same without them."""
 FOLDERS = "joint, folders as tags"
 FOLDERS_STAGES, FOLDERS_TAGS = (f"{FOLDERS}, embedded by stages{more}" for more in ("", " and tags"))
+FOLDERS_LAST = f"{FOLDERS} of the last map"
+FOLDERS_LAST_STAGES = f"{FOLDERS_LAST}, embedded by stages"
 COMPARED = (
     TAGGED,
     *((row, "SimSiam, 2.5 s noisy views of 60 s") for row in TAGGED),
@@ -19,6 +21,7 @@ COMPARED = (
     (STAGES, TAGGED[0]),
     (FOLDERS_STAGES, STAGES),
     (FOLDERS_TAGS, STAGES),
+    (FOLDERS_LAST_STAGES, STAGES),
 )
 """Rows that differ in what a claim is about."""
 CLAIMED = (BASE, STAGES, "contrastive", *TAGGED)
