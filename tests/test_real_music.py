@@ -206,8 +206,13 @@ def test_the_map_has_a_style_and_a_name_for_each_package():
     assert len(fetched) == len(dict(song_map.STYLES)) == len({marker for _, marker in song_map.STYLES})
 
 
-def test_the_experiments_page_holds_the_newest_results():
-    assert tables.page_with_tables() == tables.PAGE.read_text()
+def test_the_pages_of_experiments_hold_the_newest_results():
+    pages = [page.read_text() for page in tables.PAGES]
+    assert tables.with_tables(pages) == pages
+    with pytest.raises(UserError, match="stand on 0 pages"):
+        tables.with_tables(pages[1:])
+    with pytest.raises(UserError, match="stand on 2 pages"):
+        tables.with_tables([*pages, pages[0]])
 
 
 def test_the_config_of_the_winner_is_what_was_compared() -> None:

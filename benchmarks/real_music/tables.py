@@ -1,6 +1,6 @@
-"""Put the newest results into docs/experiments.md: python benchmarks/real_music/tables.py --write
+"""Put the newest results into docs/experiments*.md: python benchmarks/real_music/tables.py --write
 
-Each table stands there between two comments of its name. A result is the last file of its name in
+Each table stands on one of the pages, between two comments of its name. A result is the last file of its name in
 benchmarks/results/real_music. One of them is drawn too.
 """
 
@@ -16,10 +16,10 @@ import halves
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 
-PAGE = halves.ROOT / "docs" / "experiments.md"
+PAGES = tuple(halves.ROOT / "docs" / name for name in ("experiments.md", "experiments_equal_time.md"))
 RESULTS = halves.ROOT / "benchmarks" / "results" / "real_music"
 NOT_CHOSEN_ON = ("equal-time-report", "equal-time-held-out", "equal-time-fourth")
-DRAWN, DRAWING = "within-songs-unheard", PAGE.with_name("real_music_differences.svg")
+DRAWN, DRAWING = "within-songs-unheard", PAGES[0].with_name("real_music_differences.svg")
 WITHIN_SONGS = ("within-songs-report", "within-songs-unheard")
 COMPARISONS = (*WITHIN_SONGS, "equal-time-unheard", *NOT_CHOSEN_ON, "equal-time-choose")
 
@@ -47,18 +47,18 @@ def newest(result: str) -> Path:
     return max(RESULTS.glob(f"{result}-*.json"))
 
 
-def page_with_tables() -> str:
-    """docs/experiments.md with the newest results' tables."""
-    page = PAGE.read_text()
+def with_tables(pages: Iterable[str]) -> list[str]:
+    """The pages with the newest results' tables. Raises UserError unless each table stands on one of them."""
+    made = list(pages)
     for name, table in TABLES.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        head, found, rest = page.partition(begin)
-        _, closed, tail = rest.partition(end)
-        if not (found and closed):
-            raise UserError(f"{PAGE} has no {begin.strip()} and {end}")
+        places = [i for i, page in enumerate(made) if begin in page and end in page.partition(begin)[2]]
+        if len(places) != 1:
+            raise UserError(f"{begin.strip()} and {end} stand on {len(places)} pages of {', '.join(map(str, PAGES))}")
+        head, _, rest = made[places[0]].partition(begin)
         lines = table.lines(*(json.loads(newest(result).read_text()) for result in table.results))
-        page = head + begin + "".join(f"{line}\n" for line in lines) + end + tail
-    return page
+        made[places[0]] = head + begin + "".join(f"{line}\n" for line in lines) + end + rest.partition(end)[2]
+    return made
 
 
 @one_line_errors
@@ -66,15 +66,17 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", action="store_true", help="write the page")
-    what.add_argument("--check", action="store_true", help="only see whether it is up to date; exit with 1 if not")
+    what.add_argument("--write", action="store_true", help="write the pages")
+    what.add_argument("--check", action="store_true", help="only see whether they are up to date; exit with 1 if not")
     args = parser.parse_args()
-    page, drawn = page_with_tables(), newest(DRAWN)
+    before, drawn = [page.read_text() for page in PAGES], newest(DRAWN)
+    pages = with_tables(before)
     if args.write:
-        PAGE.write_text(page)
+        for path, page in zip(PAGES, pages, strict=True):
+            path.write_text(page)
         figure.draw(json.loads(drawn.read_text()), drawn.name, DRAWING)
-    elif page != PAGE.read_text() or drawn.name not in DRAWING.read_text():
-        raise UserError("docs/experiments.md is out of date: run python benchmarks/real_music/tables.py --write")
+    elif pages != before or drawn.name not in DRAWING.read_text():
+        raise UserError("docs/experiments*.md are out of date: run python benchmarks/real_music/tables.py --write")
 
 
 if __name__ == "__main__":
