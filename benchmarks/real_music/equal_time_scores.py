@@ -1,6 +1,7 @@
 """The scores that `equal_time.py` keeps: differences with their intervals, and the table that is made of them."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import halves
@@ -28,8 +29,14 @@ CLAIMED = (BASE, STAGES, "contrastive", *TAGGED)
 """Rows that the pages say something about: they are compared with the peer and with the best baseline too."""
 METRICS = ("soundtrack/knn", "soundtrack/map")
 RESAMPLES = 4000
+RESULTS = halves.ROOT / "benchmarks" / "results" / "real_music"
 MIN_SEEDS = 2
 """Seeds after which a candidate may be given up: of one seed there is nothing to resample."""
+
+
+def newest(result: str) -> Path:
+    """The last file of a result's name in the repository."""
+    return max(RESULTS.glob(f"{result}-*.json"))
 
 
 def interval(differences: np.ndarray, soundtracks: np.ndarray) -> tuple[float, float]:

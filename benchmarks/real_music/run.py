@@ -220,8 +220,8 @@ def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     yield environment_line(doc)
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """The options that run.py and equal_time.py share."""
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Where everything lies, and the device."""
     add = parser.add_argument
     add(
         "--work",
@@ -232,9 +232,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
     add("--music", type=Path, metavar="DIR", help="where fetch.sh puts the music (default: WORK/music)")
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes the GPU when there is one")
+    add("--json", type=Path, metavar="FILE", help="write the result here")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The options that run.py and equal_time.py share."""
+    add_places(parser)
+    add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/real_music_gpu.yaml or _cpu.yaml)")
     add("--jobs", type=int, metavar="N", help="trainings side by side (default: one for each core; 1 on a GPU)")
-    add("--json", type=Path, metavar="FILE", help="write the result here")
 
 
 def common(args: argparse.Namespace) -> tuple[torch.device, Path, int]:

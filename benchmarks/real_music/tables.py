@@ -8,16 +8,15 @@ import argparse
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import equal_time_scores
 import figure
 import halves
+from equal_time_scores import newest
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 
 PAGES = tuple(halves.ROOT / "docs" / name for name in ("experiments.md", "experiments_equal_time.md"))
-RESULTS = halves.ROOT / "benchmarks" / "results" / "real_music"
 NOT_CHOSEN_ON = ("equal-time-report", "equal-time-held-out", "equal-time-fourth")
 DRAWN, DRAWING = "within-songs-unheard", PAGES[0].with_name("real_music_differences.svg")
 WITHIN_SONGS = ("within-songs-report", "within-songs-unheard")
@@ -40,11 +39,6 @@ TABLES = {
     },
     "together": Table(NOT_CHOSEN_ON, equal_time_scores.together_lines),
 }
-
-
-def newest(result: str) -> Path:
-    """The last file of a result's name."""
-    return max(RESULTS.glob(f"{result}-*.json"))
 
 
 def with_tables(pages: Iterable[str]) -> list[str]:
