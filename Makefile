@@ -9,7 +9,7 @@ FAULTS := faults
 help:
 	@echo "make setup   make .venv with the exact versions of requirements.lock"
 	@echo "make demo    write a small music library, train on it, and see what was learned (about 3 minutes on 2 cores)"
-	@echo "make test    the tests (8 minutes on 2 cores)"
+	@echo "make test    the tests (about 12 minutes on 2 cores)"
 	@echo "make faults  the long tests: killed processes, full disks, a lost server, fuzzing (FAULTS='faults and not whole': without whole commands)"
 	@echo "make soak    an hour of loading and of training: are memory, files and threads flat?"
 	@echo "make lint    ruff check, ruff format --check, mypy, the order of the packages, generated documents up to date"

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--include-trials", action="store_true", help="include nested runs, such as HPO's trials")
     parser.add_argument(
         "--shard-set", metavar="FINGERPRINT",
-        help="compare the runs on these shards, by the beginning of the tag shards (default: those of the newest run)",
+        help="compare the runs whose MLflow tag shards starts with this (default: as that of the newest run)",
     )  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="table to write (default: runs/compare.csv)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="plot to write (default: runs/compare.png)")

@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the playlists that recommend --save wrote (default: %(default)s)")  # fmt: skip
     add("--ratings", type=Path, metavar="FILE", help="ratings that override those in the tags, as for packing")
     add("--shards", type=s3.place, metavar="DIR",
-        help="the table's shards, where it was written before refresh existed (default: the training's)")  # fmt: skip
+        help="shards that the table was made from, if its records are missing (default: the training's)")  # fmt: skip
     add("--batch-size", type=int, metavar="N", help="segments per batch (default: as for embed)")
     add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: as many as the training used)")
     add_device(parser)

@@ -31,7 +31,7 @@ import numpy as np
 import run
 import torch
 from candidates import CANDIDATES
-from equal_time_scores import BASE, METRICS, PEER, UNTRAINED_STAGES, Scores, page_lines
+from equal_time_scores import BASE, METRICS, PEER, Scores, page_lines
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -49,11 +49,6 @@ NO_CHOICE = ("simple", "lightly")
 UNHEARD = "unheard"
 """Two of the sets, each asked about by encoders of all other sets."""
 PARTS = (*halves.SETS, UNHEARD)
-BASELINES = {
-    **{name: ("--features", feature, "--embedding", "backbone") for feature, name in run.BASELINES.items()},
-    UNTRAINED_STAGES: ("--features", "untrained", "--embedding", "stages"),
-}
-"""What a baseline is called, and the options of `simsiam_dali.embed` that make its table."""
 
 
 def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
@@ -169,7 +164,7 @@ def baseline_table(name: str, half: str, shards: halves.Shards, seed: int = 0) -
     table = next(job.table(folder, name) for job in trainings(BASE, 1, seed) if job.trained_on == half)
     if not table.exists():
         run_dir = folder / "runs" / f"{halves.slug(BASE)}-{half}-{seed}"
-        words = ["--checkpoint", run_dir, "--shards", shards.asked[half], *BASELINES[name], "--out", table]
+        words = ["--checkpoint", run_dir, "--shards", shards.asked[half], *run.BASELINES[name], "--out", table]
         halves.python(["-m", "simsiam_dali.embed", *words])
     return table
 
@@ -185,9 +180,9 @@ def baselines(shards: halves.Shards, doc: Mapping[str, Any]) -> dict[str, dict[s
     Those that the document lacks need the recipe's run: a seed that was trained elsewhere is left out.
     """
     runs, seeds = shards.folder / "equal-time" / "runs", list(doc["scores"][BASE])
-    found: dict[str, dict[str, Scores]] = {name: dict(doc.get("baselines", {}).get(name, {})) for name in BASELINES}
+    found: dict[str, dict[str, Scores]] = {name: dict(doc.get("baselines", {}).get(name, {})) for name in run.BASELINES}
     for name, own in found.items():
-        for seed in seeds if "untrained" in BASELINES[name] else seeds[:1]:
+        for seed in seeds if "untrained" in run.BASELINES[name] else seeds[:1]:
             if seed in own or not all((runs / f"{halves.slug(BASE)}-{half}-{seed}").exists() for half in halves.HALVES):
                 continue
             tables = {half: baseline_table(name, half, shards, int(seed)) for half in halves.HALVES}

@@ -95,7 +95,7 @@ def main() -> None:
 
     tables = {row: job.table(work, row) for row in job.tables}
     right = {row: named(table) for row, table in tables.items()}
-    best = max(run.BASELINES.values(), key=lambda row: right[row].mean())
+    best = max(run.BASELINES, key=lambda row: right[row].mean())
     paths = read_song_embeddings(tables[run.STAGES]).table["path"]
     packages = [package for package, _ in Counter(map(halves.soundtrack, sorted(paths))).most_common()]
     figures = {row: f"{right[row].sum()} of {len(right[row])}" for row in (run.STAGES, best)}

@@ -143,8 +143,8 @@ class Row:
     @classmethod
     def open(cls, name: str, shards: halves.Shards, seeds: int) -> Self:
         """Raises UserError where a table is missing; those of baselines are computed where they are."""
-        baseline = name in equal_time.BASELINES
-        if baseline and "untrained" not in equal_time.BASELINES[name]:
+        baseline = name in run.BASELINES
+        if baseline and "untrained" not in run.BASELINES[name]:
             seeds = 1  # nothing in it is drawn
         tables: dict[int, dict[str, Path]] = {}
         for seed, half in itertools.product(range(seeds), halves.HALVES):
@@ -179,7 +179,7 @@ class Row:
         return found
 
     def hubness(self, rule: Rule) -> tuple[float, float]:
-        """Means of the skewness of the 10-occurrence and of the share of songs that are nobody's neighbour."""
+        """Means of the skewness of the 10-occurrence and of the share of anti-hubs: songs that are in no list of 10."""
         found = []
         for seed, half in ((seed, half) for seed, halves_of in self.tables.items() for half in halves_of):
             x = self.vectors(rule, seed, half)
@@ -190,7 +190,7 @@ class Row:
 
 def table_lines(rows: Sequence[Row]) -> Iterator[str]:
     """The Markdown table, over the songs of all sets together; each counts with the seeds that all of them have."""
-    yield "| nearest by | 5-NN | | mAP@10 | | skewness | nobody's neighbour |"
+    yield "| nearest by | 5-NN | | mAP@10 | | skewness of the 10-occurrence | anti-hubs |"
     yield "|---|---|---|---|---|---|---|"
     soundtracks = np.concatenate([row.soundtracks for row in rows])
     plain = [row.scores(RULES[PLAIN]) for row in rows]
@@ -216,8 +216,8 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    rows = [*equal_time.CANDIDATES, *equal_time.BASELINES]
-    add("row", choices=rows, metavar="ROW", help=f"of equal_time.py, or one of {', '.join(run.BASELINES.values())}")
+    rows = [*equal_time.CANDIDATES, *run.BASELINES]
+    add("row", choices=rows, metavar="ROW", help=f"of equal_time.py, or one of {', '.join(run.BASELINES)}")
     add("--work", type=Path, default=Path("real_music"), metavar="DIR", help="as of equal_time.py")
     add(
         "--part",

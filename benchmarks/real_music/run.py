@@ -23,7 +23,7 @@ from typing import Any
 import halves
 import numpy as np
 import torch
-from equal_time_scores import interval
+from equal_time_scores import UNTRAINED_STAGES, interval
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine
@@ -45,8 +45,14 @@ OURS, STAGES, PROJECTION, PEER, SIMPLE = (
     "SimSiam of lightly's parts",
     "simple (from tags)",
 )
-BASELINES = {"untrained": "untrained encoder", "mfcc": "MFCC", "log-mel": "log-mel"}
-ORDER = (OURS, STAGES, PROJECTION, PEER, SIMPLE, *BASELINES.values())
+BASELINES = {
+    "untrained encoder": ("--features", "untrained", "--embedding", "backbone"),
+    "MFCC": ("--features", "mfcc"),
+    "log-mel": ("--features", "log-mel"),
+    UNTRAINED_STAGES: ("--features", "untrained", "--embedding", "stages"),
+}
+"""What a baseline is called, and the options of `simsiam_dali.embed` that make its table."""
+ORDER = (OURS, STAGES, PROJECTION, PEER, SIMPLE, *BASELINES)
 
 
 def plan(seeds: int) -> Iterator[halves.Job]:
@@ -58,10 +64,9 @@ def plan(seeds: int) -> Iterator[halves.Job]:
                 OURS: ("--embedding", "backbone"),
                 STAGES: ("--embedding", "stages"),
                 PROJECTION: ("--embedding", "projection"),
-                BASELINES["untrained"]: ("--features", "untrained", "--embedding", "backbone"),
             }
-            if seed == 0:  # nothing in them is drawn
-                tables |= {BASELINES[name]: ("--features", name) for name in ("mfcc", "log-mel")}
+            # In those without an encoder nothing is drawn.
+            tables |= {name: how for name, how in BASELINES.items() if seed == 0 or "untrained" in how}
             ours.append(halves.Job(OURS, "simsiam", half, seed, {}, tables))
             theirs.append(halves.Job(PEER, "lightly", half, seed, {}, {PEER: ()}))
             if seed == 0:  # shown the tags it is asked for, it is no rival: one is enough to see where it stands
@@ -196,7 +201,7 @@ def verdict_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     """How SimSiam compares with each baseline and to the peer."""
     rows = doc["rows"]
     for name, said in (("soundtrack/knn", "soundtrack 5-NN"), ("soundtrack/map", "soundtrack mAP@10")):
-        best = max((row for row in BASELINES.values() if row in rows), key=lambda row: rows[row][name]["value"])
+        best = max((row for row in BASELINES if row in rows), key=lambda row: rows[row][name]["value"])
         for other, what in ((best, "the best baseline, "), (PEER, "")):
             if gap := rows[OURS][name]["against"].get(other):
                 yield f"{said}: {gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] to {what}{other}"
@@ -275,7 +280,7 @@ def main() -> None:
     jobs = list(plan(args.seeds))
     wanted = [job for job in jobs if job.kind in args.encoders]
     trained = halves.run_all(wanted, shards, work, config, device, side_by_side)
-    doc = document(by_row(jobs, work), [*BASELINES.values(), PEER], device)
+    doc = document(by_row(jobs, work), [*BASELINES, PEER], device)
     doc["took"] = {"trainings": trained, "of": len(wanted), "minutes": (time.perf_counter() - started) / 60}
     if args.json:
         args.json.write_text(json.dumps(doc, indent=1) + "\n")

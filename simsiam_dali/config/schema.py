@@ -194,7 +194,7 @@ class EncoderConfig(Section):
 
     encoder_type: str = Field("simsiam", description="encoder and loss: simsiam, joint, contrastive, byol or simple")
     embedding_dim: int = Field(
-        2048, ge=1, description="width of simple's embedding; the others' is that of the backbone or of the projection"
+        2048, ge=1, description="width of simple's embedding; the others' follows from encoder.simsiam.embedding"
     )
     epochs: int = Field(100, ge=1, description="passes over the training segments")
     final_training_epochs: int = Field(50, ge=1, description="the same for the best settings that hpo has found")
