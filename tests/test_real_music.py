@@ -24,6 +24,7 @@ import peer
 import retrieval
 import run
 import score
+import shipped
 import tables
 
 from simsiam_dali.common.distributed import World
@@ -300,6 +301,34 @@ def test_a_baseline_that_draws_nothing_is_the_same_for_every_seed():
     assert equal_time_scores.gap_line(doc, "no such row", "MFCC") is None
 
 
+def test_what_is_shipped_stands_beside_the_recipe() -> None:
+    rng = np.random.default_rng(0)
+    base, one = rng.random((3, 40)), rng.random((1, 40))
+    soundtracks = {half: [f"{half}{n % 4}" for n in range(20)] for half in halves.HALVES}
+    recipe = {"scores": {equal_time_scores.STAGES: row_of(base)}, "soundtracks": soundtracks}
+    env = {"gpu": None, "cpu": "a CPU", "cores": 2, "date": "today", "commit": "abc"}
+    doc = {
+        "scores": {"shipped": row_of(one)},
+        "soundtracks": soundtracks,
+        "environment": env,
+        "minutes": {"a": 1.2, "b": 2.6},
+    }
+    lines = list(shipped.page_lines(doc, recipe))
+    assert lines[3].startswith(f"| shipped | 1 | {one.mean():.3f} | {(one - base).mean():+.3f} [")
+    assert lines[-1] == "Trainings of 1 and 3 minutes; a CPU, 2 cores; today, commit abc."
+    with pytest.raises(UserError, match="other songs"):
+        shipped.page_lines(doc | {"soundtracks": {}}, recipe).__next__()
+
+
+def test_shipped_configs_are_trained_as_they_are() -> None:
+    """But for what they leave of themselves; each of the tables by another output."""
+    first, second = shipped.trainings(ROOT / "configs" / "cpu.yaml", 0)
+    assert (first.trained_on, second.trained_on) == halves.HALVES
+    assert set(first.settings) == {"mlflow.enabled", "train.closing_score"}
+    assert len(set(first.tables.values())) == 3
+    assert first.table(Path(), first.name) != second.table(Path(), second.name)
+
+
 def test_rows_of_one_training_are_made_by_one_job() -> None:
     base, stages = equal_time_scores.BASE, equal_time_scores.STAGES
     jobs = [job for row in (base, "contrastive", stages) for job in equal_time.trainings(row, 5, 0)]
@@ -465,7 +494,7 @@ def test_baselines_that_the_document_has_are_not_made_again(tmp_path):
     """Where it goes on, on another machine, the encoders of finished seeds are not there."""
     rng = np.random.default_rng(0)
     songs = [(f"{package}/{i}", [f"artist {i % 3}"]) for package in ("one", "two") for i in range(12)]
-    known = {name: {"0": {"a": {}, "b": {}}} for name in equal_time.BASELINES}
+    known = {name: {"0": {"a": {}, "b": {}}} for name in run.BASELINES}
     for job, name in ((job, name) for job in equal_time.trainings(equal_time_scores.BASE, 1, 1) for name in known):
         write_table(job.table(tmp_path / "equal-time", name), songs, rng.standard_normal((24, 5)))
     shards = halves.halves_of(tmp_path)
@@ -476,7 +505,7 @@ def test_baselines_that_the_document_has_are_not_made_again(tmp_path):
         (tmp_path / "equal-time" / "runs" / f"{halves.slug(equal_time_scores.BASE)}-{half}-1").mkdir(parents=True)
     found = equal_time.baselines(shards, doc | {"baselines": known})
     assert {name: [*own] for name, own in found.items()} == {
-        name: ["0", "1"] if "untrained" in options else ["0"] for name, options in equal_time.BASELINES.items()
+        name: ["0", "1"] if "untrained" in options else ["0"] for name, options in run.BASELINES.items()
     }
     assert found["MFCC"] == known["MFCC"]
     assert len(found["untrained encoder"]["1"]["a"]["soundtrack/map"]) == len(songs)
