@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from simsiam_dali.common.distributed import World, choose_device
-from simsiam_dali.common.errors import UserError, stops_with
+from simsiam_dali.common.errors import stops_with
 from simsiam_dali.common.signals import raise_keyboard_interrupt
 from simsiam_dali.config.cli import add_checkpoint, add_device, create_parser
 from simsiam_dali.data import s3
@@ -30,7 +30,7 @@ from simsiam_dali.embedding.write import (
 )
 from simsiam_dali.packing import temporary
 from simsiam_dali.training.data import log_mel_settings, view_seconds, with_statistics
-from simsiam_dali.training.memory import out_of_memory_as_one_error
+from simsiam_dali.training.memory import refuse_out_of_memory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -118,11 +118,8 @@ def main() -> None:
     """The command."""
     args = build_parser().parse_args()
     raise_keyboard_interrupt()
-    try:
-        with out_of_memory_as_one_error():
-            run(args)
-    except torch.OutOfMemoryError as e:
-        raise UserError("out of memory: use a smaller --batch-size or shorter --view-seconds") from e
+    with refuse_out_of_memory("use a smaller --batch-size or shorter --view-seconds"):
+        run(args)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from simsiam_dali.packing.ratings import RatingsFile
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.remake_all import Remade, is_newer, remake_all
 from simsiam_dali.recommendation.saved import read_saved
-from simsiam_dali.training.memory import out_of_memory_as_one_error
+from simsiam_dali.training.memory import refuse_out_of_memory
 
 TRAIN_AGAIN = 0.2
 """Training again is advised when more than this share of the songs was not among those of the training."""
@@ -230,11 +230,8 @@ def main() -> None:
     """The command."""
     args = build_parser().parse_args()
     raise_keyboard_interrupt()
-    try:
-        with out_of_memory_as_one_error():
-            run(args)
-    except torch.OutOfMemoryError as e:
-        raise UserError("out of memory: use a smaller --batch-size") from e
+    with refuse_out_of_memory("use a smaller --batch-size"):
+        run(args)
 
 
 if __name__ == "__main__":

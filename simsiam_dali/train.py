@@ -22,7 +22,7 @@ from simsiam_dali.config.schema import Config, flat
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import checkpoint
 from simsiam_dali.training.loop import train
-from simsiam_dali.training.memory import out_of_memory_as_one_error
+from simsiam_dali.training.memory import out_of_memory_as_one_error, refuse_out_of_memory
 from simsiam_dali.training.world_size import rescale_batch_size
 
 CHANGEABLE = (
@@ -30,6 +30,11 @@ CHANGEABLE = (
     "data.prefetch", "data.max_bad_fraction", "train.device", "train.closing_score", "mlflow.",
 )  # fmt: skip
 """Settings a resumed run may change: none of them changes the next loss (the device: `checkpoint.check_device`)."""
+
+OUT_OF_MEMORY_ADVICE = (
+    "use a smaller train.micro_batch (the first lines show the one in use), shorter views (--set data.view_seconds=...)"
+    " or --set train.activation_checkpointing=true"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,14 +106,8 @@ def main() -> None:
             checkpoint.check_device(resumed, world.device, run_dir)
             if len(resumed["loaders"]) != world.size:
                 config = rescale_batch_size(config, len(resumed["loaders"]), world.size)
-        try:
-            with out_of_memory_as_one_error():
-                signal = train(config, world, resumed, run_dir)
-        except torch.OutOfMemoryError as e:
-            raise UserError(
-                f"out of memory on {world.device}: use a smaller train.micro_batch (the first lines show the one in"
-                " use), shorter views (--set data.view_seconds=...) or --set train.activation_checkpointing=true"
-            ) from e
+        with refuse_out_of_memory(OUT_OF_MEMORY_ADVICE, f" on {world.device}"):
+            signal = train(config, world, resumed, run_dir)
         if config.train.closing_score and not signal:
             print_closing_score(run_dir, world)
     sys.exit(128 + signal if signal else 0)

@@ -89,3 +89,14 @@ def test_dali_s_buffers_grow_with_the_rates_and_the_stft():
     coarse, _ = memory.dali_bytes(MINUTE, 120.0, LogMel(hop_length=1024, n_fft=1024))
     alone, _ = memory.dali_bytes(MINUTE, 0.0, LogMel())
     assert (coarse - alone) / (VIEWS[0] - alone) == pytest.approx(0.25, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+def test_where_memory_runs_out_one_line_says_what_to_do(error: Exception) -> None:
+    with pytest.raises(UserError) as refused, memory.refuse_out_of_memory("use less", " on cuda:0"):
+        raise error
+    assert str(refused.value) == "out of memory on cuda:0: use less"
+    with pytest.raises(RuntimeError, match="another"), memory.refuse_out_of_memory("use less"):
+        raise RuntimeError("another")

@@ -215,7 +215,9 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto takes the GPU when there is one")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order and augmentation draws")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU"
+        "auto",
+        description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU;"
+        " fp32 on a GPU may use TF32",
     )
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
         "auto",

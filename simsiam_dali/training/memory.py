@@ -62,6 +62,16 @@ def out_of_memory_as_one_error() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def refuse_out_of_memory(advice: str, where: str = "") -> Iterator[None]:
+    """Raise UserError, which ends with the advice, where memory runs out."""
+    try:
+        with out_of_memory_as_one_error():
+            yield
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"out of memory{where}: {advice}") from e
+
+
 def activation_bytes(encoder: nn.Module, shapes: list[tuple[int, ...]]) -> float:
     """Bytes per segment that the backward pass keeps, in fp32. shapes: the forward's inputs, of one segment."""
     batch = 2
