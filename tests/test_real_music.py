@@ -303,30 +303,33 @@ def test_a_baseline_that_draws_nothing_is_the_same_for_every_seed():
 
 def test_what_is_shipped_stands_beside_the_recipe() -> None:
     rng = np.random.default_rng(0)
-    base, one = rng.random((3, 40)), rng.random((1, 40))
+    base, untrained, own = rng.random((3, 40)), rng.random((3, 40)), rng.random((3, 20))
     soundtracks = {half: [f"{half}{n % 4}" for n in range(20)] for half in halves.HALVES}
-    recipe = {"scores": {equal_time_scores.STAGES: row_of(base)}, "soundtracks": soundtracks}
-    env = {"gpu": None, "cpu": "a CPU", "cores": 2, "date": "today", "commit": "abc"}
-    doc = {
-        "scores": {"shipped": row_of(one)},
+    recipe = {
+        "scores": {equal_time_scores.STAGES: row_of(base)},
+        "baselines": {equal_time_scores.UNTRAINED_STAGES: row_of(untrained)},
         "soundtracks": soundtracks,
-        "environment": env,
-        "minutes": {"a": 1.2, "b": 2.6},
+    }
+    doc = {
+        "scores": {row: dict.fromkeys(equal_time_scores.METRICS, own[i].tolist()) for i, row in enumerate("abc")},
+        "soundtracks": soundtracks["a"],
+        "minutes": 1.7,
+        "environment": {"gpu": None, "cpu": "a CPU", "cores": 2, "date": "today", "commit": "abc"},
     }
     lines = list(shipped.page_lines(doc, recipe))
-    assert lines[3].startswith(f"| shipped | 1 | {one.mean():.3f} | {(one - base).mean():+.3f} [")
-    assert lines[-1] == "Trainings of 1 and 3 minutes; a CPU, 2 cores; today, commit abc."
+    assert lines[2].startswith(f"| the recipe, embedded by stages | 3 | {base[:, :20].mean():.3f} |  | ")
+    assert lines[4].startswith(f"| a | 1 | {own[0].mean():.3f} | {(own[0] - base[:, :20]).mean():+.3f} [")
+    assert lines[8].startswith(f"- a, to the same untrained: 5-NN {(own[0] - own[2]).mean():+.3f} [")
+    assert lines[-1] == "20 songs of 4 soundtracks; a training of 2 minutes; a CPU, 2 cores; today, commit abc."
     with pytest.raises(UserError, match="other songs"):
-        shipped.page_lines(doc | {"soundtracks": {}}, recipe).__next__()
+        list(shipped.page_lines(doc | {"soundtracks": soundtracks["b"]}, recipe))
 
 
 def test_shipped_configs_are_trained_as_they_are() -> None:
     """But for what they leave of themselves; each of the tables by another output."""
-    first, second = shipped.trainings(ROOT / "configs" / "cpu.yaml", 0)
-    assert (first.trained_on, second.trained_on) == halves.HALVES
-    assert set(first.settings) == {"mlflow.enabled", "train.closing_score"}
-    assert len(set(first.tables.values())) == 3
-    assert first.table(Path(), first.name) != second.table(Path(), second.name)
+    job = shipped.training(ROOT / "configs" / "cpu.yaml")
+    assert set(job.settings) == {"mlflow.enabled", "train.closing_score"}
+    assert len(set(job.tables.values())) == len(job.tables) == 3
 
 
 def test_rows_of_one_training_are_made_by_one_job() -> None:
