@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     if missing:
         if files:
             shards, report = files.packed(packed)
-            for title, lines in (("refused", report.refused), ("kept", report.notes)):
+            for title, lines in (("refused", report.refused), ("warning", report.notes)):
                 for name, reason in lines:
                     print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")
         assert shards is not None
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         for out, provenance in missing.items():
             features = create_features(provenance["features"], trained, log_mel, device)
             if (provenance["features"], provenance["rows"]) == (CHECKPOINT, "songs"):
-                # Before the table, or a kill could leave one without: those of another table are passed over.
+                # Before the table: a kill between the two leaves records of another table, which are ignored.
                 write_records(records_path(out), of_shards(shards, fingerprint))
             print(write_table(features, views, provenance, out))
     shutil.rmtree(packed, ignore_errors=True)

@@ -26,6 +26,8 @@ from simsiam_dali.evaluation.plan import GUESS, Options, evaluate
 from simsiam_dali.models.registry import ENCODERS
 from simsiam_dali.tracking.client import add_to_run, has_run
 
+EMBEDDING = "embedding"
+"""What the rows of the table to evaluate are called."""
 FILES = ("report.html", "metrics.json", "map.html", "umap.png", "t-sne.png", "pca.png")
 
 
@@ -36,8 +38,10 @@ def baseline_files(given: list[str], beside: Path) -> dict[str, Path]:
     files = {}
     for text in given:
         name, sign, path = text.partition("=")
-        if not (name and sign and path) or name == GUESS:
+        if not (name and sign and path):
             raise UserError(f"--baseline {text}: expected NAME=FILE, such as mfcc=baselines/mfcc.parquet")
+        if name in (EMBEDDING, GUESS):
+            raise UserError(f"--baseline {text}: {name} is a row of the report already, choose another name")
         files[name] = Path(path)
     return files
 
@@ -80,10 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
     number("--class-songs", default.class_songs, 2, "songs that an artist, album or genre needs to be a class")
     number("--classes", default.classes, 2, "classes that are scored, the largest first")
     number("--resamples", default.resamples, 10, "resamples of the bootstrap intervals")
-    number("--seed", default.seed, 0, "of the bootstrap, the MLP and the maps")
+    number("--seed", default.seed, 0, "random seed of the bootstrap, the MLP and the maps")
     add("--no-maps", action="store_true", help="leave t-SNE, UMAP and the interactive map out")
     add("--run-id", metavar="ID", help="MLflow run to log to (default: the one that made the checkpoint)")
-    add("--tracking-uri", metavar="URI", help="of MLflow (mlflow.tracking_uri; default: the training's)")
+    add("--tracking-uri", metavar="URI", help="MLflow's tracking URI (mlflow.tracking_uri; default: the training's)")
     add("--no-mlflow", action="store_true", help="log nothing to MLflow")
     add_config(parser, "YAML settings, of which only mlflow's are used")
     return parser
@@ -100,7 +104,7 @@ def main() -> None:
         raise UserError(f"{args.out} holds an evaluation already: choose another --out, or --replace it")
     songs = read_song_embeddings(args.embeddings)
     baselines = baseline_files(args.baselines, args.embeddings.parent)
-    tables = {"embedding": songs} | {name: read_same_songs(path, songs) for name, path in baselines.items()}
+    tables = {EMBEDDING: songs} | {name: read_same_songs(path, songs) for name, path in baselines.items()}
     vectors = {name: own.vectors for name, own in tables.items()}
     unit_vectors = {name: own.unit() for name, own in tables.items()}
     log, logged = find_run(args, songs.provenance)
@@ -126,13 +130,13 @@ def main() -> None:
     page = None
     if not args.no_maps:
         print("drawing the maps", flush=True)
-        projections = maps.project(unit_vectors["embedding"], options.seed)
+        projections = maps.project(unit_vectors[EMBEDDING], options.seed)
         pictures = {name: maps.picture(points, songs.table, name) for name, points in projections.items()}
-        page = report.map_page(maps.page_data(songs.table, unit_vectors["embedding"], projections))
+        page = report.map_page(maps.page_data(songs.table, unit_vectors[EMBEDDING], projections))
         files = {f"{name.lower()}.png": png for name, png in pictures.items()} | {"map.html": page.encode()}
     files["report.html"] = report.page(evaluation, provenance, options, pictures, page).encode()
     files["metrics.json"] = report.as_json(evaluation, provenance, options).encode()
-    replace_files(args.out, files)
+    replace_files(args.out, files, gone=set(FILES) - set(files))
 
     for line in report.terminal_table(evaluation):
         print(line)

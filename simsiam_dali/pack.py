@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"sample rate of the packed audio in Hz, or native: each song's own {default}")  # fmt: skip
     add("--segment-seconds", metavar="SECONDS", type=seconds, help=f"length of a segment in seconds {default}")
     add("--codec", choices=("flac", "wav", "ogg"),
-        help=f"of the packed audio, mono, 16 bit; ogg is Vorbis and loses a little {default}")  # fmt: skip
+        help=f"codec of the packed audio, mono, 16 bit; ogg is Vorbis, which is lossy {default}")  # fmt: skip
     add("--val-fraction", metavar="SHARE", type=fraction,
         help=f"share of the groups (see --split-by) kept for validation, 0 to below 1 {default}")  # fmt: skip
     add("--split-by", choices=("album", "artist", "song"),
@@ -76,6 +76,7 @@ def main() -> None:
     if args.music_dir is None and not args.verify:
         parser.error("MUSIC_DIR is needed, unless --verify is given")
     raise_keyboard_interrupt()
+    left = f"{args.out} is unchanged; the same command continues from here"
     try:
         if args.music_dir is not None:
             settings = PackSettings(**{field.name: getattr(args, field.name) for field in fields(PackSettings)})
@@ -84,19 +85,21 @@ def main() -> None:
             else:
                 executor, workers = process_pool.run_all, args.workers or len(os.sched_getaffinity(0))
             report = pack(args.music_dir, args.out, settings, workers, args.ratings, args.replace, executor=executor)
+            left = f"{args.out} is packed"
             summarise(report, args.out)
         if args.verify:
+            left = f"{args.out} is not verified yet"
             if problems := verify(args.out):
                 raise UserError("\nerror: ".join(problems))
             print(f"{args.out}: all {len(read_manifest(args.out).files)} files are as they were packed")
     except KeyboardInterrupt:
-        print(f"stopped: {args.out} is unchanged; the same command continues from here", file=sys.stderr)
+        print(f"stopped: {left}", file=sys.stderr)
         sys.exit(130)
 
 
 def summarise(report: Report, out: Path) -> None:
     """Print what was packed, and what was not and why."""
-    for title, songs in (("refused", report.refused), ("kept", report.notes)):
+    for title, songs in (("refused", report.refused), ("warning", report.notes)):
         for name, reason in songs:
             print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")
     for remark in report.remarks:
@@ -106,7 +109,7 @@ def summarise(report: Report, out: Path) -> None:
         f"{c['songs']} songs, {c['seconds'] / 3600:.2f} h: {c['train_segments']} segments to train "
         f"({c['train_songs']} songs), {c['val_segments']} to validate ({c['val_songs']} songs)"
     )
-    print(f"{c['duplicates']} duplicates, {c['refused']} refused, {c['passed_over']} other files passed over")
+    print(f"{c['duplicates']} duplicates, {c['refused']} refused, {c['passed_over']} other files ignored")
     if report.decoded_songs:
         speed = report.decoded_seconds / report.decoding_took
         print(

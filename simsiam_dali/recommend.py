@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--count", type=whole_number(1), default=default.count, metavar="N",
         help="songs to list (default: %(default)s)")  # fmt: skip
     add("--seed", type=whole_number(0), default=default.seed, metavar="N",
-        help="of --radio: another one gives another order (default: %(default)s)")  # fmt: skip
+        help="random seed of --radio; another one gives another order (default: %(default)s)")  # fmt: skip
     for kind in ("artist", "album"):
         add(
             f"--max-per-{kind}", type=whole_number(1), metavar="N", help=f"at most N songs of one {kind} (default: any)"

@@ -6,6 +6,7 @@ this machine reaches the page, unless --host names another address; then its URL
 """
 
 import argparse
+import errno
 import gc
 import logging
 import re
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises UserError where the address or the port cannot be had."""
+    """A socket that listens. Raises UserError if the address or the port is not available."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -59,7 +60,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(128)
     except OSError as e:
-        what = "is in use: choose another --port" if e.errno == 98 else f"cannot be had ({e.strerror})"
+        in_use = e.errno == errno.EADDRINUSE
+        what = "is in use: choose another --port" if in_use else f"is not available ({e.strerror})"
         raise UserError(f"port {port} of {host} {what}") from e
     return listening
 

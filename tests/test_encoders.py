@@ -148,7 +148,7 @@ def test_batches_without_a_pair_are_counted_reported_and_excluded_from_the_mean(
     counted = [loss for loss in losses if loss is not None]
     if counted:
         assert epoch["encoder/train_loss"] == pytest.approx(sum(counted) / len(counted))
-    assert ("held no two segments" in done.stdout) == (share > 0.5)
+    assert ("had no positive pair" in done.stdout) == (share > 0.5)
 
 
 def test_a_third_type_is_a_file_and_an_entry_as_contributing_says(tmp_path, small_shards):

@@ -100,6 +100,8 @@ def test_what_does_not_fit_is_refused_in_one_line(library, monkeypatch, capsys):
     fewer = store(library / "fewer.parquet", songs.table[:30], songs.vectors[:30])
     assert "has 30 songs, not the 40" in run(monkeypatch, capsys, "--baseline", f"mfcc={fewer}")
     assert "expected NAME=FILE" in run(monkeypatch, capsys, "--baseline", str(fewer))
+    for name in ("embedding", "guess"):
+        assert "choose another name" in run(monkeypatch, capsys, "--baseline", f"{name}={fewer}")
     twice = store(library / "twice.parquet", songs.table.assign(song=0), songs.vectors)
     assert "row for each segment" in run(monkeypatch, capsys, "--embeddings", twice)
     broken = store(library / "broken.parquet", songs.table, songs.vectors * math.nan)

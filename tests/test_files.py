@@ -1,8 +1,10 @@
 """Files are written whole: through a link, and with the permissions of the file that they replace."""
 
+from pathlib import Path
+
 import pytest
 
-from simsiam_dali.common.files import atomic_write
+from simsiam_dali.common.files import atomic_write, replace_files
 
 
 def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
@@ -36,3 +38,11 @@ def test_a_replaced_file_keeps_its_permissions(tmp_path, mode):
         part.write_text("new")
     assert path.read_text() == "new"
     assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_set_of_files_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    replace_files(folder, {"a": b"1", "b": b"1", "last": b"1"})
+    (folder / "mine").write_bytes(b"mine")
+    replace_files(folder, {"a": b"2", "last": b"2"}, gone=["b", "never"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"2", "last": b"2", "mine": b"mine"}

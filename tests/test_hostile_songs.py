@@ -86,7 +86,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_song(music / "apple.m4a", 18)
     write_song(music / "other ending.xyz", 19)
     Path(os.fsdecode(bytes(music) + b"/latin-\xe9.mp3")).write_bytes(write_song(root / "latin.mp3", 20).read_bytes())
-    # to be passed over
+    # to be ignored
     for name in ("cover.jpg", "list.m3u", "disc.cue", "notes.txt", "unknown.data", ".hidden.mp3"):
         (music / name).write_bytes(b"\xff\xd8 something else")
     (music / "again" / "loop").symlink_to(music)
@@ -165,7 +165,7 @@ def test_damaged_songs_are_kept_up_to_where_they_decode(hostile: Path) -> None:
     for name, (note, least, most) in DAMAGED.items():
         assert note in songs.loc[name, "note"]
         assert least <= songs.loc[name, "duration"] <= most
-        assert f"kept     {name}: {songs.loc[name, 'note']}" in (hostile / "screen").read_text()
+        assert f"warning  {name}: {songs.loc[name, 'note']}" in (hostile / "screen").read_text()
 
 
 def test_tags_and_duplicates(hostile: Path) -> None:
@@ -185,5 +185,5 @@ def test_every_file_seen_is_in_the_table_of_files(hostile: Path) -> None:
         "duplicate": 1,
     }
     assert files.loc["twice.flac", "song"] == files.loc["again/twice.flac", "song"]
-    assert "1 duplicates, 9 refused, 6 other files passed over" in (hostile / "screen").read_text()
+    assert "1 duplicates, 9 refused, 6 other files ignored" in (hostile / "screen").read_text()
     assert "Traceback" not in (hostile / "screen").read_text()

@@ -327,6 +327,7 @@ def test_a_trial_that_ends_while_killed_ones_are_looked_for_is_not_killed(tmp_pa
 def test_a_study_refuses_settings_whose_trials_would_not_compare(tmp_path):
     make_study(make_config(tmp_path))
     make_study(make_config(tmp_path, hpo__trials=99, data__threads=2, encoder__final_training_epochs=3))
+    make_study(make_config(tmp_path, train__validate_every=7, train__closing_score=False))  # trials have their own
     for over, words in (
         ({"hpo__epochs": 5}, r"hpo\.epochs = 4, now it is 5"),
         ({"encoder__batch_size": 8}, r"encoder\.batch_size = 4"),

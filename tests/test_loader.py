@@ -177,8 +177,11 @@ def test_an_epoch_holds_whole_groups(source: Source, ranks: int, batch_size: int
         assert [loader.decoded for loader in loaders] == [number * steps * batch_size] * ranks
         if number == 1:
             assert parts == [part[: steps * batch_size] for part in alone]
-    with pytest.raises(UserError, match=r"^a batch of 24 is larger than the data set"):
+    too_large = rf"^a batch of 24 is larger than the data set \(\d+ segments\): use --batch-size {SEGMENTS} or less"
+    with pytest.raises(UserError, match=too_large):
         load(source, shuffle_buffer=8, batch_size=4, group=6)
+    with pytest.raises(UserError, match=r"segments\): pack more songs$"):  # a batch has two segments or more
+        load(source, shuffle_buffer=8, batch_size=4, group=6, ranks=SEGMENTS)
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 4), (2, 2), (4, 5), (4, 1)])

@@ -20,6 +20,7 @@ import pytest
 from helpers.groups import SECONDS, alive_in_group, until
 from helpers.small_music import command, environment, make_shards, said, sound, write_audio, write_song
 
+from simsiam_dali import pack as pack_command
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.commit import lock_set
 from simsiam_dali.data.format import read_index, verify
@@ -298,7 +299,7 @@ def test_what_is_left_of_a_failed_set_is_removed_under_the_lock(music: Path, mon
         yield
 
     def checked(folder: Path, **options: Any) -> None:
-        with pytest.raises(UserError, match="another make_shards"), lock_set(shards, wait=False):
+        with pytest.raises(UserError, match="another pack"), lock_set(shards, wait=False):
             pass
         remove(folder, **options)
 
@@ -327,7 +328,7 @@ def test_a_second_packer_is_refused(music: Path, run_here: RunHere) -> None:
     with (shards / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = run_here(music, "--out", shards, *SHORT)
-    assert result == (1, "", f"error: another make_shards is writing to {shards}: wait until it ends\n")
+    assert result == (1, "", f"error: another pack is writing to {shards}: wait until it ends\n")
 
 
 def test_nothing_is_overwritten_unasked(music: Path, pack: Pack, run_here: RunHere, tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_nothing_is_overwritten_unasked(music: Path, pack: Pack, run_here: RunHe
     (shards / "songs.parquet").write_text("another's")
     status, _, stderr = run_here(music, "--out", shards, *SHORT)
     assert status == 1
-    assert "songs.parquet was not written by make_shards" in stderr
+    assert "songs.parquet was not written by pack" in stderr
     assert (shards / "songs.parquet").read_text() == "another's"
     pack(music, "--replace")
 
@@ -393,3 +394,20 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert build_parser().parse_args(["music", "--sample-rate", "native"]).sample_rate is None
     for action in build_parser()._actions:
         assert action.help
+
+
+@pytest.mark.parametrize("music", [["music"], []])
+def test_stopped_while_it_verifies_it_does_not_say_that_nothing_was_packed(
+    music: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: Path) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack_command, "pack", lambda *_, **__: None)
+    monkeypatch.setattr(pack_command, "summarise", lambda *_: None)
+    monkeypatch.setattr(pack_command, "verify", stopped)
+    monkeypatch.setattr(sys, "argv", ["pack", *music, "--verify", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == f"stopped: {tmp_path} is not verified yet\n"

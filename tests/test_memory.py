@@ -100,3 +100,18 @@ def test_where_memory_runs_out_one_line_says_what_to_do(error: Exception) -> Non
     assert str(refused.value) == "out of memory on cuda:0: use less"
     with pytest.raises(RuntimeError, match="another"), memory.refuse_out_of_memory("use less"):
         raise RuntimeError("another")
+
+
+def test_adamw_keeps_a_moment_more_than_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = torch.nn.Linear(1000, 1000)
+    needs = 2 * memory.activation_bytes(encoder, [(1000,)]) * memory.WORKING_SHARE + memory.RUNTIME_BYTES
+    free = {
+        name: (needs + each * 1_001_000) / (1 - memory.HEADROOM) for name, each in memory.BYTES_PER_PARAMETER.items()
+    }
+    assert free["adamw"] - free["sgd"] == pytest.approx(4 * 1_001_000 / (1 - memory.HEADROOM))
+    for name, bytes_free in free.items():
+        monkeypatch.setattr(memory, "free_bytes", lambda _, n=bytes_free: n + 1)
+        memory.check_fits(encoder, 2, [(1000,)], False, CPU, NONE, name)
+        monkeypatch.setattr(memory, "free_bytes", lambda _, n=bytes_free: n - 4096)
+        with pytest.raises(UserError, match="not even 2 fit"):
+            memory.check_fits(encoder, 2, [(1000,)], False, CPU, NONE, name)

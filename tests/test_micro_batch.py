@@ -193,7 +193,7 @@ def test_the_largest_that_fits_by_the_estimate_is_chosen(shards, monkeypatch, ca
     def free(segments: float) -> int:
         """Memory for so many segments, by the estimate itself."""
         each = memory.activation_bytes(encoder, shapes) * memory.WORKING_SHARE
-        weights = memory.BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
+        weights = memory.BYTES_PER_PARAMETER["sgd"] * sum(p.numel() for p in encoder.parameters())
         return int((memory.RUNTIME_BYTES + weights + segments * each) / (1 - memory.HEADROOM))
 
     for segments, expected in ((16.5, 16), (15.5, 8), (8.5, 8), (7.5, 4), (2.5, 2)):

@@ -1,6 +1,7 @@
 """Gauges against matrices whose answer is known, kNN against scikit-learn."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
 from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_chance, rating_chance
 from simsiam_dali.models.encoder import Scored, song_embeddings
 from simsiam_dali.training.collapse import LEAST_ROWS, collapse_advice, effective_rank, z_std
+from simsiam_dali.training.journal import closing_lines
 from simsiam_dali.training.loop import GAUGE_ROWS, LossWindow
 
 
@@ -263,3 +265,14 @@ def test_one_rated_query_has_an_error_but_no_correlation() -> None:
     mae, correlation = knn_rating(torch.eye(2), torch.tensor([0.2, 0.8]), torch.eye(2)[:1], torch.tensor([0.5]), k=1)
     assert mae == pytest.approx(0.3)
     assert math.isnan(correlation)
+
+
+def test_closing_lines_name_the_untrained_encoder_only_where_it_was_scored() -> None:
+    """A journal that was deleted and begins anew has no epoch 0, or nothing of a run that was complete."""
+    scores = {"knn/artist": 0.5, "knn/artist_chance": 0.1, "encoder/z_std": 0.04}
+    untrained, trained = ({"epoch": epoch} | scores for epoch in (0, 7))
+    whole, from_later, none = (list(closing_lines(625, Path("run"), e)) for e in ([untrained, trained], [trained], []))
+    assert whole[0] == "kNN artist, accuracy 0.500  (untrained encoder 0.500, a guess 0.100)"
+    assert from_later[0] == "kNN artist, accuracy 0.500  (a guess 0.100)"
+    assert whole[1:] == from_later[1:] == ["z-std 0.0400  (healthy: about 0.0400)", *none]
+    assert none == ["checkpoint run/checkpoint.pt", "curves     run/curves.png"]

@@ -25,6 +25,7 @@ from simsiam_dali.config.load import load_config
 from simsiam_dali.data.shards import open_shards
 from simsiam_dali.training import checkpoint
 from simsiam_dali.training.learner import Learner, learning_rates
+from simsiam_dali.training.micro_batch import candidates
 from simsiam_dali.training.world_size import rescale_batch_size
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -215,6 +216,17 @@ def test_a_step_keeps_its_segments():
         rescale_batch_size(settings, before=2, now=8)
     with pytest.raises(UserError, match=r"continue with 1, 2, 3, 4, 6$"):
         rescale_batch_size(settings, before=2, now=12)  # one segment has no batch statistics
+
+
+def test_micro_batches_follow_the_number_of_processes() -> None:
+    settings = load_config(assignments=["encoder.batch_size=6", "train.micro_batch=2"])
+    assert rescale_batch_size(settings, before=2, now=1).train.micro_batch == 2
+    assert rescale_batch_size(settings, before=2, now=4).train.micro_batch == 3  # of 3 there are no smaller ones
+    # A loss that compares all segments of a step takes them at once, whatever the step's size.
+    whole = load_config(assignments=["encoder.encoder_type=contrastive", "encoder.batch_size=6", "train.micro_batch=6"])
+    for now, size in ((1, 12), (3, 4)):
+        rescaled = rescale_batch_size(whole, before=2, now=now)
+        assert candidates(rescaled) == [size]
 
 
 def worker(launcher: int, rank: int) -> int:

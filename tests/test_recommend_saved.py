@@ -106,7 +106,7 @@ def test_other_files_and_other_playlists_are_kept(library, tmp_path):
     for suffix in ("json", "m3u8", "xspf"):
         other = folder / f"other.{suffix}"
         other.write_text("{}")
-        with pytest.raises(UserError, match="no playlist of this command"):
+        with pytest.raises(UserError, match="was not written by this command"):
             save(folder, "other", REQUESTS["songs"], *library)
         assert other.read_text() == "{}"
         assert [saved.name for saved in read_saved(folder)] == ["mine"]

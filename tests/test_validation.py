@@ -1,5 +1,6 @@
 """Which epochs are validated, and that what is kept between validations changes no score."""
 
+import contextlib
 import math
 import weakref
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from simsiam_dali.common.distributed import World
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data import loader
@@ -218,3 +220,34 @@ def test_the_encoder_is_in_training_mode_again_afterwards(small_shards):
     checked.scores()
     assert checked.learner.encoder.training
     assert all(torch.equal(x, state[name]) for name, x in checked.learner.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("decode", [(True, False), (False, False)])
+def test_a_rank_of_which_no_segment_decodes_takes_part(decode: tuple[bool, bool]) -> None:
+    """The others' segments are scored; where nobody has any, one line says so."""
+    batch = SimpleNamespace(segment=torch.tensor([1, 0]), inputs=(torch.tensor([[3.0, 0.0], [0.0, 2.0]]),))
+    batches = [[batch] if whole else [] for whole in decode]
+
+    def rank(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def gather(own: list[Any]) -> list[list[Any]]:
+            assert len(own) == len(batches[number])
+            return [[(b.segment, b.inputs[0]) for b in of] for of in batches]
+
+        encoder = SimpleNamespace(embed=lambda x: x)
+        self = SimpleNamespace(
+            _batches=lambda *_: batches[number],
+            kind=SimpleNamespace(embeds="clean"),
+            learner=SimpleNamespace(autocast=contextlib.nullcontext, encoder=encoder),
+            world=SimpleNamespace(gather=gather),
+            _song=torch.tensor([7, 5]),
+        )
+        return validation.Validation._songs(self, "val", 2)  # type: ignore[arg-type]
+
+    for number in range(2):
+        if any(decode):
+            songs, embeddings = rank(number)
+            assert songs.tolist() == [5, 7]
+            assert embeddings.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+        else:
+            with pytest.raises(UserError, match="no val segment decodes"):
+                rank(number)

@@ -141,7 +141,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("demo"), metavar="DIR",
                         help="where everything goes (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the library and of the training")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="random seed of the library and of the training (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
     try:
         done = run(args.folder.resolve(), args.seed)

@@ -30,7 +30,7 @@ SEGMENT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Fit:
-    """A micro-batch that the estimate lets through, and between what it expects the memory, bytes; None: none fits."""
+    """The largest micro-batch that `memory.check_fits` accepts, with the least and the most that it expects, bytes."""
 
     size: int
     least: float
@@ -45,7 +45,7 @@ def fit(config: Config, free: float) -> Fit | None:
     if config.train.activation_checkpointing:
         recompute_blocks(encoder)
     kept = memory.activation_bytes(encoder, shapes) / 2
-    static = memory.RUNTIME_BYTES + memory.BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
+    static = memory.RUNTIME_BYTES + memory.BYTES_PER_PARAMETER["sgd"] * sum(p.numel() for p in encoder.parameters())
     spec = log_mel_settings(config)
     dali = memory.dali_bytes(SEGMENT_SECONDS * spec.sample_rate, config.data.views * SEGMENT_SECONDS, spec)
     device, real = torch.device("cuda", 0), memory.free_bytes

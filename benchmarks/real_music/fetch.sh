@@ -5,7 +5,7 @@
 #   benchmarks/real_music/fetch.sh DIR --report    the same of other games; about 2.8 GB
 #   benchmarks/real_music/fetch.sh DIR --held-out  of a third set; about 1.3 GB
 #
-# A package that is there already is left as it is; one that cannot be had is named, and the script ends with 1.
+# A package that is there already is left as it is; one that cannot be fetched is named, and the script ends with 1.
 # The licences are in each DIR/<package>/copyright.
 set -euo pipefail
 

@@ -4,8 +4,8 @@ Debian has few more games with music, so most come from the games' own repositor
 song, at which commit, and its sum; it was listed before anything was scored on it. Several licences forbid commercial
 use or are not stated: keep the songs to yourself. About 2 GB come over the network, most of it for one Debian package.
 
-A song that is there already is left as it is; one that cannot be had, or is another file now, is named, and the command
-ends with 1.
+A song that is there already is left as it is; one that cannot be fetched, or is another file now, is named, and the
+command ends with 1.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def listed(path: Path = LIST) -> list[Song]:
 
 
 def from_github(song: Song, base: str) -> bytes:
-    """A song's file. Raises OSError where it cannot be had."""
+    """A song's file. Raises OSError where it cannot be fetched."""
     address = f"{base}/{song.source}/{song.commit}/{urllib.parse.quote(song.path)}"
     with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
         return bytes(answer.read())

@@ -1,8 +1,8 @@
-"""Errors a user can mend, told in one line.
+"""Errors that the user can fix, reported in one line.
 
 Everything the user may get wrong (a missing folder, a key that does not exist, a batch larger than the data set)
-raises `UserError`; the commands print it as one line and exit with status 1. A traceback is for our own mistakes; there
-is none after Ctrl-C.
+raises `UserError`; the commands print it as one line and exit with status 1. A traceback means a bug of this package;
+there is none after Ctrl-C.
 """
 
 import functools
@@ -31,7 +31,7 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def stops_with(state: str = "") -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """`one_line_errors` for a command whose line after Ctrl-C goes on with `state`: what it leaves behind."""
+    """`one_line_errors` for a command whose line after Ctrl-C ends with `state`, which says what it leaves behind."""
     stopped = f"stopped: {state}" if state else "stopped"
 
     def wrap(main: Callable[[], None]) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +15,9 @@ from simsiam_dali.common.errors import UserError, one_line
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; at the end of the block it becomes `path`.
 
-    A link stays, and what it leads to is written: that is `path` here, also where it is not there yet. A file that is
-    replaced keeps its permissions. The temporary file is hidden and of this process. What the block raises leaves
-    `path` as it was and nothing beside it. The folder of `path` must exist.
+    Of a symbolic link the target is written, which need not exist yet, and the link is kept. A file that is replaced
+    keeps its permissions. The temporary file is hidden and of this process. If the block raises, `path` is unchanged
+    and the temporary file removed. The folder of `path` must exist.
     """
     path = behind_link(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -52,17 +52,19 @@ def refuse_failed_write(path: Path, advice: str = "") -> Iterator[None]:
         raise UserError(f"cannot write {path} ({reason})" + (f": {advice}" if advice else "")) from e
 
 
-def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def replace_files(folder: Path, files: Mapping[str, bytes], gone: Iterable[str] = ()) -> None:
     """Write files into `folder`: all are written beside it first, so that a failure leaves what was there.
 
-    The last one marks them as one set: it goes before the others are replaced, and comes after them.
+    The last file marks the set as complete: it is deleted before the others are replaced, and moved into place last.
+    gone: names of files of an earlier set that this one does not have. Other files in `folder` are kept.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
         for name, content in files.items():
             (Path(part) / name).write_bytes(content)
         folder.mkdir(exist_ok=True)
-        (folder / list(files)[-1]).unlink(missing_ok=True)
+        for name in (list(files)[-1], *gone):
+            (folder / name).unlink(missing_ok=True)
         for name in files:
             (Path(part) / name).replace(folder / name)
 

@@ -6,10 +6,10 @@ from typing import Self
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into a request, `signal`, that the work looks at; a second one ends the process at once.
+    """Records SIGINT or SIGTERM in `signal`, which the caller polls; the same signal again ends the process at once.
 
-    The handlers that were there come back at the end of the `with` block. SIGTERM's does not where an error ends it:
-    torchrun sends that when another rank has died, while this one reports the error.
+    The handlers before it are restored at the end of the `with` block, but for SIGTERM's if the block raised: torchrun
+    sends that when another rank has died, while this one still reports its error.
     """
 
     def __init__(self) -> None:

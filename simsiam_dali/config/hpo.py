@@ -92,7 +92,7 @@ class HpoConfig(Section):
         Literal["knn/artist", "knn/genre", "knn/rating_mae", "knn/rating_correlation"], BeforeValidator(_no_loss)
     ] = Field("knn/artist", description="the online score on validation songs that trials are judged by")
     mean_epochs: int = Field(
-        3, ge=1, description="a trial's value is the mean of its last epochs' scores, this many; one epoch's is noisy"
+        3, ge=1, description="number of last epochs whose mean score is a trial's value; that of one epoch is noisy"
     )
     storage: str = Field("sqlite:///hpo.db", description="Optuna's database")
     study_name: str | None = Field(

@@ -71,7 +71,7 @@ class DataConfig(Section):
     )
     sample_rate: int = Field(16000, ge=4000, le=192000, description="rate at the mel front end, Hz")
     view_seconds: float | None = Field(None, gt=0, description="length of a view, s; null = the whole segment")
-    views: int = Field(2, ge=2, le=8, description="augmented views of a segment, which are to agree with each other")
+    views: int = Field(2, ge=2, le=8, description="number of augmented views of a segment")
     view_crops: Literal["same", "independent"] = Field(
         "same", description="with views shorter than the segment: all from one place of it, or each from its own"
     )
@@ -79,7 +79,8 @@ class DataConfig(Section):
         0,
         ge=0,
         le=8,
-        description="shorter views beside those, each from a place of its own; the others are predicted from them",
+        description="number of short views beside them, each cropped at a place of its own; the projections of the"
+        " full-length views are predicted from them, never theirs",
     )
     short_view_seconds: float = Field(2.5, gt=0, description="length of a short view, s; read with short_views")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -111,7 +112,7 @@ class SimSiamConfig(OptimizerConfig):
     backbone: Literal["resnet18", "resnet34", "resnet50"] = Field("resnet50", description="torchvision ResNet")
     backbone_width: int = Field(64, ge=8, multiple_of=8, description="channels of the first stage; 64 = torchvision's")
     pooling: Literal["mean", "mean_max"] = Field(
-        "mean", description="of the last map; mean_max gives both, and an embedding twice as wide"
+        "mean", description="global pooling of the last map; mean_max concatenates mean and maximum, twice as wide"
     )
     pretrained_backbone: bool | Path = Field(
         False, description="true = torchvision's ImageNet weights, or a local state_dict file"
@@ -172,7 +173,7 @@ class ContrastiveConfig(Section):
 class ByolConfig(Section):
     """SimSiam's views and networks with a momentum target (BYOL); everything else is read from encoder.simsiam."""
 
-    momentum: float = Field(0.99, ge=0, lt=1, description="of the moving average that the target's weights are")
+    momentum: float = Field(0.99, ge=0, lt=1, description="decay of the moving average that the target's weights are")
 
 
 class JointConfig(TagPairsConfig):
@@ -184,8 +185,8 @@ class JointConfig(TagPairsConfig):
     tags_read: Literal["backbone", "stages"] = Field(
         "backbone", description="what the tags' head reads: the pooled last map, or the statistics of embedding: stages"
     )
-    tag_weight: float = Field(0.5, ge=0, description="of the contrastive loss by tags; the views' has 1")
-    rating_weight: float = Field(0.5, ge=0, description="of the squared error of the songs' ratings (0 to 1)")
+    tag_weight: float = Field(0.5, ge=0, description="weight of the contrastive loss by tags; the views' loss has 1")
+    rating_weight: float = Field(0.5, ge=0, description="weight of the squared error of the songs' ratings (0 to 1)")
     contrastive_temperature: float = Field(0.1, gt=0, description="temperature of the softmax over similarities")
 
 
@@ -210,10 +211,13 @@ class EncoderConfig(Section):
 
 
 class TrainConfig(Section):
-    """How a run is carried out; nothing here changes what is learned, except the precision's rounding."""
+    """Run settings: device, precision, memory, logging, checkpoints.
+
+    `seed`, `micro_batch` and `sync_bn` change what is learned; precision, compile and memory format only its rounding.
+    """
 
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto takes the GPU when there is one")
-    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order and augmentation draws")
+    seed: int = Field(0, ge=0, lt=2**31, description="random seed of weights, order and augmentations")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="autocast; auto = bf16 where the GPU has it, else fp16 with a scaler; fp32 on a CPU;"
@@ -239,7 +243,7 @@ class TrainConfig(Section):
     )
     profile: int = Field(0, ge=0, description="steps to trace into runs/<name>/trace.json.gz, after some warm-up")
     knn_k: int = Field(10, ge=1, description="neighbours of the online kNN score")
-    knn_segments: int = Field(2000, ge=1, description="training segments it searches among, at most")
+    knn_segments: int = Field(2000, ge=1, description="training segments it searches, rounded up to whole batches")
 
     closing_score: bool = Field(
         True,
@@ -275,7 +279,7 @@ class Config(Section):
     hpo: HpoConfig = HpoConfig()
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML that `load` reads back to an equal tree."""
+        """The resolved config as YAML that `load_config` reads back to an equal tree."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 

@@ -21,7 +21,7 @@ _LOCK = ".lock"
 
 def lock_set(root: Path, wait: bool) -> AbstractContextManager[None]:
     """Hold the set's lock, which ends with the process. Without `wait`, raises UserError if another holds it."""
-    return locked(root / _LOCK, wait, f"another make_shards is writing to {root}: wait until it ends")
+    return locked(root / _LOCK, wait, f"another pack is writing to {root}: wait until it ends")
 
 
 def commit(root: Path, staged: Path) -> None:

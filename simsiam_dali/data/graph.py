@@ -48,7 +48,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Graph:
-    """All settings of the graph. seconds: length of a view. augmentation, crops, views, short: for mode "views" only.
+    """All settings of the graph. seconds: length of a view. augmentation, crops, views, short_*: for mode "views".
 
     epoch: which batches are decoded; None decodes all. views: how many augmented views a segment has. short_views: how
     many shorter ones follow them, of short_seconds.
@@ -68,7 +68,7 @@ class Graph:
     def by_length(self) -> "list[Graph]":
         """The graph of the views, and where there are short ones, the graph of those alone.
 
-        Each short view has a place of its own, anywhere in the segment; its time masks are as much shorter as it is.
+        Each short view has a place of its own, anywhere in the segment; its time masks are shorter in proportion.
         """
         long = dataclasses.replace(self, short_views=0)
         if not self.short_views:

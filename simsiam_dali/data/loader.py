@@ -44,10 +44,10 @@ def device_fault(error: Exception, batch_size: int, group: int = 1) -> str | Non
     text = str(error)
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         memory = "GPU" if ON_GPU.search(text) else "host"
-        less = "a smaller train.micro_batch" if group > 1 else f"--batch-size {max(1, batch_size // 2)}"
+        less = "a smaller train.micro_batch" if group > 1 else f"--batch-size {max(2, batch_size // 2)}"
         return (
             f"the data graph ran out of {memory} memory with batches of {batch_size}: use {less}, or shorter views"
-            " (--set data.view_seconds=...)"
+            " (data.view_seconds; of embed, --view-seconds)"
         )
     found = CUDA_FAULT.search(text)
     return f"the data graph stopped, and the GPU or its driver is to blame: {found[0].strip()}" if found else None
@@ -98,9 +98,10 @@ class Loader:
         self.steps = count // (batch_size * group * ranks) * group if self.shuffled else self._reader_batches
         if self.steps == 0:
             each = f" on each of {ranks} processes" if ranks > 1 else ""
+            fits = f"use --batch-size {count // ranks} or less, or pack" if count >= 2 * ranks else "pack"
             raise UserError(
-                f"a batch of {batch_size * group}{each} is larger than the data set ({count} segments): use"
-                f" --batch-size {max(1, count // ranks)} or less, or pack more songs"
+                f"a batch of {batch_size * group}{each} is larger than the data set ({count} segments):"
+                f" {fits} more songs"
             )
         epoch = Epoch(self.steps, self._reader_batches) if self.steps < self._reader_batches else None
         self.graph = dataclasses.replace(graph, epoch=epoch)

@@ -1,4 +1,4 @@
-"""The DALI graph: read -> decode -> resample -> two augmented views, or one clean view, or raw audio.
+"""The DALI graph: read -> decode -> crop -> resample -> augmented views, or one clean view, or the waveform.
 
 One definition serves both devices: with `gpu`, everything after the decoder (which DALI has for the CPU only) runs on
 the GPU; without it no GPU is touched.

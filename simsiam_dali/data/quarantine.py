@@ -19,8 +19,8 @@ from simsiam_dali.data.shards import ShardSet
 
 FILE_NAME = "quarantine.csv"
 COLUMNS = ("when", "shard", "key", "row", "song", "reason", "set")
-NAMED = 20
-"""Segments that the message about too many names; the file has them all."""
+MAX_LISTED = 20
+"""Segments listed in the error message where there are too many; the file lists all of them."""
 
 
 class Quarantine:
@@ -101,8 +101,8 @@ class Quarantine:
     def _names(self, rows: Iterable[int]) -> str:
         """`SHARD KEY (song)` of the first rows, in one line."""
         rows = sorted(rows)
-        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-        return ", ".join("{} {} ({})".format(*self._describe(row)) for row in rows[:NAMED]) + more
+        more = f" and {len(rows) - MAX_LISTED} more" if len(rows) > MAX_LISTED else ""
+        return ", ".join("{} {} ({})".format(*self._describe(row)) for row in rows[:MAX_LISTED]) + more
 
     def _parse(self, file: Iterable[str]) -> None:
         total = len(self._shards.segments)

@@ -56,7 +56,7 @@ def closing_score(run_dir: Path, world: World) -> str:
 def sample_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
     """The set itself, or a part with at most `most` segments: all songs of artists (or genres) drawn with `seed`.
 
-    Songs drawn one by one would mostly have no partner in the sample. What does not fit is passed over. Only of an
+    Songs drawn one by one would mostly have no partner in the sample. What does not fit is skipped. Only of an
     artist with more than half of the segments are songs drawn, so that strangers are left to tell apart from.
     """
     if len(shards.segments) <= most:
@@ -81,7 +81,7 @@ def sample_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
 
 
 def fitting(sizes: Iterable[int], most: int) -> list[int]:
-    """Places of sizes, taken in order, whose sum is at most `most`; one that does not fit any more is passed over."""
+    """Places of sizes, taken in order, whose sum is at most `most`; one that does not fit any more is skipped."""
     kept = []
     for place, size in enumerate(sizes):
         if size <= most:

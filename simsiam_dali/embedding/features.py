@@ -56,7 +56,8 @@ class Features:
 def create_features(name: str, run: TrainedRun, log_mel: LogMel, device: torch.device) -> Features:
     """The features called `name`. Raises UserError when an untrained encoder's pretrained weights are gone."""
     config = run.config
-    torch.set_float32_matmul_precision("high")  # for all: else MFCCs would be others beside an encoder than alone
+    # A global setting, which an encoder needs: MFCCs would differ between a process with an encoder and one without.
+    torch.set_float32_matmul_precision("high")
     if name in ("log-mel", "mfcc"):
         basis = torch.from_numpy(dct(np.eye(log_mel.n_mels), norm="ortho", axis=0)[:N_MFCC]).float().to(device)
 

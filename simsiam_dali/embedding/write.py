@@ -38,7 +38,8 @@ PART_SECONDS = 10.0
 """How much work a kill can cost. The host waits for the device once per part."""
 
 TABLE_VERSION = "3"
-"""Rises when the same songs and checkpoint give another table: 2 keeps the spread within songs, 3 from how much."""
+"""Incremented when the same songs and checkpoint give another table: 2 added the covariance within songs, 3 its degrees
+of freedom."""
 
 FORWARD_SHARE = 4
 """A batch may hold this many times the audio of a training batch: nothing is kept for a backward pass."""

@@ -21,14 +21,15 @@ VOTE_TEMPERATURE = 0.07
 BLOCK = 1024
 """Queries compared with the whole bank at a time, to bound the memory: their cosines with 100,000 songs are 400 MB."""
 RANK_TOLERANCE = 1e-6
-"""Principal components with less variance, of the first one's, are float32's rounding."""
+"""Principal components with less than this fraction of the largest variance are rounding errors of float32."""
 
 
 def unit(vectors: np.ndarray, within: WithinSong | None = None, whiten: bool = True) -> np.ndarray:
-    """`(N, D)` to vectors of length 1, float32: each dimension standardised over all rows, then normalised by `within`.
+    """`(N, D)` to L2-normalised vectors, float32, by which songs are compared.
 
-    Standardising removes what all songs have in common, which would make any two of them look alike. Without `within`
-    they are `half_whitened`. whiten: False leaves it at standardising.
+    Each dimension is standardised over all rows, which removes what all songs have in common and would make any two of
+    them look alike; then come `within.normalised`, `(N, D)`, or `half_whitened` without `within`, `(N, min(N, D))`.
+    whiten: False leaves both out.
     """
     from sklearn.preprocessing import StandardScaler  # here, so that training does not need scikit-learn
 
@@ -45,7 +46,7 @@ def of_length_1(vectors: np.ndarray) -> np.ndarray:
 
 
 def half_whitened(x: np.ndarray) -> np.ndarray:
-    """The principal components `(N, min(N, D))` of centred `(N, D)`, each divided by its standard deviation's root.
+    """Principal components `(N, min(N, D))` of centred `(N, D)`, each divided by the root of its standard deviation.
 
     A few directions hold most of an embedding's variance, and would decide alone which songs are near. Whitening makes
     all count the same, noise too; this is half the way: eigen_power = -1/4 of FAISS's PCAMatrix, where -1/2 whitens.

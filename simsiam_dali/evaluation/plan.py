@@ -27,7 +27,7 @@ TOO_FEW_UNSEEN = (
 NOT_LOGGED = " No classifier/* is logged."
 RETRIEVED = 10
 ONE_THREAD = 20_000_000
-"""Numbers in a table below which threads wait for each other longer than they work, most of all on a busy machine."""
+"""Tables with fewer numbers are computed by one BLAS thread: several would wait for each other longer than work."""
 GUESS = "guess"
 """The baseline without audio: the training songs' mean or median rating or commonest class, or a random order."""
 
@@ -82,11 +82,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Probe:
-    """`run` maps the vectors of `rows` to a value for each of the songs `scored`; `guess` holds such values too.
+    """A prediction from vectors, and how it is scored.
 
-    searches: whether it takes the unit vectors. Without `truth` the values are the scores. mae_guess: the guess where
-    the metric is `mae`, of which the median is the best constant; a probe worse than that could be better than the
-    mean.
+    rows `(N,)`: rows of the table whose vectors `run` takes, `(N, D)`. scored `(S,)`: rows that it returns a value of,
+    `(S,)`. guess `(S,)`: the values of the baseline without audio. searches: whether it takes the unit vectors. Without
+    `truth` the values are the scores. mae_guess: the guess where the metric is `mae`, of which the median is the best
+    constant; a probe worse than that could be better than the mean.
     """
 
     target: str

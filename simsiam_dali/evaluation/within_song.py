@@ -12,14 +12,14 @@ from typing import Self
 import numpy as np
 
 FLOOR = 0.05
-"""Variance that is added to each direction's, in units of the songs' own: without it, what never varies within songs
-would count without bounds."""
+"""Variance added along every direction, in units of the standardised song vectors': bounds the weight of directions in
+which segments of a song do not differ."""
 ROUNDING = 1e-7
-"""Of the largest variance: what is below is float32's rounding, and no direction."""
+"""Directions with less than this fraction of the largest variance are rounding errors of float32, and dropped."""
 MAX_NUMBERS = 2**23
-"""Of directions times dimensions, which are kept, 32 MB: all directions of up to 2,896 dimensions."""
+"""The most numbers that the stored axes `(K, D)` have, 32 MB: all directions of up to 2,896 dimensions."""
 MAX_SEGMENTS = 20_000
-"""About as many segments are looked at, of songs that are evenly spread over the table."""
+"""Segments that are used, about; of more, those of every n-th song."""
 
 
 @dataclass(frozen=True)

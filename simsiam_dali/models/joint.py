@@ -1,4 +1,4 @@
-"""Views, tags and ratings as teachers of one backbone: what the audio alone teaches, and what the listener knows.
+"""Joint training of one backbone: from the views, from tags and from ratings.
 
 A step's loss is that of the views (SimSiam's or the contrastive one), plus `tag_weight` times the contrastive loss by
 tags, plus `rating_weight` times the squared error of the rating that is read from the embedding. Songs without tags or
@@ -80,9 +80,9 @@ class Joint(Projected):
     def _rating(self, h: Tensor) -> Tensor:
         """The backbone's output `(B, backbone_dim)` to ratings `(B,)` in 0..1, by a linear layer and a sigmoid.
 
-        From the output standardised over the batch, of length 1: of the output as it is, whose length may be any, the
-        squared error's curvature exceeds what a learning rate for the other losses allows, and the first rated song
-        makes them infinite. The sigmoid bounds the error, whatever the learning rate.
+        The output is batch-normalised and L2-normalised first: its norm is not bounded otherwise, the curvature of the
+        squared error exceeds what the learning rate of the other losses allows, and training diverges at the first
+        rated song. The sigmoid bounds the error, whatever the learning rate.
         """
         x = F.normalize(self.rating_norm(h), dim=1)
         return torch.sigmoid(self.rating_head(x).squeeze(1))

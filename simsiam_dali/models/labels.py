@@ -35,7 +35,7 @@ class SongLabels:
 
     @classmethod
     def from_songs(cls, songs: pd.DataFrame, segment_song: np.ndarray) -> Self:
-        """Labels of the song table (`artists`, `albums`, `album_artist`, `year`, `path`), for segments of these songs.
+        """Labels of the song table (its tags, `path` and `other_paths`), for segments of these songs.
 
         Of a song with more than `MOST` artists, albums or folders, those that the most songs have are kept.
         """

@@ -16,7 +16,7 @@ class Projected(Encoder):
     """ResNet backbone and projector, by the config's `encoder.simsiam`.
 
     pretrained: False where the weights will come from a checkpoint. Raises `UserError` when the weights that
-    `settings.pretrained_backbone` names cannot be had or do not fit.
+    `settings.pretrained_backbone` names cannot be read or downloaded, or do not fit.
     """
 
     def __init__(self, config: Config, pretrained: bool = True) -> None:

@@ -86,7 +86,7 @@ def pack(
     queue = deque(files)
     del files  # so that each is freed when it is decoded
     if not queue:
-        raise UserError(f"{music}: no audio file in this folder ({passed_over} other files passed over)")
+        raise UserError(f"{music}: no audio file in this folder ({passed_over} other files ignored)")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with lock_set(out, wait=False):
@@ -270,4 +270,4 @@ class _Packer:
         ours = {*named_files(self.out), *([MANIFEST] if self.old else [])}
         foreign = sorted(name for name in names - ours if (self.out / name).exists())
         if foreign and not self.replace:
-            raise UserError(f"{self.out / foreign[0]} was not written by make_shards: move it, or give --replace")
+            raise UserError(f"{self.out / foreign[0]} was not written by pack: move it, or give --replace")

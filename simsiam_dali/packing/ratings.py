@@ -78,7 +78,7 @@ class RatingsCsv:
             try:
                 ratings.append(float(text or "nan"))
             except ValueError as e:
-                raise UserError(f"--ratings {source}, line {line}: rating {text!r} is no number") from e
+                raise UserError(f"--ratings {source}, line {line}: rating {text!r} is not a number") from e
             if not (math.isnan(ratings[-1]) or 0 <= ratings[-1] <= 5):
                 raise UserError(f"--ratings {source}, line {line}: rating {ratings[-1]:g} is not in 0..1 or 0..5")
         return ratings

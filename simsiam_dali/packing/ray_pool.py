@@ -1,4 +1,4 @@
-"""The packer's tasks on a Ray cluster: `make_shards --executor ray`.
+"""The packer's tasks on a Ray cluster: `pack --executor ray`.
 
 The same function decodes, and leaves its files where the packer reads them: every node has to see the music folder and
 --out under the same paths (a network file system), and have the same version of this package.

@@ -169,7 +169,7 @@ FORMATS: dict[str, Callable[[Sequence[Entry], str], tuple[str, list[str]]]] = {
 
 
 def check_writable(path: Path, replace: bool) -> None:
-    """Raise UserError when `path` is there and is no playlist of this command, unless `replace`."""
+    """Raise UserError when `path` is there and was not written by this command, unless `replace`."""
     try:
         with path.open("rb") as file:
             head = file.read(1024)
@@ -180,7 +180,7 @@ def check_writable(path: Path, replace: bool) -> None:
     tables = (",".join(columns).encode() for columns in (CSV_COLUMNS, DUPLICATE_COLUMNS))
     ours = MARK.encode() in head or head.startswith(tuple(tables))
     if head and not ours and not replace:
-        raise UserError(f"{path} exists and is no playlist of this command: choose another file, or give --replace")
+        raise UserError(f"{path} exists and was not written by this command: choose another file, or give --replace")
 
 
 def write_playlist(path: Path, text: str) -> None:

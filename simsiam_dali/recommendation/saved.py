@@ -106,7 +106,7 @@ def portable(request: Request, library: Library) -> Request:
 def read_saved(folder: Path) -> list[SavedPlaylist]:
     """The saved playlists of a folder, sorted by name; none where there is no folder.
 
-    JSON files of other programs are passed over. Raises UserError for one of ours that is damaged, or too new.
+    JSON files of other programs are ignored. Raises UserError for one of ours that is damaged, or too new.
     """
     found = []
     for path in sorted(folder.glob("*.json")):

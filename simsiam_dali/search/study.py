@@ -29,9 +29,9 @@ MAY_DIFFER = (
     *("hpo.trials", "hpo.storage", "hpo.study_name", "hpo.pruner.", "hpo.space."),
     *("encoder.epochs", "encoder.final_training_epochs", "data.shards", "data.threads", "data.prefetch", "mlflow."),
     *("train.device", "train.compile", "train.channels_last", "train.runs_dir", "train.run_name"),
-    *("train.log_every", "train.checkpoint_every", "train.profile"),
+    *("train.log_every", "train.checkpoint_every", "train.profile", "train.validate_every", "train.closing_score"),
 )
-"""Settings that may differ between the processes of a study: trials stay comparable."""
+"""Settings that may differ between the processes of a study: trials stay comparable, or set their own."""
 
 SQLITE_TIMEOUT = 60
 """Seconds to wait for another process's write to an SQLite file."""

@@ -71,7 +71,7 @@ def song_file(name: str, music: Path) -> Path:
     if not path.is_relative_to(folder):
         raise NotPlayable("the file is a link that leads out of the music folder")
     if not path.is_file():
-        raise NotPlayable("this is no file")
+        raise NotPlayable("this is not a regular file")
     return path
 
 

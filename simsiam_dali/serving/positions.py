@@ -40,10 +40,10 @@ def principal_components(vectors: np.ndarray) -> np.ndarray:
     axes = np.linalg.eigh(np.cov(x, rowvar=False).reshape(x.shape[1], -1))[1][:, -2:] if len(x) > 1 else x[:1].T
     blocks = np.array_split(vectors, -(-len(vectors) // _BLOCK))  # small ones stay in the cache
     flat = np.concatenate([standardised(block) @ axes[:, ::-1] for block in blocks])
-    return in_unit_square(np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))))
+    return scaled_to_one(np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))))
 
 
-def in_unit_square(points: np.ndarray) -> np.ndarray:
+def scaled_to_one(points: np.ndarray) -> np.ndarray:
     """`(N, 2)` float32, centred and scaled into -1..1 by one factor for both axes."""
     low, high = points.min(axis=0), points.max(axis=0)
     return ((points - (low + high) / 2) / max(float((high - low).max()) / 2, 1e-9)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Ratings given on the page: a CSV that `make_shards --ratings` reads, written anew after each of them.
+"""Ratings given on the page: a CSV that `pack --ratings` reads, written anew after each of them.
 
 All other rows and columns of the file stay, with its delimiter, line ends and byte order mark. Its ratings are written
 as 0..1: a file of 0..5 would be read as 0..1 once none of its ratings is above 1. A removed rating is an empty one,
@@ -83,7 +83,7 @@ class Ratings:
 
     def _put(self, content: RatingsCsv, row: int, rating: float | None) -> None:
         """Put one rating more, or another, into the content of the file."""
-        ratings = content.ratings(self._source)  # refuses what make_shards would
+        ratings = content.ratings(self._source)  # refuses what pack would
         if any(len(cells) > len(content.header) for cells in content.rows):
             raise UserError(f"--ratings {self._source}: a line has more cells than the header")
         content.header += [name for name in COLUMNS if name not in content.places()]

@@ -89,7 +89,8 @@ class Search:
     def playlist(self, folder: Path, name: str, ratings: np.ndarray) -> list[int] | None:
         """Rows of a saved playlist, as its request chooses them now, with `ratings (N,)`; None where there is none.
 
-        Songs that the library no longer has are left out of a list of songs. Raises UserError where nothing is left.
+        Songs that the library no longer has are left out of a list of songs, which may become empty. Raises UserError
+        where another request finds no song.
         """
         saved = next((saved for saved in read_saved(folder) if saved.name == name), None)
         if saved is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.evaluation.maps import project_umap
-from simsiam_dali.serving.positions import file_key, in_unit_square, write_map
+from simsiam_dali.serving.positions import file_key, scaled_to_one, write_map
 
 
 def end_with_parent() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.nice(19)
     key = file_key(table)
-    write_map(out, in_unit_square(project_umap(read_song_embeddings(table).unit(), seed=0)), key)
+    write_map(out, scaled_to_one(project_umap(read_song_embeddings(table).unit(), seed=0)), key)
 
 
 if __name__ == "__main__":

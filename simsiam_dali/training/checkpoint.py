@@ -99,15 +99,15 @@ def load(path: Path, option: str = "--resume") -> Checkpoint:
         raise UserError(f"no checkpoint {path}")
     if not is_intact(path):
         changed = f"its content is not what was written, or it is from before format {FORMAT_VERSION}"
-        raise _refusal(f"checkpoint {path} is damaged or no checkpoint: {changed}", path, option)
+        raise _refusal(f"checkpoint {path} is damaged or not a checkpoint: {changed}", path, option)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        raise _refusal(f"{path} is no checkpoint ({' '.join(str(e).split())[:120]})", path, option) from e
+        raise _refusal(f"{path} is not a checkpoint ({' '.join(str(e).split())[:120]})", path, option) from e
     if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
-        raise _refusal(f"{path} is no checkpoint of this version (format {FORMAT_VERSION})", path, option)
+        raise _refusal(f"{path} is not a checkpoint of this version (format {FORMAT_VERSION})", path, option)
     if missing := Checkpoint.__required_keys__ - checkpoint.keys():
-        raise _refusal(f"{path} is no checkpoint: it lacks {', '.join(sorted(missing))}", path, option)
+        raise _refusal(f"{path} is not a checkpoint: it lacks {', '.join(sorted(missing))}", path, option)
     return checkpoint  # type: ignore[return-value]
 
 

@@ -78,6 +78,6 @@ def no_positives_advice(share: float) -> str | None:
     if share <= MOST_BATCHES:
         return None
     return (
-        f"{share:.0%} of the batches held no two segments with an artist, album or year in common, so the encoder"
-        " learned from the others only: use a larger --batch-size, or complete the tags"
+        f"{share:.0%} of the batches had no positive pair (no two segments with a tag in common), so the encoder"
+        " learned by tags from the others only: use a larger --batch-size, or complete the tags"
     )

@@ -34,9 +34,10 @@ def draw(epochs: list[dict[str, Any]], output_dim: int, path: Path) -> None:
     spread.set_ylim(0, 1.4 * output_dim**-0.5)
     rank = spread.twinx()
     points = [(e["epoch"], e["encoder/effective_rank"]) for e in epochs if e.get("encoder/effective_rank") is not None]
-    rank.plot(*zip(*points, strict=True), color="tab:green", label="effective rank (right)")
+    if points:
+        rank.plot(*zip(*points, strict=True), color="tab:green", label="effective rank (right)")
+        rank.legend(fontsize=7, loc="lower right")
     rank.set_ylim(bottom=0)
-    rank.legend(fontsize=7, loc="lower right")
     for axes in (loss, spread, score):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, loc="lower left" if axes is spread else "best")

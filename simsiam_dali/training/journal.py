@@ -117,8 +117,12 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
 
 
 def closing_lines(output_dim: int, run_dir: Path, epochs: list[dict[str, Any]]) -> Iterator[str]:
-    """The last epoch's scores beside those of the untrained encoder and of a guess, and the run's files."""
-    first, last = epochs[0], epochs[-1]
+    """The last epoch's scores beside those of the untrained encoder and of a guess, and the run's files.
+
+    Without those of epoch 0, or without any, where the journal was deleted in between.
+    """
+    untrained = epochs[0] if epochs and epochs[0]["epoch"] == 0 else {}
+    last = epochs[-1] if epochs else {}
     scores = (
         ("knn/artist", "kNN artist, accuracy", "a guess"),
         ("knn/genre", "kNN genre, accuracy", "a guess"),
@@ -126,9 +130,9 @@ def closing_lines(output_dim: int, run_dir: Path, epochs: list[dict[str, Any]]) 
     )
     for name, label, guess in scores:
         if last.get(name) is not None:
-            baselines = f"untrained encoder {first[name]:.3f}, {guess} {last[name + '_chance']:.3f}"
-            yield f"{label} {last[name]:.3f}  ({baselines})"
-    healthy = output_dim**-0.5
-    yield f"z-std {last['encoder/z_std']:.4f}  (healthy: about {healthy:.4f})"
+            first = f"untrained encoder {untrained[name]:.3f}, " if untrained.get(name) is not None else ""
+            yield f"{label} {last[name]:.3f}  ({first}{guess} {last[name + '_chance']:.3f})"
+    if last.get("encoder/z_std") is not None:
+        yield f"z-std {last['encoder/z_std']:.4f}  (healthy: about {output_dim**-0.5:.4f})"
     yield f"checkpoint {run_dir / 'checkpoint.pt'}"
     yield f"curves     {run_dir / 'curves.png'}"

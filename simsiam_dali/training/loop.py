@@ -119,7 +119,7 @@ class LossWindow:
         return sum(map(len, self._z))
 
     def gauges(self) -> dict[str, float]:
-        """The collapse gauges of this rank's latest outputs."""
+        """The collapse gauges of the latest outputs: this rank's or, where a loss compares those of all, all ranks'."""
         z = torch.cat(list(self._z))
         return {"encoder/z_std": float(z_std(z)), "encoder/effective_rank": float(effective_rank(z))}
 

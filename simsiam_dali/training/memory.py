@@ -20,8 +20,8 @@ from simsiam_dali.data.graph import LogMel
 HEADROOM = 0.1
 """Share of the free memory that is kept free."""
 
-BYTES_PER_PARAMETER = 12
-"""fp32 weight, gradient and momentum."""
+BYTES_PER_PARAMETER = {"sgd": 12, "adamw": 16}
+"""fp32 weight, gradient, and the optimizer's state: SGD's momentum, or AdamW's two moments."""
 
 WORKING_SHARE = 1.4
 """On a CPU, peak memory over kept activations: gradients in flight and workspaces (1.33 to 1.43, ResNet-18)."""
@@ -123,6 +123,7 @@ def check_fits(
     half: bool,
     device: torch.device,
     dali: tuple[float, float],
+    optimizer: str = "sgd",
 ) -> str | None:
     """A warning where `batch` segments may not fit by the estimate, None where they do.
 
@@ -132,7 +133,7 @@ def check_fits(
     kept = activation_bytes(encoder, shapes) * (0.5 if half else 1.0)
     shares, buffers = (GPU_SHARES, dali) if device.type == "cuda" else ((WORKING_SHARE,) * 2, (0.0, 0.0))
     least, most = (share * kept + buffer for share, buffer in zip(shares, buffers, strict=True))  # per segment
-    static = RUNTIME_BYTES + BYTES_PER_PARAMETER * sum(p.numel() for p in encoder.parameters())
+    static = RUNTIME_BYTES + BYTES_PER_PARAMETER[optimizer] * sum(p.numel() for p in encoder.parameters())
     free = free_bytes(device) * (1 - HEADROOM)
     if static + batch * most <= free:
         return None

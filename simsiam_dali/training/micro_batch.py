@@ -49,6 +49,7 @@ def choose_by_estimate(config: Config, shards: ShardSet, world: World) -> Config
     Raises UserError where none does.
     """
     kind, shapes, dali = encoder_type(config), _input_shapes(config, shards), _dali_bytes(config, shards)
+    optimizer = kind.settings.optimizer
     half = autocast_dtype(config.train.precision, world.device) != torch.float32
     with torch.device("meta"):  # an encoder of its own, only to count its bytes
         encoder = kind.create(pretrained=False)
@@ -57,7 +58,7 @@ def choose_by_estimate(config: Config, shards: ShardSet, world: World) -> Config
     largest, refusal = 0, ""
     for size in candidates(config):
         try:
-            warning = memory.check_fits(encoder, size, shapes, half, world.device, dali)
+            warning = memory.check_fits(encoder, size, shapes, half, world.device, dali, optimizer)
         except UserError as e:
             refusal = refusal or str(e)
             continue
@@ -117,9 +118,10 @@ def choose_by_trial_step(
 
 
 def bytes_beside(config: Config, learner: Learner, shards: ShardSet, size: int) -> int:
-    """What a step needs beside the trial step: DALI's buffers for `size` segments, and the momentum."""
-    momentum = 4 * sum(p.numel() for p in learner.encoder.parameters())
-    return momentum + round(size * _dali_bytes(config, shards)[1])
+    """What a step needs beside the trial step: DALI's buffers for `size` segments, and the optimizer's state."""
+    state = memory.BYTES_PER_PARAMETER[encoder_type(config).settings.optimizer] - 8  # without weight and gradient
+    parameters = sum(p.numel() for p in learner.encoder.parameters())
+    return state * parameters + round(size * _dali_bytes(config, shards)[1])
 
 
 def _dali_bytes(config: Config, shards: ShardSet) -> tuple[float, float]:

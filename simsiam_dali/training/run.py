@@ -54,7 +54,7 @@ class Run:
 
     @property
     def hours(self) -> float:
-        """Time spent training, over all its processes."""
+        """Wall-clock time of the training in hours, including that before each resume."""
         return (time.perf_counter() - self._started) / 3600
 
     @contextmanager

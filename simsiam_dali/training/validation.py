@@ -1,7 +1,8 @@
 """Scores on the validation songs during training: the loss, and kNN by artist, genre and rating.
 
-kNN searches among training songs (at most `train.knn_segments` segments of them) for each validation song; a song is
-the mean of its segments' clean views. Every validation uses the same views with the same random draws.
+kNN searches among training songs (`train.knn_segments` segments of them, rounded up to whole batches) for each
+validation song; a song is the mean of its segments' clean views. Every validation uses the same views with the same
+random draws.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch, release_memory
 from simsiam_dali.data.shards import ShardSet
@@ -90,13 +92,14 @@ class Validation:
 
     def _songs(self, split: Split, segments: int) -> tuple[Tensor, Tensor]:
         """Songs `(S,)`, ascending, and embeddings `(S, D)` of the split's first segments, on every rank."""
-        rows, embeddings = [], []
+        own: list[tuple[Tensor, Tensor]] = []
         for batch in self._batches(split, self.kind.embeds, segments):
             with self.learner.autocast():
-                embeddings.append(self.learner.encoder.embed(batch.inputs[0]).float().cpu())
-            rows.append(batch.segment.cpu())
-        parts = self.world.gather((torch.cat(rows), torch.cat(embeddings)))
-        segment, embedding = (torch.cat(x) for x in zip(*parts, strict=True))
+                own.append((batch.segment.cpu(), self.learner.encoder.embed(batch.inputs[0]).float().cpu()))
+        every = [batch for rank in self.world.gather(own) for batch in rank]  # of a rank none, if none of its decodes
+        if not every:
+            raise UserError(f"no {split} segment decodes: verify the shards (python -m simsiam_dali.pack --verify)")
+        segment, embedding = (torch.cat(parts) for parts in zip(*every, strict=True))
         return song_embeddings(embedding, self._song[segment])
 
     def _batches(self, split: Split, mode: Mode, segments: int) -> Iterator[Batch]:

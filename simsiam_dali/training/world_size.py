@@ -11,6 +11,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.augment import derive_seed
+from simsiam_dali.models.registry import encoder_type
 
 
 def rescale_batch_size(config: Config, before: int, now: int) -> Config:
@@ -23,15 +24,15 @@ def rescale_batch_size(config: Config, before: int, now: int) -> Config:
             f" continue with {', '.join(possible)}"
         )
     size = segments // now
-    micro_batch = _largest_divisor(config.train.micro_batch, size)
+    micro_batch = config.train.micro_batch
+    if micro_batch != "auto":
+        micro_batch = size if encoder_type(config).is_contrastive else _largest_divisor(micro_batch, size)
     return replace_settings(config, encoder__batch_size=size, train__micro_batch=micro_batch)
 
 
-def _largest_divisor(micro_batch: int | str, size: int) -> int | str:
-    """The largest divisor of `size` that is no larger than the micro-batch was."""
-    if micro_batch == "auto":
-        return micro_batch
-    return max(n for n in range(1, size + 1) if size % n == 0 and n <= int(micro_batch))
+def _largest_divisor(micro_batch: int, size: int) -> int:
+    """The largest divisor of `size`, from 2 on, that is no larger than the micro-batch was; `size` without one."""
+    return max((n for n in range(2, micro_batch + 1) if size % n == 0), default=size)
 
 
 def order_seed(config: Config, step: int, now: int) -> int:
