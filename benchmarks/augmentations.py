@@ -19,7 +19,7 @@ from simsiam_dali.common.files import atomic_write
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import augment
 from simsiam_dali.data.dali import DataNode, Pipeline, fn, pipeline_def, types
-from simsiam_dali.data.graph import Graph, LogMel, Source
+from simsiam_dali.data.graph import GraphConfig, LogMel, Source
 from simsiam_dali.data.pipeline import build_on_new_pool
 from simsiam_dali.data.views import noise_bank, noisy_spectrum, view
 
@@ -42,7 +42,7 @@ SWITCHES = {
 def graph_of(name: str, seconds: float, views: int) -> Pipeline:
     """A graph that makes `views` views of noise, each with the augmentation of that name."""
     cfg = AugmentationConfig(**{switch: float(own == name) for own, switch in SWITCHES.items()})
-    graph = Graph(Source((), (), "wav", False, seconds), LogMel(), "views", seconds, cfg)
+    graph = GraphConfig(Source((), (), "wav", False, seconds), LogMel(), "views", seconds, cfg)
     bank = noise_bank(graph, seed=0)
     rng = np.random.default_rng(0)
     waves = [0.1 * rng.standard_normal(round(seconds * graph.log_mel.sample_rate), np.float32) for _ in range(views)]

@@ -23,7 +23,7 @@ import torch
 
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.embedding.table import read_song_embeddings
-from simsiam_dali.evaluation.knn import of_length_1
+from simsiam_dali.evaluation.knn import l2_normalised
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.path import song_path, waypoints
 from simsiam_dali.recommendation.radio import radio
@@ -97,7 +97,7 @@ def measure(table: Path, pairs: int, count: int, seed: int) -> dict[str, Any]:
 def measure_made(songs: int, count: int, seed: int) -> dict[str, Any]:
     """Seconds of paths and of radios among made vectors of `MADE_WIDTH` numbers, 12 songs to an artist."""
     rng = np.random.default_rng(seed)
-    x = of_length_1(rng.standard_normal((songs, MADE_WIDTH), dtype=np.float32))
+    x = l2_normalised(rng.standard_normal((songs, MADE_WIDTH), dtype=np.float32))
     recording, allowed = np.arange(songs), np.ones(songs, bool)
     artists = [[f"artist {row // 12}"] for row in range(songs)]
     paths, first, following = [], [], []

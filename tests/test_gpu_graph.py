@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import gpu_tables
 
 from simsiam_dali.config.load import load_config
-from simsiam_dali.data.graph import Epoch, Graph
+from simsiam_dali.data.graph import Epoch, GraphConfig
 from simsiam_dali.data.pipeline import Settings, define
 from simsiam_dali.training import memory
 
@@ -24,8 +24,8 @@ GRAPHS: dict[str, dict[str, Any]] = {
 }
 
 
-def changed(**over: Any) -> Graph:
-    return Graph(**{**vars(gpu_tables.gpu_graph()), **over})
+def changed(**over: Any) -> GraphConfig:
+    return GraphConfig(**{**vars(gpu_tables.gpu_graph()), **over})
 
 
 @pytest.fixture(scope="module", params=GRAPHS)

@@ -34,7 +34,7 @@ def test_vectors_of_low_rank_are_compared_without_rounding_errors(songs, dims):
     x[1] = x[0]
     scaled = (x - x.mean(axis=0)) / x.std(axis=0)
     u, s, _ = np.linalg.svd(scaled, full_matrices=False)
-    expected = knn.of_length_1((u * s**0.5)[:, :3])
+    expected = knn.l2_normalised((u * s**0.5)[:, :3])
     found = knn.unit(x)
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-5)
     assert found[0] @ found[1] == pytest.approx(1, abs=1e-6)

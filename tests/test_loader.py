@@ -17,7 +17,7 @@ from helpers.signals import Array, noise, reference_log_mel, shard_set, song, wr
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import pipeline
-from simsiam_dali.data.graph import Graph, LogMel, Source
+from simsiam_dali.data.graph import GraphConfig, LogMel, Source
 from simsiam_dali.data.loader import Batch, Loader, device_fault, measure_log_mel
 from simsiam_dali.data.quarantine import Quarantine
 
@@ -47,7 +47,7 @@ def load(
     source: Source, mode: Any = "raw", shuffle_buffer: int = 0, ranks: int = 1, rank: int = 0, **settings: Any
 ) -> Loader:
     source = replace(source, shuffle_buffer=shuffle_buffer, num_shards=ranks, shard_id=rank)
-    graph = Graph(source, LogMel(), mode, SECONDS, AugmentationConfig(**ALL_DRAWN))
+    graph = GraphConfig(source, LogMel(), mode, SECONDS, AugmentationConfig(**ALL_DRAWN))
     settings = {"count": SEGMENTS, "batch_size": 4, "threads": 2, "prefetch": 2, "seed": 0, **settings}
     return Loader(graph, quarantine=quarantine(source), **settings)
 
@@ -406,7 +406,7 @@ def test_measured_mean_and_std_are_those_of_the_log_mel(tmp_path: Path) -> None:
     songs = [song(2.0, seed) for seed in range(7)]
     tars, indexes = write_shards(tmp_path, songs)
     source = Source(tars, indexes, "flac", native_rate=False, segment_seconds=2.0)
-    graph = Graph(source, LogMel(), "clean", 2.0, AugmentationConfig())
+    graph = GraphConfig(source, LogMel(), "clean", 2.0, AugmentationConfig())
     for segments, used in ((100, 7), (4, 4), (3, 4)):  # whole batches
         loader = Loader(graph, count=7, batch_size=2, threads=2, prefetch=2, seed=0, quarantine=quarantine(source))
         measured = measure_log_mel(loader, segments)

@@ -13,7 +13,7 @@ from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config
 from simsiam_dali.evaluation.knn import VOTE_TEMPERATURE
 from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_chance, rating_chance
-from simsiam_dali.models.encoder import Scored, song_embeddings
+from simsiam_dali.models.encoder import LossOutput, song_embeddings
 from simsiam_dali.training.collapse import LEAST_ROWS, collapse_advice, effective_rank, z_std
 from simsiam_dali.training.journal import closing_lines
 from simsiam_dali.training.loop import GAUGE_ROWS, LossWindow
@@ -117,7 +117,7 @@ def test_variances_that_fall_steeply_are_healthy_until_about_one_direction_is_le
 def test_the_gauges_know_on_how_many_outputs_they_are_computed() -> None:
     config = load_config(assignments=["encoder.batch_size=4"])
     window = LossWindow(World(0, 1, torch.device("cpu")), config)
-    scored = Scored(torch.tensor(0.0), torch.tensor(True), normal(4, 8))
+    scored = LossOutput(torch.tensor(0.0), torch.tensor(True), normal(4, 8))
     window.add(scored)
     window.add(scored)
     assert window.rows == 8

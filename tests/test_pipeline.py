@@ -11,7 +11,7 @@ from helpers.signals import RATE, Array, noise, reference_log_mel, song, write_s
 from torchaudio.functional import resample
 
 from simsiam_dali.config.schema import AugmentationConfig
-from simsiam_dali.data.graph import Epoch, Graph, LogMel
+from simsiam_dali.data.graph import Epoch, GraphConfig, LogMel
 from simsiam_dali.data.pipeline import Settings, build
 
 
@@ -220,7 +220,7 @@ def test_a_batch_outside_an_epoch_is_not_decoded_on_a_gpu_either(tmp_path: Path)
     assert shapes == [(2, FRAMES, LogMel().n_mels), (2, 1, 1)] * 2
 
 
-def assert_same_on_both_devices(one: Graph, batch_size: int, batches: int, depth_db: float = 60.0) -> None:
+def assert_same_on_both_devices(one: GraphConfig, batch_size: int, batches: int, depth_db: float = 60.0) -> None:
     """The draws are the same, and so are the views, up to rounding.
 
     Deep in the valleys of a spectrum a log shows the rounding of float32, which differs between the two devices: that

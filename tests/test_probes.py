@@ -429,8 +429,8 @@ def test_tiny_libraries(n):
 def test_of_equally_near_songs_the_first_comes_first(monkeypatch):
     """As a stable sort of all cosines has it, also where more songs are equally near than are asked for."""
     monkeypatch.setattr(knn, "BLOCK", 7)
-    bank = knn.of_length_1(RNG.integers(-1, 2, (60, 3)).astype(np.float32) + 0.5)
-    query = knn.of_length_1(RNG.integers(-1, 2, (20, 3)).astype(np.float32) + 0.5)
+    bank = knn.l2_normalised(RNG.integers(-1, 2, (60, 3)).astype(np.float32) + 0.5)
+    query = knn.l2_normalised(RNG.integers(-1, 2, (20, 3)).astype(np.float32) + 0.5)
     cosine = np.concatenate([block.copy() for _, block in knn.cosine_blocks(query, bank)])
     expected = np.argsort(-cosine, axis=1, kind="stable")
     for k in (1, 5, 60):

@@ -22,7 +22,7 @@ from simsiam_dali import embed
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data import loader as loader_module
-from simsiam_dali.data.graph import Graph, LogMel, Source
+from simsiam_dali.data.graph import GraphConfig, LogMel, Source
 from simsiam_dali.data.loader import Loader
 from simsiam_dali.data.quarantine import COLUMNS, Quarantine
 from simsiam_dali.data.shards import ShardSet, open_shards
@@ -48,7 +48,7 @@ def load(
         tuple(shards.tars("train")), tuple(shards.indexes("train")), shards.codec, False, SECONDS, rank, ranks,
         shuffle_buffer,
     )  # fmt: skip
-    graph = Graph(source, LogMel(), mode, SECONDS, AugmentationConfig(time_mask_param=5))
+    graph = GraphConfig(source, LogMel(), mode, SECONDS, AugmentationConfig(time_mask_param=5))
     settings = {"count": SEGMENTS, "batch_size": BATCH, "threads": 2, "prefetch": 3, "seed": 0, **settings}
     return Loader(graph, quarantine=Quarantine(shards, limit), **settings)
 

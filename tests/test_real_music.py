@@ -32,7 +32,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
-from simsiam_dali.evaluation.knn import of_length_1, unit
+from simsiam_dali.evaluation.knn import l2_normalised, unit
 from simsiam_dali.models.losses import simsiam_loss
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import log_mel_settings
@@ -424,13 +424,13 @@ def test_whitening_and_mutual_proximity_by_hand():
     x = rng.standard_normal((200, 6)) @ rng.standard_normal((6, 6))
     white = retrieval.whitened(x, 0)
     assert np.cov(white.T, bias=True) == pytest.approx(np.eye(6), abs=1e-6)
-    barely = retrieval.cosines(of_length_1(retrieval.whitened(x, 1e9)))
+    barely = retrieval.cosines(l2_normalised(retrieval.whitened(x, 1e9)))
     rotated = retrieval.cosines(unit(x, whiten=False))
     assert barely == pytest.approx(rotated, abs=1e-5)
 
     # A hub near to all: to each other song it is nearest, until its distances to the others count as well.
     spread = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.9, 0.1, 0], [0.6, 0.6, 0.6]])
-    similarity = retrieval.cosines(of_length_1(spread))
+    similarity = retrieval.cosines(l2_normalised(spread))
     near, cosine = retrieval.find_by(similarity, 0.5 * similarity, 1)
     assert near[1:3, 0].tolist() == [4, 4]
     assert cosine[1:3, 0] == pytest.approx(0.5 * similarity[[1, 2], [4, 4]])

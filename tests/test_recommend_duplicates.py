@@ -11,7 +11,7 @@ from helpers.small_music import write_audio
 from test_recommend import command, library_file
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.evaluation.knn import of_length_1
+from simsiam_dali.evaluation.knn import l2_normalised
 from simsiam_dali.recommendation import duplicates
 from simsiam_dali.recommendation.duplicates import candidate_pairs
 from simsiam_dali.recommendation.fingerprint import MAX_LAG, MIN_OVERLAP, RATE, compare, of_samples
@@ -80,7 +80,7 @@ def test_candidates_are_all_near_pairs_of_like_length(monkeypatch: pytest.Monkey
     monkeypatch.setattr(duplicates, "_BLOCK", 16)  # more than one block
     monkeypatch.setattr(duplicates, "NEAREST", 3)
     rng = np.random.default_rng(0)
-    x, seconds = of_length_1(rng.standard_normal((100, 4))), rng.uniform(20, 120, 100)
+    x, seconds = l2_normalised(rng.standard_normal((100, 4))), rng.uniform(20, 120, 100)
     seconds[3] = np.nan
     rows = np.flatnonzero(rng.random(100) < 0.8)
     shorter, longer = np.minimum.outer(seconds, seconds), np.maximum.outer(seconds, seconds)

@@ -8,7 +8,7 @@ from helpers.evaluation_tables import song_table
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
 from simsiam_dali.evaluation import within_song
-from simsiam_dali.evaluation.knn import of_length_1, unit
+from simsiam_dali.evaluation.knn import l2_normalised, unit
 from simsiam_dali.evaluation.within_song import FLOOR, WithinSong
 
 RNG = np.random.default_rng(3)
@@ -100,7 +100,7 @@ def test_vectors_are_multiplied_by_the_inverse_root_of_the_covariance_and_the_fl
     variance, turn = np.linalg.eigh((within.axes / scale).T.astype(float) @ (within.axes / scale))
     variance += FLOOR + (variance < 1e-6) * np.sum(within.rest / scale**2) / max(1, 5 - axes)
     expected = (x @ turn / np.sqrt(variance)) @ turn.T
-    np.testing.assert_allclose(of_length_1(found), of_length_1(expected), atol=1e-4)
+    np.testing.assert_allclose(l2_normalised(found), l2_normalised(expected), atol=1e-4)
 
 
 def test_what_is_left_out_counts_as_much_as_what_is_kept(monkeypatch):

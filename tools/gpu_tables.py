@@ -15,7 +15,7 @@ from nvidia.dali import backend
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import AugmentationConfig, Config
-from simsiam_dali.data.graph import Epoch, Graph, LogMel, Source
+from simsiam_dali.data.graph import Epoch, GraphConfig, LogMel, Source
 from simsiam_dali.data.pipeline import Settings, define
 from simsiam_dali.models.recompute import recompute_blocks
 from simsiam_dali.models.registry import encoder_type
@@ -80,11 +80,11 @@ def cards_table() -> Iterator[str]:
         yield f"| {card} GB | {cells(fit(plain, card * 1e9))} {cells(fit(recomputing, card * 1e9))}"
 
 
-def gpu_graph() -> Graph:
+def gpu_graph() -> GraphConfig:
     """The graph with all there is: 44.1 kHz shards, independent crops, all augmentations, epochs."""
     source = Source((Path("a.tar"),), (Path("a.idx"),), "flac", True, SEGMENT_SECONDS, shuffle_buffer=1024)
     all_drawn = AugmentationConfig(mixup_prob=0.5, crop_prob=0.5)
-    return Graph(source, LogMel(), "views", 45.0, all_drawn, "independent", Epoch(1, 2))
+    return GraphConfig(source, LogMel(), "views", 45.0, all_drawn, "independent", Epoch(1, 2))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Operator:
         return self.name in registered
 
 
-def operators(graph: Graph, gpu: int | None) -> list[Operator]:
+def operators(graph: GraphConfig, gpu: int | None) -> list[Operator]:
     """Every operator of a graph in DALI's order."""
     pipeline = define(graph, Settings(4, threads=1, prefetch=1, seed=0, gpu=gpu))
     pipeline._build_graph()

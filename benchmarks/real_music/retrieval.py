@@ -24,7 +24,7 @@ from scipy.stats import zscore
 from simsiam_dali.common.errors import UserError, one_line_errors
 from simsiam_dali.embedding.table import Embeddings, read_song_embeddings
 from simsiam_dali.evaluation.hubness import of_neighbours
-from simsiam_dali.evaluation.knn import half_whitened, nearest, of_length_1, unit
+from simsiam_dali.evaluation.knn import half_whitened, l2_normalised, nearest, unit
 
 PLAIN, TODAY = "cosine, standardised", "normalised within songs"
 """The rule that the others are compared with, and that of `evaluate` and `recommend`."""
@@ -74,7 +74,7 @@ def cosines(x: np.ndarray) -> np.ndarray:
 
 def by_cosine(x: np.ndarray, group: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """By the cosine of the vectors as they are."""
-    x = of_length_1(x)
+    x = l2_normalised(x)
     return nearest(x, x, k, (group, group))
 
 

@@ -47,7 +47,7 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Graph:
+class GraphConfig:
     """All settings of the graph. seconds: length of a view. augmentation, crops, views, short_*: for mode "views".
 
     epoch: which batches are decoded; None decodes all. views: how many augmented views a segment has. short_views: how
@@ -65,7 +65,7 @@ class Graph:
     short_views: int = 0
     short_seconds: float = 0.0
 
-    def by_length(self) -> "list[Graph]":
+    def by_length(self) -> "list[GraphConfig]":
         """The graph of the views, and where there are short ones, the graph of those alone.
 
         Each short view has a place of its own, anywhere in the segment; its time masks are shorter in proportion.

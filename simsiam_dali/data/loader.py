@@ -21,8 +21,8 @@ from torch import Tensor
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.dali import backend
-from simsiam_dali.data.graph import Epoch, Graph, LogMel
-from simsiam_dali.data.pipeline import Settings, build
+from simsiam_dali.data.graph import Epoch, GraphConfig, LogMel
+from simsiam_dali.data.pipeline import PipelineSettings, build
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.skip_damaged import find_undecodable, reason_of, with_placeholders
 
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Iterates over `count` segments of a `Graph` in batches.
+    """Iterates over `count` segments of a `GraphConfig` in batches.
 
     count: segments in the split, over all ranks. group: a shuffled epoch is a whole number of groups of so many
     batches, such as those whose gradients make one step. gpu: CUDA device number, None for the CPU. quarantine: where
@@ -78,7 +78,7 @@ class Loader:
 
     def __init__(
         self,
-        graph: Graph,
+        graph: GraphConfig,
         count: int,
         batch_size: int,
         threads: int,
@@ -105,7 +105,7 @@ class Loader:
             )
         epoch = Epoch(self.steps, self._reader_batches) if self.steps < self._reader_batches else None
         self.graph = dataclasses.replace(graph, epoch=epoch)
-        self._settings = Settings(batch_size, threads, prefetch, seed, gpu)
+        self._settings = PipelineSettings(batch_size, threads, prefetch, seed, gpu)
         self.decoded = 0  # segments that the graph decoded for all batches so far, of any epoch
         self.step = 0  # batches of this epoch already yielded
         self._batches_since_snapshot, self._snapshot_time = 0, 0.0

@@ -15,7 +15,7 @@ import numpy as np
 
 from simsiam_dali.data import augment
 from simsiam_dali.data.dali import DataNode, OperatorConcurrency, Pipeline, fn, pipeline_def, types
-from simsiam_dali.data.graph import Epoch, Graph, Source
+from simsiam_dali.data.graph import Epoch, GraphConfig, Source
 from simsiam_dali.data.views import augmented_views, clean_view, crop, noise_bank, to_front_end_rate
 
 NEW_THREAD_POOL = "DALI_USE_NEW_THREAD_POOL"
@@ -23,7 +23,7 @@ NEW_THREAD_POOL = "DALI_USE_NEW_THREAD_POOL"
 
 
 @dataclass(frozen=True)
-class Settings:
+class PipelineSettings:
     """How the graph runs. gpu: CUDA device number, None for the CPU alone."""
 
     batch_size: int
@@ -33,7 +33,7 @@ class Settings:
     gpu: int | None
 
 
-def build(graph: Graph, settings: Settings, state: str | None = None) -> Pipeline:
+def build(graph: GraphConfig, settings: PipelineSettings, state: str | None = None) -> Pipeline:
     """Build the pipeline. Outputs: [each view, row, total, samples] in mode "views", [view or wave, ...] otherwise.
 
     Views are `(T, n_mels)`, time first. total, on the CPU: a number of each decoded segment that is finite only if
@@ -67,7 +67,7 @@ def build_on_new_pool(pipeline: Pipeline) -> None:
             os.write(2, written.read().replace(b"\n!!! Forced use of NewThreadPool !!!\n", b""))
 
 
-def define(graph: Graph, settings: Settings, state: str | None = None) -> Pipeline:
+def define(graph: GraphConfig, settings: PipelineSettings, state: str | None = None) -> Pipeline:
     """The pipeline of `build` before it is built, which needs neither the shards nor a GPU."""
     on_gpu = settings.gpu is not None
     noise = noise_bank(graph, settings.seed) if graph.mode == "views" else None
@@ -131,7 +131,7 @@ Random = tuple[list[DataNode | float], list[augment.Draws]]
 """Where each crop starts, 0 to 1, one for each view or one for all; in mode "views" each view's augmentations."""
 
 
-def draw(graph: Graph, seed: int) -> list[Random]:
+def draw(graph: GraphConfig, seed: int) -> list[Random]:
     """The random numbers of a batch, for each length of view; seed: of this rank.
 
     Drawn whether or not the batch is decoded: every batch draws equally often.
@@ -161,7 +161,7 @@ def is_used(epoch: Epoch, batch_size: int) -> DataNode:
 
 
 def decode(
-    encoded: DataNode, random: list[Random], graph: Graph, noise: np.ndarray | None, on_gpu: bool
+    encoded: DataNode, random: list[Random], graph: GraphConfig, noise: np.ndarray | None, on_gpu: bool
 ) -> tuple[DataNode, ...]:
     """The data of the mode, time before frequency, then total and samples."""
     wave, rate = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
@@ -173,7 +173,7 @@ def decode(
     if on_gpu:
         wave = wave.gpu()
 
-    def wave_of(at: DataNode | float, part: Graph) -> DataNode:
+    def wave_of(at: DataNode | float, part: GraphConfig) -> DataNode:
         return to_front_end_rate(crop(wave, rate, part, at), rate, part, on_gpu)
 
     if graph.mode != "views":
@@ -192,7 +192,7 @@ def decode(
     return (*views, total, samples)
 
 
-def not_decoded(graph: Graph, on_gpu: bool) -> tuple[DataNode, ...]:
+def not_decoded(graph: GraphConfig, on_gpu: bool) -> tuple[DataNode, ...]:
     """Placeholders for the data, total and samples of a batch that is not decoded."""
     size = (1,) if graph.mode == "raw" else (1, 1)
     data = types.Constant(np.zeros(size, np.float32), device="gpu" if on_gpu else "cpu")

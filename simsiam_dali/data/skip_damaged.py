@@ -20,8 +20,8 @@ import torch
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.format import index_text, read_index, row_of
-from simsiam_dali.data.graph import Graph, Source
-from simsiam_dali.data.pipeline import Settings, build
+from simsiam_dali.data.graph import GraphConfig, Source
+from simsiam_dali.data.pipeline import PipelineSettings, build
 
 Rows = Mapping[str, set[int]]
 """Rows of segments by the name of their shard."""
@@ -66,7 +66,7 @@ def with_placeholders(source: Source, skipped: Rows, folder: Path) -> tuple[Sour
 
 
 def find_undecodable(
-    graph: Graph, settings: Settings, state: str | None, batches: int, skipped: Rows
+    graph: GraphConfig, settings: PipelineSettings, state: str | None, batches: int, skipped: Rows
 ) -> dict[int, str]:
     """Rows in the batch that comes `batches` after `state` which do not decode to a valid segment, with reasons.
 
@@ -85,7 +85,9 @@ def find_undecodable(
         return dict(_undecodable(graph, samples, settings.seed))
 
 
-def rows_in_batch(graph: Graph, settings: Settings, state: str | None, batches: int, folder: Path) -> set[int]:
+def rows_in_batch(
+    graph: GraphConfig, settings: PipelineSettings, state: str | None, batches: int, folder: Path
+) -> set[int]:
     """The rows in the batch that comes `batches` after `state`, without reading the shards; `folder`: for its files.
 
     DALI restores a state into the same graph only, so the whole graph runs: on silence, under the samples' names.
@@ -108,7 +110,9 @@ def rows_in_batch(graph: Graph, settings: Settings, state: str | None, batches: 
     return {int(row.source_info().rpartition(":")[2].partition(".")[0]) for row in rows}
 
 
-def _undecodable(graph: Graph, samples: Mapping[int, tuple[Path | str, Path]], seed: int) -> Iterator[tuple[int, str]]:
+def _undecodable(
+    graph: GraphConfig, samples: Mapping[int, tuple[Path | str, Path]], seed: int
+) -> Iterator[tuple[int, str]]:
     """Decode each of `samples` (row -> tar, index) by itself, to a clean view or to raw audio, on the CPU."""
     spec, left = graph.log_mel, list(samples)
     raw = graph.mode == "raw"
@@ -118,7 +122,7 @@ def _undecodable(graph: Graph, samples: Mapping[int, tuple[Path | str, Path]], s
         whole = graph.source
         source = Source(tars, indexes, whole.codec, whole.native_rate, whole.segment_seconds)
         alone = dataclasses.replace(graph, source=source, mode="raw" if raw else "clean", epoch=None)
-        pipeline = build(alone, Settings(1, 1, 1, seed, None))
+        pipeline = build(alone, PipelineSettings(1, 1, 1, seed, None))
         for row in left.copy():
             left.remove(row)
             try:

@@ -11,7 +11,7 @@ import numpy as np
 
 from simsiam_dali.data import augment, mixing
 from simsiam_dali.data.dali import DataNode, fn, math, types
-from simsiam_dali.data.graph import Graph, LogMel
+from simsiam_dali.data.graph import GraphConfig, LogMel
 
 FLOOR_DB = -100.0
 """Log-mel floor: `AmplitudeToDB(amin=1e-10)`."""
@@ -64,7 +64,7 @@ def clean_view(wave: DataNode, spec: LogMel) -> DataNode:
     return normalise(mel_power(power_spectrogram(wave, spec), spec), spec)
 
 
-def crop(wave: DataNode, rate: DataNode, graph: Graph, at: DataNode | float) -> DataNode:
+def crop(wave: DataNode, rate: DataNode, graph: GraphConfig, at: DataNode | float) -> DataNode:
     """The `graph.seconds` of `wave (N,)` that a view shows; `at`, 0 to 1, from the first possible start to the last."""
     if graph.seconds >= graph.source.segment_seconds:
         return wave
@@ -74,7 +74,7 @@ def crop(wave: DataNode, rate: DataNode, graph: Graph, at: DataNode | float) -> 
     return fn.slice(wave, start=start, end=start + length, axes=[0], out_of_bounds_policy="trim_to_shape")
 
 
-def to_front_end_rate(wave: DataNode, rate: DataNode, graph: Graph, gpu: bool) -> DataNode:
+def to_front_end_rate(wave: DataNode, rate: DataNode, graph: GraphConfig, gpu: bool) -> DataNode:
     """`wave (N,)` at the front end's rate, exactly `graph.seconds` long; up to `MISSING_S` of its end are zeros."""
     spec = graph.log_mel
     if graph.source.native_rate:
@@ -90,7 +90,7 @@ def to_front_end_rate(wave: DataNode, rate: DataNode, graph: Graph, gpu: bool) -
     return fn.slice(wave, start=start, end=end, axes=[0], out_of_bounds_policy="pad")
 
 
-def noise_bank(graph: Graph, seed: int) -> np.ndarray | None:
+def noise_bank(graph: GraphConfig, seed: int) -> np.ndarray | None:
     """Unit-variance Gaussian noise `(M,)`, `NOISE_BANK_EXTRA_S` longer than a view; None when no view can be noisy."""
     if graph.augmentation.noise_prob == 0:
         return None
@@ -98,13 +98,13 @@ def noise_bank(graph: Graph, seed: int) -> np.ndarray | None:
     return np.random.default_rng(augment.derive_seed(seed, "noise bank")).standard_normal(samples, np.float32)
 
 
-def spectrum(wave: DataNode, graph: Graph) -> DataNode:
+def spectrum(wave: DataNode, graph: GraphConfig) -> DataNode:
     """The power `(F, 1 + n_fft // 2)` of a view; its mel power `(F, n_mels)` if no view is pitch-shifted."""
     power = power_spectrogram(wave, graph.log_mel)
     return power if graph.augmentation.pitch_shift_prob > 0 else mel_power(power, graph.log_mel)
 
 
-def noisy_spectrum(wave: DataNode, draws: augment.Draws, bank: DataNode | None, graph: Graph) -> DataNode:
+def noisy_spectrum(wave: DataNode, draws: augment.Draws, bank: DataNode | None, graph: GraphConfig) -> DataNode:
     """The `spectrum` of one view, with noise where drawn."""
     if bank is not None and draws.noisy:
         # The pitch shift comes later; the level that it removes from the noise is added beforehand.
@@ -113,7 +113,7 @@ def noisy_spectrum(wave: DataNode, draws: augment.Draws, bank: DataNode | None, 
     return spectrum(wave, graph)
 
 
-def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> DataNode:
+def view(spectrum: DataNode, draws: augment.Draws, graph: GraphConfig, gpu: bool) -> DataNode:
     """A view `(T, n_mels)` from its `spectrum`: pitch, time shift, tempo, reverb, gain, mixup, log, crop, masks."""
     spec, cfg, mel = graph.log_mel, graph.augmentation, spectrum
     frames, hop_seconds = spec.frames(graph.seconds), spec.hop_length / spec.sample_rate
@@ -142,7 +142,7 @@ def view(spectrum: DataNode, draws: augment.Draws, graph: Graph, gpu: bool) -> D
 
 
 def augmented_views(
-    waves: list[DataNode], draws: list[augment.Draws], bank: DataNode | None, graph: Graph, gpu: bool
+    waves: list[DataNode], draws: list[augment.Draws], bank: DataNode | None, graph: GraphConfig, gpu: bool
 ) -> list[DataNode]:
     """The augmented views `(T, n_mels)` of `waves (N,)`, their crops at the front end's rate.
 

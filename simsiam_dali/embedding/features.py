@@ -33,7 +33,7 @@ N_MFCC = 20
 class Features:
     """`compute` maps a batch of the graph's `mode`, on the device, to `(B, D)` float32 on the device.
 
-    name: "checkpoint" or a baseline. dtype: of the computation. of_length_1: whether segments' vectors are scaled to
+    name: "checkpoint" or a baseline. dtype: of the computation. l2_normalised: whether segments' vectors are scaled to
     length 1 before a song's mean is taken, so that each segment counts the same.
     """
 
@@ -41,14 +41,14 @@ class Features:
     mode: Literal["clean", "raw"]
     compute: Callable[[Tensor], Tensor]
     dtype: torch.dtype = torch.float32
-    of_length_1: bool = False
+    l2_normalised: bool = False
 
     def of_songs(self, vectors: Tensor, song: Tensor) -> tuple[Tensor, Tensor, WithinSong | None]:
         """Segments' vectors `(N, D)` and songs `(N,)` to the songs `(S,)`, ascending, and their vectors `(S, D)`.
 
         And how the segments lie around them.
         """
-        segments = F.normalize(vectors, dim=1) if self.of_length_1 else vectors
+        segments = F.normalize(vectors, dim=1) if self.l2_normalised else vectors
         songs, means = song_means(segments, song)
         return songs, means, WithinSong.of_segments(segments.numpy(), song.numpy())
 
@@ -88,4 +88,4 @@ def encoder_features(name: str, encoder: Encoder, config: Config, device: torch.
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return encoder.embed(data).float()
 
-    return Features(name, encoder_type(config).embeds, compute, dtype, of_length_1=True)
+    return Features(name, encoder_type(config).embeds, compute, dtype, l2_normalised=True)

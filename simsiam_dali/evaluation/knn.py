@@ -36,11 +36,11 @@ def unit(vectors: np.ndarray, within: WithinSong | None = None, whiten: bool = T
     scaler = StandardScaler()
     x: np.ndarray = scaler.fit_transform(vectors.astype(np.float32))
     if not whiten:
-        return of_length_1(x)
-    return of_length_1(within.normalised(x, scaler.scale_) if within else half_whitened(x))
+        return l2_normalised(x)
+    return l2_normalised(within.normalised(x, scaler.scale_) if within else half_whitened(x))
 
 
-def of_length_1(vectors: np.ndarray) -> np.ndarray:
+def l2_normalised(vectors: np.ndarray) -> np.ndarray:
     """Each row `(N, D)` divided by its length; a row of zeros stays."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import LossFn, Scored
+from simsiam_dali.models.encoder import LossFn, LossOutput
 from simsiam_dali.models.losses import nt_xent
 from simsiam_dali.models.projected import Projected, ProjectedType
 
@@ -38,7 +38,7 @@ class ContrastiveType(ProjectedType):
         has_loss = torch.ones((), dtype=torch.bool, device=device)
         temperature = self.config.encoder.contrastive.temperature
 
-        def score(outputs: Any, segment: Tensor) -> Scored:  # noqa: ARG001
-            return Scored(nt_xent(outputs, temperature), has_loss, outputs[0])
+        def loss_fn(outputs: Any, segment: Tensor) -> LossOutput:  # noqa: ARG001
+            return LossOutput(nt_xent(outputs, temperature), has_loss, outputs[0])
 
-        return score
+        return loss_fn

@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         """Called after each step of the optimizer, on all ranks, whose weights are equal."""
 
 
-class Scored(NamedTuple):
+class LossOutput(NamedTuple):
     """The loss of a batch. All tensors stay on the device, so that the host does not wait for it."""
 
     loss: Tensor  # float32 scalar
@@ -43,7 +43,7 @@ class Scored(NamedTuple):
     z: Tensor  # (B, output_dim), on which the collapse gauges are computed
 
 
-LossFn = Callable[[Any, Tensor], Scored]
+LossFn = Callable[[Any, Tensor], LossOutput]
 """From the output of the encoder's forward, and the batch's rows of the segment table `(B,)` int64."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import LossFn, Scored
+from simsiam_dali.models.encoder import LossFn, LossOutput
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.losses import MetadataContrastiveLoss, nt_xent, rating_loss, simsiam_loss
 from simsiam_dali.models.projected import Projected, ProjectedType
@@ -127,7 +127,7 @@ class JointType(ProjectedType):
         labels = SongLabels.from_songs(shards.songs, song).to(device)
         rating = torch.tensor(shards.songs["rating"].to_numpy("float32")[song], device=device)  # NaN is unrated
 
-        def score(outputs: Any, segment: Tensor) -> Scored:
+        def loss_fn(outputs: Any, segment: Tensor) -> LossOutput:
             z, t, r, *p = (outputs[start : start + views] for start in range(0, len(outputs), views))
             if device.type == "cuda" and segment.device.type == "cpu":
                 segment = segment.pin_memory()  # the host need not wait for a copy from pinned memory
@@ -135,6 +135,6 @@ class JointType(ProjectedType):
             by_views = simsiam_loss(p[0], z[:long]) if p else nt_xent(z, temperature)
             by_tags, _ = tag_loss(torch.cat(t), *(torch.cat([label] * views) for label in labels.of(segment)))
             by_rating = rating_loss(torch.cat(r), rating[segment].repeat(views))
-            return Scored(by_views + own.tag_weight * by_tags + own.rating_weight * by_rating, has_loss, z[0])
+            return LossOutput(by_views + own.tag_weight * by_tags + own.rating_weight * by_rating, has_loss, z[0])
 
-        return score
+        return loss_fn

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from simsiam_dali.config.schema import Config, SimpleConfig
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, Scored
+from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, LossOutput
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.losses import MetadataContrastiveLoss
 
@@ -93,13 +93,13 @@ class SimpleType(EncoderType):
 
     def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:
         """See the base class."""
-        loss_fn = MetadataContrastiveLoss(self.settings)
+        contrast = MetadataContrastiveLoss(self.settings)
         labels = SongLabels.from_songs(shards.songs, shards.segments["song"].to_numpy()).to(device)
 
-        def score(outputs: Any, segment: Tensor) -> Scored:
+        def loss_fn(outputs: Any, segment: Tensor) -> LossOutput:
             if device.type == "cuda" and segment.device.type == "cpu":
                 segment = segment.pin_memory()  # the host need not wait for a copy from pinned memory
-            loss, anchors = loss_fn(outputs, *labels.of(segment.to(device, non_blocking=True)))
-            return Scored(loss, anchors > 0, outputs)
+            loss, anchors = contrast(outputs, *labels.of(segment.to(device, non_blocking=True)))
+            return LossOutput(loss, anchors > 0, outputs)
 
-        return score
+        return loss_fn

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import LossFn, Scored
+from simsiam_dali.models.encoder import LossFn, LossOutput
 from simsiam_dali.models.losses import simsiam_loss
 from simsiam_dali.models.projected import Projected, ProjectedType
 
@@ -105,9 +105,9 @@ class SimSiamType(ProjectedType):
         """See the base class."""
         has_loss, short = torch.ones((), dtype=torch.bool, device=device), self.config.data.short_views
 
-        def score(outputs: Any, segment: Tensor) -> Scored:  # noqa: ARG001
+        def loss_fn(outputs: Any, segment: Tensor) -> LossOutput:  # noqa: ARG001
             views = (len(outputs) - short) // 2
             p, z = outputs[:-views], outputs[-views:]
-            return Scored(simsiam_loss(p, z), has_loss, z[0])
+            return LossOutput(simsiam_loss(p, z), has_loss, z[0])
 
-        return score
+        return loss_fn

@@ -12,7 +12,7 @@ from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
-from simsiam_dali.data.graph import Graph, LogMel, Source
+from simsiam_dali.data.graph import GraphConfig, LogMel, Source
 from simsiam_dali.data.loader import Loader, measure_log_mel, release_memory
 from simsiam_dali.data.quarantine import Quarantine
 from simsiam_dali.data.shards import ShardSet
@@ -146,7 +146,7 @@ def create_loader(
     seconds, short = view_seconds(config, shards), config.data.short_view_seconds
     if mode == "views" and config.data.short_views and short > seconds:
         raise UserError(f"data.short_view_seconds is {short:g}, but the other views have {seconds:g} s: use less")
-    graph = Graph(
+    graph = GraphConfig(
         source=source,
         log_mel=log_mel,
         mode=mode,

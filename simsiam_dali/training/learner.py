@@ -15,7 +15,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import Encoder, Scored
+from simsiam_dali.models.encoder import Encoder, LossOutput
 from simsiam_dali.models.recompute import recompute_blocks
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.throughput import mark
@@ -80,12 +80,12 @@ class Learner:
         """The precision's context, for whatever runs the encoder."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.half)
 
-    def score(self, batch: Batch) -> Scored:
+    def validation_loss(self, batch: Batch) -> LossOutput:
         """The loss of a batch for validation: of this rank alone, without DDP, so nothing waits for another rank."""
         with self.autocast():
             return self.loss_fn(self.encoder(*batch.inputs), batch.segment)
 
-    def _score(self, batch: Batch) -> Scored:
+    def _loss(self, batch: Batch) -> LossOutput:
         """The training loss; a contrastive one is computed on the batches of all ranks."""
         with self.autocast():
             outputs, segment = self.model(*batch.inputs), batch.segment
@@ -98,7 +98,7 @@ class Learner:
                 outputs = tuple(together) if isinstance(outputs, tuple) else together[0]
             return self.loss_fn(outputs, segment)
 
-    def step(self, batches: Iterable[Batch], lr: float, fixed_lr: float) -> Scored:
+    def step(self, batches: Iterable[Batch], lr: float, fixed_lr: float) -> LossOutput:
         """One step at these learning rates, on the mean gradient of `micro_batches` batches.
 
         Returns their mean loss, whether any of them had one, and their z concatenated, detached and on the device.
@@ -106,14 +106,14 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = fixed_lr if group["fix_lr"] else lr
         self.optimizer.zero_grad(set_to_none=True)
-        parts: list[Scored] = []
+        parts: list[LossOutput] = []
         for number, batch in enumerate(batches, start=1):
             with self._sync_gradients(last=number == self.micro_batches):
                 with mark("forward"):
-                    scored = self._score(batch)
+                    output = self._loss(batch)
                 with mark("backward"):
-                    self.scaler.scale(scored.loss / self.micro_batches).backward()
-            parts.append(Scored(*(tensor.detach() for tensor in scored)))
+                    self.scaler.scale(output.loss / self.micro_batches).backward()
+            parts.append(LossOutput(*(tensor.detach() for tensor in output)))
         with mark("update"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -121,7 +121,7 @@ class Learner:
         if len(parts) == 1:
             return parts[0]
         loss, has_loss, z = zip(*parts, strict=True)
-        return Scored(torch.stack(loss).mean(), torch.stack(has_loss).any(), torch.cat(z))
+        return LossOutput(torch.stack(loss).mean(), torch.stack(has_loss).any(), torch.cat(z))
 
     def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Ranks all-reduce their gradients once a step, in its last backward pass."""

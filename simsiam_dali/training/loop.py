@@ -12,7 +12,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.signals import Interrupt
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.models.encoder import Scored
+from simsiam_dali.models.encoder import LossOutput
 from simsiam_dali.training import micro_batch
 from simsiam_dali.training.checkpoint import Checkpoint
 from simsiam_dali.training.collapse import effective_rank, z_std
@@ -98,7 +98,7 @@ class LossWindow:
         """Whether `train.log_every` steps have been added since the last `read`."""
         return len(self._losses) >= self._log_every
 
-    def add(self, scored: Scored) -> None:
+    def add(self, scored: LossOutput) -> None:
         """Keep one step's result, without waiting for it."""
         self._losses.append(torch.stack([scored.loss, scored.has_loss]))
         self._z.append(scored.z)

@@ -66,9 +66,9 @@ class Validation:
     def _loss(self) -> float:
         total, number = 0.0, 0
         for batch in self._batches("val", self.kind.batches, self.shards.count("val")):
-            scored = self.learner.score(batch)
-            if scored.has_loss:
-                total += float(scored.loss) * len(batch.segment)
+            output = self.learner.validation_loss(batch)
+            if output.has_loss:
+                total += float(output.loss) * len(batch.segment)
                 number += len(batch.segment)
         sums = self.world.gather((total, number))
         return sum(t for t, _ in sums) / (sum(n for _, n in sums) or math.nan)

@@ -7,7 +7,7 @@ import numpy as np
 
 from helpers.signals import RATE, Array, frequency
 from simsiam_dali.config.schema import AugmentationConfig
-from simsiam_dali.data.graph import Graph, LogMel, Source
+from simsiam_dali.data.graph import GraphConfig, LogMel, Source
 from simsiam_dali.data.pipeline import Settings, build
 
 NAMES = ("time_shift", "time_stretch", "pitch_shift", "noise", "gain", "reverb", "frequency_mask", "time_mask",
@@ -28,12 +28,14 @@ def graph(
     native_rate: bool = False,
     spec: LogMel | None = None,
     **more: Any,
-) -> Graph:
+) -> GraphConfig:
     source = Source(*shards, codec, native_rate, segment_seconds, shuffle_buffer=more.pop("shuffle_buffer", 0))
-    return Graph(source, spec or LogMel(), mode, seconds, augmentation, **more)
+    return GraphConfig(source, spec or LogMel(), mode, seconds, augmentation, **more)
 
 
-def outputs(graph: Graph, batch_size: int, seed: int = 0, gpu: int | None = None, batches: int = 1) -> list[Array]:
+def outputs(
+    graph: GraphConfig, batch_size: int, seed: int = 0, gpu: int | None = None, batches: int = 1
+) -> list[Array]:
     """The outputs of some batches, one after the other: each output `(batches * batch_size, ...)`."""
     pipeline = build(graph, Settings(batch_size, threads=2, prefetch=1, seed=seed, gpu=gpu))
     runs = [[np.array(x.as_cpu().as_array()) for x in pipeline.run()[:-2]] for _ in range(batches)]
@@ -55,5 +57,5 @@ def places(views: Array) -> Array:
     return np.array([(frequency(view) - LOW) / (HIGH - LOW) * LONG for view in views])
 
 
-def crops(shards: Any, mode: Any, **more: Any) -> Graph:
+def crops(shards: Any, mode: Any, **more: Any) -> GraphConfig:
     return graph(shards, mode, seconds=SHORT, segment_seconds=LONG, **more)

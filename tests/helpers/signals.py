@@ -20,7 +20,7 @@ from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.augment import Draws
 from simsiam_dali.data.format import FileSum, Manifest, read_index
-from simsiam_dali.data.graph import Graph, LogMel, Source
+from simsiam_dali.data.graph import GraphConfig, LogMel, Source
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.data.views import noisy_spectrum, view
 
@@ -150,7 +150,7 @@ def augmented(
     All waves have one length, which is the view's. The ranges of the config are the defaults.
     """
     seconds = len(waves[0]) / RATE
-    graph = Graph(no_source(seconds), spec or LogMel(), "views", seconds, AugmentationConfig())
+    graph = GraphConfig(no_source(seconds), spec or LogMel(), "views", seconds, AugmentationConfig())
     full = [{**NEUTRAL, "stretched": d.get("rate", 1) != 1, **d} for d in draws]
     inputs = {
         name: [np.array(d[name], np.bool_ if isinstance(NEUTRAL[name], bool) else np.float32) for d in full]
