@@ -102,10 +102,10 @@ def test_a_damaged_one_does_not_replace_the_good_one_before(two):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ({"format_version": checkpoint.FORMAT_VERSION - 1}, "no checkpoint of this version"),
+        ({"format_version": checkpoint.FORMAT_VERSION - 1}, "not a checkpoint of this version"),
         ({"format_version": checkpoint.FORMAT_VERSION}, "it lacks config, epoch"),
-        ([1, 2], "no checkpoint of this version"),
-        (torch.zeros(2), "no checkpoint of this version"),
+        ([1, 2], "not a checkpoint of this version"),
+        (torch.zeros(2), "not a checkpoint of this version"),
     ],
 )
 def test_what_is_whole_but_no_checkpoint_is_refused(tmp_path, content, why):
@@ -140,7 +140,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, kind, with_sum
         content = path.read_bytes()
         path.write_bytes(content + b"\nsha256 " + hashlib.sha256(content).hexdigest().encode())
         assert checkpoint.is_intact(path)
-    with pytest.raises(UserError, match=r"c\.pt is (no checkpoint|damaged)"):
+    with pytest.raises(UserError, match=r"c\.pt is (not a checkpoint|damaged)"):
         checkpoint.load(path)
     assert not proof.exists()
 

@@ -318,7 +318,7 @@ def test_songs_in_no_shard(small_runs, small_shards, tables, tmp_path, capsys, k
     ("options", "words"),
     [
         (["--checkpoint", "nowhere"], "--checkpoint nowhere: neither a checkpoint"),
-        (["--checkpoint", __file__], "is damaged or no checkpoint"),
+        (["--checkpoint", __file__], "is damaged or not a checkpoint"),
         (["--shards", "nowhere"], "no shards at nowhere"),
         (["--music", "nowhere"], "nowhere: no such folder or file"),
         (["--view-seconds", "4"], "holds segments of 3 s"),

@@ -11,7 +11,7 @@ import gpu_tables
 
 from simsiam_dali.config.load import load_config
 from simsiam_dali.data.graph import Epoch, GraphConfig
-from simsiam_dali.data.pipeline import Settings, define
+from simsiam_dali.data.pipeline import PipelineSettings, define
 from simsiam_dali.training import memory
 
 GRAPHS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ def test_the_decoder_runs_on_the_cpu_and_all_that_makes_views_on_the_gpu() -> No
 @pytest.mark.parametrize("mode", ["views", "clean", "raw"])
 def test_the_data_come_on_the_gpu_and_what_the_host_reads_on_the_cpu(mode: str) -> None:
     """Rows, sums and lengths are read each batch: on the GPU each would make the host wait."""
-    pipeline = define(changed(mode=mode), Settings(batch_size=4, threads=1, prefetch=1, seed=0, gpu=0))
+    pipeline = define(changed(mode=mode), PipelineSettings(batch_size=4, threads=1, prefetch=1, seed=0, gpu=0))
     pipeline._build_graph()
     views = 2 if mode == "views" else 1
     assert [x.device for x in pipeline._graph_outputs] == ["gpu"] * views + ["cpu"] * 3

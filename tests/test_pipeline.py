@@ -12,7 +12,7 @@ from torchaudio.functional import resample
 
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.graph import Epoch, GraphConfig, LogMel
-from simsiam_dali.data.pipeline import Settings, build
+from simsiam_dali.data.pipeline import PipelineSettings, build
 
 
 def pcm(wave: Array) -> Array:
@@ -215,7 +215,7 @@ def test_the_gpu_gives_what_the_cpu_gives_of_a_minute_at_44_1_khz(crops: str, se
 def test_a_batch_outside_an_epoch_is_not_decoded_on_a_gpu_either(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [song(SECONDS, seed) for seed in range(4)], (RATE,) * 4)
     one = graph(shards, "views", AugmentationConfig(), epoch=Epoch(used=1, reader_batches=2))
-    pipeline = build(one, Settings(2, threads=2, prefetch=1, seed=0, gpu=0))
+    pipeline = build(one, PipelineSettings(2, threads=2, prefetch=1, seed=0, gpu=0))
     shapes = [tuple(np.array(pipeline.run()[0].as_cpu().as_array()).shape) for _ in range(4)]
     assert shapes == [(2, FRAMES, LogMel().n_mels), (2, 1, 1)] * 2
 

@@ -15,7 +15,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.graph import Epoch, LogMel
-from simsiam_dali.data.pipeline import Settings, build
+from simsiam_dali.data.pipeline import PipelineSettings, build
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.data import create_loader, log_mel_settings, seconds_of_views
@@ -77,7 +77,7 @@ def test_every_augmentation_is_drawn_for_each_and_time_masks_are_as_much_shorter
 def test_a_batch_outside_the_epoch_has_a_placeholder_for_each(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [noise(SECONDS, seed) for seed in range(4)])
     one = graph(shards, "views", OFF, epoch=Epoch(used=1, reader_batches=2), **WITH_SHORT)
-    pipeline = build(one, Settings(2, threads=1, prefetch=1, seed=0, gpu=None))
+    pipeline = build(one, PipelineSettings(2, threads=1, prefetch=1, seed=0, gpu=None))
     frames = [[np.array(x.as_array()).shape[1] for x in pipeline.run()[:4]] for _ in range(3)]
     used = [FRAMES, FRAMES, LogMel().frames(HALF), LogMel().frames(HALF)]
     assert frames == [used, [1, 1, 1, 1], used]

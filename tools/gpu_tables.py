@@ -16,7 +16,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import AugmentationConfig, Config
 from simsiam_dali.data.graph import Epoch, GraphConfig, LogMel, Source
-from simsiam_dali.data.pipeline import Settings, define
+from simsiam_dali.data.pipeline import PipelineSettings, define
 from simsiam_dali.models.recompute import recompute_blocks
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import memory, micro_batch
@@ -106,7 +106,7 @@ class Operator:
 
 def operators(graph: GraphConfig, gpu: int | None) -> list[Operator]:
     """Every operator of a graph in DALI's order."""
-    pipeline = define(graph, Settings(4, threads=1, prefetch=1, seed=0, gpu=gpu))
+    pipeline = define(graph, PipelineSettings(4, threads=1, prefetch=1, seed=0, gpu=gpu))
     pipeline._build_graph()
     found = []
     for call in pipeline._ops:

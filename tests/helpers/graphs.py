@@ -8,7 +8,7 @@ import numpy as np
 from helpers.signals import RATE, Array, frequency
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.graph import GraphConfig, LogMel, Source
-from simsiam_dali.data.pipeline import Settings, build
+from simsiam_dali.data.pipeline import PipelineSettings, build
 
 NAMES = ("time_shift", "time_stretch", "pitch_shift", "noise", "gain", "reverb", "frequency_mask", "time_mask",
          "mixup", "crop")  # fmt: skip
@@ -37,7 +37,7 @@ def outputs(
     graph: GraphConfig, batch_size: int, seed: int = 0, gpu: int | None = None, batches: int = 1
 ) -> list[Array]:
     """The outputs of some batches, one after the other: each output `(batches * batch_size, ...)`."""
-    pipeline = build(graph, Settings(batch_size, threads=2, prefetch=1, seed=seed, gpu=gpu))
+    pipeline = build(graph, PipelineSettings(batch_size, threads=2, prefetch=1, seed=seed, gpu=gpu))
     runs = [[np.array(x.as_cpu().as_array()) for x in pipeline.run()[:-2]] for _ in range(batches)]
     whole = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
     return whole if graph.mode == "raw" else [*(x.transpose(0, 2, 1) for x in whole[:-1]), whole[-1]]

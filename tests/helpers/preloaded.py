@@ -6,7 +6,7 @@ from pathlib import Path
 
 from simsiam_dali.config.schema import AugmentationConfig
 from simsiam_dali.data.graph import Epoch, GraphConfig, LogMel, Source
-from simsiam_dali.data.pipeline import Settings, define
+from simsiam_dali.data.pipeline import PipelineSettings, define
 
 MODULES = (
     "torch", "nvidia.dali.fn", "mlflow", "optuna", "umap", "matplotlib.pyplot", "tqdm", "simsiam_dali.pack",
@@ -23,4 +23,4 @@ for name in MODULES:
 for mode in ("views", "clean", "raw"):
     source = Source((Path("a.tar"),), (Path("a.idx"),), "flac", False, 3.0, shuffle_buffer=4)
     graph = GraphConfig(source, LogMel(), mode, 1.5, AugmentationConfig(), "independent", Epoch(1, 2))  # type: ignore
-    define(graph, Settings(batch_size=2, threads=1, prefetch=1, seed=0, gpu=None))
+    define(graph, PipelineSettings(batch_size=2, threads=1, prefetch=1, seed=0, gpu=None))
