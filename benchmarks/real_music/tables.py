@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import equal_time_scores
 import figure
 import halves
+import shipped
 from equal_time_scores import newest
 
 from simsiam_dali.common.errors import UserError, one_line_errors
@@ -37,6 +38,7 @@ TABLES = {
         f"{name}-before": Table((name, name.replace("within-songs", "equal-time")), equal_time_scores.across_lines)
         for name in WITHIN_SONGS
     },
+    "shipped": Table(("shipped", "within-songs-unheard"), shipped.page_lines),
     "together": Table(NOT_CHOSEN_ON, equal_time_scores.together_lines),
 }
 
