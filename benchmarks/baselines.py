@@ -48,21 +48,21 @@ def decoded(encoded: bytes) -> tuple[Tensor, int]:
 
 
 class Segments(Dataset[tuple[Tensor, Tensor, int]]):
-    """The training segments, each read at its place in its tar, as two views and its row."""
+    """The training segments, each read at its offset in its tar, as two views and its row."""
 
     def __init__(self, shards: ShardSet, views: Views) -> None:
         self.views = views
-        self.places = [
+        self.stored = [
             (tar, *sample[shards.codec][:2], int(sample["row"][2].split(".")[0]))
             for tar, index in zip(shards.tars("train"), shards.indexes("train"), strict=True)
             for sample in read_index(index)
         ]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.stored)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, int]:
-        tar, offset, size, row = self.places[number]
+        tar, offset, size, row = self.stored[number]
         with tar.open("rb") as file:
             file.seek(offset)
             encoded = file.read(size)

@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = create_parser("embed", __doc__)
     add_checkpoint(parser)
     songs = parser.add_mutually_exclusive_group()
-    songs.add_argument("--shards", type=s3.place, metavar="DIR", help="songs to embed (default: the training's shards)")
+    songs.add_argument(
+        "--shards", type=s3.location, metavar="DIR", help="songs to embed (default: the training's shards)"
+    )
     songs.add_argument("--music", type=Path, nargs="+", metavar="PATH",
         help="folders or files instead, packed temporarily with the settings of the training's shards",
     )  # fmt: skip

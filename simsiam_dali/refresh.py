@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--playlists", type=Path, default=Path("playlists"), metavar="DIR",
         help="the playlists that recommend --save wrote (default: %(default)s)")  # fmt: skip
     add("--ratings", type=Path, metavar="FILE", help="ratings that override those in the tags, as for packing")
-    add("--shards", type=s3.place, metavar="DIR",
+    add("--shards", type=s3.location, metavar="DIR",
         help="shards that the table was made from, if its records are missing (default: the training's)")  # fmt: skip
     add("--batch-size", type=int, metavar="N", help="segments per batch (default: as for embed)")
     add("--threads", type=int, metavar="N", help="DALI's CPU threads (default: as many as the training used)")
@@ -202,12 +202,12 @@ def print_report(out: Path, previous: Previous, made: Refreshed, remade: Iterabl
 
 def advise_training(args: argparse.Namespace, previous: Previous, made: Refreshed) -> None:
     """Say when so many songs are new to the encoder that training again is worth it."""
-    place = previous.run.config.data.shards
-    is_local = not str(place).startswith(s3.SCHEME)
-    packed = open_tables(place) if is_local and (Path(place) / MANIFEST).exists() else None
+    location = previous.run.config.data.shards
+    is_local = not str(location).startswith(s3.SCHEME)
+    packed = open_tables(location) if is_local and (Path(location) / MANIFEST).exists() else None
     new, songs = never_trained_on(made.songs, made.records, previous.run, packed), len(made.songs.table)
     if new > TRAIN_AGAIN * songs:
-        music, shards, out = (shlex.quote(str(path)) for path in (args.music, place, args.out))
+        music, shards, out = (shlex.quote(str(path)) for path in (args.music, location, args.out))
         print(
             f"{new} of {songs} songs, more than {TRAIN_AGAIN:.0%}, were not in the training: train again\n"
             f"    python -m simsiam_dali.pack {music} --out {shards}\n"

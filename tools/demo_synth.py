@@ -265,8 +265,8 @@ def compose(style: Style, seconds: float, rng: np.random.Generator) -> tuple[Aud
         return ends * play(440 * 2 ** ((pitch - 69) / 12), samples, rng)
 
     def pitch_of(degree: int, octave: int) -> int:
-        octaves, place = divmod(degree, len(style.scale))
-        return key + 12 * (octave + octaves) + style.scale[place]
+        octaves, step = divmod(degree, len(style.scale))
+        return key + 12 * (octave + octaves) + style.scale[step]
 
     def at(bar: int, step: int) -> float:
         return (bar * STEPS + step + swing * (step % 2)) * step_seconds

@@ -19,7 +19,7 @@ DOWNLOADS = 16
 """Files copied at a time."""
 
 
-def place(text: str) -> Path | str:
+def location(text: str) -> Path | str:
     """A command line's folder or address."""
     return text if text.startswith(SCHEME) else Path(text)
 

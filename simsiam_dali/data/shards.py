@@ -41,7 +41,7 @@ class ShardSet:
     index_folder: Path | None = None
 
     @property
-    def place(self) -> Path | str:
+    def location(self) -> Path | str:
         """The folder or address that the user gave."""
         return self.address or self.root
 
@@ -87,14 +87,14 @@ class ShardSet:
         return chosen[chosen["split"] == split]
 
 
-def open_shards(place: Path | str) -> ShardSet:
+def open_shards(location: Path | str) -> ShardSet:
     """Open the set in a folder or at an address on S3. Raises UserError if there is none, or if it has changed.
 
     The size of each file is compared, and the checksum of tables and indexes; a tar is hashed only if its modification
     time has changed, and never on S3.
     """
-    address = place.rstrip("/") if isinstance(place, str) and place.startswith(s3.SCHEME) else None
-    root = s3.copy_small_files(address) if address else Path(place)
+    address = location.rstrip("/") if isinstance(location, str) and location.startswith(s3.SCHEME) else None
+    root = s3.copy_small_files(address) if address else Path(location)
     manifest = read_manifest(root)
     for name, packed in manifest.files.items():
         is_tar = name.endswith(".tar")
@@ -102,7 +102,7 @@ def open_shards(place: Path | str) -> ShardSet:
             continue
         if problem := packed.problem(root / name, always_hash=not is_tar):
             if read_manifest(root) != manifest:  # replaced by a packer meanwhile
-                return open_shards(place)
+                return open_shards(location)
             if address:
                 raise UserError(f"{address}/{name}, or its copy {root / name}, {problem}")
             raise UserError(f"{root / name} {problem}: pack again with python -m simsiam_dali.pack")

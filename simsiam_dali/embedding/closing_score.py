@@ -81,11 +81,11 @@ def sample_songs(shards: ShardSet, most: int, seed: int) -> Iterator[ShardSet]:
 
 
 def fitting(sizes: Iterable[int], most: int) -> list[int]:
-    """Places of sizes, taken in order, whose sum is at most `most`; one that does not fit any more is skipped."""
+    """Indices of sizes, taken in order, whose sum is at most `most`; one that does not fit any more is skipped."""
     kept = []
-    for place, size in enumerate(sizes):
+    for index, size in enumerate(sizes):
         if size <= most:
-            kept.append(place)
+            kept.append(index)
             most -= size
     return kept
 

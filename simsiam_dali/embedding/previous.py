@@ -88,12 +88,12 @@ def _records_of(table: Path, songs: Embeddings, run: TrainedRun, shards: Path | 
     fingerprint = songs.provenance["shards"]
     records = read_records(records_path(table))
     if records is None or records.shards != fingerprint:
-        place = shards or run.config.data.shards
-        packed = open_tables(place)
+        location = shards or run.config.data.shards
+        packed = open_tables(location)
         if packed.fingerprint != fingerprint:
             raise UserError(
-                f"{place} holds other songs than {table} was made from, and there is no record of these: give --shards,"
-                " or --replace to embed all songs again"
+                f"{location} holds other songs than {table} was made from, and there is no record of these:"
+                " give --shards, or --replace to embed all songs again"
             )
         records = of_shards(packed)
     if not all(path in records.files and records.files[path].audio_hash for path in songs.table["path"]):

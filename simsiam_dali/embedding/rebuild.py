@@ -84,11 +84,11 @@ class TableBuilder:
                 self._report(audio_hash, files, made[-1])
         lost = (self._old_path(number) for audio_hash, number in self._row.items() if audio_hash not in songs)
         self.report.gone = [path for path in lost if not self._now(path)]
-        places = [number + is_made * len(kept) for is_made, number in order]
+        in_order = [number + is_made * len(kept) for is_made, number in order]
         tables = [] if self.old is None else [self.old.table.iloc[kept]]
         if made:
             tables.append(_frame(made))
-        table = pd.concat(tables, ignore_index=True).iloc[places].reset_index(drop=True)
+        table = pd.concat(tables, ignore_index=True).iloc[in_order].reset_index(drop=True)
         table["song"] = np.arange(len(table), dtype=np.int64)
         if ratings is not None:
             table["rating"] = [self._rating(ratings, music, song) for song in table.to_dict("records")]

@@ -105,10 +105,10 @@ def of_shards(shards: ShardSet, fingerprint: str = "") -> Records:
     return Records(fingerprint or shards.fingerprint, settings, of_rows(rows, hashes))
 
 
-def open_tables(place: Path | str) -> ShardSet:
+def open_tables(location: Path | str) -> ShardSet:
     """A shard set's tables of songs and files, without its segments: the tars may be gone. Raises UserError."""
-    address = place if isinstance(place, str) and place.startswith(s3.SCHEME) else None
-    root = s3.copy_small_files(address) if address else Path(place)
+    address = location if isinstance(location, str) and location.startswith(s3.SCHEME) else None
+    root = s3.copy_small_files(address) if address else Path(location)
     manifest = read_manifest(root)
     for name in (SONGS, FILES):
         if problem := manifest.files[name].problem(root / name, always_hash=True):

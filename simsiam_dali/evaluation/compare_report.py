@@ -137,20 +137,20 @@ def write_png(comparison: Comparison, path: Path) -> None:
 
 def _panel(axes: Any, comparison: Comparison, metric: Metric) -> None:
     spread = comparison.spread(metric.name)
-    places = np.arange(len(spread))
+    ticks = np.arange(len(spread))
     axes.set_title(metric.name, fontsize=10)
     axes.set_xlabel(f"{metric.better} is better" if metric.comparable else "not comparable between types", fontsize=8)
-    for place, (encoder_type, runs) in enumerate(comparison.runs.groupby("encoder_type", sort=False)):
-        colour = COLOURS[place % len(COLOURS)]
-        axes.bar(place, spread["mean"].iloc[place], width=0.62, color=colour, label=encoder_type)
+    for tick, (encoder_type, runs) in enumerate(comparison.runs.groupby("encoder_type", sort=False)):
+        colour = COLOURS[tick % len(COLOURS)]
+        axes.bar(tick, spread["mean"].iloc[tick], width=0.62, color=colour, label=encoder_type)
         if len(runs) > 1:
-            x = place + np.linspace(-0.15, 0.15, len(runs))
+            x = tick + np.linspace(-0.15, 0.15, len(runs))
             axes.scatter(x, runs[metric.name], s=14, color="black", zorder=3, label="one run")
     for label, column in baselines(comparison, metric):
         level, style = comparison.spread(column)["mean"], {"chance": ":", "untrained": "--"}[label]
-        axes.hlines(level, places - 0.42, places + 0.42, ls=style, color="black", lw=1.3, label=label)
+        axes.hlines(level, ticks - 0.42, ticks + 0.42, ls=style, color="black", lw=1.3, label=label)
     means = ["none" if math.isnan(mean) else f"{mean:.4g}" for mean in spread["mean"]]
-    axes.set_xticks(places, [f"{t}\n{mean}" for t, mean in zip(spread.index, means, strict=True)], fontsize=9)
+    axes.set_xticks(ticks, [f"{t}\n{mean}" for t, mean in zip(spread.index, means, strict=True)], fontsize=9)
     axes.set_xlim(-0.6, len(spread) - 0.4)
     axes.margins(y=0.1)
     axes.tick_params(axis="y", labelsize=8)

@@ -16,8 +16,8 @@ def categories(labels: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
     """The names of the `COLOURED` commonest first labels, and each song's index among them `(N,)`, -1 for others."""
     first = [own[0] if own else None for own in labels]
     names = [name for name, _ in Counter(name for name in first if name is not None).most_common(COLOURED)]
-    place = {name: i for i, name in enumerate(names)}
-    return names, np.array([-1 if name is None else place.get(name, -1) for name in first], int)
+    number = {name: i for i, name in enumerate(names)}
+    return names, np.array([-1 if name is None else number.get(name, -1) for name in first], int)
 
 
 def kinds(table: pd.DataFrame) -> dict[str, list[Sequence[str]]]:

@@ -76,10 +76,10 @@ def score(metric: Metric, arrays: Arrays, together: np.ndarray, resamples: int, 
     if len(size) >= MIN_GROUPS:
         for i in range(resamples):
             drawn = rng.integers(0, len(size), len(size))
-            # The places, in `rows`, of the songs of each group drawn, one group after the other.
+            # The indices in the arrays of the songs of each group drawn, one group after the other.
             starts = np.repeat(first[drawn] - (np.cumsum(size[drawn]) - size[drawn]), size[drawn])
-            places = rows[starts + np.arange(len(starts))]
-            resampled[i] = metric.compute(*(a[places] for a in arrays))
+            songs = rows[starts + np.arange(len(starts))]
+            resampled[i] = metric.compute(*(a[songs] for a in arrays))
     return Score(float(metric.compute(*arrays)), *interval(resampled), resampled)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.encoder import LossFn, LossOutput
 from simsiam_dali.models.losses import nt_xent
-from simsiam_dali.models.projected import Projected, ProjectedType
+from simsiam_dali.models.view_encoder import ViewEncoder, ViewEncoderType
 
 
-class Contrastive(Projected):
+class Contrastive(ViewEncoder):
     """ResNet backbone and projector."""
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
@@ -22,7 +22,7 @@ class Contrastive(Projected):
         return tuple(self.projector(self.features(view)) for view in views)
 
 
-class ContrastiveType(ProjectedType):
+class ContrastiveType(ViewEncoderType):
     """`encoder_type: contrastive`: augmented views, no labels."""
 
     is_contrastive = True

@@ -17,13 +17,13 @@ from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.encoder import LossFn, LossOutput
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.losses import MetadataContrastiveLoss, nt_xent, rating_loss, simsiam_loss
-from simsiam_dali.models.projected import Projected, ProjectedType
 from simsiam_dali.models.simsiam import create_predictor, create_short_predictor, param_groups, predictions
+from simsiam_dali.models.view_encoder import ViewEncoder, ViewEncoderType
 
 TAG_HIDDEN, TAG_DIM = 256, 128
 
 
-class Joint(Projected):
+class Joint(ViewEncoder):
     """Backbone and projector, a head for the tags and one for the rating, and with SimSiam's loss its predictor."""
 
     def __init__(self, config: Config, pretrained: bool = True) -> None:
@@ -98,12 +98,12 @@ def _supply_rating_norm(joint: nn.Module, state: dict[str, Any], prefix: str, *_
         state.setdefault(f"{prefix}rating_norm.{name}", value)
 
 
-class JointType(ProjectedType):
+class JointType(ViewEncoderType):
     """`encoder_type: joint`: augmented views, and whatever tags and ratings the songs have."""
 
     is_contrastive = True
     learns_from_tags = True
-    outputs: ClassVar[tuple[str, ...]] = (*ProjectedType.outputs, "stages+tags")
+    outputs: ClassVar[tuple[str, ...]] = (*ViewEncoderType.outputs, "stages+tags")
     sections: ClassVar[tuple[str, ...]] = ("simsiam", "joint", "contrastive")
     loss_type = "views+metadata_contrastive+rating"
 

@@ -16,11 +16,11 @@ from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.models.encoder import LossFn, LossOutput
 from simsiam_dali.models.losses import simsiam_loss
-from simsiam_dali.models.projected import Projected, ProjectedType
+from simsiam_dali.models.view_encoder import ViewEncoder, ViewEncoderType
 
 
-class SimSiam(Projected):
-    """ResNet backbone, projector and predictor; arguments as of `Projected`."""
+class SimSiam(ViewEncoder):
+    """ResNet backbone, projector and predictor; arguments as of `ViewEncoder`."""
 
     def __init__(self, config: Config, pretrained: bool = True) -> None:
         super().__init__(config, pretrained)
@@ -90,7 +90,7 @@ def create_predictor(dim: int, hidden_dim: int) -> nn.Sequential:
     )
 
 
-class SimSiamType(ProjectedType):
+class SimSiamType(ViewEncoderType):
     """`encoder_type: simsiam`: augmented views, no labels."""
 
     warn_of_collapse = True

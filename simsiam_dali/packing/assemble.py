@@ -44,17 +44,17 @@ class Spool(Generic[T]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __setitem__(self, place: int, item: T) -> None:
-        self._starts[place] = self._file.seek(0, os.SEEK_END)
+    def __setitem__(self, index: int, item: T) -> None:
+        self._starts[index] = self._file.seek(0, os.SEEK_END)
         pickle.dump(item, self._file, pickle.HIGHEST_PROTOCOL)
 
-    def __getitem__(self, place: int) -> T:
-        self._file.seek(self._starts[place])
+    def __getitem__(self, index: int) -> T:
+        self._file.seek(self._starts[index])
         item: T = pickle.load(self._file)
         return item
 
     def __iter__(self) -> Iterator[T]:
-        return (self[place] for place in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
 
 Results = Spool[tuple[SongFile, Result]]
@@ -88,16 +88,16 @@ class Songs:
         self.splits: list[str] = []
         self.ratings: dict[int, float] = {}
         numbers: dict[bytes, int] = {}
-        for place, (_, result) in enumerate(results):
+        for index, (_, result) in enumerate(results):
             if not isinstance(result.outcome, Packed):
                 self.of_file.append(-1)
                 continue
             number = numbers.setdefault(bytes.fromhex(result.outcome.audio_hash), len(numbers))
             self.of_file.append(number)
             if number < len(self.first):
-                self._more.setdefault(number, []).append(place)
+                self._more.setdefault(number, []).append(index)
             else:
-                self.first.append(place)
+                self.first.append(index)
                 self.cuts.append(len(result.outcome.cuts))
                 self.seconds += result.outcome.duration
 
@@ -105,8 +105,8 @@ class Songs:
         return len(self.first)
 
     def __getitem__(self, number: int) -> Song:
-        places = self.first[number], *self._more.get(number, ())
-        (file, result), *others = (self._results[place] for place in places)
+        indices = self.first[number], *self._more.get(number, ())
+        (file, result), *others = (self._results[index] for index in indices)
         assert isinstance(result.outcome, Packed)
         tags = functools.reduce(merged, (other.tags for _, other in others), result.tags)
         if number in self.ratings:
@@ -170,11 +170,11 @@ def song_row(song: Song) -> Row:
 
 def file_rows(songs: Songs, results: Results) -> Iterator[Row]:
     """The table of all files, by which the next run knows which it need not decode."""
-    for place, (file, result) in enumerate(results):
+    for index, (file, result) in enumerate(results):
         seen = {"path": file.name, "bytes": file.bytes, "mtime_ns": file.mtime_ns, "retry": False}
         if isinstance(result.outcome, Packed):
-            song = songs.of_file[place]
-            status = "ok" if songs.first[song] == place else "duplicate"
+            song = songs.of_file[index]
+            status = "ok" if songs.first[song] == index else "duplicate"
             yield seen | {"status": status, "reason": result.outcome.note, "song": song}
         elif result.outcome.audio:
             refused = {"status": "refused", "reason": result.outcome.reason, "retry": result.outcome.retry}

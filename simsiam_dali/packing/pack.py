@@ -163,9 +163,9 @@ class _Packer:
         cache.mkdir(parents=True, exist_ok=True)
 
         def jobs() -> Iterator[Job]:
-            for place in range(len(results)):
+            for index in range(len(results)):
                 file = files.popleft()
-                yield Job(place, file, decode, cache, known.of(file) if known else None)
+                yield Job(index, file, decode, cache, known.of(file) if known else None)
 
         results: Results = Spool(len(files), self.out / STAGING)
         report, began = self.report, time.monotonic()
@@ -177,7 +177,7 @@ class _Packer:
                 if isinstance(result, Died):
                     reason = f"ended the process that decoded it (exit code {result.exit_code})"
                     result = Result(Refused(reason, retry=True))
-                results[job.place] = (job.file, result)
+                results[job.index] = (job.file, result)
                 report.decoded_songs += result.decoded_seconds > 0
                 report.decoded_seconds += result.decoded_seconds
                 report.decoding_took = time.monotonic() - began

@@ -74,9 +74,9 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The file number `place`; `known` is its result in an earlier run, so that only its tags are read."""
+    """The file number `index`; `known` is its result in an earlier run, so that only its tags are read."""
 
-    place: int
+    index: int
     file: SongFile
     settings: DecodeSettings
     cache: Path

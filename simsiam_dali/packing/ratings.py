@@ -54,21 +54,21 @@ class RatingsCsv:
         csv.writer(out, delimiter=self.delimiter, lineterminator=self.line_end).writerows([self.header, *self.rows])
         return codecs.BOM_UTF8 * self.has_mark + out.getvalue().encode()
 
-    def places(self) -> dict[str, int]:
-        """The place of each column, by its name in lower case."""
-        return {name.strip().lower(): place for place, name in enumerate(self.header)}
+    def column_numbers(self) -> dict[str, int]:
+        """The number of each column, by its name in lower case."""
+        return {name.strip().lower(): number for number, name in enumerate(self.header)}
 
     def column(self, name: str) -> list[str]:
         """The cells of a column, "" where a line has none."""
-        place = self.places().get(name, -1)
-        return [row[place] if 0 <= place < len(row) else "" for row in self.rows]
+        number = self.column_numbers().get(name, -1)
+        return [row[number] if 0 <= number < len(row) else "" for row in self.rows]
 
     def ratings(self, source: Path) -> list[float]:
         """The rows' ratings, 0..1 or, if any is above 1, 0..5; NaN = unrated.
 
         Raises UserError, which names the file `source`, for a header or a number that is not of ratings.
         """
-        columns = self.places()
+        columns = self.column_numbers()
         if self.header and (
             "rating" not in columns or not ("path" in columns or {"title", "artist"} <= columns.keys())
         ):

@@ -51,14 +51,14 @@ class PackedBefore:
         self._of_file: dict[tuple[str, int, int], Refused | tuple[int, str]] = {}  # a song's number and its note
         if any(old.manifest.settings[name] != value for name, value in asdict(settings).items()):
             return
-        places, lost = np.zeros((2, len(old.segments)), np.int64), set[int]()
+        stored, lost = np.zeros((2, len(old.segments)), np.int64), set[int]()
         for shard, rows in old.segments.groupby("shard").indices.items():
             if shard in damaged or shard not in old.manifest.files:
                 lost |= set(old.segments["song"].iloc[rows])
                 continue
             members = read_index((old.root / str(shard)).with_suffix(".idx"))
-            places[:, rows] = np.transpose([sample[old.codec][:2] for sample in members])
-        segments = old.segments.assign(offset=places[0], size=places[1]).sort_values(["song", "start"])
+            stored[:, rows] = np.transpose([sample[old.codec][:2] for sample in members])
+        segments = old.segments.assign(offset=stored[0], size=stored[1]).sort_values(["song", "start"])
         self._first = np.searchsorted(segments["song"], np.arange(len(old.songs) + 1))  # of each song's segments
         self._songs, self._segments = ({name: t[name].to_numpy() for name in t} for t in (old.songs, segments))
         with pq.ParquetFile(old.root / FILES) as table:

@@ -24,14 +24,14 @@ def write_shard(tar: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -
     members = []
     with tar.open("wb") as file:
         for key, parts in samples:
-            places = {}
+            sample = {}
             for extension, content in parts.items():
                 header = tarfile.TarInfo(f"{key}.{extension}")
                 header.size = len(content)
                 file.write(header.tobuf(tarfile.USTAR_FORMAT))
-                places[extension] = (file.tell(), len(content), header.name)
+                sample[extension] = (file.tell(), len(content), header.name)
                 file.write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
-            members.append(places)
+            members.append(sample)
         file.write(bytes(2 * tarfile.BLOCKSIZE))
     index = tar.with_suffix(".idx")
     return {tar.name: _synced(tar), index.name: write_file(index, index_text(members).encode())}

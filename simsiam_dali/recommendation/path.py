@@ -51,11 +51,11 @@ def song_path(
     # In the precision of x, and before the selection: else NumPy copies all of x, twice as wide.
     nearness = (waypoints(x[start], x[end], between).astype(x.dtype) @ x.T)[:, free]
     near = np.argpartition(-nearness, min(CANDIDATES, len(free)) - 1)[:, :CANDIDATES]
-    places = list(free[near])
+    candidates = list(free[near])
     own = free[linear_sum_assignment(-nearness)[1]]
-    places = [np.union1d(place, song) for place, song in zip(places, own, strict=True)]
-    column = {int(row): place for place, row in enumerate(free)}
-    layers = [np.array([start]), *places, np.array([end])]
+    candidates = [np.union1d(near_it, song) for near_it, song in zip(candidates, own, strict=True)]
+    column = {int(row): number for number, row in enumerate(free)}
+    layers = [np.array([start]), *candidates, np.array([end])]
     costs = step_costs(x, layers, artists)
     taken_away = [np.zeros(len(layer)) for layer in layers]  # infinite where a song is another place's
     while True:
@@ -99,9 +99,9 @@ def cheapest(layers: Sequence[np.ndarray], costs: Sequence[np.ndarray], taken_aw
         through = total[:, None] + cost
         came_from.append(through.argmin(axis=0))
         total = through.min(axis=0) + own
-    place = int(total.argmin())
-    rows = [int(layers[-1][place])]
+    chosen = int(total.argmin())
+    rows = [int(layers[-1][chosen])]
     for layer, back in zip(reversed(layers[:-1]), reversed(came_from), strict=True):
-        place = int(back[place])
-        rows.append(int(layer[place]))
+        chosen = int(back[chosen])
+        rows.append(int(layer[chosen]))
     return rows[::-1]

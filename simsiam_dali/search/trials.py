@@ -120,8 +120,8 @@ def _train(study: Study, trial: optuna.Trial, lock: IO[str], tags: Mapping[str, 
     for other in study.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
         if other.number < trial.number and other.params == trial.params:  # only in a space of few values
             raise UserError(f"the same settings as trial {other.number}: not trained again")
-    place = {"train__runs_dir": str(study.folder), "train__run_name": folder.name}
-    config = study.space.config(trial.params, encoder__epochs=hpo.epochs, **TRIAL_SETTINGS, **place)
+    destination = {"train__runs_dir": str(study.folder), "train__run_name": folder.name}
+    config = study.space.config(trial.params, encoder__epochs=hpo.epochs, **TRIAL_SETTINGS, **destination)
     scores: list[float] = []
     value = 0.0
     title = f"trial {trial.number} of {hpo.trials}"

@@ -86,22 +86,22 @@ class Ratings:
         ratings = content.ratings(self._source)  # refuses what pack would
         if any(len(cells) > len(content.header) for cells in content.rows):
             raise UserError(f"--ratings {self._source}: a line has more cells than the header")
-        content.header += [name for name in COLUMNS if name not in content.places()]
-        place = content.places()
+        content.header += [name for name in COLUMNS if name not in content.column_numbers()]
+        column = content.column_numbers()
         for cells in content.rows:
             cells += [""] * (len(content.header) - len(cells))
         if any(number > 1 for number in ratings):
             for cells, number in zip(content.rows, ratings, strict=True):
-                cells[place["rating"]] = "" if math.isnan(number) else f"{number / 5:g}"
+                cells[column["rating"]] = "" if math.isnan(number) else f"{number / 5:g}"
         own = self._own_cells(row)
         mine = self._rows_of(own, content)
         if not mine:
             mine = [[""] * len(content.header)]
             content.rows += mine
             for name, text in own.items():
-                mine[0][place[name]] = text
+                mine[0][column[name]] = text
         for cells in mine:
-            cells[place["rating"]] = "" if rating is None else f"{rating:g}"
+            cells[column["rating"]] = "" if rating is None else f"{rating:g}"
 
     def _own_cells(self, row: int) -> dict[str, str]:
         """The cells by which the file names a song. Raises UserError where it cannot."""

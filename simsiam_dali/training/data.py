@@ -99,7 +99,7 @@ def view_seconds(config: Config, shards: ShardSet) -> float:
     seconds = config.data.view_seconds or shards.segment_seconds
     if seconds > shards.segment_seconds:
         raise UserError(
-            f"data.view_seconds is {seconds:g}, but {shards.place} holds segments of {shards.segment_seconds:g} s:"
+            f"data.view_seconds is {seconds:g}, but {shards.location} holds segments of {shards.segment_seconds:g} s:"
             " use a shorter view, or pack with a longer --segment-seconds"
         )
     kind, spec, augmentation = encoder_type(config), log_mel_settings(config), config.encoder.simsiam.augmentation
@@ -132,7 +132,7 @@ def create_loader(
     is empty, a batch is larger than it, or too much of the set is in its quarantine.
     """
     if not shards.count(split):
-        raise UserError(f"{shards.place} holds no {split} segments: pack again with another --val-fraction")
+        raise UserError(f"{shards.location} holds no {split} segments: pack again with another --val-fraction")
     source = Source(
         tars=tuple(shards.tars(split)),
         indexes=tuple(shards.indexes(split)),

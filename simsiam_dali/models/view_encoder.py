@@ -12,7 +12,7 @@ from simsiam_dali.models.encoder import Encoder, EncoderType
 from simsiam_dali.models.resnet import create_backbone
 
 
-class Projected(Encoder):
+class ViewEncoder(Encoder):
     """ResNet backbone and projector, by the config's `encoder.simsiam`.
 
     pretrained: False where the weights will come from a checkpoint. Raises `UserError` when the weights that
@@ -58,7 +58,7 @@ class Projected(Encoder):
         return features if self.settings.embedding == "backbone" else self.projector(features)
 
 
-class ProjectedType(EncoderType):
+class ViewEncoderType(EncoderType):
     """What the encoder types on views have in common."""
 
     batches = "views"
