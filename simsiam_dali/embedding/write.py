@@ -110,6 +110,19 @@ class PartialResults:
             torch.save(part, file)
         self.parts.append(part)
 
+    def take(self) -> tuple[Tensor, Tensor]:
+        """All rows `(N,)`, ascending, and their vectors `(N, D)`; the parts have none afterwards.
+
+        Moved one by one, since the vectors of a large library's segments should not be in memory several times.
+        """
+        rows, order = torch.cat([part["rows"] for part in self.parts]).sort()
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order))
+        vectors = torch.empty(len(rows), self.parts[0]["vectors"].shape[1])
+        for part, own in zip(self.parts, position.split([len(part["rows"]) for part in self.parts]), strict=True):
+            vectors[own] = part.pop("vectors")
+        return rows, vectors
+
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.pt"
 
@@ -178,8 +191,7 @@ def write_table(features: Features, views: CleanViews, provenance: dict[str, str
     # Hidden, so that no search for songs looks into it.
     with PartialResults(out.with_name(f".{out.name}.partial"), key) as results:
         speed = embed_segments(features, views, results)
-        rows, order = torch.cat([part["rows"] for part in results.parts]).sort()
-        vectors = torch.cat([part["vectors"] for part in results.parts])[order]
+        rows, vectors = results.take()
         quarantine = Quarantine(shards, config.data.max_bad_fraction)
         wanted = range(len(shards.segments)) if shards.rows is None else shards.rows.tolist()
         missing = set(wanted) - set(rows.tolist())
