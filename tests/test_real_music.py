@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -323,6 +324,29 @@ def test_what_is_shipped_stands_beside_the_recipe() -> None:
     assert lines[-1] == "20 songs of 4 soundtracks; a training of 2 minutes; a CPU, 2 cores; today, commit abc."
     with pytest.raises(UserError, match="other songs"):
         list(shipped.page_lines(doc | {"soundtracks": soundtracks["b"]}, recipe))
+
+
+def test_a_longer_training_stands_beside_the_shorter_one() -> None:
+    rng = np.random.default_rng(0)
+    short, long = rng.random((3, 40)), rng.random((1, 40))
+    soundtracks = {half: [f"{half}{n % 4}" for n in range(20)] for half in halves.HALVES}
+
+    def document(epochs: int, scores: np.ndarray) -> dict[str, Any]:
+        rows = (equal_time_scores.BASE, equal_time_scores.STAGES)
+        environment = {"cpu": "a CPU", "cores": 2, "date": "today", "commit": "abc"}
+        scored = {"epochs": dict.fromkeys(rows, epochs), "scores": dict.fromkeys(rows, row_of(scores))}
+        return scored | {"soundtracks": soundtracks, "environment": environment}
+
+    before = document(25, short)
+    lines = list(equal_time_scores.longer_lines(document(80, long), before))
+    assert lines[2].startswith(f"| the recipe, embedded by stages | 25 | 3 | {short.mean():.3f} |  | ")
+    assert lines[3].startswith(
+        f"| the recipe, embedded by stages | 80 | 1 | {long.mean():.3f} | {(long - short).mean():+.3f} ["
+    )
+    assert lines[-1] == "40 songs of 8 soundtracks; a CPU, 2 cores; today, commit abc."
+    others = {half: own[::-1] for half, own in soundtracks.items()}
+    with pytest.raises(UserError, match="other songs"):
+        list(equal_time_scores.longer_lines(document(80, long) | {"soundtracks": others}, before))
 
 
 def test_shipped_configs_are_trained_as_they_are() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import halves
 import numpy as np
 
+from simsiam_dali.common.errors import UserError
+
 BASE, PEER = "the recipe", "SimSiam of lightly's parts"
 STAGES, UNTRAINED_STAGES = (f"{of}, embedded by stages" for of in (BASE, "untrained encoder"))
 TAGGED = ("joint, 2.5 s noisy views of 60 s, windows", "contrastive, 2.5 s noisy views of 60 s, windows")
@@ -197,6 +199,29 @@ def across_lines(doc: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[
         cells = [shown(gap, soundtracks) for gap in gaps if gap is not None]
         if cells:
             yield f"| to {name}, {before['search']} | {' | '.join(cells)} |"
+
+
+def longer_lines(doc: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[str]:
+    """A longer training of the recipe beside that of another document, which has the same songs."""
+    soundtracks, env = of_songs(doc, "soundtracks"), doc["environment"]
+    if not np.array_equal(soundtracks, of_songs(before, "soundtracks")):
+        raise UserError("the two results are of other songs: measure both again")
+    yield "| | epochs | seeds | 5-NN | | mAP@10 | |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in (STAGES, BASE):
+        for of in (before, doc):
+            cells = [str(of["epochs"][row]), str(len(by_seed(of["scores"][row], METRICS[0])))]
+            for metric in METRICS:
+                own, shorter = (np.stack([*by_seed(each["scores"][row], metric).values()]) for each in (of, before))
+                # Of other learning rates at every step, so that seeds are no pairs.
+                gap = "" if of is before else shown(own.mean(axis=0, keepdims=True) - shorter, soundtracks)
+                cells += [f"{own.mean():.3f}", gap]
+            yield f"| {row} | {' | '.join(cells)} |"
+    yield ""
+    yield (
+        f"{len(soundtracks)} songs of {len(np.unique(soundtracks))} soundtracks; {env['cpu']}, {env['cores']} cores;"
+        f" {env['date']}, commit {env['commit']}."
+    )
 
 
 def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:

@@ -38,6 +38,7 @@ TABLES = {
         f"{name}-before": Table((name, name.replace("within-songs", "equal-time")), equal_time_scores.across_lines)
         for name in WITHIN_SONGS
     },
+    "longer": Table(("longer", "within-songs-unheard"), equal_time_scores.longer_lines),
     "shipped": Table(("shipped", "within-songs-unheard"), shipped.page_lines),
     "together": Table(NOT_CHOSEN_ON, equal_time_scores.together_lines),
 }
