@@ -53,7 +53,7 @@ class Segments(Dataset[tuple[Tensor, Tensor, int]]):
     def __init__(self, shards: ShardSet, views: Views) -> None:
         self.views = views
         self.stored = [
-            (tar, *sample[shards.codec][:2], int(sample["row"][2].split(".")[0]))
+            (Path(tar), *sample[shards.codec][:2], int(sample["row"][2].split(".")[0]))
             for tar, index in zip(shards.tars("train"), shards.indexes("train"), strict=True)
             for sample in read_index(index)
         ]

@@ -69,6 +69,7 @@ def encode(path: Path, pcm: np.ndarray, codec: str, kbit_s: int | None = None) -
     part = path.with_name(f".{path.name}")
     with av.open(str(part), "w", format=path.suffix[1:]) as file:
         stream = file.add_stream(codec, rate=RATE, layout="stereo", options={"compression_level": FASTEST[codec]})
+        assert isinstance(stream, av.AudioStream)
         if kbit_s:
             stream.bit_rate = kbit_s * 1000
         for start in range(0, pcm.shape[1], RATE):

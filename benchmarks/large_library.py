@@ -132,7 +132,7 @@ def measure_loading(folder: Path) -> dict[str, Any]:
         "load_start_bytes": before,
         "songs_bytes": (folder / "shards" / SONGS).stat().st_size,
         "segments_bytes": (folder / "shards" / SEGMENTS).stat().st_size,
-        "tar_bytes": sum(tar.stat().st_size for tar in shards.tars("train") + shards.tars("val")),
+        "tar_bytes": sum(Path(tar).stat().st_size for tar in shards.tars("train") + shards.tars("val")),
     }
 
 

@@ -43,12 +43,13 @@ def banks(power: DataNode, semitones: DataNode, frames: int) -> DataNode:  # noq
 def one_bank(power: DataNode, semitones: DataNode) -> DataNode:
     """The bank for a power spectrogram whose axis is scaled already: a tone keeps its power, the top is filled."""
     scale = math.pow(2.0, semitones / 12.0)
-    mel = augment.plain_mel(power, SPEC.sample_rate, SPEC.n_mels) / scale
-    # Above the last filter that a lowered spectrum reaches, as `augment.filled` has it.
+    # The layout is cleared, since conditionals merge only equal ones.
+    mel = fn.reshape(augment.mel_filters(power, SPEC.sample_rate, SPEC.n_mels, 0.0), layout="") / scale
+    # Above the last filter that a lowered spectrum reaches, as `augment.mel_filters` drops them.
     edges = 700 * (np.power(1 + SPEC.sample_rate / 1400, np.arange(SPEC.n_mels + 2) / (SPEC.n_mels + 1)) - 1)
     above = types.Constant(edges[2:].astype(np.float32) * np.float32(2 / SPEC.sample_rate), device="cpu")
     whole = augment.integer(fn.reductions.sum(fn.cast(above <= scale, dtype=types.FLOAT)))
-    return augment.filled(fn.slice(mel, start=0, end=whole, axes=[1]), SPEC.n_mels)
+    return augment.fill_highest(fn.slice(mel, start=0, end=whole, axes=[1]), SPEC.n_mels)
 
 
 def warped(power: DataNode, semitones: DataNode, frames: int) -> DataNode:

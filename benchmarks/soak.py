@@ -166,13 +166,13 @@ def main() -> None:
     print(
         f"{'':10} {'minutes':>8} {'samples':>9} {'MB, 2nd quarter':>16} {'MB, last':>9} {'files':>12} {'threads':>12}"
     )
-    for name, one in results.items():
-        second, last = one["second"], one["last"]
+    for name, result in results.items():
+        second, last = result["second"], result["last"]
         pairs = [f"{second[key]} to {last[key]}" for key in ("files", "threads")]
         megabytes = second["rss"] / 1e6, last["rss"] / 1e6
-        print(f"{name:10} {one['minutes']:8.1f} {one['samples']:9} {megabytes[0]:16.0f} {megabytes[1]:9.0f}"
-              f" {pairs[0]:>12} {pairs[1]:>12}  {'flat' if one['flat'] else 'NOT FLAT'}")  # fmt: skip
-    if leaking := [name for name, one in results.items() if not one["flat"]]:
+        print(f"{name:10} {result['minutes']:8.1f} {result['samples']:9} {megabytes[0]:16.0f} {megabytes[1]:9.0f}"
+              f" {pairs[0]:>12} {pairs[1]:>12}  {'flat' if result['flat'] else 'NOT FLAT'}")  # fmt: skip
+    if leaking := [name for name, result in results.items() if not result["flat"]]:
         raise UserError(f"not flat: {', '.join(leaking)}")
 
 

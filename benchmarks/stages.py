@@ -112,6 +112,7 @@ def _open(spec: Spec, world: World) -> Stage:
         return trained(config, shards, world, itertools.repeat(batch), steps=100)
     if spec.kind == "loader/light":
         config = load_config(base=config.model_dump(mode="json"), command_line=LIGHT)
+    mode: Literal["views", "clean", "raw"]
     mode = encoder_type(config).batches if spec.kind in TRAINING else MODES.get(spec.kind, "views")
     loader = create_loader(config, shards, log_mel, world, "train", mode, shuffled=True)
     if spec.kind == "train":

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import machine
 import torch
 
-from simsiam_dali.data.format import FILES, FORMAT_VERSION, SEGMENTS, SONGS, Manifest
+from simsiam_dali.data.format import FILES, FORMAT_VERSION, SEGMENTS, SONGS, FileSum, Manifest
 from simsiam_dali.packing.write import write_manifest, write_shard, write_table
 
 OPEN = """
@@ -30,7 +31,8 @@ print(time.perf_counter() - began)
 
 def write_set(folder: Path, shards: int, segments: int) -> None:
     """A set of `shards` tars, one in ten to validate, a song for every four segments."""
-    rows, sums = [], {}
+    rows: list[dict[str, Any]] = []
+    sums: dict[str, FileSum] = {}
     for n in range(shards):
         split = "val" if n >= shards - shards // 10 else "train"
         name = f"{split}-{n if split == 'train' else n - (shards - shards // 10):06d}.tar"

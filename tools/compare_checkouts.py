@@ -203,8 +203,8 @@ def shard_differences(before: Path, after: Path) -> Iterator[str]:
         if not (a.exists() and b.exists()):
             yield f"shards, {name}: only {'before' if a.exists() else 'after'}"
         elif name == "manifest.json":
-            manifests = [without(json.loads(path.read_bytes()), NO_DATES) for path in (a, b)]
-            yield from differences_of(*manifests, f"shards, {name}")
+            old, new = (without(json.loads(path.read_bytes()), NO_DATES) for path in (a, b))
+            yield from differences_of(old, new, f"shards, {name}")
         elif a.read_bytes() != b.read_bytes():
             yield f"shards, {name}: {a.stat().st_size} bytes before, {b.stat().st_size} bytes after, not the same"
 

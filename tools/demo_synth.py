@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-Audio = NDArray[np.float32]
+Audio = NDArray[np.floating]
 Voice = Callable[[float, int, np.random.Generator], Audio]
 
 RENDER_RATE = 32_000  # Hz

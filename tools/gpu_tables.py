@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from nvidia.dali import backend
+from nvidia.dali import ops
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config, replace_settings
@@ -49,7 +49,7 @@ def fit(config: Config, free: float) -> Fit | None:
     spec = log_mel_settings(config)
     dali = memory.dali_bytes(SEGMENT_SECONDS * spec.sample_rate, config.data.views * SEGMENT_SECONDS, spec)
     device, real = torch.device("cuda", 0), memory.free_bytes
-    memory.free_bytes = lambda _: int(free)
+    memory.free_bytes = lambda device: int(free)  # noqa: ARG005
     try:
         for size in micro_batch.candidates(config):
             try:
@@ -100,8 +100,8 @@ class Operator:
     @property
     def exists(self) -> bool:
         """Whether this DALI has the operator for that device."""
-        registered = backend.RegisteredGPUOps() if self.device == "gpu" else backend.RegisteredCPUOps()
-        return self.name in registered
+        registered = ops.gpu_ops if self.device == "gpu" else ops.cpu_ops  # type: ignore[attr-defined]  # not in the stub
+        return self.name in registered()
 
 
 def operators(graph: GraphConfig, gpu: int | None) -> list[Operator]:

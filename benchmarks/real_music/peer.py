@@ -43,7 +43,7 @@ class Peer(Encoder):
         self.backbone, dim = create_backbone(own.backbone, False, own.backbone_width, own.pooling)
         self.projector = SimSiamProjectionHead(dim, own.projection_dim, own.projection_dim)
         self.predictor = SimSiamPredictionHead(own.projection_dim, own.predictor_hidden_dim, own.projection_dim)
-        self.dims = dim, own.projection_dim
+        self.embedding_dim, self.output_dim = dim, own.projection_dim
 
     def forward(self, view: Tensor) -> tuple[Tensor, Tensor]:
         """One view `(B, n_mels, T)` to its projection without gradient, and its prediction."""
@@ -53,16 +53,6 @@ class Peer(Encoder):
     def embed(self, x: Tensor) -> Tensor:
         """One view `(B, n_mels, T)` to the backbone's output."""
         return self.backbone(x.unsqueeze(1))
-
-    @property
-    def embedding_dim(self) -> int:
-        """Width of the backbone's output."""
-        return self.dims[0]
-
-    @property
-    def output_dim(self) -> int:
-        """Width of the projections."""
-        return self.dims[1]
 
 
 def train(config: Config, shards: ShardSet, log_mel: LogMel, world: World) -> Peer:

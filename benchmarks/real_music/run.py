@@ -96,7 +96,7 @@ def of_each_song(
     """
     songs = read_song_embeddings(table)
     vectors = songs.unit() if vectors is None else vectors
-    rows = songs.table.assign(albums=[[halves.soundtrack(path)] for path in songs.table["path"]])
+    rows = songs.table.assign(albums=songs.table["path"].map(lambda path: [halves.soundtrack(path)]))
     names = {name: i for i, name in enumerate(dict.fromkeys(own for (own,) in rows["albums"]))}
     labels = {"soundtrack": [[names[own]] for (own,) in rows["albums"]], "artist": all_label_ids(rows, "artist")}
     tags = zip(all_label_ids(songs.table, "artist"), all_label_ids(songs.table, "album"), strict=True)
