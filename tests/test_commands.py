@@ -16,6 +16,7 @@ from simsiam_dali.training.collapse import LOW_RANK
 sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
+import mutations
 import throughput
 
 
@@ -211,3 +212,12 @@ def test_every_command_and_link_of_a_page_exists(name):
 
 def test_the_generated_tables_are_up_to_date():
     ok(ROOT, "tools/make_docs.py", "--check")
+
+
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.name)
+def test_each_mutation_has_its_line_and_its_tests(mutation: mutations.Mutation) -> None:
+    """Or a change of the code would leave it behind, to be found when all of them are run."""
+    assert (ROOT / "simsiam_dali" / mutation.file).read_text().count(mutation.before) == 1
+    tests = [word.partition("::")[0] for word in mutation.tests.split() if word.startswith("tests/")]
+    assert tests
+    assert all((ROOT / test).exists() for test in tests)

@@ -83,7 +83,7 @@ MUTATIONS = (
     # training
     Mutation(
         "micro-batches' gradients are summed", "training/learner.py",
-        "self.scaler.scale(scored.loss / self.micro_batches)", "self.scaler.scale(scored.loss)",
+        "self.scaler.scale(output.loss / self.micro_batches)", "self.scaler.scale(output.loss)",
         "tests/test_micro_batch.py",
     ),
     Mutation(
