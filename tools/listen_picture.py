@@ -1,7 +1,7 @@
-"""Take docs/listen.png, after `make demo`: python tools/listen_picture.py demo/runs/*/embeddings.parquet --song TITLE
+"""Take docs/listen.png: python tools/listen_picture.py demo/runs/*/embeddings.parquet --song "Leaving Orbit"
 
-Serves an embedding table, opens the page in Chromium, selects the song, lists the nearest songs and starts its radio.
-Needs selenium, chromium and chromedriver.
+After `make demo`. Serves an embedding table, opens the page in Chromium, selects the song, starts its radio and lists
+the nearest songs. Needs selenium, chromium, chromedriver, and fonts for the demo's names (fonts-noto-cjk).
 """
 
 import argparse
@@ -61,11 +61,11 @@ def picture(browser: Any, url: str, song: str, colour: str) -> bytes:
     until("document.getElementById('list-name').textContent === 'Found'")
     browser.find_element(By.CSS_SELECTOR, "#list button.song").click()
     until("!document.getElementById('selected').hidden")
-    browser.find_element(By.ID, "nearest").click()
-    until("document.getElementById('list-name').textContent === 'Nearest songs'")
     browser.find_element(By.ID, "radio").click()
     until("document.querySelectorAll('#queue li').length > 5")
     until("document.getElementById('audio').currentTime > 2")
+    browser.find_element(By.ID, "nearest").click()
+    until("document.getElementById('list-name').textContent === 'Nearest songs'")
     return base64.b64decode(browser.get_screenshot_as_base64())
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     add = parser.add_argument
     add("table", type=Path, help="embedding table whose music is still where it was")
     add("--song", required=True, metavar="TITLE", help="what to search; the first song found is selected")
-    add("--colour", default="artist", help="what the songs are coloured by (default: %(default)s)")
+    add("--colour", default="genre", help="what the songs are coloured by (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "docs" / "listen.png", help="PNG to write (default: docs/listen.png)")
     args = parser.parse_args()
     options = webdriver.ChromeOptions()
