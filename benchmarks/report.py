@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gpu_report import gpu_table, step_section
-from result_text import Doc, figure, machine, material, setting
+from result_text import Doc, figure, machine, material, named_ratios, setting
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,12 +47,6 @@ README_SHARES = {
     "train_over_slower": "training over the slower of its loader and its model",
     "data_wait_share": "share of the training's time spent waiting for data",
 }
-RATIOS = {
-    "light_over_baseline": "loader/light over baseline/light",
-    "all_over_full": "loader/all over baseline/full",
-    "train_over_slower": "train over the slower of loader/train and model",
-    "data_wait_share": "share of the training's time spent waiting for data",
-}
 
 
 def stage_table(doc: Doc) -> Iterator[str]:
@@ -82,9 +76,7 @@ def sweep_table(doc: Doc) -> Iterator[str]:
 
 def ratio_lines(doc: Doc) -> Iterator[str]:
     """The ratios that were measured, and those that follow from the stages."""
-    for name, value in doc["ratios"].items():
-        if value is not None:
-            yield f"- {RATIOS[name]}: {value:.1%}" if name == "data_wait_share" else f"- {RATIOS[name]}: {value:.2f}"
+    yield from (f"- {label}: {text}" for label, text in named_ratios(doc).items())
     rate = {name: e["samples_per_s"] for name, e in doc["stages"].items()}
     if {"loader/all", "baseline/gpu_full"} <= rate.keys():
         yield f"- loader/all over baseline/gpu_full: {rate['loader/all'] / rate['baseline/gpu_full']:.1f}"

@@ -5,6 +5,13 @@ from typing import Any
 
 Doc = Mapping[str, Any]
 
+RATIOS = {
+    "light_over_baseline": "loader/light over baseline/light",
+    "all_over_full": "loader/all over baseline/full",
+    "train_over_slower": "train over the slower of loader/train and model",
+    "data_wait_share": "share of the training's time spent waiting for data",
+}
+
 
 def figure(x: float) -> str:
     """Three digits, without an exponent."""
@@ -37,6 +44,12 @@ def setting(entry: Doc) -> str:
     return ", ".join(text.format(entry[key]) for key, text in words.items() if key in entry)
 
 
+def named_ratios(doc: Doc) -> dict[str, str]:
+    """The ratios that were measured, by what they are of."""
+    known = {name: value for name, value in doc["ratios"].items() if value is not None}
+    return {RATIOS[name]: f"{x:.1%}" if name == "data_wait_share" else f"{x:.2f}" for name, x in known.items()}
+
+
 def terminal_table(doc: Doc) -> str:
     """The results for the terminal."""
     lines = [*machine(doc).split("; "), material(doc), "one sample = one segment = two views", ""]
@@ -54,9 +67,8 @@ def terminal_table(doc: Doc) -> str:
     for row in (heads, *rows):
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells))
-    known = {name: value for name, value in doc["ratios"].items() if value is not None}
-    if known:
-        lines += ["", *(f"{name.ljust(max(map(len, known)))}  {value:.3g}" for name, value in known.items())]
+    if known := named_ratios(doc):
+        lines += ["", *(f"{label}: {text}" for label, text in known.items())]
     about = doc["environment"]["settings"]
     if about["soak"]:
         host = doc["stages"]["loader/all"]["host_bytes"]

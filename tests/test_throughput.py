@@ -490,6 +490,13 @@ def test_ratios_are_of_the_stages() -> None:
     expected = {"light_over_baseline": 2, "all_over_full": 5, "train_over_slower": 0.95, "data_wait_share": 0.01}
     assert document.ratios(entries) == pytest.approx(expected)
     assert set(document.ratios({}).values()) == {None}
+    assert list(result_text.named_ratios({"ratios": document.ratios(entries)}).values()) == [
+        "2.00",
+        "5.00",
+        "0.95",
+        "1.0%",
+    ]
+    assert result_text.named_ratios({"ratios": document.ratios({})}) == {}
 
 
 def test_the_readmes_numbers_are_the_result_files() -> None:

@@ -134,7 +134,7 @@ class Retrieval:
         """The expected AP@k of the scored rows in a random order."""
         relevant, others = self.relevant[self.scored, None], self.candidates[self.scored, None]
         rank = np.arange(1, self._k + 1)
-        # Place i is relevant with R/M; given that, each of the i - 1 before it is with (R - 1)/(M - 1).
+        # Rank i is relevant with R/M; given that, each of the i - 1 before it is with (R - 1)/(M - 1).
         before = (rank - 1) * (relevant - 1) / (others - 1).clip(min=1)
         share = (rank <= others) * relevant / others * (1 + before) / rank
         return share.sum(axis=1) / np.minimum(self._k, relevant[:, 0])

@@ -93,13 +93,13 @@ class SimpleType(EncoderType):
 
     def create_loss_fn(self, shards: ShardSet, device: torch.device) -> LossFn:
         """See the base class."""
-        contrast = MetadataContrastiveLoss(self.settings)
+        tag_loss = MetadataContrastiveLoss(self.settings)
         labels = SongLabels.from_songs(shards.songs, shards.segments["song"].to_numpy()).to(device)
 
         def loss_fn(outputs: Any, segment: Tensor) -> LossOutput:
             if device.type == "cuda" and segment.device.type == "cpu":
                 segment = segment.pin_memory()  # the host need not wait for a copy from pinned memory
-            loss, anchors = contrast(outputs, *labels.of(segment.to(device, non_blocking=True)))
+            loss, anchors = tag_loss(outputs, *labels.of(segment.to(device, non_blocking=True)))
             return LossOutput(loss, anchors > 0, outputs)
 
         return loss_fn

@@ -53,7 +53,7 @@ def song_path(
     near = np.argpartition(-nearness, min(CANDIDATES, len(free)) - 1)[:, :CANDIDATES]
     candidates = list(free[near])
     own = free[linear_sum_assignment(-nearness)[1]]
-    candidates = [np.union1d(near_it, song) for near_it, song in zip(candidates, own, strict=True)]
+    candidates = [np.union1d(songs, song) for songs, song in zip(candidates, own, strict=True)]
     column = {int(row): number for number, row in enumerate(free)}
     layers = [np.array([start]), *candidates, np.array([end])]
     costs = step_costs(x, layers, artists)
