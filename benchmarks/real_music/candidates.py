@@ -7,6 +7,10 @@ from typing import Any
 import halves
 from equal_time_scores import (
     BASE,
+    CONTRASTIVE,
+    CONTRASTIVE_FOLDERS,
+    CONTRASTIVE_FOLDERS_STAGES,
+    CONTRASTIVE_STAGES,
     FOLDERS,
     FOLDERS_LAST,
     FOLDERS_LAST_STAGES,
@@ -37,7 +41,8 @@ SHORT = {"data.view_seconds": 2.5, f"{AUGMENTATION}.time_mask_param": 7}
 NO_SHIFT = {f"{AUGMENTATION}.time_shift_prob": 0}
 SHORT_NOISY = NOISE | SHORT | NO_SHIFT
 JOINT = "encoder.joint"
-WITH_FOLDERS = {f"{JOINT}.views_loss": "simsiam", f"{JOINT}.use_folder": True}
+FOLDERS_AS_TAGS = {f"{JOINT}.use_folder": True}
+WITH_FOLDERS = FOLDERS_AS_TAGS | {f"{JOINT}.views_loss": "simsiam"}
 FROM_STAGES = WITH_FOLDERS | {f"{JOINT}.tags_read": "stages"}
 WINDOWS = {"encoder.simsiam.embedding": "projection", "encoder.simsiam.embedding_seconds": 2.5}
 CANDIDATES = {
@@ -55,7 +60,7 @@ CANDIDATES = {
     "with resized crop": Candidate({f"{AUGMENTATION}.crop_prob": 1.0}),
     "segments of 60 s": Candidate(segment_seconds=60),
     "momentum target (BYOL)": Candidate(kind="byol"),
-    "contrastive": Candidate(kind="contrastive"),
+    CONTRASTIVE: Candidate(kind="contrastive"),
     "contrastive, 60 s segments": Candidate(kind="contrastive", segment_seconds=60),
     "SimSiam, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, segment_seconds=60),
     "SimSiam, 60 s segments, two short views beside": Candidate(
@@ -70,12 +75,14 @@ CANDIDATES = {
     "simple (from tags)": Candidate(kind="simple"),
     PEER: Candidate(kind="lightly"),
     STAGES: Candidate(embedding="stages", trained_as=BASE),
-    "contrastive, embedded by stages": Candidate(kind="contrastive", embedding="stages", trained_as="contrastive"),
+    CONTRASTIVE_STAGES: Candidate(kind="contrastive", embedding="stages", trained_as=CONTRASTIVE),
     FOLDERS: Candidate(FROM_STAGES, "joint"),
     FOLDERS_STAGES: Candidate(FROM_STAGES, "joint", embedding="stages", trained_as=FOLDERS),
     FOLDERS_TAGS: Candidate(FROM_STAGES, "joint", embedding="stages+tags", trained_as=FOLDERS),
     FOLDERS_LAST: Candidate(WITH_FOLDERS, "joint"),
     FOLDERS_LAST_STAGES: Candidate(WITH_FOLDERS, "joint", embedding="stages", trained_as=FOLDERS_LAST),
+    CONTRASTIVE_FOLDERS: Candidate(FOLDERS_AS_TAGS, "joint"),
+    CONTRASTIVE_FOLDERS_STAGES: Candidate(FOLDERS_AS_TAGS, "joint", embedding="stages", trained_as=CONTRASTIVE_FOLDERS),
 }
 """What a row of the table is called, and what it changes. Two crops of a segment are two places of a song: the longer
 the segment, the farther apart. Noisy views have noise and no circular shift. Short views beside are of 2.5 s, with a

@@ -17,6 +17,11 @@ FOLDERS = "joint, folders as tags"
 FOLDERS_STAGES, FOLDERS_TAGS = (f"{FOLDERS}, embedded by stages{more}" for more in ("", " and tags"))
 FOLDERS_LAST = f"{FOLDERS} of the last map"
 FOLDERS_LAST_STAGES = f"{FOLDERS_LAST}, embedded by stages"
+CONTRASTIVE = "contrastive"
+CONTRASTIVE_FOLDERS = "joint, contrastive, folders as tags of the last map"
+CONTRASTIVE_STAGES, CONTRASTIVE_FOLDERS_STAGES = (
+    f"{row}, embedded by stages" for row in (CONTRASTIVE, CONTRASTIVE_FOLDERS)
+)
 COMPARED = (
     TAGGED,
     *((row, "SimSiam, 2.5 s noisy views of 60 s") for row in TAGGED),
@@ -25,9 +30,12 @@ COMPARED = (
     (FOLDERS_STAGES, STAGES),
     (FOLDERS_TAGS, STAGES),
     (FOLDERS_LAST_STAGES, STAGES),
+    (CONTRASTIVE_STAGES, STAGES),
+    (CONTRASTIVE_FOLDERS_STAGES, STAGES),
+    (CONTRASTIVE_FOLDERS, CONTRASTIVE),
 )
 """Rows that differ in what a claim is about."""
-CLAIMED = (BASE, STAGES, "contrastive", *TAGGED)
+CLAIMED = (BASE, STAGES, CONTRASTIVE, *TAGGED)
 """Rows that the pages say something about: they are compared with the peer and with the best baseline too."""
 METRICS = ("soundtrack/knn", "soundtrack/map")
 RESAMPLES = 4000
