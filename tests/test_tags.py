@@ -232,6 +232,28 @@ def test_players_databases(tmp_path: Path, column: str) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [source.name]
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_rating_is_of_no_other_song_of_its_name_while_its_own_is_there(tmp_path: Path, linked: bool) -> None:
+    """Every album of an artist may have its own "01 Intro.mp3"."""
+    music, kept = tmp_path / "music", tmp_path / "kept"
+    rated, other = (folder / "album" / "01 Intro.mp3" for folder in (music, music / "b"))
+    if linked:
+        kept.mkdir()
+        music.symlink_to(kept)
+    for song in (rated, other):
+        song.parent.mkdir(parents=True)
+        song.touch()
+    source = library(
+        tmp_path / "my.db", "url", [((kept if linked else music) / "album/01 Intro.mp3", "Intro", "A", 1.0)]
+    )
+
+    ratings = RatingsFile.read(source, music)
+    assert ratings.lookup(rated, "Intro", ("A",)) == 1.0
+    assert ratings.lookup(other, "Intro", ("A",)) is None
+    rated.unlink()
+    assert ratings.lookup(other, "Intro", ("A",)) == 1.0  # the one that the file has may have moved there
+
+
 def test_a_file_that_is_no_ratings_file(tmp_path: Path) -> None:
     other = tmp_path / "other.db"
     with sqlite3.connect(other) as database:

@@ -88,12 +88,14 @@ class RatingsCsv:
 class RatingsFile:
     """Ratings 0..1 by absolute path and, for a library that has moved, by file name, title and artist.
 
-    NaN: the file says that the song is unrated. None: it has several ratings for songs of one name.
+    music: the library's folder. by_name: the rows of a name, each its path ("" without one) and its rating. NaN: the
+    file says that the song is unrated.
     """
 
     source: Path
+    music: Path
     by_path: dict[str, float] = field(default_factory=dict)
-    by_name: dict[tuple[str, str, str], float | None] = field(default_factory=dict)
+    by_name: dict[tuple[str, str, str], list[tuple[str, float]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, source: Path, music: Path) -> "RatingsFile":
@@ -109,7 +111,7 @@ class RatingsFile:
                 if file.read(len(DATABASE)) != DATABASE:
                     file.seek(0)
                     return cls.of_csv(RatingsCsv.parse(file.read(), source), source, music)
-            ratings = cls(source)
+            ratings = cls(source, music)
             for path, title, artist, rating in _database_rows(source):
                 ratings._add(path, title, artist, rating)
         except OSError as e:
@@ -119,7 +121,7 @@ class RatingsFile:
     @classmethod
     def of_csv(cls, content: RatingsCsv, source: Path, music: Path) -> "RatingsFile":
         """The ratings in a CSV that was read from `source`. Raises UserError as `RatingsCsv.ratings` does."""
-        ratings, numbers = cls(source), content.ratings(source)
+        ratings, numbers = cls(source, music), content.ratings(source)
         scale = 5 if any(number > 1 for number in numbers) else 1
         base, padded = str(music.absolute()), dict[str, float]()
         cells = zip(*(content.column(name) for name in ("path", "title", "artist")), numbers, strict=True)
@@ -139,12 +141,7 @@ class RatingsFile:
         # A song that is unrated does not make others of its name unrated.
         if title and not (math.isnan(rating) and path):
             key = _song_key(os.path.basename(path), title, artist)  # noqa: PTH119 - thousands of rows
-            known = self.by_name.get(key, rating)
-            if known is not None and math.isnan(known):
-                self.by_name[key] = rating
-            elif not math.isnan(rating):
-                # Two songs of one name with two ratings: ambiguous.
-                self.by_name[key] = rating if known == rating else None
+            self.by_name.setdefault(key, []).append((path, rating))
 
     def __len__(self) -> int:
         """How many songs the file names, those that it says are unrated among them."""
@@ -157,9 +154,23 @@ class RatingsFile:
                 return rating
         for name in (path.name, ""):
             for artist in (", ".join(artists), *artists):
-                if title and (rating := self.by_name.get(_song_key(name, title, artist))) is not None:
+                if title and (rating := self._of_name(_song_key(name, title, artist))) is not None:
                     return rating
         return None
+
+    def _of_name(self, key: tuple[str, str, str]) -> float | None:
+        """The rating of songs that are called so; None where there is none, or several."""
+        ratings = [rating for path, rating in self.by_name.get(key, ()) if not self._is_in_library(path)]
+        rated = {rating for rating in ratings if not math.isnan(rating)}
+        if len(rated) > 1:
+            return None  # ambiguous
+        return next(iter(rated), math.nan) if ratings else None
+
+    def _is_in_library(self, path: str) -> bool:
+        """Whether a row is of a song that still lies in the library, and so of no other song of its name."""
+        own = Path(path)
+        inside = any(own.is_relative_to(folder) for folder in (_normalised(self.music), self.music.resolve()))
+        return bool(path) and inside and own.exists()
 
 
 def _database_rows(source: Path) -> Iterator[tuple[str, str, str, float]]:
