@@ -355,6 +355,17 @@ def test_files_of_a_study_that_is_not_in_the_database_are_kept(tmp_path, monkeyp
     assert kept.read_text() == "kept"
 
 
+def test_a_study_without_a_finished_trial_is_closed(tmp_path):
+    study = make_study(make_config(tmp_path))
+    parent = StudyRun(study)
+    trials.close(study, parent, "KILLED")
+    assert (study.folder / "trials.csv").read_text().strip() == "seconds,epochs,reason"
+    study.optuna.ask()  # runs, in another process
+    trials.close(study, parent, "KILLED")
+    (row,) = csv.DictReader((study.folder / "trials.csv").open())
+    assert (row["state"], row["seconds"]) == ("RUNNING", "")
+
+
 def test_a_database_that_cannot_be_opened_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"Optuna cannot open sqlite:////nowhere/hpo\.db"):
         make_study(make_config(tmp_path, hpo__storage="sqlite:////nowhere/hpo.db"))

@@ -1,5 +1,6 @@
 """Report a study: lines for the terminal, best.yaml, trials.csv, plots, and its MLflow run."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -72,12 +73,11 @@ def closing_lines(study: Study, files: list[Path]) -> Iterator[str]:
 def write_tables(study: Study) -> list[Path]:
     """Write trials.csv and, once a trial is complete, best.yaml, a config file for the final training."""
     table, best = study.folder / TABLE, study.folder / BEST
-    frame = study.optuna.trials_dataframe(attrs=("number", "state", "value", "datetime_start", "duration", "params"))
+    frame = study.optuna.trials_dataframe(attrs=("number", "state", "value", "datetime_start", "params"))
     trials = study.trials()
+    frame["seconds"] = [t.duration.total_seconds() if t.duration else math.nan for t in trials]  # NaN while it runs
     frame["epochs"] = [t.last_step or 0 for t in trials]
     frame["reason"] = [t.user_attrs.get("reason", KILLED if t.state == TrialState.FAIL else "") for t in trials]
-    frame["duration"] = frame["duration"].dt.total_seconds()
-    frame = frame.rename(columns={"duration": "seconds"})
     with atomic_write(table) as part:
         frame.to_csv(part, index=False)
     if not (trial := study.best()):
