@@ -20,7 +20,8 @@ from helpers.small_music import write_song
 from simsiam_dali import embed, recommend, refresh, train
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
-from simsiam_dali.embedding.records import records_path
+from simsiam_dali.embedding import refresh as embedding_refresh
+from simsiam_dali.embedding.records import FileRecord, records_path
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
 
 HOUR_AGO = time.time() - 3600
@@ -128,6 +129,44 @@ def test_everything_that_can_change(home, small_runs, capsys):
     )
     assert cosine.min() > 0.999999
     assert not list(home.glob(".e.parquet.packed"))
+
+
+def test_songs_behind_a_link_that_leads_nowhere_now_are_kept(home, tmp_path, capsys):
+    """Their disk may not be mounted."""
+    elsewhere, link = tmp_path / "disk", home / "music/more"
+    for seed in (30, 31):
+        settle(write_song(elsewhere / f"{seed}.flac", seed, 5))
+    link.symlink_to(elsewhere)
+    run(home)
+    before = vectors(read_embeddings(home / "e.parquet"))
+    assert {"more/30.flac", "more/31.flac"} <= before.keys()
+    elsewhere.rename(tmp_path / "not mounted")
+    capsys.readouterr()
+    run(home)
+    assert vectors(read_embeddings(home / "e.parquet")) == before
+    assert "more: cannot be read: No such file or directory" in capsys.readouterr().out
+
+
+def test_a_changed_song_that_cannot_be_read_now_keeps_its_vector(home, capsys, monkeypatch):
+    changed = home / "music/six.flac"
+    write_song(changed, 40, 5)
+    settle(changed, time_s=HOUR_AGO + 60)
+    before, decode = vectors(read_embeddings(home / "e.parquet")), embedding_refresh.decode
+
+    def fails(files, *_):
+        return embedding_refresh.Decoded(None, {file.name: failed(file) for file in files})
+
+    def failed(file) -> FileRecord:
+        return FileRecord(file.name, file.bytes, file.mtime_ns, "", "the disk did not answer", retry=True)
+
+    monkeypatch.setattr(embedding_refresh, "decode", fails)
+    run(home)
+    assert vectors(read_embeddings(home / "e.parquet")) == before
+    assert "refused   six.flac: the disk did not answer" in capsys.readouterr().out
+    monkeypatch.setattr(embedding_refresh, "decode", decode)
+    run(home)
+    after = vectors(read_embeddings(home / "e.parquet"))
+    assert {path for path, vector in after.items() if vector != before[path]} == {"six.flac"}
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -26,6 +26,7 @@ from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack import NothingPacked
 from simsiam_dali.packing.pack_song import DecodeSettings, PackSettings
 from simsiam_dali.packing.ratings import RatingsFile
+from simsiam_dali.packing.reuse import is_final
 from simsiam_dali.packing.temporary import TemporarySongs, in_one_split
 from simsiam_dali.training.data import log_mel_settings, with_statistics
 
@@ -111,16 +112,23 @@ def refresh(
         vectors, within = embed_unknown(decoded.shards, known, run, device, scratch)
         songs = decoded.shards.songs
         durations = dict(zip(songs["audio_hash"], songs["duration"], strict=True))
+    # What is refused for a reason that may pass keeps what the table has of it.
+    kept = {
+        name: before[name]
+        for name, record in decoded.records.items()
+        if not record.audio_hash and not is_final(record.reason, record.retry) and name in before
+    }
     after = changes.known | {
         name: dataclasses.replace(record, audio_hash="", reason="none of its segments can be embedded", retry=True)
         if record.audio_hash and record.audio_hash not in known and record.audio_hash not in vectors
         else record
-        for name, record in decoded.records.items()
+        for name, record in (decoded.records | kept).items()
     }
     if not any(record.audio_hash for record in after.values()):
         raise UserError(f"{music}: none of its files can be embedded")
     is_here = old is not None and Path(old.provenance["music"]).resolve() == music.resolve()
-    refused = [(r.path, r.reason) for r in after.values() if r.path in decoded.records and not r.audio_hash]
+    tried = {name: after[name] for name in decoded.records} | {name: decoded.records[name] for name in kept}
+    refused = [(record.path, record.reason) for record in tried.values() if not record.audio_hash]
     if old and is_here and after == before and ratings is None:
         return Refreshed(old, previous.records, Report(), refused)
     records = Records("", settings, after)

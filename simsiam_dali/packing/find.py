@@ -60,19 +60,20 @@ def find_songs(music: Path, exclude: Path | None = None) -> tuple[list[SongFile]
             continue
         for entry in entries:
             path = Path(entry.path)
-            suffix = path.suffix.lower()
+            suffix, hidden = path.suffix.lower(), entry.name.startswith(".")
             try:
                 info = entry.stat()
             except OSError as e:
-                if suffix in AUDIO:
+                # A link that leads nowhere may have led to a folder of songs, on a disk that is not mounted.
+                if suffix in AUDIO or (entry.is_symlink() and suffix not in NOT_AUDIO and not hidden):
                     files.append(SongFile(path, relative_name(path, music), 0, 0, f"cannot be read: {e.strerror}"))
                 else:
                     passed_over += 1
                 continue
             if stat.S_ISDIR(info.st_mode):
-                if not entry.name.startswith("."):
+                if not hidden:
                     (linked if entry.is_symlink() else real).append(path)
-            elif stat.S_ISREG(info.st_mode) and suffix not in NOT_AUDIO and not entry.name.startswith("."):
+            elif stat.S_ISREG(info.st_mode) and suffix not in NOT_AUDIO and not hidden:
                 files.append(SongFile(path, relative_name(path, music), info.st_size, info.st_mtime_ns))
             else:
                 passed_over += 1
