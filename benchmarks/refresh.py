@@ -30,7 +30,7 @@ import torch
 from large_library import song_names
 
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.data.format import sha256_of
+from simsiam_dali.common.files import sha256_of
 from simsiam_dali.embedding.features import CHECKPOINT
 from simsiam_dali.embedding.records import FileRecord, Records, records_path, write_records
 from simsiam_dali.embedding.run import read_run

@@ -1,10 +1,12 @@
 """Files are written whole: through a link, and with the permissions of the file that they replace."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from simsiam_dali.common.files import atomic_write, replace_files
+from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import atomic_write, refuse_unwritable, replace_files
 
 
 def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
@@ -46,3 +48,19 @@ def test_a_set_of_files_takes_the_place_of_an_earlier_one(tmp_path: Path) -> Non
     (folder / "mine").write_bytes(b"mine")
     replace_files(folder, {"a": b"2", "last": b"2"}, gone=["b", "never"])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"2", "last": b"2", "mine": b"mine"}
+
+
+def test_a_set_of_files_is_written_where_a_link_leads(tmp_path: Path) -> None:
+    """Also to another file system, onto which no file can be moved."""
+    with TemporaryDirectory(dir="/dev/shm") as disk:
+        (tmp_path / "link").symlink_to(disk)
+        for content in (b"1", b"2"):
+            replace_files(tmp_path / "link", {"a": content, "last": content})
+            assert {path.name: path.read_bytes() for path in Path(disk).iterdir()} == {"a": content, "last": content}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    refuse_unwritable(tmp_path / "not" / "there yet")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="cannot write /proc/here"):
+        refuse_unwritable(Path("/proc/here"))

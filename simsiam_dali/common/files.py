@@ -1,6 +1,7 @@
 """Write files whole or not at all: to a temporary name beside them, then moved in place. Locks between processes."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,21 +53,34 @@ def refuse_failed_write(path: Path, advice: str = "") -> Iterator[None]:
         raise UserError(f"cannot write {path} ({reason})" + (f": {advice}" if advice else "")) from e
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise UserError unless files can be written into `folder`, which need not be there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    with refuse_failed_write(folder), TemporaryDirectory(dir=there, prefix=".writable-"):
+        pass
+
+
 def replace_files(folder: Path, files: Mapping[str, bytes], gone: Iterable[str] = ()) -> None:
-    """Write files into `folder`: all are written beside it first, so that a failure leaves what was there.
+    """Write files into `folder`: all are written to a hidden folder in it first, so that a failure leaves what was.
 
     The last file marks the set as complete: it is deleted before the others are replaced, and moved into place last.
     gone: names of files of an earlier set that this one does not have. Other files in `folder` are kept.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
+    folder.mkdir(parents=True, exist_ok=True)
+    # In the folder, not beside it: it may be a link to another disk, or one in a folder that is not ours to write.
+    with TemporaryDirectory(dir=folder, prefix=".new-") as part:
         for name, content in files.items():
             (Path(part) / name).write_bytes(content)
-        folder.mkdir(exist_ok=True)
         for name in (list(files)[-1], *gone):
             (folder / name).unlink(missing_ok=True)
         for name in files:
             (Path(part) / name).replace(folder / name)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,6 @@ A sample is `KEY.flac` (or wav, ogg: mono, 16 bit), `KEY.row` (int64 little-endi
 `KEY.json` (the tags, for readers of plain webdataset). KEY is the row in nine digits.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, TypeAdapter
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.common.files import sha256_of
 from simsiam_dali.data.commit import MANIFEST, finish_commit
 
 FORMAT_VERSION = 1
@@ -193,9 +193,3 @@ def read_index(path: Path) -> list[Members]:
     except (OSError, ValueError) as e:
         raise UserError(f"{path} is damaged: pack again with python -m simsiam_dali.pack --replace") from e
     return samples
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from simsiam_dali.common.errors import UserError, one_line
+from simsiam_dali.common.files import sha256_of
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import Config, TrainConfig
-from simsiam_dali.data.format import sha256_of
 from simsiam_dali.models.encoder import Encoder
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.packing.pack_song import PackSettings

@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from simsiam_dali.common.files import sha256_of
 from simsiam_dali.data.commit import MANIFEST
-from simsiam_dali.data.format import SCHEMAS, FileSum, Manifest, index_text, sha256_of
+from simsiam_dali.data.format import SCHEMAS, FileSum, Manifest, index_text
 
 ROWS_IN_MEMORY = 1 << 12
 """Rows of a table that are read or written at a time."""

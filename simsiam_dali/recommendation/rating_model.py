@@ -18,6 +18,8 @@ NOISE = 0.1
 
 It weighs as much as two songs; without it the first few ratings would count as exact.
 """
+ROUNDING = 1e-12
+"""Directions with less than this fraction of the largest variance are rounding errors of float32."""
 _BLOCK = 4096
 
 
@@ -26,15 +28,14 @@ class RatingModel:
 
     def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
         self._mean = x.mean(axis=0, dtype=np.float64)
-        # The ratings say nothing of directions in which the rated songs do not differ: there the prior stays, and the
-        # model need not have them. It is small when few songs are rated, however wide the vectors.
-        basis = np.linalg.svd(x - self._mean, full_matrices=False)[2]  # (min(R, D), D)
-        model = BayesianRidge(alpha_1=1.0, alpha_2=NOISE**2).fit((x - self._mean) @ basis.T, y)
+        centred = x - self._mean
+        basis = _row_space(centred)
+        model = BayesianRidge(alpha_1=1.0, alpha_2=NOISE**2).fit(centred @ basis.T, y)
         self._weights, self._bias = basis.T @ model.coef_, float(model.intercept_)
         # The posterior covariance is what the ratings leave of the prior: prior I - known known^T.
         self._prior = 1 / float(model.lambda_)
         variance, axes = np.linalg.eigh(model.sigma_)
-        self._known = basis.T @ (axes * np.sqrt((self._prior - variance).clip(min=0)))  # (D, min(R, D))
+        self._known = basis.T @ (axes * np.sqrt((self._prior - variance).clip(min=0)))  # (D, K)
         self.noise = float(model.alpha_) ** -0.5
         """Standard deviation of the ratings around the best linear model of the vectors."""
 
@@ -77,3 +78,17 @@ class RatingModel:
     def _times_covariance(self, x: np.ndarray) -> np.ndarray:
         """Centred vectors `(..., D)` times the posterior covariance of the weights."""
         return self._prior * x - (x @ self._known) @ self._known.T
+
+
+def _row_space(x: np.ndarray) -> np.ndarray:
+    """Orthonormal rows `(K, D)` that span the rows of `x (R, D)`, float64.
+
+    The ratings say nothing of directions in which the rated songs do not differ: there the prior stays, and the model
+    need not have them. It is small when few songs are rated, however wide the vectors.
+    """
+    rated, dims = x.shape
+    if rated > dims:
+        return np.eye(dims)
+    variance, axes = np.linalg.eigh(x @ x.T)
+    kept = variance > ROUNDING * variance[-1]
+    return (axes[:, kept] / np.sqrt(variance[kept])).T @ x

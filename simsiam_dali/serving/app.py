@@ -86,7 +86,6 @@ def _http_error(_request: Request, error: Exception) -> Response:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    # ASCII: a tag may hold half of a surrogate pair, which UTF-8 cannot.
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return Response(text, status, media_type="application/json")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import av
 
+from simsiam_dali.packing.ffmpeg import OPEN_OPTIONS
 from simsiam_dali.packing.find import file_of
 
 PLAYED = {
@@ -103,8 +104,7 @@ def _inspect(path: Path, _mtime_ns: int, _size: int, seconds: float) -> Audio:
 
 
 def _container(file: object) -> "av.container.InputContainer":
-    # The whitelist keeps a playlist in disguise from the network.
-    return av.open(file, "r", metadata_errors="replace", options={"protocol_whitelist": "file"})
+    return av.open(file, "r", metadata_errors="replace", options=OPEN_OPTIONS)
 
 
 def wav_header(audio: Audio) -> bytes:

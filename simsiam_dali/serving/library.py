@@ -104,8 +104,7 @@ class ServedLibrary:
             "palette": PALETTE,
             "other": OTHER,
         }
-        # A tag may hold half of a surrogate pair, which no UTF-8 holds: JSON escapes it.
-        return json.dumps(data, separators=(",", ":")).encode("ascii")
+        return json.dumps(data, separators=(",", ":")).encode()
 
 
 def or_none(numbers: np.ndarray, digits: int) -> list[float | None]:

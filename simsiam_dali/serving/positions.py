@@ -4,7 +4,6 @@ UMAP of 100,000 songs takes minutes. It is kept beside the table as `.NAME.map.n
 file, so that it is computed once for a table. The process ends with the one that started it, however that ends.
 """
 
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -15,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from simsiam_dali.common.errors import printable
-from simsiam_dali.common.files import atomic_write
+from simsiam_dali.common.files import atomic_write, sha256_of
 
 MIN_SONGS = 10
 """Of fewer songs there is no UMAP, as in evaluation.maps."""
-_SAMPLE = 20_000
+_SONGS, _NUMBERS = 20_000, 2**22
+"""The most songs, and numbers of their vectors, that the principal components are computed from."""
 _BLOCK = 2048
 _KEY = "simsiam_dali_table_sha256"
 
@@ -29,7 +29,8 @@ def principal_components(vectors: np.ndarray) -> np.ndarray:
 
     Not of the unit vectors by which songs are searched, which take seconds: the page shows these until UMAP is there.
     """
-    some = vectors[:: -(-len(vectors) // _SAMPLE)].astype(np.float32)
+    songs, dims = vectors.shape
+    some = vectors[:: -(-songs // max(2, min(_SONGS, _NUMBERS // dims)))].astype(np.float32)
     mean, std = some.mean(axis=0), some.std(axis=0)
 
     def standardised(own: np.ndarray) -> np.ndarray:
@@ -37,10 +38,20 @@ def principal_components(vectors: np.ndarray) -> np.ndarray:
         return own / np.linalg.norm(own, axis=1, keepdims=True).clip(min=1e-12)
 
     x = standardised(some)
-    axes = np.linalg.eigh(np.cov(x, rowvar=False).reshape(x.shape[1], -1))[1][:, -2:] if len(x) > 1 else x[:1].T
+    axes = _principal_axes(x - x.mean(axis=0)) if len(x) > 1 else x.T
     blocks = np.array_split(vectors, -(-len(vectors) // _BLOCK))  # small ones stay in the cache
-    flat = np.concatenate([standardised(block) @ axes[:, ::-1] for block in blocks])
+    flat = np.concatenate([standardised(block) @ axes for block in blocks])
     return scaled_to_one(np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))))
+
+
+def _principal_axes(x: np.ndarray) -> np.ndarray:
+    """The first two principal axes `(D, 2)`, or `(D, 1)` of one dimension, of centred `(N, D)`."""
+    songs, dims = x.shape
+    if songs < dims:  # the rows' Gram matrix is smaller than the covariance, and has the same eigenvalues
+        axes = x.T @ np.linalg.eigh(x @ x.T)[1][:, :-3:-1]
+        length = np.linalg.norm(axes, axis=0)
+        return axes / length.clip(min=max(1e-4 * length[0], 1e-12))  # the second may be rounding errors only
+    return np.linalg.eigh(x.T @ x)[1][:, :-3:-1]
 
 
 def scaled_to_one(points: np.ndarray) -> np.ndarray:
@@ -62,7 +73,7 @@ class Positions:
         self._closed, self._lock = False, threading.Lock()
         self.computing = False
         self.version = 1
-        self._key = file_key(table)
+        self._key = sha256_of(table)
         kept = _read(self._file, self._key, self._songs)
         self.kind = "PCA" if kept is None else "UMAP"
         self.points = principal_components(vectors) if kept is None else kept
@@ -109,12 +120,6 @@ class Positions:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-
-
-def file_key(table: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with table.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_map(path: Path, points: np.ndarray, key: str) -> None:

@@ -9,9 +9,10 @@ import sys
 import threading
 from pathlib import Path
 
+from simsiam_dali.common.files import sha256_of
 from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.evaluation.maps import project_umap
-from simsiam_dali.serving.positions import file_key, scaled_to_one, write_map
+from simsiam_dali.serving.positions import scaled_to_one, write_map
 
 
 def end_with_parent() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     table, out = map(Path, sys.argv[1:])
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.nice(19)
-    key = file_key(table)
+    key = sha256_of(table)
     write_map(out, scaled_to_one(project_umap(read_song_embeddings(table).unit(), seed=0)), key)
 
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from helpers.evaluation_tables import planted, song_table
 from helpers.small_music import sound, write_audio
+from simsiam_dali.common.files import sha256_of
 from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write_embeddings
 from simsiam_dali.serving.app import create_app
 from simsiam_dali.serving.library import ServedLibrary
-from simsiam_dali.serving.positions import file_key, write_map
+from simsiam_dali.serving.positions import write_map
 from simsiam_dali.serving.security import Address, Guard
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav", ".m4a")
@@ -38,7 +39,7 @@ def write_library(folder: Path, songs: int = 30, seconds: float = 2.0) -> Path:
 def with_map(table: Path) -> Path:
     """Keep some positions as the UMAP of a table: to compute it takes half a minute, and it comes at some moment."""
     points = np.random.default_rng(0).uniform(-1, 1, (len(read_song_embeddings(table).table), 2))
-    write_map(table.with_name(f".{table.name}.map.npz"), points.astype(np.float32), file_key(table))
+    write_map(table.with_name(f".{table.name}.map.npz"), points.astype(np.float32), sha256_of(table))
     return table
 
 
