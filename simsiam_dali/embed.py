@@ -23,6 +23,7 @@ from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.write import (
     FORWARD_SHARE,
     CleanViews,
+    dtype_name,
     embedding_config,
     is_up_to_date,
     table_provenance,
@@ -30,6 +31,7 @@ from simsiam_dali.embedding.write import (
 )
 from simsiam_dali.packing import temporary
 from simsiam_dali.training.data import log_mel_settings, view_seconds, with_statistics
+from simsiam_dali.training.learner import autocast_dtype
 from simsiam_dali.training.memory import refuse_out_of_memory
 
 
@@ -91,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
     missing = {}
     for name, out in wanted.items():
         provenance = table_provenance(name, "segments" if args.per_segment else "songs", trained, music, fingerprint)
+        if args.precision and name in (CHECKPOINT, "untrained"):
+            provenance["precision"] = dtype_name(autocast_dtype(args.precision, device))
         if is_up_to_date(out, provenance, args.replace):
             print(f"{out} is up to date")
         else:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from simsiam_dali.common.errors import UserError, one_line_errors
-from simsiam_dali.common.files import replace_files
+from simsiam_dali.common.files import refuse_failed_write, refuse_unwritable, replace_files
 from simsiam_dali.config.cli import add_config, add_embeddings, create_parser, whole_number
 from simsiam_dali.config.load import load_config
 from simsiam_dali.embedding.table import read_same_songs, read_song_embeddings
@@ -102,6 +102,7 @@ def main() -> None:
         raise UserError(f"--out {args.out} is a file: name a folder")
     if not args.replace and any((args.out / name).exists() for name in FILES):
         raise UserError(f"{args.out} holds an evaluation already: choose another --out, or --replace it")
+    refuse_unwritable(args.out)
     songs = read_song_embeddings(args.embeddings)
     baselines = baseline_files(args.baselines, args.embeddings.parent)
     tables = {EMBEDDING: songs} | {name: read_same_songs(path, songs) for name, path in baselines.items()}
@@ -136,7 +137,8 @@ def main() -> None:
         files = {f"{name.lower()}.png": png for name, png in pictures.items()} | {"map.html": page.encode()}
     files["report.html"] = report.page(evaluation, provenance, options, pictures, page).encode()
     files["metrics.json"] = report.as_json(evaluation, provenance, options).encode()
-    replace_files(args.out, files, gone=set(FILES) - set(files))
+    with refuse_failed_write(args.out):
+        replace_files(args.out, files, gone=set(FILES) - set(files))
 
     for line in report.terminal_table(evaluation):
         print(line)

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.errors import UserError, one_line_errors, printable
 from simsiam_dali.common.signals import raise_keyboard_interrupt
 from simsiam_dali.config.cli import create_parser, whole_number
 from simsiam_dali.data.format import read_manifest, verify
@@ -90,7 +90,9 @@ def main() -> None:
         if args.verify:
             left = f"{args.out} is not verified yet"
             if problems := verify(args.out):
-                raise UserError("\nerror: ".join(problems))
+                for problem in problems[:-1]:
+                    print(f"error: {printable(problem)}", file=sys.stderr)
+                raise UserError(problems[-1])
             print(f"{args.out}: all {len(read_manifest(args.out).files)} files are as they were packed")
     except KeyboardInterrupt:
         print(f"stopped: {left}", file=sys.stderr)

@@ -99,6 +99,7 @@ def test_provenance_tells_where_the_vectors_come_from(tables, small_shards, smal
         "shards": shards.fingerprint,
         "view_seconds": "3",
         "table_version": "3",
+        "precision": "float32",
         "mlflow_run": "",
         "tracking_uri": provenance["tracking_uri"],
     }
@@ -225,6 +226,9 @@ def test_an_output_is_kept_unless_it_may_be_replaced(small_runs, tmp_path, capsy
     with pytest.raises(UserError, match="other rows"):
         run(small_runs["simsiam"], out, "--per-segment")
     assert out.read_bytes() == before
+    run(small_runs["simsiam"], out, "--precision", "fp32")  # which a CPU takes anyway
+    with pytest.raises(UserError, match="holds embeddings of other precision"):
+        run(small_runs["simsiam"], out, "--precision", "bf16")
     older = dataclasses.replace(first, provenance=first.provenance | {"table_version": "1"}, within=None)
     write.write_embeddings(out, older)
     with pytest.raises(UserError, match="other table version"):
@@ -300,7 +304,7 @@ def test_songs_in_no_shard(small_runs, small_shards, tables, tmp_path, capsys, k
     (folder / "broken.mp3").write_bytes(b"no music at all")
     packed = music / known.table["path"][4]
     out = folder / "e.parquet"  # among the songs
-    table = run(small_runs[kind], out, "--music", folder, folder / "a/one.flac", packed)
+    table = run(small_runs[kind], out, "--music", folder, folder / "a/../a/one.flac", packed)
     said = capsys.readouterr().out
     assert "broken.mp3: does not open as audio" in said
     root = Path(table.provenance["music"])

@@ -136,6 +136,8 @@ def test_a_wave_embeds_as_its_file(songs, small_runs, tmp_path, kind):
     np.testing.assert_allclose(encoder.embed_wave(torch.from_numpy(low), rate), encoder.embed_file(songs / "low.flac"))
     with pytest.raises(UserError, match="finite"):
         encoder.embed_wave(np.full(50_000, np.nan), 16000)
+    with pytest.raises(UserError, match=r"\(channels, samples\), not \(\d+, 2\): transpose it"):
+        encoder.embed_wave(wave, rate)
     with pytest.raises(UserError, match="is silent"):
         encoder.embed_wave(np.zeros(50_000), 16000)
     broken = tmp_path / "broken.mp3"

@@ -437,3 +437,8 @@ def test_of_equally_near_songs_the_first_comes_first(monkeypatch):
         found, near = knn.nearest(query, bank, k)
         np.testing.assert_array_equal(found, expected[:, :k])
         np.testing.assert_array_equal(near, np.take_along_axis(cosine, expected[:, :k], axis=1))
+
+
+def test_what_players_write_for_no_genre_is_none():
+    table = song_table(5).assign(genres=[["Unknown"], ["none"], ["-"], ["Rock", "<unknown>"], ["rock"]])
+    assert evaluation.all_label_ids(table, "genre") == [[], [], [], [0], [0]]

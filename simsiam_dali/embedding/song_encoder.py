@@ -94,9 +94,11 @@ class SongEncoder:
     def embed_wave(self, wave: NDArray[Any] | Tensor, rate: int) -> NDArray[np.float32]:
         """The embedding of audio `(samples,)` or `(channels, samples)`, float, full scale = 1, at `rate` Hz.
 
-        Raises UserError for audio that is empty, silent or not finite.
+        Raises UserError for audio that is empty, silent or not finite, and for `(samples, channels)`.
         """
         pcm = np.asarray(wave, dtype=np.float32)
+        if pcm.ndim == 2 and pcm.shape[0] > pcm.shape[1] > 0:
+            raise UserError(f"a wave must be (channels, samples), not {pcm.shape}: transpose it")
         pcm = pcm.mean(axis=0) if pcm.ndim == 2 else pcm
         if pcm.ndim != 1 or not np.isfinite(pcm).all():
             raise UserError(f"a wave must be (samples,) or (channels, samples) of finite numbers, not {pcm.shape}")

@@ -188,6 +188,7 @@ def write_table(features: Features, views: CleanViews, provenance: dict[str, str
         "batch_size": config.encoder.batch_size,  # with another, a sum's order and so its last bit may differ
     }
     del key["rows"], key["checkpoint"]
+    provenance = provenance | {"precision": dtype_name(features.dtype)}
     # Hidden, so that no search for songs looks into it.
     with PartialResults(out.with_name(f".{out.name}.partial"), key) as results:
         speed = embed_segments(features, views, results)
@@ -214,13 +215,18 @@ def write_table(features: Features, views: CleanViews, provenance: dict[str, str
 
 
 def is_up_to_date(out: Path, provenance: dict[str, str], replace: bool) -> bool:
-    """Whether `out` already holds this table. Raises UserError when it holds something else, unless `replace`."""
+    """Whether `out` already holds this table. Raises UserError when it holds something else, unless `replace`.
+
+    The precision is compared where `provenance` has one: a table that a GPU made in bf16 is as good as any unless
+    another one is asked for.
+    """
     if not out.exists():
         return False
     try:
         found = read_provenance(out)
         compared = ("features", "rows", "checkpoint_sha256", "shards", "embedding", "view_seconds", "table_version")
-        differ = [name for name in compared if found.get(name) != provenance[name]]
+        asked_for = [name for name in ("precision",) if name in provenance]
+        differ = [name for name in (*compared, *asked_for) if found.get(name) != provenance[name]]
         if not differ:
             return True
         reason = f"holds embeddings of other {', '.join(n.removesuffix('_sha256').replace('_', ' ') for n in differ)}"
@@ -229,6 +235,11 @@ def is_up_to_date(out: Path, provenance: dict[str, str], replace: bool) -> bool:
     if not replace:
         raise UserError(f"{out} {reason}: name another --out, or give --replace")
     return False
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What provenance calls a precision, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def embedding_config(

@@ -9,7 +9,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from simsiam_dali.common.names import album_keys, artist_keys, name_key
+from simsiam_dali.common.names import album_keys, artist_keys, known_keys
 from simsiam_dali.evaluation import knn, probes
 from simsiam_dali.evaluation.folds import SPLITS, folds, groups
 from simsiam_dali.evaluation.hubness import Hubness, hubness
@@ -268,7 +268,7 @@ def all_label_ids(table: pd.DataFrame, target: str) -> list[list[int]]:
     elif target == "artist":
         labels = map(artist_keys, table["artists"])
     else:
-        labels = (filter(None, map(name_key, names)) for names in table["genres"])
+        labels = map(known_keys, table["genres"])
     number: dict[Hashable, int] = {}
     return [list(dict.fromkeys(number.setdefault(name, len(number)) for name in own)) for own in labels]
 

@@ -40,7 +40,7 @@ def find(paths: list[Path], settings: PackSettings) -> TemporarySongs:
 
     settings: of the packing; nothing is kept for validation. Raises UserError for a path that does not exist.
     """
-    given = [path.absolute() for path in paths]
+    given = [Path(os.path.normpath(path.absolute())) for path in paths]
     for path in given:
         if not path.exists():
             raise UserError(f"--music {path}: no such folder or file")
