@@ -13,7 +13,7 @@ help:
 	@echo "make faults  the long tests: killed processes, full disks, a lost server, fuzzing (FAULTS='faults and not whole': without whole commands)"
 	@echo "make soak    an hour of loading and of training: are memory, files and threads flat?"
 	@echo "make lint    ruff check, ruff format --check, mypy, the order of the packages, generated documents up to date"
-	@echo "make docs    write the generated tables of docs/commands.md, docs/config.md and the README"
+	@echo "make docs    write the generated tables and pages of docs/, the README and benchmarks/RESULTS.md"
 
 setup: .venv/.installed
 

@@ -1,6 +1,6 @@
 """Does the demo convince, whatever the seed? python benchmarks/demo_seeds.py DIR --json FILE
 
-Runs tools/demo.py with three seeds, each of the library and of the training, and counts of how many songs the nearest
+Runs tools/demo.py with several seeds, each of the library and of the training, and counts of how many songs the nearest
 is by the same artist: for the trained encoder, the untrained one, MFCCs and the log-mel, with the 95% intervals of the
 paired differences; and what each stage took. A seed that FILE has is not run again.
 """

@@ -80,8 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stages", nargs="+", metavar="STAGE", help=f"which to measure: {', '.join(KINDS)}")
     add("--batch-size", type=int, metavar="N",
         help=f"segments in a batch (default: the config's for training and on a GPU, else {LOADER_BATCH})")  # fmt: skip
-    add("--baseline-batch", type=int, metavar="N", help="of the baselines whose views the CPU makes: their windows hold"
-        f" a batch of each worker (default: {BASELINE_BATCH} on a GPU, else as the others')")  # fmt: skip
+    add("--baseline-batch", type=int, metavar="N",
+        help="batch of the baselines that make views on the CPU; their windows hold"
+        f" one batch per worker (default: {BASELINE_BATCH} on a GPU, else as the others')")  # fmt: skip
     add("--threads", type=int, metavar="N",
         help=f"DALI's CPU threads (default: all cores on a GPU, else {LOADER_THREADS}; in training the config's,"
         " auto = all cores)")  # fmt: skip
@@ -92,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--windows", type=int, default=5, metavar="N", help="windows of each stage (default: %(default)s)")
     add("--shards", type=Path, metavar="DIR", help="shards to measure (default: ./shards, else generated ones)")
     add("--music", type=Path, metavar="DIR", help="songs to pack into the cache and measure, instead of shards")
-    add("--config", type=config_file, metavar="FILE", help="of the training stages, as for train (default: gpu or cpu)")
+    add("--config", type=config_file, metavar="FILE",
+        help="settings of the training stages, as for train (default: gpu or cpu)")  # fmt: skip
     add("--set", action="append", default=[], metavar="a.b=c", dest="assignments",
         help="a setting of the training stages, such as train.compile=true")  # fmt: skip
     add("--sweep", choices=list(SWEEPS), help="measure stages at several values of this")

@@ -116,7 +116,7 @@ def test_without_dali_one_line_says_which_extra_brings_it(bin_dir, tmp_path, sta
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_DALI)
     done = finished(bin_dir / "python", "-m", *started, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
-    assert done.stderr.startswith("error: DALI is not installed: pip install 'simsiam-dali[cuda13]'")
+    assert done.stderr.startswith("error: DALI is not installed: pip install '.[cuda13]' in a checkout")
     assert done.stderr.count("\n") == 1
 
 

@@ -200,7 +200,8 @@ def main() -> None:
     add = parser.add_argument
     add("--part", choices=PARTS, default="choose", help="soundtracks to compare on (default: choose)")
     add("--seeds", type=int, default=5, metavar="N", help="trainings of each candidate on each half (default: 5)")
-    add("--epochs", type=int, metavar="N", help="of the recipe, whose time all get (default: as configured)")
+    add("--epochs", type=int, metavar="N",
+        help="epochs of the recipe; every row gets the same time (default: as configured)")  # fmt: skip
     add("--rows", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="ROW",
         help=f"candidates, beside {BASE} (default: all): {', '.join(CANDIDATES)}")  # fmt: skip
     add("--search", choices=list(run.SEARCHES), default=next(iter(run.SEARCHES)), metavar="RULE",

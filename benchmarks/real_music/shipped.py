@@ -1,6 +1,6 @@
 """What does a training as it is shipped learn? python benchmarks/real_music/shipped.py --json FILE
 
-The first two commands of the README without further settings: songs are packed by `tools/make_shards.py`, and the
+Packing and training as in the README, without further settings: songs are packed by `tools/make_shards.py`, and the
 encoder is trained by configs/cpu.yaml, on a GPU by configs/gpu.yaml, for as long as that takes. It learns from three
 sets of soundtracks and embeds test set 1, whose soundtracks it has not heard: the songs and the scores of
 `equal_time.py --part unheard`, whose result in the repository stands beside them.

@@ -79,8 +79,8 @@ class DataConfig(Section):
         0,
         ge=0,
         le=8,
-        description="number of short views beside them, each cropped at a place of its own; the projections of the"
-        " full-length views are predicted from them, never theirs",
+        description="number of extra short views, each cropped at its own place; short views predict the projections of"
+        " the full-length views, and are never predicted",
     )
     short_view_seconds: float = Field(2.5, gt=0, description="length of a short view, s; read with short_views")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -119,8 +119,8 @@ class SimSiamConfig(OptimizerConfig):
     )
     embedding: Embedding = Field(
         "backbone",
-        description="what embeds a song; stages = statistics of the log-mel and of all maps but the last stage's;"
-        " stages+tags, of joint: beside them, the hidden layer of its tags' head",
+        description="what a song's vector is; stages = statistics of the log-mel and of all feature maps but the last"
+        " stage's; stages+tags, of joint: beside them, the hidden layer of its tags' head",
     )
     embedding_seconds: float | None = Field(
         None, gt=0, description="embed a view in windows of this length, and average them, s; null = the whole view"
@@ -141,7 +141,7 @@ class TagPairsConfig(Section):
     use_artist: bool = Field(True, description="segments by one artist are a positive pair")
     use_album: bool = Field(True, description="segments of one album are a positive pair")
     use_year: bool = Field(True, description="segments of years close together are a positive pair")
-    year_threshold: int = Field(2, ge=0, description="how far apart such years may be, years")
+    year_threshold: int = Field(2, ge=0, description="largest difference between such years, years")
     use_folder: bool = Field(False, description="segments of songs in one folder are a positive pair, tags or not")
     contrastive_temperature: float = Field(0.5, gt=0, description="temperature of the softmax over similarities")
 

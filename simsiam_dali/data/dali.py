@@ -13,7 +13,7 @@ try:
 except ModuleNotFoundError as e:
     if e.name not in ("nvidia", "nvidia.dali"):
         raise
-    missing = UserError("DALI is not installed: pip install 'simsiam-dali[cuda13]', or [cuda12]; see docs/install.md")
+    missing = UserError("DALI is not installed: pip install '.[cuda13]' in a checkout; see docs/install.md")
     # With python -m simsiam_dali.train this is imported before the command's main, which prints errors in one line.
     started = getattr(sys.modules["__main__"], "__spec__", None)
     if started and started.name.startswith("simsiam_dali."):

@@ -53,7 +53,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("--executor ray needs Ray: pip install 'simsiam-dali[ray]'") from None
+        raise UserError("--executor ray needs Ray: pip install '.[ray]' in a checkout") from None
     if not ray.is_initialized():
         try:
             ray.init(logging_level="ERROR", log_to_driver=False)
