@@ -18,6 +18,17 @@ MINUTE = 60 * 16000  # samples
 NONE, VIEWS = (0.0, 0.0), memory.dali_bytes(MINUTE, 120.0, LogMel())
 
 
+def test_files_that_were_read_are_free_memory_of_a_control_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    whole = memory.free_bytes(CPU)
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 500000\nactive_file 200000\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert memory.free_bytes(CPU) == 800_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(CPU) == pytest.approx(whole, rel=0.2)
+
+
 def test_refused_a_batch_that_memory_cannot_hold(monkeypatch):
     encoder = encoder_type(load_config(assignments=["encoder.simsiam.backbone=resnet18"])).create()
     monkeypatch.setattr(memory, "free_bytes", lambda _: 4 << 30)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.running import command, losses, run, start, train, wait_for_step
+from helpers.running import command, losses, refusal, run, start, train, wait_for_step
 from torch import Tensor, nn
 
 from simsiam_dali.common.distributed import World
@@ -289,7 +289,7 @@ def test_a_resumed_run_keeps_its_micro_batch_or_is_refused(shards, runs_out_abov
         == 8
     )
     runs_out_above(4)
-    with pytest.raises(UserError, match="with 8 segments at once, and a resumed run keeps its micro-batches"):
+    with pytest.raises(UserError, match="with 8 segments at once, which the run was told to take or began with"):
         micro_batch.choose_by_trial_step(config(train__micro_batch=8), learner, shards, HERE, keep=True)
 
 
@@ -384,6 +384,13 @@ def test_a_run_that_runs_out_of_memory_halves_the_micro_batch_and_trains(tmp_pat
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert checkpoint.load(run_dir / checkpoint.FILE_NAME)["config"]["train"]["micro_batch"] == 2
     assert list(losses(run_dir)) == list(range(1, open_shards(small_shards).count("train") // 8 + 1))
+
+
+def test_a_micro_batch_that_was_asked_for_is_not_exchanged_for_a_smaller_one(tmp_path, small_shards):
+    over = {"mlflow__enabled": "false", "encoder__batch_size": 8, "train__micro_batch": 8}
+    args = command(tmp_path, small_shards, **over)
+    line = refusal([args[0], "-c", OUT_OF_MEMORY, *args[3:]], tmp_path)
+    assert "out of memory on cpu with 8 segments at once, which the run was told to take" in line
 
 
 def test_steps_in_parts_are_resumed_bit_for_bit(tmp_path, small_shards):

@@ -10,8 +10,11 @@ import pytest
 from helpers import fork_server
 
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import load_config
+from simsiam_dali.data.shards import open_shards
 from simsiam_dali.tracking import client
 from simsiam_dali.tracking.client import add_to_run, connect, experiment_id, experiment_runs, has_run, metric_history
+from simsiam_dali.tracking.run import Tracker
 
 
 @pytest.fixture
@@ -53,6 +56,25 @@ def test_mlflow_retries_a_call_once(silent_server: str, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=f"MLflow cannot use {silent_server}"), connect(silent_server) as mlflow:
         mlflow.get_run("any")
     assert 2 <= time.monotonic() - began < 10  # two requests of 1 s, and the pause between them
+
+
+def test_a_file_that_cannot_be_stored_leaves_no_run_open(
+    tmp_path: Path, small_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as by a server whose bucket refuses it."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with connect(uri) as mlflow:
+        mlflow.create_experiment("no bucket", artifact_location="/proc/nowhere")
+    sets = ["encoder.encoder_type=simple", f"mlflow.tracking_uri={uri}", "mlflow.experiment_name=no bucket"]
+    tracker = Tracker(load_config(assignments=sets), open_shards(small_shards), "a", None, True)
+    tracker.log_artifact(Path(__file__))
+    tracker.log_epoch({"step": 1, "epoch": 1, "encoder/train_loss": 0.5})
+    tracker.end("FINISHED")
+    assert not tracker.complete
+    assert capsys.readouterr().out.count("did not store test_mlflow_client.py") == 1
+    with connect(uri) as mlflow:
+        run = mlflow.get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"encoder/train_loss": 0.5})
 
 
 def test_an_experiment_is_created_once(tmp_path: Path) -> None:

@@ -223,6 +223,53 @@ def test_a_batch_of_one_cannot_be_learned_from(tmp_path):
         samples(load(shards, batch_size=2), 12)
 
 
+@pytest.mark.parametrize("mode", ["views", "clean"])
+def test_a_header_that_states_any_length_is_no_want_of_memory(tmp_path, mode):
+    """The decoder asks for as much memory as the 36 bits of a FLAC file's number of samples say."""
+    shards = small_set(tmp_path)
+    tar = shards.root / shards.segments["shard"][11]
+    offset = int(tar.with_suffix(".idx").read_text().splitlines()[1 + 11 % 9].split()[1])
+    with tar.open("r+b") as file:
+        file.seek(offset + 21)  # the last 36 of the 64 bits from byte 18 on
+        first = file.read(1)[0]
+        file.seek(offset + 21)
+        file.write(bytes([first | 0x0F, 0xFF, 0xFF, 0xFF, 0xFF]))
+    rows = [row for batch in samples(load(shards, mode=mode, shuffle_buffer=0), 6) for row, *_ in batch]
+    assert sorted(rows) == [row for row in range(SEGMENTS) if row != 11]
+    assert [int(line["row"]) for line in listed(shards)] == [11]
+
+
+def test_a_split_of_fewer_segments_than_processes_is_one_clear_line(tmp_path):
+    shards = small_set(tmp_path)
+    with pytest.raises(UserError, match=r"^2 segments cannot be shared by 4 processes: use 2 processes or fewer"):
+        load(shards, mode="clean", shuffle_buffer=0, ranks=4, rank=1, count=2)
+
+
+def test_a_tar_that_cannot_be_opened_is_one_clear_line(tmp_path):
+    shards = small_set(tmp_path)
+    (tmp_path / "train-000001.tar").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"^the shards cannot be read \(.*train-000001\.tar"):
+        load(shards)
+
+
+def test_what_a_crash_cut_short_does_not_swallow_the_next_line(tmp_path):
+    shards = small_set(tmp_path)
+    (tmp_path / "quarantine.csv").write_text(",".join(COLUMNS) + "\n2026-01-01,train-0000")
+    Quarantine(shards, 1.0).add({3: "why"})
+    assert Quarantine(shards, 1.0).rows == {3}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"when;shard;key;row\n", "no columns row and set"), (b"when,row,set\nBj\xf6rk", "no CSV in UTF-8")],
+)
+def test_a_list_that_a_spreadsheet_wrote_anew_is_one_clear_line(tmp_path, content, says):
+    shards = small_set(tmp_path)
+    (tmp_path / "quarantine.csv").write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        Quarantine(shards, 1.0)
+
+
 def test_a_fault_that_passes_skips_nothing(tmp_path, monkeypatch):
     """An error whose cause nobody finds, such as a network's, gets one more try, and no more."""
     shards = small_set(tmp_path)

@@ -77,6 +77,12 @@ def test_without_sync_bn_they_are_not(ranks, alone):
     assert difference(apart["gradients"], whole["gradients"]) > 1e-2
 
 
+def test_all_validate_with_the_statistics_that_are_saved(ranks):
+    before, shared = ranks[1]["statistics"]["before"], ranks[1]["statistics"]["shared"]
+    assert not torch.equal(before[0], before[1])
+    assert all(torch.equal(own, before[0]) for own in shared)
+
+
 def test_sync_bn_is_refused_on_cpus(small_shards):
     with pytest.raises(UserError, match="on GPUs only"):
         Learner(

@@ -18,6 +18,7 @@ import torch
 from helpers import fork_server
 from helpers.running import PATIENT, TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
 
+from simsiam_dali.common.files import locked
 from simsiam_dali.config.load import load_config
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import checkpoint
@@ -295,6 +296,16 @@ def test_refused_a_server_that_does_not_answer(tmp_path, small_shards):
     at = args.index(f"mlflow.tracking_uri=sqlite:///{tmp_path}/mlflow.db")
     line = refusal(args[: at - 1] + args[at + 1 :], tmp_path, MLFLOW_TRACKING_URI=uri)
     assert f"the MLflow server {uri} does not answer" in line
+
+
+def test_a_run_that_another_process_trains_is_not_touched(whole, tmp_path):
+    run_dir = Path(shutil.copytree(whole, tmp_path / "runs" / whole.name))
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    with locked(run_dir / ".lock", wait=False):
+        done = run([sys.executable, "-m", "simsiam_dali.train", "--resume", str(run_dir)], tmp_path)
+    busy = f"error: another process is training in {run_dir}: wait until it ends, or stop it\n"
+    assert (done.returncode, done.stderr) == (1, busy)
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.name in before} == before
 
 
 def test_refused_a_run_that_exists_and_settings_a_resume_cannot_change(whole, tmp_path, small_shards):

@@ -30,6 +30,7 @@ OUT_OF_MEMORY = re.compile(
     r"out of memory|bad_alloc|cudaErrorMemoryAllocation|allocation failed|can(no|')t allocate", re.I
 )
 ON_GPU = re.compile(r"cuda|on device", re.I)
+READER, DECODER = "fn.readers.webdataset", "fn.decoders.audio"
 CUDA_FAULT = re.compile(r"(CUDA|cuFFT|NPP|NVML)[^\n]*error[^\n]*", re.I)
 
 SNAPSHOT_SECONDS = 1.0
@@ -96,6 +97,11 @@ class Loader:
         longest = -(-count // ranks)
         self._reader_batches = -(-longest // batch_size)  # in one pass of the reader
         self.steps = count // (batch_size * group * ranks) * group if self.shuffled else self._reader_batches
+        if not self.shuffled and count < ranks:
+            raise UserError(
+                f"{count} segments cannot be shared by {ranks} processes: use {count} processes or fewer, or pack more"
+                " songs"
+            )
         if self.steps == 0:
             each = f" on each of {ranks} processes" if ranks > 1 else ""
             fits = f"use --batch-size {count // ranks} or less, or pack" if count >= 2 * ranks else "pack"
@@ -125,9 +131,10 @@ class Loader:
             keep &= ~torch.isin(rows, self._placeholder_rows)
             if not keep.all():
                 if self.shuffled and keep.sum() < 2:  # batch norm has no statistics of one
+                    larger = "train.micro_batch" if self.group > 1 else "--batch-size"
                     raise UserError(
                         f"of a batch of {self.batch_size} segments {int(keep.sum())} are not in {self.quarantine.path}:"
-                        " use a larger --batch-size"
+                        f" use a larger {larger}"
                     )
                 outputs = [x[keep.to(x.device)] for x in outputs]
             yield Batch(tuple(outputs[:-1]), outputs[-1])
@@ -146,7 +153,7 @@ class Loader:
             self._set_snapshot(self.pipeline.checkpoint())
         searched = freed = restart = False
         while True:
-            out_of_memory = False
+            out_of_memory = suspect = False
             try:
                 if restart:
                     self._restart()
@@ -159,11 +166,13 @@ class Loader:
                 reason = "a segment holds values that are not finite, or a row that is not in the table"
             except (RuntimeError, MemoryError) as e:
                 reason, out_of_memory = reason_of(e), bool(OUT_OF_MEMORY.search(str(e)))
+                # A damaged header may state any length, and the decoder wants memory for all of it.
+                suspect = DECODER in str(e) and not searched
                 fault = device_fault(e, self.batch_size, self.group)
-                if fault and (freed or self.gpu is None or not out_of_memory):
+                if fault and not suspect and (freed or self.gpu is None or not out_of_memory):
                     raise UserError(fault) from e
             restart = True
-            if out_of_memory:  # on a GPU: once more, with what torch had cached
+            if out_of_memory and not suspect:  # on a GPU: once more, with what torch had cached
                 freed = True
                 self._drop_pipeline()
                 continue
@@ -226,7 +235,12 @@ class Loader:
         """Start from the first batch, in the order and with the draws of another seed."""
         self.step = 0
         self._settings = dataclasses.replace(self._settings, seed=seed)
-        self._build(None)
+        try:
+            self._build(None)
+        except RuntimeError as e:
+            if READER not in str(e):
+                raise
+            raise UserError(f"the shards cannot be read ({reason_of(e)})") from e
 
     def state_dict(self) -> dict[str, Any]:
         """State of the reader and of every random draw after the last batch, and the rows that are skipped."""

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
@@ -38,13 +39,15 @@ class Quarantine:
     def read(self) -> None:
         """Read what other processes have added."""
         try:
-            with self.path.open(newline="") as file:
+            with self.path.open(newline="", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
                 self._parse(file)
         except FileNotFoundError:
             return
         except OSError as e:
             raise UserError(f"{self.path} cannot be read ({e.strerror})") from e
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise UserError(f"{self.path} is no CSV in UTF-8 any more: correct it, or move the file") from e
 
     def add(self, found: Mapping[int, str]) -> None:
         """Append rows, each with the reason, to the file and report them. Raises UserError if there are too many.
@@ -53,10 +56,12 @@ class Quarantine:
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            with self.path.open("a+", newline="") as file:
+            with self.path.open("a+", newline="", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # other ranks and runs write to it too
                 file.seek(0)
                 self._parse(file)
+                if not _ends_a_line(self.path):
+                    file.write("\n")  # what a crash cut short is a line of its own
                 new = {row: reason for row, reason in sorted(found.items()) if row not in self.rows}
                 writer = csv.writer(file, lineterminator="\n")
                 if os.fstat(file.fileno()).st_size == 0:
@@ -105,9 +110,16 @@ class Quarantine:
         return ", ".join("{} {} ({})".format(*self._describe(row)) for row in rows[:MAX_LISTED]) + more
 
     def _parse(self, file: Iterable[str]) -> None:
-        total = len(self._shards.segments)
-        for number, line in enumerate(csv.DictReader(file), 2):
+        total, lines = len(self._shards.segments), csv.DictReader(file)
+        if lines.fieldnames and not {"row", "set"} <= set(lines.fieldnames):
+            raise UserError(f"{self.path} has no columns row and set: correct its first line, or move the file")
+        for number, line in enumerate(lines, 2):
             if line.get("set") == self._shards.fingerprint:
                 if not ((line["row"] or "").isdecimal() and int(line["row"]) < total):
                     raise UserError(f"{self.path} line {number} names no segment: correct the line, or move the file")
                 self.rows.add(int(line["row"]))
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        return not file.seek(0, os.SEEK_END) or (file.seek(-1, os.SEEK_END) >= 0 and file.read(1) == b"\n")

@@ -127,7 +127,7 @@ def _undecodable(
             left.remove(row)
             try:
                 data, its_row, total, _ = (torch.from_dlpack(x.as_tensor()) for x in pipeline.run())
-            except RuntimeError as e:
+            except (RuntimeError, MemoryError) as e:
                 if "operator `nvidia.dali.fn.readers.webdataset`" in str(e):  # the tar, not the segment
                     raise RuntimeError(f"{samples[row][0]}: {reason_of(e)}") from e
                 yield row, reason_of(e)

@@ -83,7 +83,7 @@ def to_front_end_rate(wave: DataNode, rate: DataNode, graph: GraphConfig, gpu: b
         wave = augment.resample(wave, rate, float(spec.sample_rate), CONVERT_QUALITY)
     elif graph.source.codec in ("flac", "wav") and graph.seconds >= graph.source.segment_seconds:
         return wave  # a whole segment that was packed at its exact length, by a codec that keeps it
-    # A segment that lacks more stays too short, which is an error of the graph.
+    # A segment that lacks more stays too short: an error of the graph in a clean view, and mostly in a shifted one.
     longest = wave.shape(dtype=types.INT32)[0] + round(MISSING_S * spec.sample_rate)
     end = math.min(longest, round(graph.seconds * spec.sample_rate))
     start = types.Constant(np.int32(0), device="cpu")

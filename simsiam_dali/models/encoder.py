@@ -23,9 +23,9 @@ class Encoder(nn.Module):
     output_dim: int
     """Width of what the loss compares, on which the collapse gauges are read."""
 
-    @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
         """One batch of clean input to its embeddings `(B, embedding_dim)`, not normalised."""
+        raise NotImplementedError
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; `fix_lr` marks those whose learning rate is not decayed."""

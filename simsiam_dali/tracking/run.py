@@ -99,18 +99,20 @@ class Tracker:
                 while self._metrics:
                     client.log_batch(self.run_id, metrics=[Metric(*metric) for metric in self._metrics[:MAX_METRICS]])
                     del self._metrics[:MAX_METRICS]
-                while self._files:
-                    client.log_artifact(self.run_id, str(self._files[0]))
-                    del self._files[0]
                 if reason:
                     client.set_tag(self.run_id, "end_reason", reason[:MAX_REASON_LENGTH])
                 if end:
                     client.set_terminated(self.run_id, end)
+                while self._files:  # last: where they cannot be stored, all else still is
+                    client.log_artifact(self.run_id, str(self._files[0]))
+                    del self._files[0]
         except UserError as e:
             if self.complete:
+                stored = not self._metrics and self._files
+                failed = f"did not store {self._files[0].name}" if stored else "is unreachable"
                 print_line(
-                    f"warning: MLflow at {self._uri} is unreachable ({one_line(e.__cause__ or e)}); training continues,"
-                    " metrics are buffered and sent later"
+                    f"warning: MLflow at {self._uri} {failed} ({one_line(e.__cause__ or e)}); training continues,"
+                    " metrics and files are buffered and sent later"
                 )
             self.complete = False
             return

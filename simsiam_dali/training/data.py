@@ -12,6 +12,7 @@ from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import replace_settings
 from simsiam_dali.config.schema import Config
+from simsiam_dali.data.format import Split
 from simsiam_dali.data.graph import GraphConfig, LogMel, Source
 from simsiam_dali.data.loader import Loader, measure_log_mel, release_memory
 from simsiam_dali.data.quarantine import Quarantine
@@ -22,7 +23,6 @@ from simsiam_dali.training.checkpoint import Checkpoint
 TIMED_BATCHES = 8
 """Batches timed for each number of threads; the first, which builds the graph and fills the queue, is not."""
 
-Split = Literal["train", "val"]
 Mode = Literal["views", "clean", "raw"]
 
 
@@ -109,7 +109,12 @@ def view_seconds(config: Config, shards: ShardSet) -> float:
             f"data.view_seconds is {seconds:g}, but {config.encoder.encoder_type} needs"
             f" {kind.min_samples / spec.sample_rate:.2f} s at {spec.sample_rate} Hz or more"
         )
-    if kind.batches == "views" and augmentation.spec_augment and augmentation.time_mask_param >= frames:
+    if (
+        kind.batches == "views"
+        and augmentation.spec_augment
+        and augmentation.time_mask_prob
+        and augmentation.time_mask_param >= frames
+    ):
         raise UserError(
             f"encoder.simsiam.augmentation.time_mask_param is {augmentation.time_mask_param}, but a view of"
             f" {seconds:g} s has only {frames} frames: use a smaller mask or a longer view"

@@ -127,6 +127,15 @@ class Learner:
         """Ranks all-reduce their gradients once a step, in its last backward pass."""
         return contextlib.nullcontext() if last or self.parallel is None else self.parallel.no_sync()
 
+    def share_statistics(self) -> None:
+        """Give all ranks the main rank's batch-norm statistics, which are those that are saved.
+
+        DDP does so before the first forward pass of a step, after which each rank's follow its own batches.
+        """
+        if self.parallel is not None:
+            for buffer in self.encoder.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def trial_step(self, batch: Batch) -> None:
         """A forward and a backward pass that change no state.
 

@@ -76,11 +76,13 @@ def open_run(config: Config, world: World, resumed: Checkpoint | None, run_dir: 
             f"the shards were packed again since {run_dir} began, so it cannot continue exactly: start a new run, or"
             " bring the old shards back"
         )
+    keep = config.train.micro_batch != "auto"  # it was asked for
     config = micro_batch.choose_by_estimate(config, shards, world)
     learner = Learner(config, shards, world, pretrained=resumed is None)
     if world.device.type in micro_batch.TRIED_ON:
-        exact = resumed is not None and len(resumed["loaders"]) == world.size
-        config = micro_batch.choose_by_trial_step(config, learner, shards, world, keep=exact)
+        if resumed:  # it was chosen for as many processes
+            keep = len(resumed["loaders"]) == world.size
+        config = micro_batch.choose_by_trial_step(config, learner, shards, world, keep)
     data = TrainingData.open(config, shards, world, resumed)
     return Run(data, learner, run_dir, resumed)
 

@@ -102,18 +102,22 @@ def dali_bytes(samples: float, seconds_of_views: float, spec: LogMel) -> tuple[f
     return least, most
 
 
+CGROUP = Path("/sys/fs/cgroup")
+
+
 def free_bytes(device: torch.device) -> int:
     """Free memory of `device`: a GPU's own, or the host's within its control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(info["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        limit, used, stat = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
     except OSError:  # no control group of version 2, so no limit from it
         return free
-    return min(free, int(limit) - int(used)) if limit.strip().isdigit() else free
+    held = dict(line.split() for line in stat.splitlines())
+    cache = int(held["inactive_file"]) + int(held["active_file"])  # of files that were read: counts as used, gives way
+    return min(free, int(limit) - int(used) + cache) if limit.strip().isdigit() else free
 
 
 def check_fits(

@@ -78,7 +78,8 @@ def choose_by_trial_step(
 ) -> Config:
     """The config with the largest micro-batch, from its own downwards, whose trial step does not run out of memory.
 
-    keep: only its own is tried, since a resumed run must make the steps it made before. The same on all ranks; the
+    keep: only its own is tried: a resumed run must make the steps it made before, and a size that was asked for is not
+    exchanged for another. The same on all ranks; the
     learner then accumulates as many. Raises UserError where not even the smallest runs.
 
     Nothing is tried with `train.sync_bn` on several ranks: where one ran out of memory, the others would wait for its
@@ -108,8 +109,8 @@ def choose_by_trial_step(
             return replace_settings(config, train__micro_batch=size)
     if keep:
         raise UserError(
-            f"out of memory on {world.device} with {first} segments at once, and a resumed run keeps its micro-batches:"
-            " free the memory that other programs use, or start a new run"
+            f"out of memory on {world.device} with {first} segments at once, which the run was told to take or began"
+            " with: free the memory that other programs use, or start a run with another train.micro_batch"
         )
     raise UserError(
         f"out of memory on {world.device} with {sizes[-1]} segments at once: use shorter views"

@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.common.files import atomic_write
+from simsiam_dali.common.files import atomic_write, locked
 from simsiam_dali.config.schema import Config
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.tracking.client import viewing_hints
@@ -41,6 +41,7 @@ class Run:
         self.signal = 0  # that stopped the run
         self.journal = journal.Journal(run_dir / "metrics.jsonl", writes=self.world.main)
         self._unsaved: UserError | None = None  # why the newest state is not on the disk
+        self._lock = ExitStack()
         self._started = time.perf_counter()
         self._resumed = resumed is not None
         self._report_quarantine()
@@ -60,9 +61,13 @@ class Run:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Around the training loop: sets how the run ended, FINISHED, KILLED or FAILED. The only place that does."""
+        if self._resumed:
+            self._hold()
         try:
             if self.world.main:
                 create_run_dir(self.run_dir, self.config)
+                if not self._resumed:
+                    self._hold()
                 self.tracker.log_artifact(self.run_dir / "config.yaml")
             if self._resumed:
                 self.tracker.backfill(self.journal.epochs)
@@ -74,11 +79,18 @@ class Run:
             raise
         finally:
             self.profiler.stop()
+            self._lock.close()
         if self.signal:
             self.tracker.end("KILLED")
             self._report_stop()
         elif self.world.main:
             self._finish()
+
+    def _hold(self) -> None:
+        """Lock the folder until the run ends. Raises UserError where another process trains in it."""
+        if self.world.main:
+            busy = f"another process is training in {self.run_dir}: wait until it ends, or stop it"
+            self._lock.enter_context(locked(self.run_dir / ".lock", wait=False, refusal=busy))
 
     def progress_bar(self) -> tqdm:
         """Over the steps of this epoch."""

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.schema import Config
+from simsiam_dali.data.format import Split
 from simsiam_dali.data.loader import Batch, release_memory
 from simsiam_dali.data.shards import ShardSet
 from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_chance, rating_chance
 from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.models.labels import first_label_ids
 from simsiam_dali.models.registry import encoder_type
-from simsiam_dali.training.data import Mode, Split, TrainingData, seconds_of_views, view_seconds
+from simsiam_dali.training.data import Mode, TrainingData, seconds_of_views, view_seconds
 from simsiam_dali.training.learner import Learner
 
 COST = 0.1
@@ -58,6 +59,7 @@ class Validation:
         """`encoder/val_loss` and the kNN scores, NaN where no song has the label; empty without validation songs."""
         if not self.shards.count("val"):
             return {}
+        self.learner.share_statistics()
         self.learner.encoder.eval()
         score = {"encoder/val_loss": self._loss()} | self._neighbours()
         self.learner.encoder.train()

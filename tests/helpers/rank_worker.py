@@ -122,6 +122,17 @@ def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, A
     }
 
 
+def statistics(shards: ShardSet, w: World) -> dict[str, Any]:
+    """Batch norm's statistics of each rank after a step, and when they are the main rank's."""
+    learner = Learner(settings("simsiam", w.size), shards, w)
+    batch = global_batch("simsiam")
+    learner.step([Batch(tuple(x + w.rank for x in batch.inputs), batch.segment)], 0.1, 0.1)
+    name = next(name for name in learner.encoder.state_dict() if name.endswith("running_mean"))
+    before = w.gather(learner.encoder.state_dict()[name].clone())
+    learner.share_statistics()
+    return {"before": before, "shared": w.gather(learner.encoder.state_dict()[name].clone())}
+
+
 def segments(shards: ShardSet, w: World) -> list[list[int]]:
     """The segments that this rank's training loader gives in each of its epochs."""
     c = settings("simsiam", w.size)
@@ -150,7 +161,12 @@ def uneven(w: World) -> dict[str, Any]:
 def measure(shards: ShardSet, w: World) -> dict[str, Any]:
     """All of it, on every rank."""
     found = {name: step(*case, shards, w) for name, case in CASES.items()}
-    return {"steps": found, "segments": w.gather(segments(shards, w)), "uneven": uneven(w)}
+    return {
+        "steps": found,
+        "segments": w.gather(segments(shards, w)),
+        "uneven": uneven(w),
+        "statistics": statistics(shards, w),
+    }
 
 
 if __name__ == "__main__":
