@@ -39,6 +39,7 @@ TABLES = {
         for name in WITHIN_SONGS
     },
     "longer": Table(("longer", "within-songs-unheard"), equal_time_scores.longer_lines),
+    "longer-losses": Table(("longer",), equal_time_scores.page_lines),
     "shipped": Table(("shipped", "within-songs-unheard"), shipped.page_lines),
     "together": Table(NOT_CHOSEN_ON, equal_time_scores.together_lines),
 }
