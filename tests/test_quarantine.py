@@ -252,9 +252,10 @@ def test_a_tar_that_cannot_be_opened_is_one_clear_line(tmp_path):
         load(shards)
 
 
-def test_what_a_crash_cut_short_does_not_swallow_the_next_line(tmp_path):
+@pytest.mark.parametrize("cut", ["2026-01-01,train-0000", '2026-01-01,train-000000.tar,000000005,5,"An artist, a so'])
+def test_what_a_crash_cut_short_does_not_swallow_the_next_line(tmp_path, cut):
     shards = small_set(tmp_path)
-    (tmp_path / "quarantine.csv").write_text(",".join(COLUMNS) + "\n2026-01-01,train-0000")
+    (tmp_path / "quarantine.csv").write_text(",".join(COLUMNS) + "\n" + cut)
     Quarantine(shards, 1.0).add({3: "why"})
     assert Quarantine(shards, 1.0).rows == {3}
 

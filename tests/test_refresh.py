@@ -169,6 +169,14 @@ def test_a_changed_song_that_cannot_be_read_now_keeps_its_vector(home, capsys, m
     assert {path for path, vector in after.items() if vector != before[path]} == {"six.flac"}
 
 
+def test_a_song_that_is_overwritten_by_something_else_is_gone(home, capsys):
+    (home / "music/six.flac").write_bytes(b"<html>a failed download")
+    settle(home / "music/six.flac", time_s=HOUR_AGO + 60)
+    run(home)
+    assert "refused   six.flac: does not open as audio" in capsys.readouterr().out
+    assert "six.flac" not in vectors(read_embeddings(home / "e.parquet"))
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_nothing_changed_nothing_is_written(home, again, monkeypatch):
     if again:  # after a refresh that found a file to refuse

@@ -240,9 +240,9 @@ def test_a_rating_is_of_no_other_song_of_its_name_while_its_own_is_there(tmp_pat
     if linked:
         kept.mkdir()
         music.symlink_to(kept)
-    for song in (rated, other):
+    for size, song in enumerate((rated, other), 1):
         song.parent.mkdir(parents=True)
-        song.touch()
+        song.write_bytes(bytes(size))
     source = library(
         tmp_path / "my.db", "url", [((kept if linked else music) / "album/01 Intro.mp3", "Intro", "A", 1.0)]
     )
@@ -250,8 +250,22 @@ def test_a_rating_is_of_no_other_song_of_its_name_while_its_own_is_there(tmp_pat
     ratings = RatingsFile.read(source, music)
     assert ratings.lookup(rated, "Intro", ("A",)) == 1.0
     assert ratings.lookup(other, "Intro", ("A",)) is None
+    other.write_bytes(rated.read_bytes())
+    assert ratings.lookup(other, "Intro", ("A",)) == 1.0  # a copy of it
+    other.write_bytes(b"another song")
     rated.unlink()
     assert ratings.lookup(other, "Intro", ("A",)) == 1.0  # the one that the file has may have moved there
+
+
+def test_a_file_whose_name_is_written_with_other_accents_is_there(tmp_path: Path) -> None:
+    """As a Mac writes them, and the database of a player on Linux does not."""
+    for size, name in enumerate(("a/E\u0301tude.mp3", "b/E\u0301tude.mp3"), 1):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(bytes(size))
+    source = library(tmp_path / "my.db", "url", [(tmp_path / "a/\u00c9tude.mp3", "Étude", "A", 1.0)])
+    ratings = RatingsFile.read(source, tmp_path)
+    found = [ratings.lookup(tmp_path / name, "Étude", ("A",)) for name in ("a/E\u0301tude.mp3", "b/E\u0301tude.mp3")]
+    assert found == [1.0, None]
 
 
 def test_a_file_that_is_no_ratings_file(tmp_path: Path) -> None:

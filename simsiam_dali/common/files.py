@@ -53,9 +53,14 @@ def refuse_failed_write(path: Path, advice: str = "") -> Iterator[None]:
         raise UserError(f"cannot write {path} ({reason})" + (f": {advice}" if advice else "")) from e
 
 
+UNFINISHED = ".unfinished-"
+"""Prefix of a folder that a killed `replace_files` leaves behind."""
+
+
 def refuse_unwritable(folder: Path) -> None:
     """Raise UserError unless files can be written into `folder`, which need not be there yet."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    # Where that is a file, or a link that leads nowhere, it fails.
     with refuse_failed_write(folder), TemporaryDirectory(dir=there, prefix=".writable-"):
         pass
 
@@ -68,7 +73,7 @@ def replace_files(folder: Path, files: Mapping[str, bytes], gone: Iterable[str] 
     """
     folder.mkdir(parents=True, exist_ok=True)
     # In the folder, not beside it: it may be a link to another disk, or one in a folder that is not ours to write.
-    with TemporaryDirectory(dir=folder, prefix=".new-") as part:
+    with TemporaryDirectory(dir=folder, prefix=UNFINISHED) as part:
         for name, content in files.items():
             (Path(part) / name).write_bytes(content)
         for name in (list(files)[-1], *gone):

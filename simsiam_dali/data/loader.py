@@ -153,7 +153,7 @@ class Loader:
             self._set_snapshot(self.pipeline.checkpoint())
         searched = freed = restart = False
         while True:
-            out_of_memory = suspect = False
+            out_of_memory, suspect, fault = False, False, None
             try:
                 if restart:
                     self._restart()
@@ -167,7 +167,7 @@ class Loader:
             except (RuntimeError, MemoryError) as e:
                 reason, out_of_memory = reason_of(e), bool(OUT_OF_MEMORY.search(str(e)))
                 # A damaged header may state any length, and the decoder wants memory for all of it.
-                suspect = DECODER in str(e) and not searched
+                suspect = out_of_memory and DECODER in str(e) and not searched
                 fault = device_fault(e, self.batch_size, self.group)
                 if fault and not suspect and (freed or self.gpu is None or not out_of_memory):
                     raise UserError(fault) from e
@@ -176,7 +176,7 @@ class Loader:
                 freed = True
                 self._drop_pipeline()
                 continue
-            found = self._find_undecodable()
+            found = self._find_undecodable(fault if suspect else None)
             # An error without a damaged segment may pass, such as one of the network: try once more.
             if not found and searched:
                 raise UserError(
@@ -205,14 +205,14 @@ class Loader:
             data = [x.transpose(1, 2).contiguous() for x in data]  # a third of the time of DALI's operator on a CPU
         return [*data, rows.reshape(-1)], total, samples
 
-    def _find_undecodable(self) -> dict[int, str]:
-        """The rows of the failed batch which do not decode, with reasons."""
+    def _find_undecodable(self, fault: str | None) -> dict[int, str]:
+        """The rows of the failed batch which do not decode, with reasons. fault: reported where the search fails."""
         skipped = self.quarantine.by_shard()
         self._drop_pipeline()  # it cannot run on, and the search needs its memory
         try:
             return find_undecodable(self.graph, self._settings, self._snapshot, self._batches_since_snapshot, skipped)
-        except RuntimeError as e:
-            raise UserError(f"the data graph stopped, and the shards cannot be read ({reason_of(e)})") from e
+        except (RuntimeError, MemoryError) as e:
+            raise UserError(fault or f"the data graph stopped, and the shards cannot be read ({reason_of(e)})") from e
         finally:
             release_memory()
 

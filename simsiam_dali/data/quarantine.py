@@ -46,8 +46,6 @@ class Quarantine:
             return
         except OSError as e:
             raise UserError(f"{self.path} cannot be read ({e.strerror})") from e
-        except (UnicodeDecodeError, csv.Error) as e:
-            raise UserError(f"{self.path} is no CSV in UTF-8 any more: correct it, or move the file") from e
 
     def add(self, found: Mapping[int, str]) -> None:
         """Append rows, each with the reason, to the file and report them. Raises UserError if there are too many.
@@ -60,8 +58,7 @@ class Quarantine:
                 fcntl.flock(file, fcntl.LOCK_EX)  # other ranks and runs write to it too
                 file.seek(0)
                 self._parse(file)
-                if not _ends_a_line(self.path):
-                    file.write("\n")  # what a crash cut short is a line of its own
+                file.write(_rest_of_line(self.path))
                 new = {row: reason for row, reason in sorted(found.items()) if row not in self.rows}
                 writer = csv.writer(file, lineterminator="\n")
                 if os.fstat(file.fileno()).st_size == 0:
@@ -110,7 +107,13 @@ class Quarantine:
         return ", ".join("{} {} ({})".format(*self._describe(row)) for row in rows[:MAX_LISTED]) + more
 
     def _parse(self, file: Iterable[str]) -> None:
-        total, lines = len(self._shards.segments), csv.DictReader(file)
+        try:
+            self._take(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise UserError(f"{self.path} is no CSV in UTF-8 any more: correct it, or move the file") from e
+
+    def _take(self, lines: "csv.DictReader[str]") -> None:
+        total = len(self._shards.segments)
         if lines.fieldnames and not {"row", "set"} <= set(lines.fieldnames):
             raise UserError(f"{self.path} has no columns row and set: correct its first line, or move the file")
         for number, line in enumerate(lines, 2):
@@ -120,6 +123,7 @@ class Quarantine:
                 self.rows.add(int(line["row"]))
 
 
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        return not file.seek(0, os.SEEK_END) or (file.seek(-1, os.SEEK_END) >= 0 and file.read(1) == b"\n")
+def _rest_of_line(path: Path) -> str:
+    """What ends the last line of a file where a crash has cut it short: a quote that is open, and a line's end."""
+    last = path.read_bytes().rpartition(b"\n")[2]
+    return '"' * (last.count(b'"') % 2) + "\n" if last else ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.common.files import refuse_failed_write, replace_files
+from simsiam_dali.common.files import UNFINISHED, refuse_failed_write, replace_files
 from simsiam_dali.embedding.song_encoder import CONFIG, FORMAT_VERSION, WEIGHTS, SongEncoder
 from simsiam_dali.models.encoder import Encoder
 
@@ -39,7 +39,7 @@ def export(songs: SongEncoder, out: Path, replace: bool) -> float:
 
     Raises UserError where `out` holds something else, or an export that may not be replaced.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(UNFINISHED) for path in out.iterdir())):
         if not (out / CONFIG).exists():
             raise UserError(f"{out} holds something that is not an exported encoder: name another --out")
         if not replace:

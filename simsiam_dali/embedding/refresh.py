@@ -26,7 +26,6 @@ from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack import NothingPacked
 from simsiam_dali.packing.pack_song import DecodeSettings, PackSettings
 from simsiam_dali.packing.ratings import RatingsFile
-from simsiam_dali.packing.reuse import is_final
 from simsiam_dali.packing.temporary import TemporarySongs, in_one_split
 from simsiam_dali.training.data import log_mel_settings, with_statistics
 
@@ -116,7 +115,7 @@ def refresh(
     kept = {
         name: before[name]
         for name, record in decoded.records.items()
-        if not record.audio_hash and not is_final(record.reason, record.retry) and name in before
+        if not record.audio_hash and record.retry and name in before
     }
     after = changes.known | {
         name: dataclasses.replace(record, audio_hash="", reason="none of its segments can be embedded", retry=True)

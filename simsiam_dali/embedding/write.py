@@ -225,7 +225,7 @@ def is_up_to_date(out: Path, provenance: dict[str, str], replace: bool) -> bool:
     try:
         found = read_provenance(out)
         compared = ("features", "rows", "checkpoint_sha256", "shards", "embedding", "view_seconds", "table_version")
-        asked_for = [name for name in ("precision",) if name in provenance]
+        asked_for = [name for name in ("precision",) if name in provenance and name in found]  # older ones do not say
         differ = [name for name in (*compared, *asked_for) if found.get(name) != provenance[name]]
         if not differ:
             return True

@@ -154,23 +154,32 @@ class RatingsFile:
                 return rating
         for name in (path.name, ""):
             for artist in (", ".join(artists), *artists):
-                if title and (rating := self._of_name(_song_key(name, title, artist))) is not None:
+                if title and (rating := self._of_name(_song_key(name, title, artist), path)) is not None:
                     return rating
         return None
 
-    def _of_name(self, key: tuple[str, str, str]) -> float | None:
-        """The rating of songs that are called so; None where there is none, or several."""
-        ratings = [rating for path, rating in self.by_name.get(key, ()) if not self._is_in_library(path)]
+    def _of_name(self, key: tuple[str, str, str], song: Path) -> float | None:
+        """The rating that rows of this name give the file `song`; None where they give none, or several."""
+        ratings = [rating for path, rating in self.by_name.get(key, ()) if not self._is_of_another(path, song)]
         rated = {rating for rating in ratings if not math.isnan(rating)}
         if len(rated) > 1:
             return None  # ambiguous
         return next(iter(rated), math.nan) if ratings else None
 
-    def _is_in_library(self, path: str) -> bool:
-        """Whether a row is of a song that still lies in the library, and so of no other song of its name."""
-        own = Path(path)
-        inside = any(own.is_relative_to(folder) for folder in (_normalised(self.music), self.music.resolve()))
-        return bool(path) and inside and own.exists()
+    def _is_of_another(self, path: str, song: Path) -> bool:
+        """Whether a row's `path` still lies in the library, and is neither the file `song` nor a copy of it."""
+        if not any(Path(path).is_relative_to(folder) for folder in (_normalised(self.music), self.music.resolve())):
+            return False
+        sizes = {_size(unicodedata.normalize(form, path)) for form in ("NFC", "NFD")} - {None}
+        return bool(sizes) and _size(song) not in sizes
+
+
+def _size(path: str | Path) -> int | None:
+    """Bytes of a file, None where it is not there."""
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - thousands of rows
+    except (OSError, ValueError):
+        return None
 
 
 def _database_rows(source: Path) -> Iterator[tuple[str, str, str, float]]:

@@ -35,15 +35,21 @@ class TemporarySongs:
         return dataclasses.replace(shards, songs=shards.songs.assign(split="")), report  # in neither split
 
 
+def without_parents(path: Path) -> Path:
+    """A path without `..`, but with its links, unless a link before `..` makes that another place."""
+    short = Path(os.path.normpath(path))
+    return short if short.exists() and short.samefile(path) else path.resolve()
+
+
 def find(paths: list[Path], settings: PackSettings) -> TemporarySongs:
     """The songs of `paths`, folders and files; a file given by name is accepted with any suffix.
 
     settings: of the packing; nothing is kept for validation. Raises UserError for a path that does not exist.
     """
-    given = [Path(os.path.normpath(path.absolute())) for path in paths]
-    for path in given:
+    for path in paths:
         if not path.exists():
-            raise UserError(f"--music {path}: no such folder or file")
+            raise UserError(f"--music {path.absolute()}: no such folder or file")
+    given = [without_parents(path.absolute()) for path in paths]
     root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in given]))
     found: dict[Path, SongFile] = {}
     for path in given:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,11 @@ class Run:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Around the training loop: sets how the run ended, FINISHED, KILLED or FAILED. The only place that does."""
-        if self._resumed:
+        if self.world.main:
             self._hold()
         try:
             if self.world.main:
                 create_run_dir(self.run_dir, self.config)
-                if not self._resumed:
-                    self._hold()
                 self.tracker.log_artifact(self.run_dir / "config.yaml")
             if self._resumed:
                 self.tracker.backfill(self.journal.epochs)
@@ -88,8 +86,10 @@ class Run:
 
     def _hold(self) -> None:
         """Lock the folder until the run ends. Raises UserError where another process trains in it."""
-        if self.world.main:
-            busy = f"another process is training in {self.run_dir}: wait until it ends, or stop it"
+        busy = f"another process is training in {self.run_dir}: wait until it ends, or stop it"
+        # Its file system may have no locks. That it cannot be written is reported by `create_run_dir`.
+        with suppress(OSError):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(self.run_dir / ".lock", wait=False, refusal=busy))
 
     def progress_bar(self) -> tqdm:
