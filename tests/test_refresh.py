@@ -173,7 +173,7 @@ def test_a_song_that_is_overwritten_by_something_else_is_gone(home, capsys):
     (home / "music/six.flac").write_bytes(b"<html>a failed download")
     settle(home / "music/six.flac", time_s=HOUR_AGO + 60)
     run(home)
-    assert "refused   six.flac: does not open as audio" in capsys.readouterr().out
+    assert "refused   six.flac: holds no audio that decodes" in capsys.readouterr().out
     assert "six.flac" not in vectors(read_embeddings(home / "e.parquet"))
 
 
