@@ -49,7 +49,7 @@ def test_simple_is_tagged_measured_and_kept_like_simsiam(simple):
         "training_time_hours",
     } <= set(found.data.metrics)
     written = {p.name for p in simple.iterdir()}
-    assert written == {"checkpoint.pt", "checkpoint.previous.pt", "config.yaml", "curves.png", "metrics.jsonl"}
+    assert written == {".lock", "checkpoint.pt", "checkpoint.previous.pt", "config.yaml", "curves.png", "metrics.jsonl"}
 
 
 def test_simple_s_loss_falls(simple):

@@ -117,7 +117,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(whole, tmp_path, small_shards,
 
 def test_what_a_run_writes(whole):
     written = {p.name for p in whole.iterdir()}
-    assert written == {"checkpoint.pt", "checkpoint.previous.pt", "config.yaml", "curves.png", "metrics.jsonl"}
+    assert written == {".lock", "checkpoint.pt", "checkpoint.previous.pt", "config.yaml", "curves.png", "metrics.jsonl"}
     assert load_config(whole / "config.yaml").encoder.batch_size == TINY["encoder.batch_size"]
     found = epochs(whole)
     assert [r["epoch"] for r in found] == [0, 1, 2, 3]  # 0 is the untrained encoder
