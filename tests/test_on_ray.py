@@ -57,7 +57,7 @@ def test_a_cluster_packs_the_same_bytes(music, expected, tmp_path):
 
 def test_without_ray_one_line_names_the_extra_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"^--executor ray needs Ray: pip install 'simsiam-dali\[ray\]'$"):
+    with pytest.raises(UserError, match=r"^--executor ray needs Ray: pip install '\.\[ray\]' in a checkout$"):
         list(ray_pool.run_all(work, [1], 1))
 
 
