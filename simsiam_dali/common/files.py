@@ -66,7 +66,7 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes], gone: Iterable[str] = ()) -> None:
-    """Write files into `folder`: all are written to a hidden folder in it first, so that a failure leaves what was.
+    """Write files into `folder`: all are written to a hidden folder in it first, so that a failure changes nothing.
 
     The last file marks the set as complete: it is deleted before the others are replaced, and moved into place last.
     gone: names of files of an earlier set that this one does not have. Other files in `folder` are kept.

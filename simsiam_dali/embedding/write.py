@@ -225,8 +225,10 @@ def is_up_to_date(out: Path, provenance: dict[str, str], replace: bool) -> bool:
     try:
         found = read_provenance(out)
         compared = ("features", "rows", "checkpoint_sha256", "shards", "embedding", "view_seconds", "table_version")
-        asked_for = [name for name in ("precision",) if name in provenance and name in found]  # older ones do not say
-        differ = [name for name in (*compared, *asked_for) if found.get(name) != provenance[name]]
+        differ = [name for name in compared if found.get(name) != provenance[name]]
+        precision = provenance.get("precision")
+        if precision and found.get("precision", precision) != precision:
+            differ.append("precision")  # older tables do not say theirs
         if not differ:
             return True
         reason = f"holds embeddings of other {', '.join(n.removesuffix('_sha256').replace('_', ' ') for n in differ)}"

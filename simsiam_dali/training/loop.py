@@ -76,12 +76,11 @@ def open_run(config: Config, world: World, resumed: Checkpoint | None, run_dir: 
             f"the shards were packed again since {run_dir} began, so it cannot continue exactly: start a new run, or"
             " bring the old shards back"
         )
-    keep = config.train.micro_batch != "auto"  # it was asked for
+    # One that was asked for is kept, and that of a resumed run where there are as many processes as it was chosen for.
+    keep = len(resumed["loaders"]) == world.size if resumed else config.train.micro_batch != "auto"
     config = micro_batch.choose_by_estimate(config, shards, world)
     learner = Learner(config, shards, world, pretrained=resumed is None)
     if world.device.type in micro_batch.TRIED_ON:
-        if resumed:  # it was chosen for as many processes
-            keep = len(resumed["loaders"]) == world.size
         config = micro_batch.choose_by_trial_step(config, learner, shards, world, keep)
     data = TrainingData.open(config, shards, world, resumed)
     return Run(data, learner, run_dir, resumed)

@@ -79,8 +79,8 @@ def choose_by_trial_step(
     """The config with the largest micro-batch, from its own downwards, whose trial step does not run out of memory.
 
     keep: only its own is tried: a resumed run must make the steps it made before, and a size that was asked for is not
-    exchanged for another. The same on all ranks; the
-    learner then accumulates as many. Raises UserError where not even the smallest runs.
+    exchanged for another. The same on all ranks; the learner then accumulates as many. Raises UserError where not even
+    the smallest runs.
 
     Nothing is tried with `train.sync_bn` on several ranks: where one ran out of memory, the others would wait for its
     batch-norm statistics.
