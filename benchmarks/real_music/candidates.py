@@ -17,6 +17,8 @@ from equal_time_scores import (
     FOLDERS_STAGES,
     FOLDERS_TAGS,
     PEER,
+    RESNET50,
+    RESNET50_STAGES,
     STAGES,
 )
 
@@ -76,6 +78,8 @@ CANDIDATES = {
     PEER: Candidate(kind="lightly"),
     STAGES: Candidate(embedding="stages", trained_as=BASE),
     CONTRASTIVE_STAGES: Candidate(kind="contrastive", embedding="stages", trained_as=CONTRASTIVE),
+    RESNET50: Candidate({"encoder.simsiam.backbone": "resnet50"}),
+    RESNET50_STAGES: Candidate({"encoder.simsiam.backbone": "resnet50"}, embedding="stages", trained_as=RESNET50),
     FOLDERS: Candidate(FROM_STAGES, "joint"),
     FOLDERS_STAGES: Candidate(FROM_STAGES, "joint", embedding="stages", trained_as=FOLDERS),
     FOLDERS_TAGS: Candidate(FROM_STAGES, "joint", embedding="stages+tags", trained_as=FOLDERS),

@@ -17,6 +17,8 @@ FOLDERS = "joint, folders as tags"
 FOLDERS_STAGES, FOLDERS_TAGS = (f"{FOLDERS}, embedded by stages{more}" for more in ("", " and tags"))
 FOLDERS_LAST = f"{FOLDERS} of the last map"
 FOLDERS_LAST_STAGES = f"{FOLDERS_LAST}, embedded by stages"
+RESNET50 = "ResNet-50, a quarter as wide"
+RESNET50_STAGES = f"{RESNET50}, embedded by stages"
 CONTRASTIVE = "contrastive"
 CONTRASTIVE_FOLDERS = "joint, contrastive, folders as tags of the last map"
 CONTRASTIVE_STAGES, CONTRASTIVE_FOLDERS_STAGES = (
@@ -27,6 +29,8 @@ COMPARED = (
     *((row, "SimSiam, 2.5 s noisy views of 60 s") for row in TAGGED),
     (STAGES, UNTRAINED_STAGES),
     (STAGES, TAGGED[0]),
+    (RESNET50_STAGES, RESNET50),
+    (RESNET50_STAGES, STAGES),
     (FOLDERS_STAGES, STAGES),
     (FOLDERS_TAGS, STAGES),
     (FOLDERS_LAST_STAGES, STAGES),
