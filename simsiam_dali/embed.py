@@ -104,9 +104,8 @@ def run(args: argparse.Namespace) -> None:
     if missing:
         if files:
             shards, report = files.packed(packed)
-            for title, lines in (("refused", report.refused), ("warning", report.notes)):
-                for name, reason in lines:
-                    print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")
+            for line in report.file_lines():
+                print(line)
         assert shards is not None
         log_mel = with_statistics(log_mel_settings(config), **trained.statistics)
         views = CleanViews(config, shards, log_mel, World(0, 1, device))

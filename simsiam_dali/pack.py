@@ -101,11 +101,8 @@ def main() -> None:
 
 def summarise(report: Report, out: Path) -> None:
     """Print what was packed, and what was not and why."""
-    for title, songs in (("refused", report.refused), ("warning", report.notes)):
-        for name, reason in songs:
-            print(f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}")
-    for remark in report.remarks:
-        print(remark)
+    for line in (*report.file_lines(), *report.remarks):
+        print(line)
     c = report.counts
     print(
         f"{c['songs']} songs, {c['seconds'] / 3600:.2f} h: {c['train_segments']} segments to train "

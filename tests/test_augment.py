@@ -63,7 +63,7 @@ def test_a_click_track_changes_tempo_by_the_rate_drawn_whatever_the_pitch() -> N
 
 def test_the_interpolation_is_linear_in_time() -> None:
     mel = np.random.default_rng(0).random((100, 16), np.float32)
-    factors = [np.float32(f) for f in (0.8, 0.97, 1.0, 1.07)]
+    factors = list(np.array((0.8, 0.97, 1.0, 1.07), np.float32))
     inputs = {"mel": [mel] * len(factors), "factor": factors}
     results = run_graph(lambda mel, factor: augment.time_scale(mel, factor, 90, 16), inputs)[0]
     for factor, result in zip(factors, results, strict=True):
@@ -78,7 +78,7 @@ def test_the_interpolation_is_linear_in_time() -> None:
 def test_circular_slice_wraps_around_the_end() -> None:
     x = np.arange(10, dtype=np.float32)
     cases = [(0, 10), (3, 10), (10, 10), (9, 10), (0, 12), (10, 12), (7, 20), (10, 20), (2, 3), (9, 1), (8, 19)]
-    starts, lengths = (list(np.int32(column)) for column in zip(*cases, strict=True))
+    starts, lengths = (list(np.array(column, np.int32)) for column in zip(*cases, strict=True))
     results = run_graph(
         lambda x, start, length: augment.circular_slice(x, start, length, passes=3),
         {"x": [x] * len(cases), "start": starts, "length": lengths},
@@ -91,7 +91,7 @@ def test_circular_slice_skips_what_the_end_repeats() -> None:
     ring = np.arange(9, dtype=np.float32)
     x = np.append(ring, ring[0])  # as the last frame of a view shows the place where the first begins
     cases = [(0, 10), (3, 10), (8, 10), (9, 10), (4, 20)]
-    starts, lengths = (list(np.int32(column)) for column in zip(*cases, strict=True))
+    starts, lengths = (list(np.array(column, np.int32)) for column in zip(*cases, strict=True))
     results = run_graph(
         lambda x, start, length: augment.circular_slice(x, start, length, passes=4, overlap_frames=1),
         {"x": [x] * len(cases), "start": starts, "length": lengths},
@@ -129,7 +129,7 @@ def test_noise_is_white_gaussian_at_the_snr_drawn() -> None:
     bank = np.random.default_rng(0).standard_normal(round(1.5 * SECONDS * RATE), np.float32)
     snrs, places = (-3.0, 15.0, 22.5, 30.0), (0.0, 0.35, 0.7, 0.999)
     wave = song(SECONDS, seed=2)
-    inputs = {"x": [wave] * 4, "snr": [np.float32(s) for s in snrs], "at": [np.float32(p) for p in places]}
+    inputs = {"x": [wave] * 4, "snr": list(np.array(snrs, np.float32)), "at": list(np.array(places, np.float32))}
     results = run_graph(lambda x, snr, at: augment.add_noise(x, snr, types.Constant(bank, device="cpu"), at), inputs)[0]
     added = [result.astype(np.float64) - wave for result in results]
     for snr, each in zip(snrs, added, strict=True):
@@ -138,7 +138,7 @@ def test_noise_is_white_gaussian_at_the_snr_drawn() -> None:
         bands = (np.abs(np.fft.rfft(each)[1:]) ** 2).reshape(-1)[: 8 * 6000].reshape(8, 6000).mean(axis=1)
         assert 10 * np.log10(bands / bands.mean()) == pytest.approx(np.zeros(8), abs=0.25)
         assert np.mean(each**4) / np.mean(each**2) ** 2 == pytest.approx(3, abs=0.1)  # a Gaussian's kurtosis
-    assert abs(np.corrcoef(added)[np.triu_indices(4, 1)]).max() < 0.02  # each place has noise of its own
+    assert abs(np.asarray(np.corrcoef(added))[np.triu_indices(4, 1)]).max() < 0.02  # each place has noise of its own
 
 
 def test_a_view_gets_noise_at_its_snr_after_pitch_and_tempo() -> None:

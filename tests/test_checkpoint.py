@@ -38,13 +38,13 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_one_before_is_kept(two):
+def test_the_one_before_is_kept(two: Path) -> None:
     assert files(two.parent) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME}
     assert checkpoint.load(two)["step"] == 2
     assert checkpoint.load(two.with_name(checkpoint.PREVIOUS_NAME))["step"] == 1
 
 
-def test_on_a_disk_without_hard_links_too(two, monkeypatch):
+def test_on_a_disk_without_hard_links_too(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -54,7 +54,7 @@ def test_on_a_disk_without_hard_links_too(two, monkeypatch):
     assert checkpoint.load(two.with_name(checkpoint.PREVIOUS_NAME))["step"] == 2
 
 
-def test_any_flipped_bit_and_any_cut_is_found(two):
+def test_any_flipped_bit_and_any_cut_is_found(two: Path) -> None:
     content = two.read_bytes()
     for place in range(len(content)):
         damaged = bytearray(content)
@@ -71,7 +71,7 @@ def test_any_flipped_bit_and_any_cut_is_found(two):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "something else"])
-def test_a_damaged_one_is_refused_by_name_and_the_one_before_offered(two, damage):
+def test_a_damaged_one_is_refused_by_name_and_the_one_before_offered(two: Path, damage: str) -> None:
     content = bytearray(two.read_bytes())
     content[len(content) // 2] ^= 1
     pieces = {"flipped": bytes(content), "cut": bytes(content[:-100]), "empty": b""}
@@ -91,7 +91,7 @@ def test_a_damaged_one_is_refused_by_name_and_the_one_before_offered(two, damage
     assert previous.name not in str(e.value)
 
 
-def test_a_damaged_one_does_not_replace_the_good_one_before(two):
+def test_a_damaged_one_does_not_replace_the_good_one_before(two: Path) -> None:
     """The run goes on from the one before, and is killed right after its first save."""
     two.write_bytes(two.read_bytes()[:-1])
     checkpoint.save(state(3), two)
@@ -108,7 +108,7 @@ def test_a_damaged_one_does_not_replace_the_good_one_before(two):
         (torch.zeros(2), "not a checkpoint of this version"),
     ],
 )
-def test_what_is_whole_but_no_checkpoint_is_refused(tmp_path, content, why):
+def test_what_is_whole_but_no_checkpoint_is_refused(tmp_path: Path, content: Any, why: str) -> None:
     checkpoint.save(content, tmp_path / "c.pt")
     with pytest.raises(UserError, match=why):
         checkpoint.load(tmp_path / "c.pt")
@@ -126,7 +126,7 @@ class Malicious:
 
 @pytest.mark.parametrize("kind", ["in torch's file", "bare pickle"])
 @pytest.mark.parametrize("with_sum", [True, False])
-def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, kind, with_sum):
+def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path: Path, kind: str, with_sum: bool) -> None:
     path, proof = tmp_path / "c.pt", tmp_path / "done"
     if kind == "bare pickle":
         path.write_bytes(pickle.dumps(Malicious(proof)))
@@ -146,7 +146,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, kind, with_sum
 
 
 @pytest.mark.parametrize("numbers", [20_000, 200_000])  # one that fits in a buffer of torch's, one that does not
-def test_a_full_disk_keeps_the_last_good_one_and_is_reported(tmp_path, numbers):
+def test_a_full_disk_keeps_the_last_good_one_and_is_reported(tmp_path: Path, numbers: int) -> None:
     with small_disk(tmp_path / "disk", "4m") as disk:
         path = disk / checkpoint.FILE_NAME
         checkpoint.save(state(1, numbers), path)
@@ -164,7 +164,7 @@ def test_a_full_disk_keeps_the_last_good_one_and_is_reported(tmp_path, numbers):
         assert checkpoint.load(path)["step"] == 4
 
 
-def test_a_limit_on_file_sizes_does_the_same(tmp_path):
+def test_a_limit_on_file_sizes_does_the_same(tmp_path: Path) -> None:
     """A real failure of writing for where nothing can be mounted."""
     path = tmp_path / checkpoint.FILE_NAME
     checkpoint.save(state(1), path)
@@ -194,7 +194,7 @@ while True:
 """
 
 
-def test_killed_while_writing(tmp_path):
+def test_killed_while_writing(tmp_path: Path) -> None:
     """SIGKILL four times, each while the file was growing; what was said to be saved is there, and the rest no harm."""
     path, step = tmp_path / checkpoint.FILE_NAME, 1
     left = 0
@@ -221,7 +221,7 @@ def test_killed_while_writing(tmp_path):
     assert files(tmp_path) == {checkpoint.FILE_NAME, checkpoint.PREVIOUS_NAME, "config.yaml"}
 
 
-def test_a_run_continues_on_its_kind_of_device_only(tmp_path, small_runs):
+def test_a_run_continues_on_its_kind_of_device_only(tmp_path: Path, small_runs: dict[str, Path]) -> None:
     """A GPU's checkpoint on a host without one, by what it says of itself; and one from before it said it."""
     run_dir = Path(shutil.copytree(small_runs["simsiam"], tmp_path / "run"))
     path = run_dir / checkpoint.FILE_NAME

@@ -44,7 +44,7 @@ def short_songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_with_an_encoder_type_and_nothing_else(short_songs, monkeypatch):
+def test_training_with_an_encoder_type_and_nothing_else(short_songs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings of configs/cpu.yaml, and a run in the current folder; one epoch of them here."""
     monkeypatch.chdir(short_songs)
     for name in ENVIRONMENT:
@@ -59,7 +59,9 @@ def test_training_with_an_encoder_type_and_nothing_else(short_songs, monkeypatch
     assert (run_dir / "checkpoint.pt").exists()
 
 
-def test_the_benchmark_without_options_measures_the_shards_beside_it(short_songs, monkeypatch):
+def test_the_benchmark_without_options_measures_the_shards_beside_it(
+    short_songs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All stages that a CPU has, 60 s segments, five windows of 4 s; the command itself with two stages and 0.1 s."""
     monkeypatch.chdir(short_songs)
     args = throughput.build_parser().parse_args([])
@@ -75,6 +77,7 @@ def test_the_benchmark_without_options_measures_the_shards_beside_it(short_songs
     sizes = {}
     for name, spec in {name: spec for group in plan for name, spec in group.items()}.items():
         data = spec.config.data
+        assert isinstance(data.shards, Path)
         assert data.shards.resolve() == short_songs / "shards"
         sizes[name] = data.view_seconds, spec.config.encoder.batch_size, data.threads
     training = {name: sizes.pop(name) for name in ("loader/train", "model", "train")}
@@ -88,7 +91,7 @@ def test_the_benchmark_without_options_measures_the_shards_beside_it(short_songs
 
 @pytest.mark.faults
 @pytest.mark.whole  # eight minutes: the benchmark measures all its stages, four seconds a window
-def test_the_three_named_commands(home):
+def test_the_three_named_commands(home: Path) -> None:
     """Nothing beyond the arguments the user wrote, in a folder that holds only `music/`."""
     packed = ok(home, ROOT / "tools/make_shards.py", "music/")
     assert "48 songs" in packed
@@ -128,7 +131,7 @@ def train_demo(home: Path, demo_shards: Path, encoder_type: str, *options: objec
 
 @pytest.mark.faults
 @pytest.mark.whole  # three minutes on two cores that do nothing else
-def test_the_demo_convinces(tmp_path):
+def test_the_demo_convinces(tmp_path: Path) -> None:
     """Trained is told apart from untrained and from MFCCs, nothing collapses, and what is named exists."""
     end = run_tool("demo.py", tmp_path)
     interval = r"\([+-]\d+, 95% interval ([+-]\d+) to [+-]\d+\)"
@@ -155,7 +158,7 @@ def test_the_demo_convinces(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.whole  # a minute; test_encoders.py has the training songs of a small library
-def test_simple_beats_its_untrained_self_on_the_demo(home, demo_shards):
+def test_simple_beats_its_untrained_self_on_the_demo(home: Path, demo_shards: Path) -> None:
     """It has seen the training songs' artists, so only validation songs count: each of their segments asks for one."""
     run_dir = train_demo(home, demo_shards, "simple", "--epochs", 40, "--batch-size", 16)
     untrained, trained = (unseen_segments_of_the_artist(run_dir, demo_shards, trained) for trained in (False, True))
@@ -177,12 +180,12 @@ REFUSED = {
 }
 
 
-def test_each_command_has_its_refusal():
+def test_each_command_has_its_refusal() -> None:
     assert REFUSED.keys() == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", REFUSED)
-def test_a_refusal_is_status_1_and_one_line_of_a_process(command, tmp_path):
+def test_a_refusal_is_status_1_and_one_line_of_a_process(command: str, tmp_path: Path) -> None:
     """What the tests of each command take for granted where they call its `main`."""
     start = [ROOT / "benchmarks/throughput.py"] if command == "benchmark" else ["-m", f"simsiam_dali.{command}"]
     done = fork_server.run([sys.executable, *start, *REFUSED[command]], tmp_path, dict.fromkeys(ENVIRONMENT))
@@ -196,7 +199,7 @@ def test_a_refusal_is_status_1_and_one_line_of_a_process(command, tmp_path):
 @pytest.mark.parametrize(
     "name", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 )
-def test_every_command_and_link_of_a_page_exists(name):
+def test_every_command_and_link_of_a_page_exists(name: str) -> None:
     """Make targets, scripts, modules and links are there."""
     page = (ROOT / name).read_text()
     makefile = (ROOT / "Makefile").read_text()
@@ -210,7 +213,7 @@ def test_every_command_and_link_of_a_page_exists(name):
         assert ((ROOT / name).parent / link).exists(), link
 
 
-def test_the_generated_tables_are_up_to_date():
+def test_the_generated_tables_are_up_to_date() -> None:
     ok(ROOT, "tools/make_docs.py", "--check")
 
 

@@ -65,7 +65,9 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def home(tmp_path, empty_database, capsys, monkeypatch) -> Home:
+def home(
+    tmp_path: Path, empty_database: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Home:
     for variable in ("MLFLOW_TRACKING_URI", "ENCODER_TYPE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -82,7 +84,7 @@ def line(text: str, start: str) -> str:
 # --- which runs
 
 
-def test_the_best_of_each_type_by_artist_until_there_is_a_rating_error(home):
+def test_the_best_of_each_type_by_artist_until_there_is_a_rating_error(home: Home) -> None:
     home.log("simsiam", SCORES | {"knn/artist": 0.4})
     best = home.log("simsiam", SCORES | {"knn/artist": 0.6, "knn/rating_mae": 0.3})
     other = home.log("simple", SCORES | {"knn/artist": 0.3})
@@ -104,7 +106,7 @@ def test_the_best_of_each_type_by_artist_until_there_is_a_rating_error(home):
 
 
 @pytest.mark.parametrize("metric", [m for m in METRICS if m.comparable], ids=lambda m: m.name)
-def test_each_metric_has_the_right_direction(home, metric: Metric):
+def test_each_metric_has_the_right_direction(home: Home, metric: Metric) -> None:
     lower_is_better = {
         "classifier/val_mse", "classifier/val_mae", "knn/rating_mae", "training_time_hours",
     }  # fmt: skip
@@ -117,7 +119,7 @@ def test_each_metric_has_the_right_direction(home, metric: Metric):
     assert line(printed, metric.name).split()[-2] == ("lower" if best == low else "higher")
 
 
-def test_unfinished_failed_nested_and_foreign_runs_are_left_out(home):
+def test_unfinished_failed_nested_and_foreign_runs_are_left_out(home: Home) -> None:
     home.log("simple", SCORES)
     good = home.log("simsiam", SCORES | {"knn/artist": 0.2})
     home.log("simsiam", SCORES | {"knn/artist": 0.9}, status="FAILED")
@@ -134,7 +136,7 @@ def test_unfinished_failed_nested_and_foreign_runs_are_left_out(home):
     assert home.rows()[0]["run_id"] == trial
 
 
-def test_only_runs_on_the_same_shards(home):
+def test_only_runs_on_the_same_shards(home: Home) -> None:
     old, new = "a" * 64, "b" * 64
     for start, (encoder_type, shards) in enumerate([("simsiam", old), ("simple", old), ("simple", new)]):
         home.log(encoder_type, SCORES | {"knn/artist": 0.9 - start / 10}, shards=shards, start=start)
@@ -155,7 +157,7 @@ def test_only_runs_on_the_same_shards(home):
     assert [row["shards"] for row in home.rows()] == [new, ""]
 
 
-def test_every_page_of_a_large_experiment_is_read(home, monkeypatch):
+def test_every_page_of_a_large_experiment_is_read(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         home.log("simsiam", SCORES)
     home.log("simple", SCORES)
@@ -167,7 +169,7 @@ def test_every_page_of_a_large_experiment_is_read(home, monkeypatch):
 # --- what is printed
 
 
-def test_the_last_value_the_untrained_one_and_the_guess(home):
+def test_the_last_value_the_untrained_one_and_the_guess(home: Home) -> None:
     untrained = {"knn/artist": 0.25, "knn/artist_chance": 0.1}
     home.log("simsiam", SCORES, untrained=untrained, params={"train.seed": 7})
     home.log("simple", {"training_time_hours": 1}, untrained=untrained | {"knn/artist": 0.3})  # scored only once
@@ -185,7 +187,7 @@ def test_the_last_value_the_untrained_one_and_the_guess(home):
     assert simple["knn/artist_untrained"] == ""
 
 
-def test_missing_metrics_are_listed_with_the_command_that_logs_them(home):
+def test_missing_metrics_are_listed_with_the_command_that_logs_them(home: Home) -> None:
     home.log("simsiam", {m.name: 0.5 for m in METRICS}, **{"mlflow.runName": "whole"})
     home.log("simple", {"knn/artist": 0.5, "training_time_hours": 1}, **{"mlflow.runName": "poor"})
     missing = [row for row in home.type().splitlines() if row.startswith("missing: ")]
@@ -199,7 +201,7 @@ def test_missing_metrics_are_listed_with_the_command_that_logs_them(home):
     assert not any("whole" in row for row in missing)
 
 
-def test_losses_are_shown_and_not_compared(home):
+def test_losses_are_shown_and_not_compared(home: Home) -> None:
     home.log("simsiam", SCORES)
     home.log("simple", SCORES | {"encoder/train_loss": 2.5})
     row = line(home.type(), "encoder/train_loss")
@@ -207,7 +209,7 @@ def test_losses_are_shown_and_not_compared(home):
     assert row.endswith("not comparable between types")
 
 
-def test_values_that_are_not_finite_are_reported_and_never_the_best(home):
+def test_values_that_are_not_finite_are_reported_and_never_the_best(home: Home) -> None:
     for value in (float("nan"), float("inf")):
         home.log("simsiam", {"knn/artist": value}, **{"mlflow.runName": f"broken-{value}"})
     good = home.log("simsiam", {"knn/artist": 0.1})
@@ -221,7 +223,7 @@ def test_values_that_are_not_finite_are_reported_and_never_the_best(home):
     assert "not finite: knn/artist in broken-inf" in printed
 
 
-def test_one_run_each_is_no_result_and_several_seeds_have_mean_range_and_number(home):
+def test_one_run_each_is_no_result_and_several_seeds_have_mean_range_and_number(home: Home) -> None:
     for value in (0.5, 0.6, 0.7):
         home.log("simsiam", {"knn/artist": value, "knn/genre": value, "knn/rating_mae": value})
     home.log("simple", {"knn/artist": 0.4, "knn/genre": 0.4, "knn/rating_mae": 0.2})
@@ -249,13 +251,13 @@ def test_one_run_each_is_no_result_and_several_seeds_have_mean_range_and_number(
     assert line(home.type("--runs", 2, "--by", "knn/rating_mae"), "knn/rating_mae").endswith("simple, ranges disjoint")
 
 
-def test_no_type_is_ahead_of_an_equal_one(home):
+def test_no_type_is_ahead_of_an_equal_one(home: Home) -> None:
     home.log("simsiam", {"knn/artist": 0.5})
     home.log("simple", {"knn/artist": 0.5})
     assert line(home.type(), "knn/artist").split()[-1] == "higher"
 
 
-def test_runs_without_any_score_are_the_newest(home):
+def test_runs_without_any_score_are_the_newest(home: Home) -> None:
     home.log("simsiam", {"encoder/train_loss": -0.99}, start=1)
     newest = home.log("simsiam", {"encoder/train_loss": -0.5}, start=2)
     home.log("simple", {"encoder/train_loss": 3.0})
@@ -263,7 +265,7 @@ def test_runs_without_any_score_are_the_newest(home):
     assert home.rows()[0]["run_id"] == newest
 
 
-def test_the_filters_find_in_mlflow_what_the_table_shows(home):
+def test_the_filters_find_in_mlflow_what_the_table_shows(home: Home) -> None:
     ids = [home.log("simsiam", SCORES), home.log("simple", SCORES)]
     more = home.log("simple", SCORES | {"knn/artist": 0.1})
     printed = home.type()
@@ -277,7 +279,7 @@ def test_the_filters_find_in_mlflow_what_the_table_shows(home):
     assert f"mlflow ui --backend-store-uri {home.uri}" in printed
 
 
-def test_one_type_alone_names_the_command_for_the_other(home):
+def test_one_type_alone_names_the_command_for_the_other(home: Home) -> None:
     home.log("simsiam", SCORES)
     printed = home.type()
     assert "no simple run to compare with simsiam: python -m simsiam_dali.train --encoder-type simple" in printed
@@ -288,7 +290,7 @@ def test_one_type_alone_names_the_command_for_the_other(home):
 # --- files
 
 
-def test_the_plot_has_a_panel_for_each_metric(home):
+def test_the_plot_has_a_panel_for_each_metric(home: Home) -> None:
     home.log("simsiam", {m.name: 0.5 for m in METRICS} | {"knn/artist_chance": 0.1}, untrained={"knn/artist": 0.2})
     home.log("simple", {"encoder/train_loss": 2.0, "knn/artist": 0.4})
     home.type("--runs", 0)
@@ -301,7 +303,7 @@ def test_the_plot_has_a_panel_for_each_metric(home):
     assert sorted(p.name for p in (home.folder / "runs").iterdir()) == ["compare.csv", "compare.png"]
 
 
-def test_files_of_this_command_are_replaced_and_others_are_not(home):
+def test_files_of_this_command_are_replaced_and_others_are_not(home: Home) -> None:
     home.log("simsiam", SCORES)
     home.log("simple", SCORES)
     home.type("--csv", "mine.csv", "--png", "deep/er/mine.png")
@@ -322,7 +324,7 @@ def test_files_of_this_command_are_replaced_and_others_are_not(home):
     assert "error: cannot write file/x.csv" in home.capsys.readouterr().err
 
 
-def test_the_settings_name_the_experiment_and_the_folder(home, monkeypatch):
+def test_the_settings_name_the_experiment_and_the_folder(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     home.experiment = "other"
     home.log("simsiam", SCORES)
     home.log("simple", SCORES)
@@ -338,7 +340,7 @@ def test_the_settings_name_the_experiment_and_the_folder(home, monkeypatch):
 # --- refusals
 
 
-def test_a_loss_cannot_choose(home):
+def test_a_loss_cannot_choose(home: Home) -> None:
     for name in ("encoder/val_loss", "encoder/train_loss", "train_loss", "knn/beauty"):
         refused = home.refused("--by", name)
         assert f"--by {name} is refused; use one of classifier/val_mse, " in refused
@@ -347,7 +349,7 @@ def test_a_loss_cannot_choose(home):
     assert f"no run has classifier/val_mae yet (logged by {EVALUATE})" in home.refused("--by", "classifier/val_mae")
 
 
-def test_no_experiment_and_no_runs(home):
+def test_no_experiment_and_no_runs(home: Home) -> None:
     assert "no experiment 'music_recommendation'; it has Default" in home.refused()
     home.log(None, SCORES)
     assert "no finished run tagged encoder_type: train first" in home.refused()
@@ -356,21 +358,21 @@ def test_no_experiment_and_no_runs(home):
     assert not (home.folder / "runs").exists()
 
 
-def test_a_missing_database_is_not_created(home):
+def test_a_missing_database_is_not_created(home: Home) -> None:
     assert "there is no MLflow database nowhere.db: train first" in home.refused(uri="sqlite:///nowhere.db")
     assert not (home.folder / "nowhere.db").exists()
     (home.folder / "text.db").write_text("no database")
     assert "MLflow cannot use sqlite:///text.db (" in home.refused(uri="sqlite:///text.db")
 
 
-def test_a_server_that_does_not_answer(home):
+def test_a_server_that_does_not_answer(home: Home) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{s.getsockname()[1]}"  # bound, but nobody listens
         assert f"the MLflow server {uri} does not answer" in home.refused(uri=uri)
 
 
-def test_a_number_of_runs_is_whole(home):
+def test_a_number_of_runs_is_whole(home: Home) -> None:
     with pytest.raises(SystemExit) as e:
         home.type("--runs", "-1")
     assert e.value.code == 2
@@ -380,7 +382,7 @@ def test_a_number_of_runs_is_whole(home):
 # --- from outside
 
 
-def test_the_command_against_a_server(home, mlflow_uri):
+def test_the_command_against_a_server(home: Home, mlflow_uri: str) -> None:
     """As typed, with nothing but MLFLOW_TRACKING_URI to say where."""
     client = MlflowClient(mlflow_uri)
     best = log_run(client, "music_recommendation", "simsiam", SCORES | {"knn/artist": 0.8}, {"knn/artist": 0.3})
@@ -396,7 +398,7 @@ def test_the_command_against_a_server(home, mlflow_uri):
     assert done.stderr == ""
 
 
-def test_help_needs_neither_mlflow_nor_torch():
+def test_help_needs_neither_mlflow_nor_torch() -> None:
     code = "import sys, simsiam_dali.compare as c; c.build_parser().format_help(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "simsiam_dali.evaluation.compare_runs" in loaded

@@ -23,22 +23,22 @@ def attributes_read() -> set[str]:
     return names
 
 
-def test_every_setting_is_read_by_some_code():
+def test_every_setting_is_read_by_some_code() -> None:
     read = attributes_read()
     unread = [key for key, _ in setting_fields() if key.rsplit(".", 1)[-1] not in read]
     assert unread == []
 
 
-def test_every_setting_is_described():
+def test_every_setting_is_described() -> None:
     assert [key for key, field in setting_fields() if not field.description] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_every_yaml_loads(path):
+def test_every_yaml_loads(path: Path) -> None:
     load_config(path)
 
 
-def test_gpu_yaml_holds_the_plan_s_values():
+def test_gpu_yaml_holds_the_plan_s_values() -> None:
     loaded = load_config(ROOT / "configs" / "gpu.yaml")
     simsiam, augmentation = loaded.encoder.simsiam, loaded.encoder.simsiam.augmentation
     assert (simsiam.backbone, simsiam.projection_dim, simsiam.predictor_hidden_dim) == ("resnet50", 2048, 512)
@@ -66,7 +66,7 @@ def test_gpu_yaml_holds_the_plan_s_values():
     assert loaded.encoder.embedding_dim == 2048
 
 
-def test_later_sources_win(tmp_path):
+def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("encoder: {epochs: 3, batch_size: 8}\nmlflow: {tracking_uri: 'sqlite:///file.db'}\n")
     environment = {"MLFLOW_TRACKING_URI": "sqlite:///env.db", "ENCODER_TYPE": "simsiam", "UNRELATED": "1"}
@@ -79,7 +79,7 @@ def test_later_sources_win(tmp_path):
     assert (loaded.train.seed, loaded.train.run_name) == (0, "a")
 
 
-def test_every_source_that_sets_a_key_is_listed(tmp_path):
+def test_every_source_that_sets_a_key_is_listed(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("encoder: {encoder_type: simsiam}\n")
     sources = (file, {"ENCODER_TYPE": "simple"}, {"encoder.encoder_type": None}, ["encoder.encoder_type=third"])
@@ -91,7 +91,7 @@ def test_every_source_that_sets_a_key_is_listed(tmp_path):
     assert sources_of("encoder.epochs", *sources) == []
 
 
-def test_yaml_round_trip():
+def test_yaml_round_trip() -> None:
     loaded = load_config(assignments=["data.view_seconds=2.5", "encoder.simsiam.pretrained_backbone=weights.pt"])
     assert Config.model_validate(yaml.safe_load(loaded.to_yaml())) == loaded
 
@@ -125,14 +125,14 @@ def test_yaml_round_trip():
         ("encoder.epochs=[", "not readable YAML"),
     ],
 )  # fmt: skip
-def test_refusals_name_the_key_and_what_is_allowed(assignment, expected):
+def test_refusals_name_the_key_and_what_is_allowed(assignment: str, expected: str) -> None:
     with pytest.raises(UserError) as e:
         load_config(assignments=[assignment])
     assert expected in str(e.value)
     assert "\n" not in str(e.value)
 
 
-def test_refusals_name_their_source(tmp_path):
+def test_refusals_name_their_source(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("encoder: {epoch: 3}")
     with pytest.raises(UserError, match=r"bad\.yaml: unknown setting encoder\.epoch; did you mean encoder\.epochs"):
@@ -151,6 +151,6 @@ def test_refusals_name_their_source(tmp_path):
         load_config(tmp_path / "absent.yaml")
 
 
-def test_an_empty_file_is_the_defaults(tmp_path):
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "empty.yaml") == Config()

@@ -222,7 +222,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_stopped_or_failed_run_leaves_nothing(
     failure: BaseException, seen: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_song, written = demo.write_song, []
+    write_song = demo.write_song
+    written: list[demo.Song] = []
 
     def fail_at_third(root: Path, song: demo.Song) -> float | None:
         if len(written) == 2:
@@ -238,7 +239,7 @@ def test_stopped_or_failed_run_leaves_nothing(
 
 
 def test_killed_run_leaves_no_half_library(tmp_path: Path) -> None:
-    command = [sys.executable, demo.__file__, tmp_path / "music", "--songs", "400", "--workers", "1"]
+    command: list[str | Path] = [sys.executable, demo.__file__, tmp_path / "music", "--songs", "400", "--workers", "1"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while not songs_in(tmp_path):
             assert process.poll() is None

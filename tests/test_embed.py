@@ -1,5 +1,6 @@
 """The embed command: every song once, the same by hand, killed and continued to the same bytes, refused in a line."""
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -7,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,13 +42,13 @@ def run(run_dir: Path, out: Path, *options: object) -> Embeddings:
     return read_embeddings(out)
 
 
-def parsed(run_dir: Path, out: Path, *options: object):
+def parsed(run_dir: Path, out: Path, *options: object) -> argparse.Namespace:
     words = ["--checkpoint", run_dir, "--out", out, "--device", "cpu", *options]
     return embed.build_parser().parse_args([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
-def tables(tmp_path_factory, small_runs) -> dict[str, Path]:
+def tables(tmp_path_factory: pytest.TempPathFactory, small_runs: dict[str, Path]) -> dict[str, Path]:
     """Each encoder type's table of `small_shards`, and the baselines beside simsiam's."""
     folder = tmp_path_factory.mktemp("embedded")
     for kind in KINDS:
@@ -72,7 +74,9 @@ def by_hand(run_dir: Path, shards_dir: Path, song: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_song_once_with_its_own_embedding(tables, small_shards, small_runs, kind):
+def test_every_song_once_with_its_own_embedding(
+    tables: dict[str, Path], small_shards: Path, small_runs: dict[str, Path], kind: str
+) -> None:
     table, shards = read_embeddings(tables[kind]), open_shards(small_shards)
     assert table.table["song"].tolist() == list(range(len(shards.songs)))
     assert table.table["path"].tolist() == shards.songs["path"].tolist()
@@ -85,7 +89,9 @@ def test_every_song_once_with_its_own_embedding(tables, small_shards, small_runs
     assert apart[~np.eye(len(apart), dtype=bool)].min() > 1e-3
 
 
-def test_provenance_tells_where_the_vectors_come_from(tables, small_shards, small_runs):
+def test_provenance_tells_where_the_vectors_come_from(
+    tables: dict[str, Path], small_shards: Path, small_runs: dict[str, Path]
+) -> None:
     shards = open_shards(small_shards)
     provenance = read_provenance(tables["simsiam"])
     assert provenance == {
@@ -106,7 +112,9 @@ def test_provenance_tells_where_the_vectors_come_from(tables, small_shards, smal
     assert read_provenance(tables["simple"])["encoder_type"] == "simple"
 
 
-def test_segments_have_their_start_and_make_up_their_song(tables, small_shards, small_runs, tmp_path):
+def test_segments_have_their_start_and_make_up_their_song(
+    tables: dict[str, Path], small_shards: Path, small_runs: dict[str, Path], tmp_path: Path
+) -> None:
     each, shards = run(small_runs["simsiam"], tmp_path / "e.parquet", "--per-segment"), open_shards(small_shards)
     assert each.table["segment"].tolist() == list(range(len(shards.segments)))
     for name in ("song", "start", "split"):
@@ -115,13 +123,16 @@ def test_segments_have_their_start_and_make_up_their_song(tables, small_shards, 
     songs = read_embeddings(tables["simsiam"])
     np.testing.assert_array_equal(means, songs.vectors)
     segments = torch.nn.functional.normalize(torch.tensor(each.vectors), dim=1).numpy()
+    within = WithinSong.of_segments(segments, each.table["song"].to_numpy())
     assert each.within is None
-    np.testing.assert_array_equal(
-        songs.within.axes, WithinSong.of_segments(segments, each.table["song"].to_numpy()).axes
-    )
+    assert songs.within is not None
+    assert within is not None
+    np.testing.assert_array_equal(songs.within.axes, within.axes)
 
 
-def test_a_song_with_a_damaged_segment_is_the_mean_of_its_others(small_shards, small_runs, tmp_path):
+def test_a_song_with_a_damaged_segment_is_the_mean_of_its_others(
+    small_shards: Path, small_runs: dict[str, Path], tmp_path: Path
+) -> None:
     shards = open_shards(Path(shutil.copytree(small_shards, tmp_path / "shards")))
     mark_damaged(shards, 5)
     one, here = read_run(str(small_runs["simsiam"])), World(0, 1, torch.device("cpu"))
@@ -141,13 +152,13 @@ def test_a_song_with_a_damaged_segment_is_the_mean_of_its_others(small_shards, s
     np.testing.assert_array_equal(tables["songs"].vectors, means)
 
 
-def test_a_run_embeds_by_its_pooled_last_map_too(small_runs, tmp_path):
+def test_a_run_embeds_by_its_pooled_last_map_too(small_runs: dict[str, Path], tmp_path: Path) -> None:
     backbone = run(small_runs["simsiam"], tmp_path / "b.parquet", "--embedding", "backbone")
     assert backbone.vectors.shape[1] == 8 * 8
     assert backbone.provenance["embedding"] == "backbone"
 
 
-def test_projection_and_the_middle_of_each_segment(small_runs, tmp_path):
+def test_projection_and_the_middle_of_each_segment(small_runs: dict[str, Path], tmp_path: Path) -> None:
     projection = run(small_runs["simsiam"], tmp_path / "p.parquet", "--embedding", "projection")
     assert projection.vectors.shape[1] == 32
     assert projection.provenance["embedding"] == "projection"
@@ -155,7 +166,9 @@ def test_projection_and_the_middle_of_each_segment(small_runs, tmp_path):
     assert middle.provenance["view_seconds"] == "0.5"
 
 
-def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(tables, small_runs, tmp_path):
+def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(
+    tables: dict[str, Path], small_runs: dict[str, Path], tmp_path: Path
+) -> None:
     """Killed twice, where it waits for that with its part done; each batch of four is a part.
 
     So that is inside the training split and near or behind its end.
@@ -173,7 +186,8 @@ def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(tables, smal
         "    return dataclasses.replace(made, compute=compute)\n"
         "e.create_features = late; e.main()"
     )
-    options = [sys.executable, "-c", slow, "--checkpoint", small_runs["simsiam"], "--out", out, "--batch-size", "4"]
+    chosen = ("--checkpoint", small_runs["simsiam"], "--out", out, "--batch-size", "4")
+    options = [sys.executable, "-c", slow, *map(str, chosen)]
     for wanted in (2, 6):
         child = fork_server.start([*options, "--device", "cpu"], env={"PARTS": str(parts), "WANTED": str(wanted)})
         while len(list(parts.glob("*.pt"))) < wanted:
@@ -187,8 +201,13 @@ def test_killed_at_any_moment_it_continues_and_gives_the_same_bytes(tables, smal
     done = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*.pt"))[:-1]}
     seen: list[dict[Path, int]] = []
     remove = shutil.rmtree
+
+    def removed(folder: Path, **more: Any) -> None:
+        seen.append(stamps(parts))
+        remove(folder, **more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda folder, **more: (seen.append(stamps(parts)), remove(folder, **more)))
+        patch.setattr(shutil, "rmtree", removed)
         run(small_runs["simsiam"], out, "--batch-size", 4)
     assert done.items() <= seen[0].items()  # nothing was done twice
     assert not parts.exists()
@@ -199,7 +218,9 @@ def stamps(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
 
 
-def test_parts_of_other_settings_are_not_mixed_in(small_runs, tmp_path, monkeypatch):
+def test_parts_of_other_settings_are_not_mixed_in(
+    small_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "e.parquet"
 
     def killed(*_: object) -> None:
@@ -215,7 +236,9 @@ def test_parts_of_other_settings_are_not_mixed_in(small_runs, tmp_path, monkeypa
     np.testing.assert_array_equal(mixed.vectors, alone.vectors)
 
 
-def test_an_output_is_kept_unless_it_may_be_replaced(small_runs, tmp_path, capsys):
+def test_an_output_is_kept_unless_it_may_be_replaced(
+    small_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "e.parquet"
     first = run(small_runs["simsiam"], out)
     before = out.read_bytes()
@@ -241,7 +264,7 @@ def test_an_output_is_kept_unless_it_may_be_replaced(small_runs, tmp_path, capsy
     assert out.read_text() == "my notes"
 
 
-def test_baselines_are_of_the_same_songs(tables, small_shards):
+def test_baselines_are_of_the_same_songs(tables: dict[str, Path], small_shards: Path) -> None:
     songs = len(open_shards(small_shards).songs)
     # 16 mel bins have only 16 cepstral coefficients.
     widths = {"untrained": STAGES_WIDTH, "mfcc": 2 * 16, "log-mel": 2 * 16}
@@ -255,7 +278,7 @@ def test_baselines_are_of_the_same_songs(tables, small_shards):
     assert np.abs(read_embeddings(tables["untrained"]).vectors - trained_vectors).max() > 1e-3
 
 
-def test_log_mel_and_mfcc_are_those_of_torchaudio(tables, small_shards):
+def test_log_mel_and_mfcc_are_those_of_torchaudio(tables: dict[str, Path], small_shards: Path) -> None:
     """Against torchaudio on the packed segments themselves, decoded without DALI."""
     import io
     import tarfile
@@ -270,10 +293,13 @@ def test_log_mel_and_mfcc_are_those_of_torchaudio(tables, small_shards):
     )
     mfcc = torchaudio.transforms.MFCC(16000, n_mfcc=16, melkwargs=options)
     mfcc.amplitude_to_DB.top_db = None
-    song, expected = 3, {"log-mel": [], "mfcc": []}
+    song = 3
+    expected: dict[str, list[torch.Tensor]] = {"log-mel": [], "mfcc": []}
     for row in np.flatnonzero(shards.segments["song"] == song):
         with tarfile.open(shards.root / shards.segments["shard"][row]) as tar:
-            wave, _ = soundfile.read(io.BytesIO(tar.extractfile(f"{row:09d}.flac").read()), dtype="float32")
+            file = tar.extractfile(f"{row:09d}.flac")
+            assert file is not None
+            wave, _ = soundfile.read(io.BytesIO(file.read()), dtype="float32")
         for name, transform in (("log-mel", log_mel), ("mfcc", mfcc)):
             x = transform(torch.from_numpy(wave))
             expected[name].append(torch.cat([x.mean(dim=1), x.std(dim=1, correction=0)]))
@@ -282,7 +308,9 @@ def test_log_mel_and_mfcc_are_those_of_torchaudio(tables, small_shards):
         np.testing.assert_allclose(own, torch.stack(of_segments).mean(dim=0), rtol=1e-4, atol=2e-2)  # dB
 
 
-def test_the_untrained_baseline_is_epoch_0_of_the_run(tables, small_shards, small_runs):
+def test_the_untrained_baseline_is_epoch_0_of_the_run(
+    tables: dict[str, Path], small_shards: Path, small_runs: dict[str, Path]
+) -> None:
     one = read_run(str(small_runs["simsiam"]))
     torch.manual_seed(one.config.train.seed)
     fresh = encoder_type(one.config).create()
@@ -295,7 +323,14 @@ def test_the_untrained_baseline_is_epoch_0_of_the_run(tables, small_shards, smal
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_songs_in_no_shard(small_runs, small_shards, tables, tmp_path, capsys, kind):
+def test_songs_in_no_shard(
+    small_runs: dict[str, Path],
+    small_shards: Path,
+    tables: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
     """A folder, a file of it again, and one elsewhere; what cannot be read is listed, and the rest goes on."""
     music = Path(open_shards(small_shards).manifest.music)
     known = read_embeddings(tables[kind])
@@ -329,7 +364,14 @@ def test_songs_in_no_shard(small_runs, small_shards, tables, tmp_path, capsys, k
         (["--batch-size", "0"], "encoder.batch_size = 0 is refused"),
     ],
 )
-def test_refused_in_one_line(small_runs, tmp_path, monkeypatch, capsys, options, words):
+def test_refused_in_one_line(
+    small_runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    words: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
     monkeypatch.setattr(sys, "argv", ["embed", "--checkpoint", str(small_runs["simsiam"]), *options])
@@ -342,12 +384,12 @@ def test_refused_in_one_line(small_runs, tmp_path, monkeypatch, capsys, options,
     assert not list(tmp_path.iterdir())
 
 
-def test_simple_has_no_projection(small_runs, tmp_path):
+def test_simple_has_no_projection(small_runs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="encoder of type simple has one output"):
         run(small_runs["simple"], tmp_path / "e.parquet", "--embedding", "projection")
 
 
-def test_a_batch_holds_no_more_audio_than_four_of_the_training():
+def test_a_batch_holds_no_more_audio_than_four_of_the_training() -> None:
     config = Config()
     assert config.encoder.batch_size == 128
     assert write.embedding_config(config, 60.0).encoder.batch_size == 128
@@ -358,12 +400,12 @@ def test_a_batch_holds_no_more_audio_than_four_of_the_training():
     assert write.embedding_config(short, 6000.0).encoder.batch_size == 2  # the least that a config may say
 
 
-def test_the_benchmark_times_loader_model_and_both(small_shards, tmp_path):
+def test_the_benchmark_times_loader_model_and_both(small_shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "b.json"
     tiny = ("encoder.simsiam.n_mels=16", "train.channels_last=false")
     sets = [word for setting in tiny for word in ("--set", setting)]
-    command = [*forked_stages("embed.py"), "--shards", small_shards, "--device", "cpu", *sets]
-    windows = ["--seconds", "0.2", "--windows", "2", "--batch-size", "4", "--json", out]
+    command: list[str | Path] = [*forked_stages("embed.py"), "--shards", small_shards, "--device", "cpu", *sets]
+    windows: list[str | Path] = ["--seconds", "0.2", "--windows", "2", "--batch-size", "4", "--json", out]
     done = fork_server.run([*command, *windows])
     assert done.returncode == 0, done.stderr[-2000:]
     doc = json.loads(out.read_text())
@@ -377,7 +419,7 @@ def test_the_benchmark_times_loader_model_and_both(small_shards, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_the_gpu_the_same(small_runs, tables, tmp_path, kind):
+def test_on_the_gpu_the_same(small_runs: dict[str, Path], tables: dict[str, Path], tmp_path: Path, kind: str) -> None:
     table = run(small_runs[kind], tmp_path / "e.parquet", "--device", "gpu", "--precision", "fp32")
     own, other = (torch.nn.functional.normalize(torch.tensor(v), dim=1) for v in
                   (table.vectors, read_embeddings(tables[kind]).vectors))  # fmt: skip

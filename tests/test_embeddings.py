@@ -1,5 +1,7 @@
 """The embedding table comes back as it was written."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,7 @@ from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embe
 from simsiam_dali.embedding.write import PartialResults
 
 
-def test_round_trip(small_shards, tmp_path):
+def test_round_trip(small_shards: Path, tmp_path: Path) -> None:
     shards = open_shards(small_shards)
     rows = np.arange(len(shards.songs))[::-1]
     vectors = np.random.default_rng(0).standard_normal((len(rows), 7)).astype(np.float32)
@@ -25,7 +27,7 @@ def test_round_trip(small_shards, tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["e.parquet"]
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no embeddings"):
         read_embeddings(tmp_path / "none.parquet")
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
@@ -35,7 +37,7 @@ def test_other_files_are_refused(tmp_path):
             read_embeddings(tmp_path / f"{name}.parquet")
 
 
-def test_parts_are_put_in_the_order_of_the_rows_and_leave_no_vectors_behind(tmp_path):
+def test_parts_are_put_in_the_order_of_the_rows_and_leave_no_vectors_behind(tmp_path: Path) -> None:
     rows = torch.randperm(23, generator=torch.Generator().manual_seed(0)) * 2
     vectors = rows[:, None] + torch.tensor([0.25, 0.5])
     with PartialResults(tmp_path / "partial", {"of": "this"}) as results:

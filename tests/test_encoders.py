@@ -24,7 +24,7 @@ SIMPLE = {"encoder__encoder_type": "simple", "encoder__embedding_dim": 16, "enco
 
 
 @pytest.fixture(scope="module")
-def simple(tmp_path_factory, small_shards) -> Path:
+def simple(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
     """A whole run of the baseline."""
     folder = tmp_path_factory.mktemp("simple")
     done = run(command(folder, small_shards, "--run-name", "simple", **SIMPLE), folder)
@@ -32,7 +32,7 @@ def simple(tmp_path_factory, small_shards) -> Path:
     return folder / "runs/simple"
 
 
-def test_simple_is_tagged_measured_and_kept_like_simsiam(simple):
+def test_simple_is_tagged_measured_and_kept_like_simsiam(simple: Path) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{simple.parent.parent}/mlflow.db")
     experiment = client.get_experiment_by_name("music_recommendation")
     (found,) = client.search_runs([experiment.experiment_id], "tags.encoder_type = 'simple'")
@@ -52,12 +52,12 @@ def test_simple_is_tagged_measured_and_kept_like_simsiam(simple):
     assert written == {".lock", "checkpoint.pt", "checkpoint.previous.pt", "config.yaml", "curves.png", "metrics.jsonl"}
 
 
-def test_simple_s_loss_falls(simple):
+def test_simple_s_loss_falls(simple: Path) -> None:
     first, *_, last = [r["encoder/train_loss"] for r in epochs(simple)[1:]]
     assert last < first
 
 
-def test_simple_learns_which_songs_are_by_one_artist(tmp_path, small_shards):
+def test_simple_learns_which_songs_are_by_one_artist(tmp_path: Path, small_shards: Path) -> None:
     """0.61 to 0.70 untrained and 0.90 to 0.97 trained, with three seeds."""
     over = SIMPLE | {"encoder__simple__base_channels": 8, "encoder__epochs": 20, "encoder__batch_size": 10}
     run_dir = train(tmp_path, small_shards, train__validate_every=100, encoder__learning_rate=0.004, **over)
@@ -77,7 +77,9 @@ def test_simple_learns_which_songs_are_by_one_artist(tmp_path, small_shards):
     ],
     ids=["simple", "joint, SimSiam's loss", "contrastive", "byol", "joint, three views", "short views"],
 )
-def test_killed_and_resumed_is_as_if_never_stopped(own, tmp_path, tmp_path_factory, small_shards):
+def test_killed_and_resumed_is_as_if_never_stopped(
+    own: dict[str, object], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, small_shards: Path
+) -> None:
     whole = train(tmp_path_factory.mktemp("whole"), small_shards, **own)
     process = start(
         command(tmp_path, small_shards, train__checkpoint_every=2, mlflow__enabled="false", **own), tmp_path
@@ -93,7 +95,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(own, tmp_path, tmp_path_facto
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_one_switch_and_its_source_is_printed(tmp_path, small_shards):
+def test_one_switch_and_its_source_is_printed(tmp_path: Path, small_shards: Path) -> None:
     over = {k: v for k, v in SIMPLE.items() if k != "encoder__encoder_type"} | {"encoder__epochs": 1}
     args = command(tmp_path, small_shards, "--encoder-type", "simple", **over)
     done = run(args, tmp_path, ENCODER_TYPE="simsiam")
@@ -101,13 +103,15 @@ def test_one_switch_and_its_source_is_printed(tmp_path, small_shards):
     assert "encoder.encoder_type = simple (command line), over simsiam (environment ENCODER_TYPE)" in done.stdout
 
 
-def test_the_environment_chooses_and_an_unknown_type_is_refused_with_the_known_ones(tmp_path, small_shards):
+def test_the_environment_chooses_and_an_unknown_type_is_refused_with_the_known_ones(
+    tmp_path: Path, small_shards: Path
+) -> None:
     line = refusal(command(tmp_path, small_shards), tmp_path, ENCODER_TYPE="simpel")
     assert "'simpel'" in line
     assert "byol, contrastive, joint, simple, simsiam" in line
 
 
-def test_the_same_shards_and_songs_for_both_types(small_shards):
+def test_the_same_shards_and_songs_for_both_types(small_shards: Path) -> None:
     shards = open_shards(small_shards)
     rows = {}
     for name in ("simple", "simsiam"):
@@ -126,13 +130,15 @@ def test_the_same_shards_and_songs_for_both_types(small_shards):
     assert rows["simple"] == rows["simsiam"]
 
 
-def test_a_loss_is_the_mean_over_the_ranks_that_had_one():
+def test_a_loss_is_the_mean_over_the_ranks_that_had_one() -> None:
     assert mean_over_ranks([(2.0, 1.0), (0.0, 0.0)]) == 2.0
     assert mean_over_ranks([(2.0, 1.0), (4.0, 1.0)]) == 3.0
     assert mean_over_ranks([(0.0, 0.0)]) is None
 
 
-def test_batches_without_a_pair_are_counted_reported_and_excluded_from_the_mean(tmp_path, small_shards):
+def test_batches_without_a_pair_are_counted_reported_and_excluded_from_the_mean(
+    tmp_path: Path, small_shards: Path
+) -> None:
     # Two segments a batch, and only songs of one year within 0 years pair: most batches hold no pair.
     over = SIMPLE | {"encoder__batch_size": 2, "encoder__epochs": 1}
     options = ("--set", "encoder.simple.use_artist=false", "--set", "encoder.simple.use_album=false",
@@ -151,7 +157,7 @@ def test_batches_without_a_pair_are_counted_reported_and_excluded_from_the_mean(
     assert ("had no positive pair" in done.stdout) == (share > 0.5)
 
 
-def test_a_third_type_is_a_file_and_an_entry_as_contributing_says(tmp_path, small_shards):
+def test_a_third_type_is_a_file_and_an_entry_as_contributing_says(tmp_path: Path, small_shards: Path) -> None:
     module, entry = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     script = "\n".join(
         [module, entry, "from simsiam_dali import train", "train.main()"]
@@ -167,7 +173,7 @@ def test_a_third_type_is_a_file_and_an_entry_as_contributing_says(tmp_path, smal
     assert found.data.tags["experiment_variant"] == "third_info_nce"
 
 
-def test_compare_shows_both_types_after_both_ran_on_one_set_of_shards(simple, small_shards):
+def test_compare_shows_both_types_after_both_ran_on_one_set_of_shards(simple: Path, small_shards: Path) -> None:
     """Every metric that was computed, and the names of those that were not."""
     folder = simple.parent.parent
     done = run(command(folder, small_shards, "--run-name", "simsiam", encoder__epochs=1), folder)

@@ -26,7 +26,7 @@ def store(path: Path, table: pd.DataFrame, vectors: np.ndarray, **provenance: st
 
 
 @pytest.fixture
-def library(tmp_path, monkeypatch):
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """40 songs whose vectors tell the artist, and where the command is run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -34,7 +34,7 @@ def library(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(monkeypatch, capsys, *arguments: object) -> str:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The command in this process; returns what it printed, on an error its line."""
     quick = ("--resamples", 20)
     monkeypatch.setattr("sys.argv", ["evaluate", *map(str, (*quick, *arguments))])
@@ -46,7 +46,9 @@ def run(monkeypatch, capsys, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_everything_is_written_and_nothing_written_over(library, monkeypatch, capsys):
+def test_everything_is_written_and_nothing_written_over(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = run(monkeypatch, capsys, "--out", "new/evaluation")
     made = library / "new/evaluation"
     names = {"report.html", "map.html", "metrics.json", "umap.png", "t-sne.png"}
@@ -68,7 +70,9 @@ def test_everything_is_written_and_nothing_written_over(library, monkeypatch, ca
     assert (made / "report.html").stat().st_mtime_ns != before
 
 
-def test_baselines_are_matched_by_song(library, monkeypatch, capsys):
+def test_baselines_are_matched_by_song(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same vectors as a baseline, their rows in another order: the same figures."""
     songs = read_embeddings(library / "embeddings.parquet")
     order = np.random.default_rng(0).permutation(40)
@@ -91,7 +95,9 @@ def test_baselines_are_matched_by_song(library, monkeypatch, capsys):
     assert by_name["eval/artist/knn_accuracy/album_split"]["baselines"]["noise"]["value"] < 0.5
 
 
-def test_what_does_not_fit_is_refused_in_one_line(library, monkeypatch, capsys):
+def test_what_does_not_fit_is_refused_in_one_line(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     songs = read_embeddings(library / "embeddings.parquet")
     others = store(library / "other.parquet", songs.table, songs.vectors, shards="another")
     assert "is of other shards" in run(monkeypatch, capsys, "--baseline", f"mfcc={others}")
@@ -113,8 +119,10 @@ def test_what_does_not_fit_is_refused_in_one_line(library, monkeypatch, capsys):
     assert not (library / "evaluation").exists()
 
 
-def test_a_library_without_ratings_and_with_one_artist_gets_the_rest(library, monkeypatch, capsys):
-    table = song_table(40).assign(rating=math.nan, artists=[["Only One"]] * 40, album_artist="Only One")
+def test_a_library_without_ratings_and_with_one_artist_gets_the_rest(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = song_table(40).assign(rating=math.nan, artists=pd.Series([["Only One"]] * 40), album_artist="Only One")
     store(library / "embeddings.parquet", table, planted(np.arange(40) % 3))
     out = run(monkeypatch, capsys, "--no-maps")
     said = "Not evaluated: 0 songs rated, at least 10 are needed."
@@ -127,7 +135,9 @@ def test_a_library_without_ratings_and_with_one_artist_gets_the_rest(library, mo
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_a_tiny_library_gets_a_report_and_a_map(library, monkeypatch, capsys, n):
+def test_a_tiny_library_gets_a_report_and_a_map(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], n: int
+) -> None:
     store(library / "embeddings.parquet", song_table(n), planted(np.arange(n)))
     out = run(monkeypatch, capsys)
     assert "genre: Not evaluated" in out
@@ -135,7 +145,9 @@ def test_a_tiny_library_gets_a_report_and_a_map(library, monkeypatch, capsys, n)
     assert (library / "evaluation/map.html").exists()
 
 
-def test_mlflow_gets_the_figures_where_the_run_is(library, monkeypatch, capsys):
+def test_mlflow_gets_the_figures_where_the_run_is(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     uri = f"sqlite:///{library}/runs.db"
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.create_experiment("music", artifact_location=(library / "artifacts").as_uri())
@@ -162,7 +174,9 @@ def test_mlflow_gets_the_figures_where_the_run_is(library, monkeypatch, capsys):
     assert kept == {"report.html", "metrics.json"}
 
 
-def test_an_encoder_that_knows_its_training_ratings_by_heart_is_judged_by_other_songs(library, monkeypatch, capsys):
+def test_an_encoder_that_knows_its_training_ratings_by_heart_is_judged_by_other_songs(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its vectors tell the ratings of training songs, and nothing about those of the others."""
     table, rng = song_table(240), np.random.default_rng(0)
     x = rng.standard_normal((240, 8))
@@ -196,7 +210,9 @@ def test_an_encoder_that_knows_its_training_ratings_by_heart_is_judged_by_other_
     assert "Too few songs were held back from it to judge it" in page
 
 
-def test_songs_that_were_all_held_back_judge_an_encoder_that_learned_from_tags(library, monkeypatch, capsys):
+def test_songs_that_were_all_held_back_judge_an_encoder_that_learned_from_tags(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     songs = read_embeddings(library / "embeddings.parquet")
     table = songs.table.assign(split="val")
     store(library / "embeddings.parquet", table, songs.vectors, encoder_type="joint")
@@ -204,7 +220,9 @@ def test_songs_that_were_all_held_back_judge_an_encoder_that_learned_from_tags(l
     assert len(json.loads((library / "evaluation/metrics.json").read_text())["classifier"]) == 3
 
 
-def test_without_a_run_nothing_is_logged_and_no_database_made(library, monkeypatch, capsys):
+def test_without_a_run_nothing_is_logged_and_no_database_made(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "the embeddings name no run" in run(monkeypatch, capsys, "--no-maps")
     replace = ("--no-maps", "--replace")
     assert "has no run 123" in run(monkeypatch, capsys, *replace, "--run-id", "123")
@@ -218,7 +236,9 @@ def test_without_a_run_nothing_is_logged_and_no_database_made(library, monkeypat
     assert "does not answer" in run(monkeypatch, capsys, *replace)
 
 
-def test_a_server_that_goes_away_costs_no_figure(library, monkeypatch, capsys):
+def test_a_server_that_goes_away_costs_no_figure(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The table is printed and the report is written before anything is logged."""
 
     def gone(*_: object) -> None:
@@ -237,7 +257,7 @@ def test_a_server_that_goes_away_costs_no_figure(library, monkeypatch, capsys):
     assert (library / "evaluation/report.html").exists()
 
 
-def test_the_map_holds_each_songs_nearest_as_recommend_finds_them():
+def test_the_map_holds_each_songs_nearest_as_recommend_finds_them() -> None:
     table, x = song_table(30), np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32) + 1
     data = maps.page_data(table, unit(x), maps.project(unit(x[:9]), 0))
     cosine = unit(x) @ unit(x).T
@@ -247,7 +267,7 @@ def test_the_map_holds_each_songs_nearest_as_recommend_finds_them():
         assert data["cosine"][song] == pytest.approx(cosine[song, others[: maps.NEAREST]], abs=6e-4)
 
 
-def test_the_ten_commonest_are_coloured():
+def test_the_ten_commonest_are_coloured() -> None:
     labels = [["a"]] * 3 + [[]] * 5 + [["b", "a"]] * 4 + [[f"other {i}"] for i in range(20)]
     names, place = maps.categories(labels)
     assert names[:2] == ["b", "a"]
@@ -258,7 +278,7 @@ def test_the_ten_commonest_are_coloured():
     assert (place[12:] == -1).sum() == 12
 
 
-def test_the_map_is_coloured_by_what_the_most_songs_have():
+def test_the_map_is_coloured_by_what_the_most_songs_have() -> None:
     table = song_table(60)
     assert maps.commonest_kind(table) == "genre"  # which all have; one in five is unrated
     table["rating"] = 0.5
@@ -277,13 +297,13 @@ def test_the_map_is_coloured_by_what_the_most_songs_have():
     assert maps.kinds(table)["folder"][1] == ["b"]
 
 
-def test_names_that_look_like_formulas_are_drawn():
+def test_names_that_look_like_formulas_are_drawn() -> None:
     table = song_table(12)
     table["artists"] = [["A$AP $Rocky^{"], ["_under"], ["東京"], ["<b>"]] * 3
     assert maps.picture(np.random.default_rng(0).random((12, 2)), table, "map").startswith(b"\x89PNG")
 
 
-def test_a_report_of_nothing():
+def test_a_report_of_nothing() -> None:
     nothing = Evaluation([], {target: ["Not evaluated."] for target in ("rating", "artist", "album", "genre")})
     provenance = {"songs": 1, "held back": 1, "dimensions": 2, "compared": "half-whitened", "date": "today"}
     assert "Not evaluated." in report.page(nothing, provenance, Options(), {}, None)

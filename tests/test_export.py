@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -42,7 +43,7 @@ SOURCES = {
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, small_runs) -> dict[str, Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory, small_runs: dict[str, Path]) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exported")
     for kind in KINDS:
         export.export(SongEncoder(read_run(str(small_runs[kind]))), folder / kind, replace=False)
@@ -50,7 +51,7 @@ def exported(tmp_path_factory, small_runs) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def songs(tmp_path_factory) -> Path:
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Songs of 7.7 s in several formats: two segments of 3 s and a third that overlaps; stereo has unlike channels."""
     folder = tmp_path_factory.mktemp("songs")
     for seed, (name, (rate, channels)) in enumerate(SOURCES.items()):
@@ -72,7 +73,9 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_embeds_as_through_the_shards(songs, small_runs, tmp_path, kind):
+def test_a_file_embeds_as_through_the_shards(
+    songs: Path, small_runs: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
     table = through_the_shards(songs, small_runs[kind], tmp_path)
     encoder = simsiam_dali.load_encoder(small_runs[kind])
     own = {name: encoder.embed_file(songs / name) for name in SOURCES}
@@ -88,7 +91,9 @@ def test_a_file_embeds_as_through_the_shards(songs, small_runs, tmp_path, kind):
 
 @pytest.mark.parametrize("rate", ["native", 22050])
 @pytest.mark.parametrize("kind", KINDS)
-def test_also_where_the_graph_converts_the_rate(songs, small_runs, tmp_path, kind, rate):
+def test_also_where_the_graph_converts_the_rate(
+    songs: Path, small_runs: dict[str, Path], tmp_path: Path, kind: str, rate: str | int
+) -> None:
     """Shards at each song's own rate, or at another: DALI's resampler in the graph, FFmpeg's in `embed_file`."""
     table = through_the_shards(songs, small_runs[kind], tmp_path, "--sample-rate", rate)
     encoder = simsiam_dali.load_encoder(small_runs[kind])
@@ -97,7 +102,9 @@ def test_also_where_the_graph_converts_the_rate(songs, small_runs, tmp_path, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exported_folder_gives_the_same_without_dali_or_shards(exported, songs, small_runs, tmp_path, kind):
+def test_an_exported_folder_gives_the_same_without_dali_or_shards(
+    exported: dict[str, Path], songs: Path, small_runs: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
     here = simsiam_dali.load_encoder(small_runs[kind]).embed_file(songs / "stereo.mp3")
     program = (
         "import sys; sys.modules['nvidia'] = None\n"
@@ -109,14 +116,14 @@ def test_an_exported_folder_gives_the_same_without_dali_or_shards(exported, song
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), here, atol=1e-6)
 
 
-def test_importing_the_package_stays_light():
+def test_importing_the_package_stays_light() -> None:
     program = "import sys, simsiam_dali; assert 'torch' not in sys.modules; simsiam_dali.load_encoder"
     subprocess.run([sys.executable, "-c", program], check=True)
     with pytest.raises(AttributeError, match="no attribute 'load_decoder'"):
         _ = simsiam_dali.load_decoder
 
 
-def test_the_front_end_in_torch_is_the_reference(small_runs):
+def test_the_front_end_in_torch_is_the_reference(small_runs: dict[str, Path]) -> None:
     of = read_run(str(small_runs["simsiam"]))
     wave = noise(3.0)
     expected = reference_log_mel(wave, LogMel(n_mels=16))
@@ -126,7 +133,7 @@ def test_the_front_end_in_torch_is_the_reference(small_runs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wave_embeds_as_its_file(songs, small_runs, tmp_path, kind):
+def test_a_wave_embeds_as_its_file(songs: Path, small_runs: dict[str, Path], tmp_path: Path, kind: str) -> None:
     import soundfile
 
     encoder = simsiam_dali.load_encoder(small_runs[kind])
@@ -148,7 +155,7 @@ def test_a_wave_embeds_as_its_file(songs, small_runs, tmp_path, kind):
         encoder.embed_file(tmp_path / "none.mp3")
 
 
-def test_a_file_that_ffmpeg_refuses_embeds_too(small_runs, tmp_path):
+def test_a_file_that_ffmpeg_refuses_embeds_too(small_runs: dict[str, Path], tmp_path: Path) -> None:
     encoder = simsiam_dali.load_encoder(small_runs["simsiam"])
     path = write_song(tmp_path / "a.ogg", 1, 8.0)
     expected = encoder.embed_file(path)
@@ -157,7 +164,7 @@ def test_a_file_that_ffmpeg_refuses_embeds_too(small_runs, tmp_path):
     assert distance(encoder.embed_file(path), expected) <= 1e-6
 
 
-def test_a_long_song_in_several_batches_and_a_short_one_repeated(small_runs):
+def test_a_long_song_in_several_batches_and_a_short_one_repeated(small_runs: dict[str, Path]) -> None:
     encoder = simsiam_dali.load_encoder(small_runs["simsiam"])
     wave = song(3 * (song_encoder.SEGMENTS_AT_ONCE + 2), 1)
     parts = [encoder.embed_wave(part, 16000) for part in np.split(wave, song_encoder.SEGMENTS_AT_ONCE + 2)]
@@ -166,7 +173,7 @@ def test_a_long_song_in_several_batches_and_a_short_one_repeated(small_runs):
     np.testing.assert_allclose(encoder.embed_wave(short, 16000), encoder.embed_wave(np.tile(short, 3), 16000))
 
 
-def test_the_middle_of_each_segment(songs, small_runs, tmp_path):
+def test_the_middle_of_each_segment(songs: Path, small_runs: dict[str, Path], tmp_path: Path) -> None:
     table = tmp_path / "e.parquet"
     words = ["--checkpoint", small_runs["simsiam"], "--music", songs, "--view-seconds", 1, "--out", table]
     embed.run(embed.build_parser().parse_args([str(word) for word in [*words, "--device", "cpu"]]))
@@ -180,14 +187,16 @@ def test_the_middle_of_each_segment(songs, small_runs, tmp_path):
         simsiam_dali.load_encoder(small_runs["simple"], view_seconds=0.5)
 
 
-def test_songs_are_cut_as_those_of_the_training_also_without_their_shards(small_runs):
+def test_songs_are_cut_as_those_of_the_training_also_without_their_shards(small_runs: dict[str, Path]) -> None:
     run = read_run(str(small_runs["simsiam"]))
     run = dataclasses.replace(run, config=replace_settings(run.config, data__shards="gone"))
     assert SongEncoder(run).segment_seconds == 3
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "projection", "stages", "windows"])
-def test_onnxruntime_agrees_with_torch_for_any_batch_and_length(exported, small_runs, tmp_path, kind):
+def test_onnxruntime_agrees_with_torch_for_any_batch_and_length(
+    exported: dict[str, Path], small_runs: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
     folder = exported.get(kind, tmp_path / kind)
     embedding = kind if kind in ("projection", "stages") else None
     run = read_run(str(small_runs["simple" if kind == "simple" else "simsiam"]), embedding=embedding)
@@ -211,7 +220,9 @@ def test_onnxruntime_agrees_with_torch_for_any_batch_and_length(exported, small_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_safetensors_hold_every_weight_and_the_config_no_path(exported, small_runs, kind):
+def test_safetensors_hold_every_weight_and_the_config_no_path(
+    exported: dict[str, Path], small_runs: dict[str, Path], kind: str
+) -> None:
     run = read_run(str(small_runs[kind]))
     with safetensors.safe_open(exported[kind] / song_encoder.WEIGHTS, "pt") as file:
         assert set(file.keys()) == set(run.weights)
@@ -226,7 +237,9 @@ def test_safetensors_hold_every_weight_and_the_config_no_path(exported, small_ru
     assert export.describe(simsiam_dali.load_encoder(exported[kind])) == content
 
 
-def test_an_encoder_that_learned_from_short_views_too_is_exported_without_their_predictor(small_runs, tmp_path):
+def test_an_encoder_that_learned_from_short_views_too_is_exported_without_their_predictor(
+    small_runs: dict[str, Path], tmp_path: Path
+) -> None:
     plain = read_run(str(small_runs["simsiam"]))
     config = replace_settings(plain.config, data__short_views=1, data__short_view_seconds=1)
     torch.manual_seed(0)
@@ -240,7 +253,7 @@ def test_an_encoder_that_learned_from_short_views_too_is_exported_without_their_
     np.testing.assert_array_equal(read, ours)
 
 
-def test_nothing_else_is_written_over(exported, small_runs, tmp_path):
+def test_nothing_else_is_written_over(exported: dict[str, Path], small_runs: dict[str, Path], tmp_path: Path) -> None:
     songs = SongEncoder(read_run(str(small_runs["simple"])))
     with pytest.raises(UserError, match="--replace"):
         export.export(songs, exported["simple"], replace=False)
@@ -257,11 +270,13 @@ def test_nothing_else_is_written_over(exported, small_runs, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "notes.txt"]
 
 
-def test_an_onnx_file_that_computes_something_else_is_not_written(small_runs, tmp_path, monkeypatch):
+def test_an_onnx_file_that_computes_something_else_is_not_written(
+    small_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     songs = SongEncoder(read_run(str(small_runs["simple"])))
 
     class Wrong(onnxruntime.InferenceSession):
-        def run(self, *arguments):
+        def run(self, *arguments: Any) -> list[Any]:
             return [1.001 * super().run(*arguments)[0]]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
@@ -270,7 +285,9 @@ def test_an_onnx_file_that_computes_something_else_is_not_written(small_runs, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command(small_runs, tmp_path, monkeypatch, capsys):
+def test_the_command(
+    small_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["export", "--checkpoint", str(small_runs["simple"]), "--out", "e"])
     command.main()

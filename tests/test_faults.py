@@ -7,8 +7,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import fork_server
 from helpers.full_disk import fill, small_disk
 from helpers.logged_runs import mlflow_server
 from helpers.ports import free_port
@@ -21,7 +23,7 @@ from simsiam_dali.tracking import run as tracking
 from simsiam_dali.tracking.client import SERVER_TIMEOUT
 from simsiam_dali.training import checkpoint
 
-SIMPLE = {
+SIMPLE: dict[str, Any] = {
     "encoder__encoder_type": "simple",
     "encoder__simple__base_channels": 4,
     "encoder__embedding_dim": 24,
@@ -46,7 +48,9 @@ def is_as_if_nothing_had_happened(run_dir: Path, untouched: Path) -> None:
     assert {p.name for p in run_dir.iterdir()} == {p.name for p in untouched.iterdir()}
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_offered_one_continues(simple, tmp_path, small_shards):
+def test_a_damaged_checkpoint_is_refused_and_the_offered_one_continues(
+    simple: Path, tmp_path: Path, small_shards: Path
+) -> None:
     """A flipped byte in the newest, half way; the command that the error offers ends as if nothing had happened."""
     args = command(tmp_path, small_shards, **SIMPLE, train__checkpoint_every=2)
     process = start(args, tmp_path)
@@ -69,7 +73,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_offered_one_continues(simple, t
     is_as_if_nothing_had_happened(run_dir, simple)
 
 
-def test_a_journal_cut_short_by_a_kill_continues(simple, tmp_path, small_shards):
+def test_a_journal_cut_short_by_a_kill_continues(simple: Path, tmp_path: Path, small_shards: Path) -> None:
     """And one that a kill before the first checkpoint left is begun again."""
     run_dir = tmp_path / "runs/again"
     run_dir.mkdir(parents=True)
@@ -105,7 +109,7 @@ train.main()
 
 
 @pytest.mark.faults
-def test_killed_while_it_writes_a_checkpoint(tmp_path, small_shards):
+def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, small_shards: Path) -> None:
     """SIGKILL in three saves in the middle of an epoch: each time the last good checkpoint loads and goes on."""
     (tmp_path / "whole").mkdir()
     whole = train(tmp_path / "whole", small_shards, encoder__epochs=2)
@@ -135,13 +139,14 @@ from simsiam_dali.training.run import Run
 save = Run.save
 def save_and_stop(self):
     save(self)
+    print("saved", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 Run.save = save_and_stop
 sys.exit(train.main())
 """
 
 
-def stops(process: subprocess.Popen[str]) -> Iterator[None]:
+def stops(process: fork_server.Process | subprocess.Popen[str]) -> Iterator[None]:
     """Each time that it has stopped itself, after a save; it is continued afterwards."""
     try:
         while process.poll() is None:
@@ -160,7 +165,7 @@ def stands_still(pid: int) -> bool:
         return False
 
 
-def test_a_full_disk_does_not_end_a_run(simple, tmp_path, small_shards):
+def test_a_full_disk_does_not_end_a_run(simple: Path, tmp_path: Path, small_shards: Path) -> None:
     """It warns and goes on; where the last checkpoint cannot be written it ends with the error, and can be resumed."""
     total = len(losses(simple))
     with small_disk(tmp_path / "runs", "20m") as disk:
@@ -186,20 +191,18 @@ def test_a_full_disk_does_not_end_a_run(simple, tmp_path, small_shards):
         filler.unlink()
         args = command(tmp_path, small_shards, "--resume", "full", **SIMPLE)
         process = start([args[0], "-c", STOPPING, *args[3:]], tmp_path)
-        warned = []
         for number, _ in enumerate(stops(process)):
-            warned.append("warning: step" in process.printed())
             if number == 0:
                 filler = fill(disk)
             elif number == 1:
                 filler.unlink()
-        err = process.communicate()[1]
+        out, err = process.communicate()
         assert process.returncode == 0, err[-2000:]
-        assert warned[:2] == [False, True]
+        assert ["warning: step" in part for part in out.split("saved\n")[:2]] == [False, True]
         is_as_if_nothing_had_happened(disk / "full", simple)
 
 
-def wait_for_epoch(process: subprocess.Popen[str], run_dir: Path, epoch: int) -> None:
+def wait_for_epoch(process: fork_server.Process | subprocess.Popen[str], run_dir: Path, epoch: int) -> None:
     """Until the journal holds the epoch's record."""
     deadline = time.monotonic() + 300
     path = run_dir / "metrics.jsonl"
@@ -234,7 +237,7 @@ def is_all_there(uri: str, run_dir: Path) -> None:
 
 
 @pytest.mark.faults
-def test_the_mlflow_server_is_gone_for_a_while(tmp_path, small_shards):
+def test_the_mlflow_server_is_gone_for_a_while(tmp_path: Path, small_shards: Path) -> None:
     """Killed after the first epoch, back before the last: every metric arrives, under its step, once."""
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
@@ -258,7 +261,7 @@ def test_the_mlflow_server_is_gone_for_a_while(tmp_path, small_shards):
 
 
 @pytest.mark.faults
-def test_the_mlflow_server_does_not_come_back(tmp_path, small_shards):
+def test_the_mlflow_server_does_not_come_back(tmp_path: Path, small_shards: Path) -> None:
     """The run ends well and says how to send the rest; that sends it, from the journal, and only once."""
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
@@ -285,7 +288,7 @@ def test_the_mlflow_server_does_not_come_back(tmp_path, small_shards):
 
 
 @pytest.mark.faults
-def test_a_server_that_accepts_and_never_answers_costs_seconds(tmp_path, small_shards):
+def test_a_server_that_accepts_and_never_answers_costs_seconds(tmp_path: Path, small_shards: Path) -> None:
     """What is slower than a refused connection: the wait after an epoch has an end."""
     port = free_port()
     uri = f"http://127.0.0.1:{port}"

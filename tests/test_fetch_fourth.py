@@ -20,7 +20,7 @@ def song(file: str, source: str, path: str, content: bytes) -> Song:
     return Song(file, source, "c0ffee", path, hashlib.sha256(content).hexdigest())
 
 
-def test_songs_come_by_their_address_and_another_file_is_named_and_not_kept(tmp_path):
+def test_songs_come_by_their_address_and_another_file_is_named_and_not_kept(tmp_path: Path) -> None:
     served = tmp_path / "served" / "some" / "game" / "c0ffee" / "music"
     served.mkdir(parents=True)
     (served / "one #1.ogg").write_bytes(b"one")
@@ -39,7 +39,9 @@ def test_songs_come_by_their_address_and_another_file_is_named_and_not_kept(tmp_
     assert len(fetch_fourth.fetch(songs, tmp_path / "out", (tmp_path / "served").as_uri())) == 2
 
 
-def test_files_of_a_package_are_found_by_their_sum_also_in_its_archives(tmp_path, monkeypatch):
+def test_files_of_a_package_are_found_by_their_sum_also_in_its_archives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree = tmp_path / "tree" / "usr" / "share"
     tree.mkdir(parents=True)
     (tree / "plain.ogg").write_bytes(b"plain")
@@ -62,7 +64,7 @@ def test_files_of_a_package_are_found_by_their_sum_also_in_its_archives(tmp_path
     assert (tmp_path / "asked").read_text().split() == ["good", "bad"]  # a package once, whatever its songs
 
 
-def test_the_list_is_of_songs_of_other_soundtracks():
+def test_the_list_is_of_songs_of_other_soundtracks() -> None:
     songs = fetch_fourth.listed()
     assert len({each.sha256 for each in songs}) == len({each.file for each in songs}) == len(songs)
     assert all(re.fullmatch("[0-9a-f]{64}", each.sha256) and not Path(each.file).is_absolute() for each in songs)
@@ -72,7 +74,9 @@ def test_the_list_is_of_songs_of_other_soundtracks():
     assert not packages & set(re.findall(r"[a-z0-9.+-]+", used))
 
 
-def test_what_is_missing_ends_the_command_with_one(tmp_path, monkeypatch, capsys):
+def test_what_is_missing_ends_the_command_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(fetch_fourth, "fetch", lambda *_: ["game/x.ogg: gone"])
     monkeypatch.setattr(sys, "argv", ["fetch_fourth.py", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
@@ -81,6 +85,6 @@ def test_what_is_missing_ends_the_command_with_one(tmp_path, monkeypatch, capsys
     assert "game/x.ogg: gone" in capsys.readouterr().err
 
 
-def test_the_command_has_a_help():
+def test_the_command_has_a_help() -> None:
     done = subprocess.run([sys.executable, fetch_fourth.__file__, "--help"], capture_output=True, text=True)
     assert "makes DIR/GAME/SONG" in done.stdout

@@ -11,7 +11,7 @@ from simsiam_dali.common.files import atomic_write, refuse_unwritable, replace_f
 SHM = Path("/dev/shm")
 
 
-def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path: Path) -> None:
     (tmp_path / "synced").mkdir()
     target, link = tmp_path / "synced/ratings.csv", tmp_path / "ratings.csv"
     target.write_text("old")
@@ -23,7 +23,7 @@ def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
     assert [*target.parent.iterdir()] == [target]
 
 
-def test_a_link_to_nothing_yet_creates_its_target(tmp_path):
+def test_a_link_to_nothing_yet_creates_its_target(tmp_path: Path) -> None:
     (tmp_path / "synced").mkdir()
     link = tmp_path / "ratings.csv"
     link.symlink_to(tmp_path / "synced/ratings.csv")
@@ -34,7 +34,7 @@ def test_a_link_to_nothing_yet_creates_its_target(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o664])
-def test_a_replaced_file_keeps_its_permissions(tmp_path, mode):
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "ratings.csv"
     path.write_text("old")
     path.chmod(mode)

@@ -18,7 +18,8 @@ def test_a_step_s_sizes_are_measured_one_by_one_and_what_needs_cuda_is_named(
     small_shards: Path, tmp_path: Path
 ) -> None:
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, ROOT / "benchmarks/gpu_step.py", "--shards", small_shards, "--json", tmp_path / "r.json"]
+    script, out = ROOT / "benchmarks/gpu_step.py", tmp_path / "r.json"
+    command: list[str | Path] = [sys.executable, script, "--shards", small_shards, "--json", out]
     done = fork_server.run([*command, "--steps", "1", "--batch-sizes", "2", "4", *sets])
     assert done.returncode == 0, done.stderr[-2000:]
     doc = json.loads((tmp_path / "r.json").read_text())

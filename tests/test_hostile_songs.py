@@ -156,16 +156,16 @@ def test_every_good_song_is_in_the_shards(hostile: Path) -> None:
         assert songs.loc[name, "note"] == ""
     assert songs.loc["six channels.flac", "channels"] == 6
     counts = shards.segments.groupby("song").size()
-    for row, song in enumerate(shards.songs.itertuples()):
-        assert counts[row] == int(song.duration / 4) + (song.duration % 4 >= 2)
+    for row, duration in enumerate(shards.songs["duration"]):
+        assert counts[row] == int(duration / 4) + (duration % 4 >= 2)
 
 
 def test_damaged_songs_are_kept_up_to_where_they_decode(hostile: Path) -> None:
     songs = songs_by_path(hostile / "shards")
     for name, (note, least, most) in DAMAGED.items():
-        assert note in songs.loc[name, "note"]
-        assert least <= songs.loc[name, "duration"] <= most
-        assert f"warning  {name}: {songs.loc[name, 'note']}" in (hostile / "screen").read_text()
+        assert note in songs["note"][name]
+        assert least <= songs["duration"][name] <= most
+        assert f"warning  {name}: {songs['note'][name]}" in (hostile / "screen").read_text()
 
 
 def test_tags_and_duplicates(hostile: Path) -> None:
@@ -184,6 +184,6 @@ def test_every_file_seen_is_in_the_table_of_files(hostile: Path) -> None:
         "refused": len(REFUSED),
         "duplicate": 1,
     }
-    assert files.loc["twice.flac", "song"] == files.loc["again/twice.flac", "song"]
+    assert files["song"]["twice.flac"] == files["song"]["again/twice.flac"]
     assert "1 duplicates, 9 refused, 6 other files ignored" in (hostile / "screen").read_text()
     assert "Traceback" not in (hostile / "screen").read_text()

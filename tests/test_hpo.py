@@ -13,8 +13,9 @@ from typing import Any
 import mlflow
 import optuna
 import pytest
+from helpers import fork_server
 from helpers.running import PATIENT, TINY, command, run, start
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from simsiam_dali import hpo
 from simsiam_dali.common.errors import UserError
@@ -27,7 +28,7 @@ from simsiam_dali.search.space import Space
 from simsiam_dali.search.study import Study
 
 ONE = {"encoder.simsiam.learning_rate": {"low": 0.01, "high": 1.0, "log": True}}
-RUNNING = SimpleNamespace(signal=0)
+RUNNING: Any = SimpleNamespace(signal=0)
 
 
 def make_config(folder: Path, space: dict[str, Any] | None = None, **over: object) -> Config:
@@ -100,7 +101,7 @@ def search(config: Config) -> Study:
         ({}, "hpo.space.simsiam is empty"),
     ],
 )  # fmt: skip
-def test_a_space_that_cannot_be_searched_is_refused(tmp_path, space, expected):
+def test_a_space_that_cannot_be_searched_is_refused(tmp_path: Path, space: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError) as e:
         Space(make_config(tmp_path, space))
     assert expected in str(e.value)
@@ -108,13 +109,13 @@ def test_a_space_that_cannot_be_searched_is_refused(tmp_path, space, expected):
     assert "\n" not in str(e.value)
 
 
-def test_a_learning_rate_that_another_setting_overrules_is_refused(tmp_path):
+def test_a_learning_rate_that_another_setting_overrules_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"encoder\.learning_rate is set and overrides"):
         Space(make_config(tmp_path, encoder__learning_rate=0.1))
 
 
 @pytest.mark.parametrize("encoder_type", list(ENCODERS))
-def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type):
+def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type: str) -> None:
     section = ENCODERS[encoder_type].sections[0]
     space = Space(load_config(assignments=[f"encoder.encoder_type={encoder_type}"]))
     assert f"encoder.{section}.learning_rate" in space.dimensions
@@ -122,7 +123,7 @@ def test_the_default_spaces_hold_only_what_their_type_reads(encoder_type):
 
 
 @pytest.mark.parametrize("metric", ["encoder/val_loss", "encoder/train_loss"])
-def test_a_loss_is_refused_as_the_metric(metric):
+def test_a_loss_is_refused_as_the_metric(metric: str) -> None:
     with pytest.raises(UserError) as e:
         hpo.configure(hpo.build_parser().parse_args(["--device", "cpu", "--metric", metric]))
     assert f"command line: hpo.metric = '{metric}' is refused" in str(e.value)
@@ -133,7 +134,7 @@ def test_a_loss_is_refused_as_the_metric(metric):
 # --- what is sampled
 
 
-def test_sampled_values_become_settings_of_the_right_type(tmp_path):
+def test_sampled_values_become_settings_of_the_right_type(tmp_path: Path) -> None:
     augmentation = "encoder.simsiam.augmentation"
     space = Space(
         make_config(
@@ -163,7 +164,9 @@ def test_sampled_values_become_settings_of_the_right_type(tmp_path):
     assert isinstance(distribution, optuna.distributions.IntDistribution)
 
 
-def test_a_search_is_reproducible_when_stopped_and_continued_and_never_samples_twice(tmp_path, monkeypatch):
+def test_a_search_is_reproducible_when_stopped_and_continued_and_never_samples_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_training(monkeypatch, lambda config: [config.encoder.simsiam.learning_rate] * 4)
     sampled = []
     for name, totals in (("whole", [14]), ("pieces", [1, 5, 12, 14])):
@@ -176,7 +179,7 @@ def test_a_search_is_reproducible_when_stopped_and_continued_and_never_samples_t
     assert not {t.params["encoder.simsiam.learning_rate"] for t in other.trials()} & set(sampled[0])
 
 
-def test_settings_that_were_tried_are_not_trained_again(tmp_path, monkeypatch):
+def test_settings_that_were_tried_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = {"encoder.simsiam.projection_layers": {"choices": [2, 3]}}
     trained = fake_training(monkeypatch, lambda config: [0.1 * config.encoder.simsiam.projection_layers] * 4)
     study = search(make_config(tmp_path, space, hpo__trials=8))
@@ -188,7 +191,7 @@ def test_settings_that_were_tried_are_not_trained_again(tmp_path, monkeypatch):
 # --- the value of a trial, and pruning
 
 
-def test_the_value_of_a_trial_is_the_mean_of_its_last_epochs(tmp_path, monkeypatch):
+def test_the_value_of_a_trial_is_the_mean_of_its_last_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_training(monkeypatch, lambda _: [1.0, 0.2, 0.3, 0.4])
     study = search(make_config(tmp_path, hpo__trials=1, hpo__mean_epochs=3))
     (done,) = study.trials()
@@ -197,7 +200,9 @@ def test_the_value_of_a_trial_is_the_mean_of_its_last_epochs(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("metric", "best"), [("knn/artist", 2), ("knn/rating_mae", 1)])
-def test_the_best_is_the_highest_score_or_the_lowest_error(tmp_path, monkeypatch, metric, best):
+def test_the_best_is_the_highest_score_or_the_lowest_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, best: int
+) -> None:
     values = iter([0.5, 0.1, 0.9, 0.9])
     fake_training(monkeypatch, lambda _: [next(values)] * 4, metric)
     study = search(make_config(tmp_path, hpo__trials=4, hpo__metric=metric, hpo__pruner__kind="none"))
@@ -209,7 +214,9 @@ def test_the_best_is_the_highest_score_or_the_lowest_error(tmp_path, monkeypatch
     assert chosen.encoder.epochs == 50  # final_training_epochs
 
 
-def test_the_file_of_the_best_settings_says_that_its_value_is_optimistic(tmp_path, monkeypatch):
+def test_the_file_of_the_best_settings_says_that_its_value_is_optimistic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_training(monkeypatch, lambda config: [config.encoder.simsiam.weight_decay] * 4)
     search(make_config(tmp_path, hpo__trials=2, hpo__study_name="mine"))
     best = tmp_path / "runs/hpo/mine/best.yaml"
@@ -219,10 +226,10 @@ def test_the_file_of_the_best_settings_says_that_its_value_is_optimistic(tmp_pat
     load_config(best)
 
 
-def test_a_trial_below_the_median_is_pruned_after_the_warm_up(tmp_path, monkeypatch):
+def test_a_trial_below_the_median_is_pruned_after_the_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.4, 0.5, 0.6, 0.1, 0.7])
     fake_training(monkeypatch, lambda _: [next(values)] * 4)
-    pruner = {"hpo__pruner__startup_trials": 3, "hpo__pruner__warmup_epochs": 2}
+    pruner: dict[str, Any] = {"hpo__pruner__startup_trials": 3, "hpo__pruner__warmup_epochs": 2}
     study = search(make_config(tmp_path, hpo__trials=5, **pruner))
     states = [t.state for t in study.trials()]
     assert states == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED, TrialState.COMPLETE]
@@ -234,10 +241,10 @@ def test_a_trial_below_the_median_is_pruned_after_the_warm_up(tmp_path, monkeypa
 # --- failures
 
 
-def test_the_search_survives_failed_trials_while_some_succeed(tmp_path, monkeypatch):
+def test_the_search_survives_failed_trials_while_some_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fates = iter([None, None, 0.3, None, None, None, 0.4])
 
-    def scores(_: Config) -> list[float]:
+    def scores(_: Config) -> list[float | None]:
         if (score := next(fates)) is None:
             raise UserError("the loss is not finite")
         return [score] * 4
@@ -253,16 +260,20 @@ def test_the_search_survives_failed_trials_while_some_succeed(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("metric", "untrained"), [("knn/artist", 0.9), ("knn/rating_correlation", None)])
-def test_failures_alone_end_the_search_with_their_reason(tmp_path, monkeypatch, metric, untrained):
+def test_failures_alone_end_the_search_with_their_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, untrained: float | None
+) -> None:
     trained = fake_training(monkeypatch, lambda _: [None] * 4, metric, untrained)
     with pytest.raises(UserError, match=rf"3 trials failed and none succeeded.* {metric} has no value on these shards"):
         search(make_config(tmp_path, hpo__trials=7, hpo__metric=metric))
     assert len(trained) == 3
 
 
-def test_a_collapsed_trial_has_no_correlation_with_the_ratings_and_does_not_fail(tmp_path, monkeypatch):
+def test_a_collapsed_trial_has_no_correlation_with_the_ratings_and_does_not_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     metric = "knn/rating_correlation"
-    scores = iter([[0.3, None, None, None], [0.3, 0.4, 0.5, 0.6]])
+    scores: Iterator[list[float | None]] = iter([[0.3, None, None, None], [0.3, 0.4, 0.5, 0.6]])
     fake_training(monkeypatch, lambda _: next(scores), metric)
     study = search(make_config(tmp_path, hpo__trials=2, hpo__metric=metric, hpo__pruner__kind="none"))
     assert [t.state for t in study.trials()] == [TrialState.COMPLETE] * 2
@@ -277,7 +288,9 @@ def test_a_collapsed_trial_has_no_correlation_with_the_ratings_and_does_not_fail
         ("import sys; sys.exit('error: the disk is full')", "the disk is full"),
     ],
 )
-def test_a_training_process_that_dies_is_a_failed_trial(tmp_path, monkeypatch, code, expected):
+def test_a_training_process_that_dies_is_a_failed_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: str
+) -> None:
     monkeypatch.setattr(trials, "COMMAND", [sys.executable, "-c", code])
     with (tmp_path / "lock").open("w") as lock, pytest.raises(UserError) as e:
         list(trials.epochs(make_config(tmp_path), tmp_path, lock, {}, RUNNING))
@@ -287,7 +300,7 @@ def test_a_training_process_that_dies_is_a_failed_trial(tmp_path, monkeypatch, c
 # --- the study in its database
 
 
-def test_a_running_trial_counts_as_killed_only_when_its_lock_is_free(tmp_path):
+def test_a_running_trial_counts_as_killed_only_when_its_lock_is_free(tmp_path: Path) -> None:
     config = make_config(tmp_path, hpo__trials=3)
     ours, theirs = make_study(config), make_study(config)
     first, second = ours.claim(), theirs.claim()
@@ -305,14 +318,16 @@ def test_a_running_trial_counts_as_killed_only_when_its_lock_is_free(tmp_path):
     assert theirs.claim() is None  # three in all, the killed one counted
 
 
-def test_a_trial_that_ends_while_killed_ones_are_looked_for_is_not_killed(tmp_path, monkeypatch):
+def test_a_trial_that_ends_while_killed_ones_are_looked_for_is_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(tmp_path, hpo__trials=3)
     ours, theirs = make_study(config), make_study(config)
     claim = ours.claim()
     assert claim
     asked = theirs.trials
 
-    def ends_after_it_was_asked_for(*states):
+    def ends_after_it_was_asked_for(*states: TrialState) -> list[FrozenTrial]:
         found = asked(*states)
         if states == (TrialState.RUNNING,):
             ours.optuna.tell(claim[0], 0.5)
@@ -324,7 +339,7 @@ def test_a_trial_that_ends_while_killed_ones_are_looked_for_is_not_killed(tmp_pa
     assert [t.state for t in asked()] == [TrialState.COMPLETE]
 
 
-def test_a_study_refuses_settings_whose_trials_would_not_compare(tmp_path):
+def test_a_study_refuses_settings_whose_trials_would_not_compare(tmp_path: Path) -> None:
     make_study(make_config(tmp_path))
     make_study(make_config(tmp_path, hpo__trials=99, data__threads=2, encoder__final_training_epochs=3))
     make_study(make_config(tmp_path, train__validate_every=7, train__closing_score=False))  # trials have their own
@@ -344,7 +359,7 @@ def test_a_study_refuses_settings_whose_trials_would_not_compare(tmp_path):
         make_study(make_config(tmp_path, hpo__study_name="a/b"))
 
 
-def test_files_of_a_study_that_is_not_in_the_database_are_kept(tmp_path, monkeypatch):
+def test_files_of_a_study_that_is_not_in_the_database_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_training(monkeypatch, lambda _: [0.5] * 4)
     study = search(make_config(tmp_path, hpo__trials=1))
     kept = study.trial_folder(0) / "metrics.jsonl"
@@ -355,7 +370,7 @@ def test_files_of_a_study_that_is_not_in_the_database_are_kept(tmp_path, monkeyp
     assert kept.read_text() == "kept"
 
 
-def test_a_study_without_a_finished_trial_is_closed(tmp_path):
+def test_a_study_without_a_finished_trial_is_closed(tmp_path: Path) -> None:
     study = make_study(make_config(tmp_path))
     parent = StudyRun(study)
     trials.close(study, parent, "KILLED")
@@ -366,7 +381,7 @@ def test_a_study_without_a_finished_trial_is_closed(tmp_path):
     assert (row["state"], row["seconds"]) == ("RUNNING", "")
 
 
-def test_a_database_that_cannot_be_opened_is_one_line(tmp_path):
+def test_a_database_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Optuna cannot open sqlite:////nowhere/hpo\.db"):
         make_study(make_config(tmp_path, hpo__storage="sqlite:////nowhere/hpo.db"))
     with pytest.raises(UserError, match="Optuna cannot open nonsense"):
@@ -398,7 +413,9 @@ hpo.main()
 """
 
 
-def test_processes_that_share_a_study_repeat_no_trial_and_stop_at_the_requested_number(tmp_path, small_shards):
+def test_processes_that_share_a_study_repeat_no_trial_and_stop_at_the_requested_number(
+    tmp_path: Path, small_shards: Path
+) -> None:
     """Real processes and a real database, and trials so quick that they meet all the time."""
     args = hpo_command(tmp_path, small_shards, "--trials", "12", "--no-final", mlflow__enabled="false")
     processes = [start([sys.executable, "-c", SPAWNED, *args[3:]], tmp_path) for _ in range(2)]
@@ -414,7 +431,7 @@ def test_processes_that_share_a_study_repeat_no_trial_and_stop_at_the_requested_
     assert min(ran) > 0
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: fork_server.Process | subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
     while not path.exists():
         assert process.poll() is None, process.communicate()
@@ -437,7 +454,9 @@ hpo.main()
 """A search whose second trial lasts until it is stopped."""
 
 
-def test_killed_it_continues_with_the_next_trial_and_trains_the_best_at_the_end(tmp_path, small_shards):
+def test_killed_it_continues_with_the_next_trial_and_trains_the_best_at_the_end(
+    tmp_path: Path, small_shards: Path
+) -> None:
     name = {"hpo__study_name": "mine", "encoder__final_training_epochs": 2}
     args = hpo_command(tmp_path, small_shards, "--trials", "3", **name)
     process = start([sys.executable, "-c", STANDING, *args[3:]], tmp_path)
@@ -482,7 +501,7 @@ def test_killed_it_continues_with_the_next_trial_and_trains_the_best_at_the_end(
     assert f"the best settings are already trained: runs/{final.name}" in again.stdout.replace(f"{tmp_path}/", "")
 
 
-def test_a_signal_ends_the_trial_and_prints_how_to_continue(tmp_path, small_shards):
+def test_a_signal_ends_the_trial_and_prints_how_to_continue(tmp_path: Path, small_shards: Path) -> None:
     args = hpo_command(tmp_path, small_shards, hpo__study_name="mine", hpo__epochs=1000, mlflow__enabled="false")
     process = start(args, tmp_path)
     wait_for(tmp_path / "runs/hpo/mine/trial-0000/metrics.jsonl", process)
@@ -495,12 +514,14 @@ def test_a_signal_ends_the_trial_and_prints_how_to_continue(tmp_path, small_shar
 
 
 @pytest.mark.parametrize("store", ["file", "server"])
-def test_one_mlflow_run_is_the_parent_of_all_trials_of_all_processes(tmp_path, monkeypatch, request, store):
+def test_one_mlflow_run_is_the_parent_of_all_trials_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, store: str
+) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db" if store == "file" else request.getfixturevalue("mlflow_uri")
     client = mlflow.MlflowClient(uri)
     values = iter([0.5, 0.75, 0.625])
     fake_training(monkeypatch, lambda _: [next(values)] * 4)
-    tracked = {"mlflow__enabled": True, "mlflow__tracking_uri": uri, "hpo__study_name": "mine"}
+    tracked: dict[str, Any] = {"mlflow__enabled": True, "mlflow__tracking_uri": uri, "hpo__study_name": "mine"}
     tracked["mlflow__experiment_name"] = "search"  # other tests look at all runs of the default one
     ids = set()
     for total in (1, 3):  # the second process continues
@@ -534,7 +555,7 @@ def test_one_mlflow_run_is_the_parent_of_all_trials_of_all_processes(tmp_path, m
     assert client.get_run(left).info.status == "KILLED"
 
 
-def test_a_pruned_trial_is_a_killed_run_in_mlflow(tmp_path, small_shards):
+def test_a_pruned_trial_is_a_killed_run_in_mlflow(tmp_path: Path, small_shards: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = make_config(
         tmp_path,
@@ -559,7 +580,7 @@ def test_a_pruned_trial_is_a_killed_run_in_mlflow(tmp_path, small_shards):
     assert not (tmp_path / "runs/trial-0005/checkpoint.pt").exists()
 
 
-def test_torchrun_is_refused(monkeypatch):
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start this command several times, without torchrun"):
         hpo.configure(hpo.build_parser().parse_args([]))

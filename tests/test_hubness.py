@@ -7,7 +7,7 @@ from simsiam_dali.evaluation.hubness import hubness
 from simsiam_dali.evaluation.knn import unit
 
 
-def test_a_ring_has_no_hub_and_leaves_out_nobody():
+def test_a_ring_has_no_hub_and_leaves_out_nobody() -> None:
     """Each of 24 evenly spaced points has its two neighbours on the ring, and is near to those two."""
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False) + 0.1
     ring = np.column_stack([np.cos(angle), np.sin(angle)])
@@ -16,7 +16,7 @@ def test_a_ring_has_no_hub_and_leaves_out_nobody():
     assert found.never == 0
 
 
-def test_both_measures_equal_counting_song_by_song():
+def test_both_measures_equal_counting_song_by_song() -> None:
     rng = np.random.default_rng(0)
     x, group, k = rng.standard_t(1.5, (60, 40)), np.arange(60) // 2, 5
     cosine = unit(x) @ unit(x).T

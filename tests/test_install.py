@@ -74,7 +74,7 @@ def bin_dir(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     return bin_dir
 
 
-def test_the_wheel_holds_every_file_of_the_package_and_what_lies_beside_it(wheel):
+def test_the_wheel_holds_every_file_of_the_package_and_what_lies_beside_it(wheel: Path) -> None:
     expected = {f.relative_to(ROOT).as_posix() for f in (ROOT / "simsiam_dali").rglob("*") if f.is_file()}
     for name, pattern in (("configs", "*.yaml"), ("benchmarks", "*.py"), ("tools", "*.py")):
         expected |= {f"simsiam_dali/{name}/{f.name}" for f in (ROOT / name).glob(pattern)}
@@ -83,7 +83,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_what_lies_beside_it(wheel
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in held)
 
 
-def test_the_commands_work_without_a_checkout(bin_dir, tmp_path, small_shards):
+def test_the_commands_work_without_a_checkout(bin_dir: Path, tmp_path: Path, small_shards: Path) -> None:
     program, music = bin_dir / "simsiam-dali", small_shards.parent / "music"
     where = ok(bin_dir / "python", "-c", "import simsiam_dali; print(simsiam_dali.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(bin_dir.parent)
@@ -100,7 +100,7 @@ def test_the_commands_work_without_a_checkout(bin_dir, tmp_path, small_shards):
     assert len((tmp_path / "like.csv").read_text().splitlines()) == 4, listed
 
 
-def test_the_benchmark_works_without_a_checkout(bin_dir, tmp_path, small_shards):
+def test_the_benchmark_works_without_a_checkout(bin_dir: Path, tmp_path: Path, small_shards: Path) -> None:
     """Its modules are no package, and each of its stages is a process that imports them anew."""
     program = bin_dir / "simsiam-dali"
     assert "--sweep" in ok(program, "benchmark", "--help", cwd=tmp_path)
@@ -112,7 +112,9 @@ def test_the_benchmark_works_without_a_checkout(bin_dir, tmp_path, small_shards)
 
 
 @pytest.mark.parametrize("started", [("simsiam_dali", "train"), ("simsiam_dali.train",), ("simsiam_dali.hpo",)])
-def test_without_dali_one_line_says_which_extra_brings_it(bin_dir, tmp_path, started):
+def test_without_dali_one_line_says_which_extra_brings_it(
+    bin_dir: Path, tmp_path: Path, started: tuple[str, ...]
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_DALI)
     done = finished(bin_dir / "python", "-m", *started, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
@@ -120,7 +122,7 @@ def test_without_dali_one_line_says_which_extra_brings_it(bin_dir, tmp_path, sta
     assert done.stderr.count("\n") == 1
 
 
-def test_the_other_commands_need_no_dali(bin_dir, tmp_path):
+def test_the_other_commands_need_no_dali(bin_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_DALI)
     modules = ", ".join(f"simsiam_dali.{name}" for name in ("pack", "evaluate", "recommend", "compare", "export"))
     load = f"import {modules}; simsiam_dali.load_encoder"
@@ -128,14 +130,16 @@ def test_the_other_commands_need_no_dali(bin_dir, tmp_path):
 
 
 @pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "benchmark"])
-def test_a_command_names_itself_as_it_was_called(command, monkeypatch, capsys):
+def test_a_command_names_itself_as_it_was_called(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/simsiam-dali", command, "--help"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     assert capsys.readouterr().out.startswith(f"usage: simsiam-dali {command} [-h]")
 
 
-def test_the_help_lists_every_command(monkeypatch, capsys):
+def test_the_help_lists_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["simsiam-dali", "--help"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -143,7 +147,7 @@ def test_the_help_lists_every_command(monkeypatch, capsys):
     assert all(f"{name} {summary}" in shown for name, summary in cli.COMMANDS.items())
 
 
-def test_a_config_file_may_be_named_without_its_folder(tmp_path, monkeypatch):
+def test_a_config_file_may_be_named_without_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from simsiam_dali.common.shipped import config_file
 
     assert config_file("cpu") == ROOT / "configs" / "cpu.yaml"

@@ -170,7 +170,7 @@ def test_a_rating_is_read_from_the_direction_of_the_backbones_output_not_its_len
     h = torch.randn(8, encoder.backbone_dim, generator=torch.Generator().manual_seed(0))
     found = []
     for scale in (1, 1000):
-        encoder.backbone.forward = lambda _, scale=scale: 5 + scale * h  # type: ignore[method-assign]
+        encoder.backbone.forward = lambda _, scale=scale: 5 + scale * h
         found.append(outputs(encoder)[4].detach())
     assert found[1] == pytest.approx(found[0], abs=1e-3)
     assert ((found[0] > 0) & (found[0] < 1)).all()

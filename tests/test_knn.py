@@ -9,7 +9,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("songs", [30, 60, 200], ids=["fewer songs than dimensions", "as many", "more"])
-def test_half_whitened_components_have_the_root_of_their_standard_deviation(songs):
+def test_half_whitened_components_have_the_root_of_their_standard_deviation(songs: int) -> None:
     x = RNG.standard_normal((songs, 60)) * np.geomspace(1, 30, 60)
     x -= x.mean(axis=0)
     u, s, _ = np.linalg.svd(x, full_matrices=False)
@@ -19,7 +19,7 @@ def test_half_whitened_components_have_the_root_of_their_standard_deviation(song
     np.testing.assert_allclose(variance, (s / songs**0.5)[: songs - 1], atol=1e-6)
 
 
-def test_directions_of_no_variance_add_nothing():
+def test_directions_of_no_variance_add_nothing() -> None:
     """A column that is the sum of others leaves a component of rounding errors, which no scale may raise."""
     x = RNG.standard_normal((100, 4))
     more = np.column_stack([x, x @ [1, 2, 3, 4], np.full(100, 7.0)])
@@ -29,7 +29,7 @@ def test_directions_of_no_variance_add_nothing():
 
 
 @pytest.mark.parametrize(("songs", "dims"), [(190, 512), (600, 512)])
-def test_vectors_of_low_rank_are_compared_without_rounding_errors(songs, dims):
+def test_vectors_of_low_rank_are_compared_without_rounding_errors(songs: int, dims: int) -> None:
     x = RNG.standard_normal((songs, 3)) @ RNG.standard_normal((3, dims))
     x[1] = x[0]
     scaled = (x - x.mean(axis=0)) / x.std(axis=0)
@@ -41,14 +41,14 @@ def test_vectors_of_low_rank_are_compared_without_rounding_errors(songs, dims):
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (3, 5), (9, 5)])
-def test_equal_songs_are_finite_zeros(shape):
+def test_equal_songs_are_finite_zeros(shape: tuple[int, int]) -> None:
     found = knn.unit(np.ones(shape))
     assert len(found) == len(np.ones(shape))
     assert found.shape[1] > 0
     assert not found.any()
 
 
-def test_the_directions_that_hold_most_of_the_variance_no_longer_decide_alone():
+def test_the_directions_that_hold_most_of_the_variance_no_longer_decide_alone() -> None:
     """Sixty numbers repeat three that have nothing to do with a song's group; eight tell the ten groups apart."""
     rng = np.random.default_rng(1)
     group = np.repeat(np.arange(10), 4)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,13 +20,16 @@ from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.learner import Learner, autocast_dtype
 
 GPU = torch.device("cuda", 0)
+NO_SHARDS: Any = SimpleNamespace()
 
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [(7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)],  # T4 and RTX 20; A100; H100
 )
-def test_bf16_is_used_where_the_gpu_has_it(monkeypatch, capability, expected):
+def test_bf16_is_used_where_the_gpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, capability: int, expected: torch.dtype
+) -> None:
     """torch counts emulation unless told not to: here it works on every GPU."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -41,11 +45,11 @@ def test_bf16_is_used_where_the_gpu_has_it(monkeypatch, capability, expected):
 class Rows(torch.Tensor):
     """Rows of segments that keep how they were moved, onto a GPU that is not there."""
 
-    def pin_memory(self, *_):
+    def pin_memory(self, *_: object) -> "Rows":
         moves.append("pinned")
         return self
 
-    def to(self, device, non_blocking=False):
+    def to(self, device: torch.device, non_blocking: bool = False) -> torch.Tensor:  # type: ignore[override]
         moves.append((str(device), non_blocking))
         return self.as_subclass(torch.Tensor)
 
@@ -54,11 +58,13 @@ moves: list[object] = []
 
 
 @pytest.mark.parametrize(("device", "expected"), [(GPU, ["pinned", ("cuda:0", True)]), ("cpu", [("cpu", True)])])
-def test_the_host_does_not_wait_for_the_segments_of_a_batch(monkeypatch, device, expected):
+def test_the_host_does_not_wait_for_the_segments_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device | str, expected: list[object]
+) -> None:
     """A copy out of memory that is not pinned would stop the host until the GPU is done."""
-    songs = pd.DataFrame({"artists": [["A"], ["B"]], "albums": [[], []], "album_artist": "", "year": [1990, 2020]})
-    songs = songs.assign(path=["a.flac", "b.flac"], other_paths=[[], []])
-    shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0, 0, 1, 1]}))
+    tags = {"artists": [["A"], ["B"]], "albums": [[], []], "album_artist": "", "year": [1990, 2020]}
+    songs = pd.DataFrame(tags | {"path": ["a.flac", "b.flac"], "other_paths": [[], []]})
+    shards: Any = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0, 0, 1, 1]}))
     monkeypatch.setattr(SongLabels, "to", lambda self, _: self)
     config = load_config(assignments=["encoder.encoder_type=simple"])
     score = encoder_type(config).create_loss_fn(shards, torch.device(device))
@@ -68,12 +74,12 @@ def test_the_host_does_not_wait_for_the_segments_of_a_batch(monkeypatch, device,
     assert moves == expected
 
 
-def test_a_run_in_bf16_continues_where_there_is_only_fp16():
+def test_a_run_in_bf16_continues_where_there_is_only_fp16() -> None:
     """Its checkpoint has no state for a gradient scaler, which starts anew."""
     config = load_config(assignments=["encoder.encoder_type=simple", "encoder.simple.base_channels=4"])
-    songs = pd.DataFrame({"artists": [["A"]], "albums": [["B"]], "album_artist": "", "year": [1990]})
-    songs = songs.assign(path=["a.flac"], other_paths=[[]])
-    shards = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0]}))
+    tags = {"artists": [["A"]], "albums": [["B"]], "album_artist": "", "year": [1990]}
+    songs = pd.DataFrame(tags | {"path": ["a.flac"], "other_paths": [[]]})
+    shards: Any = SimpleNamespace(songs=songs, segments=pd.DataFrame({"song": [0]}))
     saved = Learner(config, shards, World(0, 1, torch.device("cpu"))).state_dict()
     assert saved["scaler"] == {}
     learner = Learner(config, shards, World(0, 1, torch.device("cpu")))
@@ -89,7 +95,9 @@ def small(kind: str = "simsiam", **over: object) -> Config:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_first_step_whose_gradients_overflow_changes_nothing_and_the_next_is_a_first_one(optimizer, monkeypatch):
+def test_a_first_step_whose_gradients_overflow_changes_nothing_and_the_next_is_a_first_one(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """fused SGD would otherwise leave its momentum as the memory was, and add it to the weights one step later."""
     monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, 1e9))  # memory that has been used
     monkeypatch.setattr("simsiam_dali.training.learner.autocast_dtype", lambda *_: torch.float16)
@@ -97,7 +105,7 @@ def test_a_first_step_whose_gradients_overflow_changes_nothing_and_the_next_is_a
     views = tuple(torch.randn(4, 32, 40, generator=torch.Generator().manual_seed(n)) for n in range(2))
     states = []
     for scales in ((math.inf, 1.0), (1.0,)):
-        learner = Learner(config, SimpleNamespace(), World(0, 1, torch.device("cpu")))
+        learner = Learner(config, NO_SHARDS, World(0, 1, torch.device("cpu")))
         learner.encoder.eval()  # no statistics of a batch: only the steps change anything
         monkeypatch.setattr(learner, "autocast", contextlib.nullcontext)
         for scale in scales:
@@ -113,7 +121,7 @@ def test_a_first_step_whose_gradients_overflow_changes_nothing_and_the_next_is_a
         torch.testing.assert_close(overflowed[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_compiled_encoder_may_recompute_its_activations(monkeypatch):
+def test_a_compiled_encoder_may_recompute_its_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same gradients, and running statistics that count each batch once."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -121,7 +129,7 @@ def test_a_compiled_encoder_may_recompute_its_activations(monkeypatch):
     states = []
     for on in (False, True):
         config = small(train__compile=on, train__activation_checkpointing=on)
-        learner = Learner(config, SimpleNamespace(), World(0, 1, torch.device("cpu")))
+        learner = Learner(config, NO_SHARDS, World(0, 1, torch.device("cpu")))
         learner.encoder.train()
         for _ in range(2):
             learner.step([Batch(views, torch.arange(4))], 0.1, 0.1)
@@ -132,7 +140,7 @@ def test_a_compiled_encoder_may_recompute_its_activations(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["simsiam", "byol"])
-def test_a_compiled_encoder_takes_the_same_steps(monkeypatch, kind):
+def test_a_compiled_encoder_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Traced as for a GPU, run without code generation, which would take a minute here."""
     config = small(kind)
     torch._dynamo.reset()
@@ -141,8 +149,8 @@ def test_a_compiled_encoder_takes_the_same_steps(monkeypatch, kind):
     views = tuple(torch.randn(4, 32, 40, generator=torch.Generator().manual_seed(n)) for n in range(2))
     states = []
     for compiled in (False, True):
-        shards, world = SimpleNamespace(), World(0, 1, torch.device("cpu"))
-        learner = Learner(replace_settings(config, train__compile=compiled), shards, world)
+        world = World(0, 1, torch.device("cpu"))
+        learner = Learner(replace_settings(config, train__compile=compiled), NO_SHARDS, world)
         learner.encoder.train()
         for _ in range(3):
             learner.step([Batch(views, torch.arange(4))], 0.1, 0.1)

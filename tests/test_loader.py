@@ -367,7 +367,8 @@ def test_a_gpu_without_memory_is_tried_once_more_from_the_same_batch(
     """torch may hold in its cache what DALI asks for. The device is imitated: the graph runs on the CPU."""
     wanted = list(load(source, "views", shuffle_buffer=8))
     loader = load(source, "views", shuffle_buffer=8)
-    real, calls = loader._outputs, []
+    real = loader._outputs
+    calls: list[int] = []
 
     def outputs() -> Any:
         calls.append(len(calls))

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,12 @@ def state(root: Path) -> dict[str, bytes]:
 def audio_of(root: Path) -> dict[tuple[str, float], bytes]:
     """The encoded segments by song and start."""
     shards = open_shards(root)
-    audio = {}
-    for tar in shards.tars("train") + shards.tars("val"):
+    audio: dict[tuple[str, float], bytes] = {}
+    for tar in map(Path, shards.tars("train") + shards.tars("val")):
         for members in read_index(tar.with_suffix(".idx")):
             offset, size, name = members["flac"]
-            segment = shards.segments.loc[int(name.partition(".")[0])]
-            path = shards.songs.loc[segment["song"], "path"]
+            segment: Any = shards.segments.loc[int(name.partition(".")[0])]
+            path: Any = shards.songs.loc[segment["song"], "path"]
             audio[path, segment["start"]] = tar.read_bytes()[offset : offset + size]
     return audio
 
@@ -142,7 +142,8 @@ def test_a_changed_tag_reaches_the_tables_and_no_split_moves(music: Path, pack: 
     file.save()
     pack(music)
     after = open_shards(music.parent / "shards").songs
-    assert after.loc[2, ["title", "albums", "rating"]].tolist() == ["Renamed", ["Another"], 0.9]
+    tags: Any = after.loc[2, ["title", "albums", "rating"]]
+    assert tags.tolist() == ["Renamed", ["Another"], 0.9]
     assert after["split"].equals(before["split"])
 
 
@@ -260,6 +261,7 @@ def test_a_stopped_run_prints_one_line_and_continues_later(music: Path, run_here
         decoded = lambda: len(list(shards.glob(".packing/songs/*.json")))  # noqa: E731
         killed(process, lambda: wait_for(lambda: decoded() >= 2, process), number)
         assert process.returncode == 130
+        assert process.stderr is not None
         lines = said(process.stderr.read().decode())
     assert len(lines) == 1
     assert lines[0].startswith("stopped:")
@@ -299,7 +301,7 @@ def test_what_is_left_of_a_failed_set_is_removed_under_the_lock(music: Path, mon
     staged = shards / ".packing/new"
     staged.mkdir(parents=True)  # as of a run that was killed
 
-    def full_disk(*_: object) -> Iterator[Any]:
+    def full_disk(*_: object) -> Generator[Any, None, None]:
         raise OSError(errno.ENOSPC, "No space left on device")
         yield
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from helpers.evaluation_tables import planted, song_table
 from simsiam_dali.evaluation import maps, report
 from simsiam_dali.evaluation.plan import Evaluation, Options
 
-webdriver = pytest.importorskip("selenium.webdriver")
-By = pytest.importorskip("selenium.webdriver.common.by").By
+if TYPE_CHECKING:
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+else:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    By = pytest.importorskip("selenium.webdriver.common.by").By
 ActionChains = webdriver.ActionChains
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -32,6 +37,7 @@ SONGS = 24
 @pytest.fixture(scope="module")
 def browser() -> Iterator["webdriver.Chrome"]:
     options = webdriver.ChromeOptions()
+    assert CHROMIUM is not None
     options.binary_location = CHROMIUM
     flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,800")
     for flag in flags:
@@ -46,7 +52,8 @@ def browser() -> Iterator["webdriver.Chrome"]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """map.html and report.html of songs whose first four have hostile titles, artists and genres."""
     folder = tmp_path_factory.mktemp("pages")
-    table, x = song_table(SONGS), planted(np.arange(SONGS) % 6, noise=0.6)
+    table: Any = song_table(SONGS)  # pandas-stubs has no lists in cells
+    x = planted(np.arange(SONGS) % 6, noise=0.6)
     for i, text in enumerate(HOSTILE):
         table.at[i, "title"] = text
         table.at[i, "artists"] = [text]
@@ -90,7 +97,7 @@ def pointer(browser: "webdriver.Chrome", x: int, y: int) -> ActionChains:
     return chain
 
 
-def test_tags_stay_text(browser, pages):
+def test_tags_stay_text(browser: "webdriver.Chrome", pages: Path) -> None:
     data = opened(browser, pages / "map.html")
     assert data["title"][: len(HOSTILE)] == HOSTILE
     assert browser.execute_script("return document.scripts.length") == 2
@@ -109,7 +116,7 @@ def test_tags_stay_text(browser, pages):
     assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
 
 
-def test_a_click_lists_the_nearest_songs(browser, pages):
+def test_a_click_lists_the_nearest_songs(browser: "webdriver.Chrome", pages: Path) -> None:
     data = opened(browser, pages / "map.html")
 
     def listed() -> list[str]:
@@ -128,7 +135,7 @@ def test_a_click_lists_the_nearest_songs(browser, pages):
     assert listed() == [data["title"][other] for other in data["near"][17]]
 
 
-def test_the_map_moves_and_zooms_and_comes_back(browser, pages):
+def test_the_map_moves_and_zooms_and_comes_back(browser: "webdriver.Chrome", pages: Path) -> None:
     data = opened(browser, pages / "map.html")
     x, y = point(browser, data, 7)
     shown = (
@@ -155,7 +162,7 @@ def test_the_map_moves_and_zooms_and_comes_back(browser, pages):
     assert browser.execute_script(shown).startswith(title)
 
 
-def test_the_report_holds_the_map_and_escapes_too(browser, pages):
+def test_the_report_holds_the_map_and_escapes_too(browser: "webdriver.Chrome", pages: Path) -> None:
     opened(browser, pages / "report.html")
     assert HOSTILE[0] in browser.find_element(By.CSS_SELECTOR, ".note").text
     assert HOSTILE[1] in browser.find_element(By.TAG_NAME, "dl").text

@@ -94,7 +94,7 @@ def farthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).norm() / b[name].norm().clamp_min(1e-12)) for name in b)
 
 
-def test_four_times_four_segments_are_sixteen_without_batch_norm(shards):
+def test_four_times_four_segments_are_sixteen_without_batch_norm(shards: ShardSet) -> None:
     whole, seen = stepped(shards, [batch(16)], norm=False)
     split, parted = stepped(shards, parts(batch(16), 4), norm=False, train__micro_batch=4)
     assert split.micro_batches == 4
@@ -105,14 +105,14 @@ def test_four_times_four_segments_are_sixteen_without_batch_norm(shards):
     torch.testing.assert_close(parted.z, seen.z, rtol=1e-5, atol=1e-6)
 
 
-def test_batch_norm_goes_over_each_micro_batch(shards):
+def test_batch_norm_goes_over_each_micro_batch(shards: ShardSet) -> None:
     """So with it the two are not the same, which the test above would not see if parts were ignored."""
     whole, _ = stepped(shards, [batch(16)], norm=True)
     split, _ = stepped(shards, parts(batch(16), 4), norm=True, train__micro_batch=4)
     assert farthest(gradients(split), gradients(whole)) > 1e-2
 
 
-def test_groups_are_streamed():
+def test_groups_are_streamed() -> None:
     """A micro-batch is asked for when the one before has been used, not before."""
     asked: list[int] = []
 
@@ -133,7 +133,7 @@ def test_groups_are_streamed():
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
-def test_recomputed_activations_change_neither_gradients_nor_statistics(shards, backbone):
+def test_recomputed_activations_change_neither_gradients_nor_statistics(shards: ShardSet, backbone: str) -> None:
     once, _ = stepped(shards, [batch(4)], norm=True, encoder__simsiam__backbone=backbone)
     twice, _ = stepped(
         shards, [batch(4)], norm=True, encoder__simsiam__backbone=backbone, train__activation_checkpointing=True
@@ -145,7 +145,7 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics(shards, 
         torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7)
 
 
-def test_recomputed_activations_take_less_memory_by_the_estimate_and_in_truth(shards):
+def test_recomputed_activations_take_less_memory_by_the_estimate_and_in_truth(shards: ShardSet) -> None:
     def kept(encoder: nn.Module) -> int:
         sizes: dict[int, int] = {}
 
@@ -166,7 +166,7 @@ def test_recomputed_activations_take_less_memory_by_the_estimate_and_in_truth(sh
     assert 0.1 * estimate[1] < estimate[0] < 0.6 * estimate[1]
 
 
-def test_an_encoder_without_residual_blocks_is_refused(shards):
+def test_an_encoder_without_residual_blocks_is_refused(shards: ShardSet) -> None:
     with pytest.raises(UserError, match="this one has none"):
         Learner(config(encoder__encoder_type="simple", train__activation_checkpointing=True), shards, HERE)
 
@@ -174,7 +174,7 @@ def test_an_encoder_without_residual_blocks_is_refused(shards):
 # --- what fits
 
 
-def test_candidates_divide_the_batch():
+def test_candidates_divide_the_batch() -> None:
     assert micro_batch.candidates(config(encoder__batch_size=12)) == [12, 6, 4, 3, 2]
     assert micro_batch.candidates(config(encoder__batch_size=128))[:3] == [128, 64, 32]
     assert micro_batch.candidates(config(train__micro_batch=8)) == [8]
@@ -185,10 +185,12 @@ def test_candidates_divide_the_batch():
         micro_batch.candidates(config(encoder__encoder_type="simple", train__micro_batch=4))
 
 
-def test_the_largest_that_fits_by_the_estimate_is_chosen(shards, monkeypatch, capsys):
+def test_the_largest_that_fits_by_the_estimate_is_chosen(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     chosen = config()
     encoder = encoder_type(chosen).create(pretrained=False)
-    shapes = [(32, log_mel_settings(chosen).frames(1.5))] * 2
+    shapes: list[tuple[int, ...]] = [(32, log_mel_settings(chosen).frames(1.5))] * 2
 
     def free(segments: float) -> int:
         """Memory for so many segments, by the estimate itself."""
@@ -233,7 +235,7 @@ def runs_out_above(monkeypatch: pytest.MonkeyPatch) -> Any:
         "FIND was unable to find an engine to execute this computation",
     ],
 )
-def test_a_trial_step_knows_all_words_for_no_memory(shards, runs_out_above, says):
+def test_a_trial_step_knows_all_words_for_no_memory(shards: ShardSet, runs_out_above: Any, says: str) -> None:
     """torch raises OutOfMemoryError for its own allocator only."""
     learner = Learner(config(), shards, HERE)
     runs_out_above(5, RuntimeError, says)
@@ -243,7 +245,7 @@ def test_a_trial_step_knows_all_words_for_no_memory(shards, runs_out_above, says
         micro_batch.choose_by_trial_step(config(train__micro_batch=16), learner, shards, HERE)
 
 
-def test_a_trial_step_tries_smaller_ones_and_changes_no_state(shards, runs_out_above):
+def test_a_trial_step_tries_smaller_ones_and_changes_no_state(shards: ShardSet, runs_out_above: Any) -> None:
     learner = Learner(config(), shards, HERE)
     before = {name: x.clone() for name, x in learner.encoder.state_dict().items()}
     runs_out_above(5)
@@ -264,7 +266,7 @@ class OneOfTwo(World):
         return [thing, self.peer]
 
 
-def test_all_ranks_use_the_micro_batch_that_fits_on_each(shards, monkeypatch):
+def test_all_ranks_use_the_micro_batch_that_fits_on_each(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPUs of one host may have unequal memory free, and their steps must be equal."""
     rank = OneOfTwo(0, 2, CPU)
     for peer, expected in (((16, ""), 16), ((4, "16 do not fit"), 4)):
@@ -278,7 +280,7 @@ def test_all_ranks_use_the_micro_batch_that_fits_on_each(shards, monkeypatch):
         micro_batch.choose_by_trial_step(config(), Learner(config(), shards, HERE), shards, rank)
 
 
-def test_a_resumed_run_keeps_its_micro_batch_or_is_refused(shards, runs_out_above):
+def test_a_resumed_run_keeps_its_micro_batch_or_is_refused(shards: ShardSet, runs_out_above: Any) -> None:
     """Another one would change the loader's position and the batch norm."""
     learner = Learner(config(), shards, HERE)
     runs_out_above(8)
@@ -293,7 +295,7 @@ def test_a_resumed_run_keeps_its_micro_batch_or_is_refused(shards, runs_out_abov
         micro_batch.choose_by_trial_step(config(train__micro_batch=8), learner, shards, HERE, keep=True)
 
 
-def test_ranks_that_share_their_batch_norm_try_no_step(shards, monkeypatch):
+def test_ranks_that_share_their_batch_norm_try_no_step(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that ran out of memory would leave the others waiting for its statistics."""
     settings = config(train__micro_batch=8)
     learner = Learner(settings, shards, HERE)
@@ -302,18 +304,21 @@ def test_ranks_that_share_their_batch_norm_try_no_step(shards, monkeypatch):
     assert micro_batch.choose_by_trial_step(shared, learner, shards, World(0, 2, HERE.device)) == shared
 
 
-def test_a_trial_step_leaves_room_for_dali_and_the_momentum(shards):
+def test_a_trial_step_leaves_room_for_dali_and_the_momentum(shards: ShardSet) -> None:
     """DALI's buffers grow with the micro-batch, the momentum does not."""
     settings = config()
     learner = Learner(settings, shards, HERE)
     one, two = (micro_batch.bytes_beside(settings, learner, shards, size) for size in (1, 2))
+    assert shards.sample_rate is not None
     samples, seconds = shards.segment_seconds * shards.sample_rate, 2 * data.view_seconds(settings, shards)
     _, most = memory.dali_bytes(samples, seconds, data.log_mel_settings(settings))
     assert two - one == pytest.approx(most, abs=1)
     assert 2 * one - two == pytest.approx(4 * sum(p.numel() for p in learner.encoder.parameters()), abs=1)
 
 
-def test_memory_is_checked_before_threads_are_tried(small_shards, tmp_path, monkeypatch):
+def test_memory_is_checked_before_threads_are_tried(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A batch that cannot fit is refused at once, not after half a minute of measuring."""
     monkeypatch.setattr(data, "with_threads", lambda *_: pytest.fail("measured first"))
     monkeypatch.setattr(memory, "free_bytes", lambda _: 2**30)
@@ -338,7 +343,7 @@ sys.exit(train.main())
 """
 
 
-def test_a_batch_that_does_not_fit_is_trained_in_parts(tmp_path, small_shards):
+def test_a_batch_that_does_not_fit_is_trained_in_parts(tmp_path: Path, small_shards: Path) -> None:
     """Where the estimate refuses 8, steps are of 2 x 4, which the checkpoint keeps; asked for, 2 x 4 gives the same."""
     over = {"encoder__batch_size": 8, "encoder__epochs": 2}
     (tmp_path / "whole").mkdir()
@@ -375,7 +380,7 @@ sys.exit(train.main())
 """
 
 
-def test_a_run_that_runs_out_of_memory_halves_the_micro_batch_and_trains(tmp_path, small_shards):
+def test_a_run_that_runs_out_of_memory_halves_the_micro_batch_and_trains(tmp_path: Path, small_shards: Path) -> None:
     """What the estimate lets through and the device does not: 8, then 4, then 2, of which steps of 8 are made."""
     args = command(tmp_path, small_shards, mlflow__enabled="false", encoder__batch_size=8, encoder__epochs=1)
     done = run([args[0], "-c", OUT_OF_MEMORY, *args[3:]], tmp_path)
@@ -386,14 +391,16 @@ def test_a_run_that_runs_out_of_memory_halves_the_micro_batch_and_trains(tmp_pat
     assert list(losses(run_dir)) == list(range(1, open_shards(small_shards).count("train") // 8 + 1))
 
 
-def test_a_micro_batch_that_was_asked_for_is_not_exchanged_for_a_smaller_one(tmp_path, small_shards):
+def test_a_micro_batch_that_was_asked_for_is_not_exchanged_for_a_smaller_one(
+    tmp_path: Path, small_shards: Path
+) -> None:
     over = {"mlflow__enabled": "false", "encoder__batch_size": 8, "train__micro_batch": 8}
     args = command(tmp_path, small_shards, **over)
     line = refusal([args[0], "-c", OUT_OF_MEMORY, *args[3:]], tmp_path)
     assert "out of memory on cpu with 8 segments at once, which the run was told to take" in line
 
 
-def test_steps_in_parts_are_resumed_bit_for_bit(tmp_path, small_shards):
+def test_steps_in_parts_are_resumed_bit_for_bit(tmp_path: Path, small_shards: Path) -> None:
     over = {"encoder__batch_size": 8, "encoder__epochs": 3, "train__micro_batch": 4}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

@@ -1,5 +1,7 @@
 """Mixup and the resized crop on signals with known answers, and what they draw."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from helpers.signals import Array, run_graph
@@ -23,7 +25,7 @@ def scalars(values: tuple[float, ...]) -> list[Array]:
 
 def test_mixup_adds_the_other_segment_s_share_of_the_power() -> None:
     mels, shares, others = batch(4), (0.0, 0.2, 0.4, 1.0), (1, 2, 3, 0)
-    inputs = {"mel": mels, "share": scalars(shares), "other": [np.int32(place) for place in others]}
+    inputs: dict[str, list[Any]] = {"mel": mels, "share": scalars(shares), "other": [np.int32(n) for n in others]}
     for number, mixed in enumerate(run_graph(mixing.mixup, inputs)[0]):
         share, other = np.float32(shares[number]), mels[others[number]]
         np.testing.assert_allclose(mixed, mels[number] * (1 - share) + other * share, rtol=1e-6)

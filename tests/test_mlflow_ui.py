@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.logged_runs import log_run
@@ -54,7 +55,7 @@ def experiment_id(mlflow_uri: str) -> str:
     client = MlflowClient(mlflow_uri)
     for encoder_type in ("simsiam", "simple"):
         for number in (1, 2):
-            name = {"mlflow.runName": f"{encoder_type}-{number}"}
+            name: dict[str, Any] = {"mlflow.runName": f"{encoder_type}-{number}"}
             log_run(client, EXPERIMENT, encoder_type, {"knn/artist": number / 10}, **name)
     found: str = client.get_experiment_by_name(EXPERIMENT).experiment_id
     return found
@@ -95,12 +96,12 @@ def search(browser: webdriver.Chrome, text: str) -> None:
 
 
 @pytest.mark.parametrize("encoder_type", ["simsiam", "simple"])
-def test_the_filter_of_a_type_shows_its_runs_and_no_others(runs_page, encoder_type):
+def test_the_filter_of_a_type_shows_its_runs_and_no_others(runs_page: webdriver.Chrome, encoder_type: str) -> None:
     search(runs_page, f'tags.encoder_type = "{encoder_type}"')
     wait_for_runs(runs_page, {f"{encoder_type}-1", f"{encoder_type}-2"})
 
 
-def test_the_filter_of_a_comparison_shows_the_compared_runs(runs_page, mlflow_uri):
+def test_the_filter_of_a_comparison_shows_the_compared_runs(runs_page: webdriver.Chrome, mlflow_uri: str) -> None:
     runs = experiment_runs(mlflow_uri, EXPERIMENT)
     search(runs_page, mlflow_filters(select(runs, None, 1, False, None))[0])
     wait_for_runs(runs_page, {"simsiam-2", "simple-2"})

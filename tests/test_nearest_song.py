@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from simsiam_dali.embedding import features
 from simsiam_dali.embedding.run import read_run
 from simsiam_dali.evaluation import nearest_song
 from simsiam_dali.evaluation.knn import unit
+from simsiam_dali.evaluation.within_song import WithinSong
 from simsiam_dali.training import checkpoint
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -59,7 +61,7 @@ def sentence_of(songs: pd.DataFrame, vectors: dict[str, np.ndarray], held_back_o
     return nearest_song.sentence(songs, {name: unit(x) for name, x in vectors.items()}, held_back_only)
 
 
-def test_a_hit_is_counted_where_the_nearest_is_by_an_artist_of_the_song():
+def test_a_hit_is_counted_where_the_nearest_is_by_an_artist_of_the_song() -> None:
     """Four songs at the corners of a square, moved in pairs: who is near whom can be said by hand."""
     x = at(0, 10, 180, 190)
     assert shares(x, [[0], [0], [1], [1]], np.arange(4)).tolist() == [1, 1, 1, 1]
@@ -69,7 +71,7 @@ def test_a_hit_is_counted_where_the_nearest_is_by_an_artist_of_the_song():
     assert np.isnan(shares(x, [[0, 2], [0], [1], [2]], np.arange(4))[2])
 
 
-def test_another_file_of_one_recording_is_no_neighbour():
+def test_another_file_of_one_recording_is_no_neighbour() -> None:
     x = at(0, 10, 180, 190)
     hit = shares(x, [[0], [0], [0], [0]], np.array([0, 0, 1, 2]))
     assert hit.tolist() == [1, 1, 1, 1]  # the first two have the far ones
@@ -78,7 +80,7 @@ def test_another_file_of_one_recording_is_no_neighbour():
     assert hit[2:].tolist() == [1, 1]
 
 
-def test_a_tie_is_no_hit():
+def test_a_tie_is_no_hit() -> None:
     """On a circle each song lies between its partner and a stranger, equally far from both."""
     x, pairs = at(*HOURS), [[i // 2] for i in range(12)]
     assert shares(x, pairs, np.arange(12)).sum() == 0
@@ -89,7 +91,7 @@ def test_a_tie_is_no_hit():
     assert shares(same, mixed, np.arange(12)).sum() == 0  # at every place a stranger is as near
 
 
-def test_the_sentence_says_the_counts():
+def test_the_sentence_says_the_counts() -> None:
     """Twelve songs: two by nobody known, one by somebody with no other; nine are asked."""
     artists = [["A"], ["a "], ["A", "B"], ["B"], ["C"], ["C"], ["C"], ["D"], ["D"], ["E"], [], ["Various Artists"]]
     songs = table(artists)
@@ -109,7 +111,7 @@ def test_the_sentence_says_the_counts():
     assert said.endswith("6 with MFCCs (+0, too few artists for an interval)")
 
 
-def test_the_interval_is_of_the_paired_differences_of_whole_artists():
+def test_the_interval_is_of_the_paired_differences_of_whole_artists() -> None:
     """50 artists of two songs: the baseline finds neither song of 20, so that a draw has twice a binomial, p 0.4."""
     artist = np.repeat(np.arange(50), 2)
     songs = table([[f"Artist {a}"] for a in artist])
@@ -117,12 +119,14 @@ def test_the_interval_is_of_the_paired_differences_of_whole_artists():
     worse = x.copy()
     worse[1:21:2], worse[21:41:2] = x[21:41:2], x[1:21:2]  # ten pairs of artists swap a song: all 40 lose their partner
     said = sentence_of(songs, {"embedding": x, "untrained": worse}, held_back_only=False)
-    low, high = map(int, re.search(r"\(\+40, 95% interval \+(\d+) to \+(\d+)\)", said).groups())
+    found = re.search(r"\(\+40, 95% interval \+(\d+) to \+(\d+)\)", said)
+    assert found
+    low, high = map(int, found.groups())
     assert (low, high) == pytest.approx(tuple(2 * binom.ppf([0.025, 0.975], 50, 0.4)), abs=2)
     assert "for 100 of 100 songs; 60 with the untrained encoder" in said
 
 
-def test_an_encoder_that_learned_from_tags_is_scored_on_other_songs_only():
+def test_an_encoder_that_learned_from_tags_is_scored_on_other_songs_only() -> None:
     songs = song_table(30)
     x = planted(np.arange(30) % 6)
     everyone = sentence_of(songs, {"embedding": x}, held_back_only=False)
@@ -133,7 +137,7 @@ def test_an_encoder_that_learned_from_tags_is_scored_on_other_songs_only():
     assert sentence_of(songs, {"embedding": x}, held_back_only=True) == ""
 
 
-def test_without_two_songs_of_one_artist_the_genre_is_used_and_without_labels_nothing_is_printed():
+def test_without_two_songs_of_one_artist_the_genre_is_used_and_without_labels_nothing_is_printed() -> None:
     x = at(0, 5, 180, 185)
     songs = table([["A"], ["B"], ["C"], []], genres=[["Rock"], ["rock"], ["Jazz"], ["Jazz"]])
     said = sentence_of(songs, {"embedding": x}, held_back_only=False)
@@ -144,8 +148,10 @@ def test_without_two_songs_of_one_artist_the_genre_is_used_and_without_labels_no
 
 
 @pytest.mark.parametrize("kind", ["simsiam", "simple"])
-def test_a_training_ends_with_the_sentence_and_evaluate_prints_the_same(kind, small_shards, tmp_path):
-    tiny = {"encoder__embedding_dim": 24, "encoder__simple__base_channels": 4, "encoder__epochs": 1}
+def test_a_training_ends_with_the_sentence_and_evaluate_prints_the_same(
+    kind: str, small_shards: Path, tmp_path: Path
+) -> None:
+    tiny: dict[str, object] = {"encoder__embedding_dim": 24, "encoder__simple__base_channels": 4, "encoder__epochs": 1}
     tiny["train__closing_score"] = "true"
     done = run(command(tmp_path, small_shards, encoder__encoder_type=kind, mlflow__enabled="false", **tiny), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -165,7 +171,9 @@ def test_a_training_ends_with_the_sentence_and_evaluate_prints_the_same(kind, sm
     assert last in evaluated.stdout
 
 
-def test_of_a_large_set_whole_artists_are_drawn(small_runs, small_shards, monkeypatch):
+def test_of_a_large_set_whole_artists_are_drawn(
+    small_runs: dict[str, Path], small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The part holds all songs of its artists, with the vectors that they have in the whole set."""
     shards = open_shards(small_shards)
     half = len(shards.segments) // 2
@@ -189,11 +197,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch, artists: list[int], segments: int, mo
     monkeypatch.setattr(outcome, "subset_of", lambda shards, rows, _: dataclasses.replace(shards, rows=rows))
     song = np.repeat(np.arange(len(artists)), segments)
     songs = table([[f"Artist {artist}"] for artist in artists])
-    with outcome.sample_songs(ShardSet(Path(), None, songs, pd.DataFrame({"song": song})), most, seed) as part:
+    manifest: Any = None  # a sample is drawn from the tables alone
+    with outcome.sample_songs(ShardSet(Path(), manifest, songs, pd.DataFrame({"song": song})), most, seed) as part:
         return np.array(artists)[song[part.rows]].tolist()
 
 
-def test_an_artist_that_does_not_fit_into_the_sample_is_passed_over(monkeypatch):
+def test_an_artist_that_does_not_fit_into_the_sample_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten artists of two songs, one of eight: with it or without it, 20 songs can be drawn."""
     artists = [*np.repeat(np.arange(10), 2), *[10] * 8]
     samples = [drawn(monkeypatch, artists, segments=1, most=20, seed=seed) for seed in range(10)]
@@ -202,18 +211,24 @@ def test_an_artist_that_does_not_fit_into_the_sample_is_passed_over(monkeypatch)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_of_one_huge_artist_as_many_songs_are_drawn_as_fill_half_the_sample(monkeypatch, seed):
+def test_of_one_huge_artist_as_many_songs_are_drawn_as_fill_half_the_sample(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     artists = [*np.repeat(np.arange(1, 3), 2), *[0] * 20]
     sample = drawn(monkeypatch, artists, segments=3, most=24, seed=seed)
     assert {artist: sample.count(artist) for artist in range(3)} == {0: 12, 1: 6, 2: 6}
 
 
-def test_where_no_song_fits_into_the_sample_nothing_is_printed(small_runs, monkeypatch):
+def test_where_no_song_fits_into_the_sample_nothing_is_printed(
+    small_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(outcome, "MAX_SEGMENTS", 0)
     assert outcome.closing_score(small_runs["simsiam"], HERE) == ""
 
 
-def embedded(run_dir: Path, shards: outcome.ShardSet) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def embedded(
+    run_dir: Path, shards: outcome.ShardSet
+) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, WithinSong | None]]]:
     """What `closing_score` embeds, for a run on the small shards."""
     of_run = read_run(str(run_dir))
     config = outcome.embedding_config(of_run.config, shards.segment_seconds)
@@ -228,7 +243,9 @@ OUT_OF_MEMORY = "exec('raise RuntimeError(\"cuDNN error: CUDNN_STATUS_ALLOC_FAIL
 
 
 @pytest.mark.parametrize(("event", "status"), [(INTERRUPTED, 130), (OUT_OF_MEMORY, 1)])
-def test_a_closing_score_that_is_interrupted_or_fails_leaves_a_complete_run(small_runs, tmp_path, event, status):
+def test_a_closing_score_that_is_interrupted_or_fails_leaves_a_complete_run(
+    small_runs: dict[str, Path], tmp_path: Path, event: str, status: int
+) -> None:
     """After the last epoch: one line, and the checkpoint and its journal stay."""
     run_dir = shutil.copytree(small_runs["simsiam"], tmp_path / "runs/done")
     script = f"""

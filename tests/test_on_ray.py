@@ -48,21 +48,21 @@ def expected(music: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return content(out)
 
 
-def test_a_cluster_packs_the_same_bytes(music, expected, tmp_path):
+def test_a_cluster_packs_the_same_bytes(music: Path, expected: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     done = make_shards(music, "--out", tmp_path, "--executor", "ray", *OPTIONS)
     assert done.returncode == 0, done.stderr[-2000:]
     assert content(tmp_path) == expected
 
 
-def test_without_ray_one_line_names_the_extra_that_installs_it(monkeypatch):
+def test_without_ray_one_line_names_the_extra_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"^--executor ray needs Ray: pip install '\.\[ray\]' in a checkout$"):
         list(ray_pool.run_all(work, [1], 1))
 
 
 @pytest.mark.faults
-def test_results_exceptions_and_deaths(monkeypatch):
+def test_results_exceptions_and_deaths(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Ray's workers have to find test_workers
     assert sorted(ray_pool.run_all(work, [0, 5, 1, 7, 4], 2), key=lambda answer: answer[0]) == [
@@ -90,7 +90,7 @@ def ray_workers(driver: int) -> list[int]:
 
 
 @pytest.mark.faults
-def test_a_killed_worker_costs_nothing(music, expected, tmp_path):
+def test_a_killed_worker_costs_nothing(music: Path, expected: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     words = command(music, "--out", tmp_path, "--executor", "ray", *OPTIONS)
     with subprocess.Popen(

@@ -69,7 +69,7 @@ def test_mixed_native_rates_agree_with_a_reference_resampler(tmp_path: Path) -> 
 def test_nothing_drawn_gives_the_clean_view_exactly(native_rate: bool, seconds: float, tmp_path: Path) -> None:
     rates = RATES if native_rate else (RATE,) * 3
     shards = write_shards(tmp_path, [noise(seconds, seed, rate) for seed, rate in enumerate(rates)], rates)
-    settings = {"seconds": seconds, "segment_seconds": seconds, "native_rate": native_rate}
+    settings: dict[str, Any] = {"seconds": seconds, "segment_seconds": seconds, "native_rate": native_rate}
     settings["spec"] = LogMel(mean=-30.0, std=15.0)
     clean = outputs(graph(shards, "clean", **settings), len(rates))[0]
     assert clean.shape == (len(rates), 128, LogMel().frames(seconds))

@@ -83,7 +83,7 @@ def shell(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
 
 
-def test_help_names_every_stage(shell):
+def test_help_names_every_stage(shell: Shell) -> None:
     done = shell.run("--help")
     assert done.returncode == 0
     assert all(f"\n  {stage} " in done.stdout for stage in STAGES)
@@ -93,7 +93,7 @@ def test_help_names_every_stage(shell):
     assert "usage:" in bare.stderr
 
 
-def test_an_unknown_stage_is_refused_and_the_known_ones_named(shell):
+def test_an_unknown_stage_is_refused_and_the_known_ones_named(shell: Shell) -> None:
     done = shell.run("encode")
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no stage encode: ")
@@ -117,11 +117,11 @@ def test_an_unknown_stage_is_refused_and_the_known_ones_named(shell):
         (["demo", "--fast"], "demo takes no options"),
     ],
 )
-def test_a_missing_input_names_the_stage_that_makes_it(shell, args, expected):
+def test_a_missing_input_names_the_stage_that_makes_it(shell: Shell, args: list[str], expected: str) -> None:
     assert shell.refusal(*args).startswith(f"error: {expected.replace('SELF', str(SCRIPT))}")
 
 
-def test_options_are_passed_on_as_they_are(shell):
+def test_options_are_passed_on_as_they_are(shell: Shell) -> None:
     shell.touch("shards/manifest.json", "mlflow.db", "my music/a.ogg")
     assert shell.calls("shards", "my music", "--workers", "2") == [
         ["tools/make_shards.py", "my music", "--workers", "2"]
@@ -133,12 +133,12 @@ def test_options_are_passed_on_as_they_are(shell):
     assert shell.calls("hpo", "--help") == [["simsiam_dali.hpo", "--help"]]
 
 
-def test_shards_on_s3_are_left_to_the_command(shell):
+def test_shards_on_s3_are_left_to_the_command(shell: Shell) -> None:
     options = ["--shards", "s3://bucket/prefix"]
     assert shell.calls("encoder", *options) == [["simsiam_dali.train", *options]]
 
 
-def test_settings_may_name_inputs_that_the_script_does_not_know(shell):
+def test_settings_may_name_inputs_that_the_script_does_not_know(shell: Shell) -> None:
     for options in (["--config", "my.yaml"], ["--set", "data.shards=there"], ["--resume"]):
         assert shell.calls("encoder", *options) == [["simsiam_dali.train", *options]]
     for options in (["--tracking-uri", "http://there"], ["--set", "mlflow.tracking_uri=http://there"]):
@@ -146,7 +146,7 @@ def test_settings_may_name_inputs_that_the_script_does_not_know(shell):
     assert shell.calls("compare", MLFLOW_TRACKING_URI="http://there") == [["simsiam_dali.compare"]]
 
 
-def test_the_classifier_embeds_and_evaluates_the_newest_run_of_the_type(shell):
+def test_the_classifier_embeds_and_evaluates_the_newest_run_of_the_type(shell: Shell) -> None:
     shell.make_run("old", "simsiam", 300, "checkpoint.pt")
     shell.make_run("new", "simsiam", 200, "checkpoint.pt")
     shell.make_run("newest", "simple", 100, "checkpoint.pt")
@@ -171,7 +171,7 @@ def test_the_classifier_embeds_and_evaluates_the_newest_run_of_the_type(shell):
     )
 
 
-def test_recommend_uses_the_newest_embedded_run_of_the_type_or_the_given_table(shell):
+def test_recommend_uses_the_newest_embedded_run_of_the_type_or_the_given_table(shell: Shell) -> None:
     shell.make_run("one", "simsiam", 200, "embeddings.parquet")
     shell.make_run("two", "simple", 100, "embeddings.parquet")
     like = ["--like", "a song"]
@@ -187,7 +187,7 @@ def test_recommend_uses_the_newest_embedded_run_of_the_type_or_the_given_table(s
     assert shell.calls("recommend", *given) == [["simsiam_dali.recommend", *given]]
 
 
-def test_all_runs_the_stages_in_their_order_and_does_without_ratings(shell):
+def test_all_runs_the_stages_in_their_order_and_does_without_ratings(shell: Shell) -> None:
     modules = shell.calls("all", "music", "--encoder-type", "simple", "--epochs", "2")
     assert modules == [
         ["tools/make_shards.py", "music"],
@@ -200,13 +200,13 @@ def test_all_runs_the_stages_in_their_order_and_does_without_ratings(shell):
     ]  # fmt: skip
 
 
-def test_a_failing_stage_ends_all(shell):
+def test_a_failing_stage_ends_all(shell: Shell) -> None:
     shell.python.write_text(f"#!{sys.executable}\nimport os\nopen(os.environ['CALLS'], 'a').write('x')\nexit(3)\n")
     assert shell.run("all", "music").returncode == 3
     assert shell.log.read_text() == "x"
 
 
-def test_the_package_is_found_from_anywhere(tmp_path):
+def test_the_package_is_found_from_anywhere(tmp_path: Path) -> None:
     """From another folder, without PYTHONPATH, through a link."""
     link = tmp_path / "pipeline"
     link.symlink_to(SCRIPT)
@@ -217,6 +217,6 @@ def test_the_package_is_found_from_anywhere(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not there")
-def test_shellcheck_finds_nothing():
+def test_shellcheck_finds_nothing() -> None:
     done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

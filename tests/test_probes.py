@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,7 @@ def standardised(x: np.ndarray, train: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("split", splits.SPLITS)
 @pytest.mark.parametrize("stratified", [False, True])
-def test_no_song_and_no_group_is_on_both_sides(split, stratified):
+def test_no_song_and_no_group_is_on_both_sides(split: str, stratified: bool) -> None:
     table = song_table(90)
     group = splits.groups(table, split)
     classes = np.arange(90) % 6 if stratified else None
@@ -56,7 +57,7 @@ def test_no_song_and_no_group_is_on_both_sides(split, stratified):
         assert not set(group[train]) & set(group[test])
 
 
-def test_albums_that_share_a_song_are_one_group():
+def test_albums_that_share_a_song_are_one_group() -> None:
     table = song_table(6, artists=1, albums=1)
     table["albums"] = [["A"], ["A", "B"], ["B"], ["C"], [], []]
     group = splits.groups(table, "album")
@@ -64,12 +65,12 @@ def test_albums_that_share_a_song_are_one_group():
     assert len(set(group)) == 4
 
 
-def test_an_album_is_identified_by_its_title_and_its_owner():
+def test_an_album_is_identified_by_its_title_and_its_owner() -> None:
     table = song_table(4, artists=4, albums=1)  # four artists, each with an "Album 0"
     assert len(set(splits.groups(table, "album"))) == 4
 
 
-def test_a_compilation_without_an_album_artist_is_one_album():
+def test_a_compilation_without_an_album_artist_is_one_album() -> None:
     table = song_table(4, artists=4, albums=1)
     table["album_artist"] = ""
     assert len(set(splits.groups(table, "album"))) == 4
@@ -77,7 +78,7 @@ def test_a_compilation_without_an_album_artist_is_one_album():
     assert len(set(splits.groups(table, "album"))) == 1
 
 
-def test_two_files_of_one_recording_are_one_song():
+def test_two_files_of_one_recording_are_one_song() -> None:
     table = song_table(5, artists=1)
     table["title"] = ["Same", "same ", "Same", "Other", "Same"]
     table["duration"] = [200.0, 201.9, 207.0, 200.0, math.nan]
@@ -86,7 +87,7 @@ def test_two_files_of_one_recording_are_one_song():
     assert len(set(group)) == 4
 
 
-def test_the_album_split_catches_a_planted_album():
+def test_the_album_split_catches_a_planted_album() -> None:
     """Each album has a mood of its own that its rating follows; the artists and the next album tell nothing of it."""
     table = song_table(96, artists=4, albums=6)
     album = splits.groups(table, "album")
@@ -106,7 +107,7 @@ def test_the_album_split_catches_a_planted_album():
 # Probes
 
 
-def test_ridge_agrees_with_scikit_learn_by_hand():
+def test_ridge_agrees_with_scikit_learn_by_hand() -> None:
     x = RNG.standard_normal((60, 8)).astype(np.float32)
     y = (0.5 + 0.1 * x[:, 0] + 0.1 * RNG.standard_normal(60)).clip(0, 1)
     group = np.arange(60) // 4
@@ -121,7 +122,7 @@ def test_ridge_agrees_with_scikit_learn_by_hand():
     assert scores.correlation(y, by_hand) > 0.4
 
 
-def test_logistic_agrees_with_scikit_learn_by_hand():
+def test_logistic_agrees_with_scikit_learn_by_hand() -> None:
     classes = np.arange(48) % 4
     x = planted(classes, width=6, noise=1.5)
     parts = splits.folds(np.arange(48), classes)
@@ -134,7 +135,7 @@ def test_logistic_agrees_with_scikit_learn_by_hand():
     assert 0.4 < scores.METRICS["accuracy"].compute(classes, by_hand) < 1
 
 
-def test_mlp_agrees_with_scikit_learn_by_hand():
+def test_mlp_agrees_with_scikit_learn_by_hand() -> None:
     x = RNG.standard_normal((40, 5)).astype(np.float32)
     y = (0.5 + 0.2 * np.tanh(x[:, 0] * x[:, 1])).astype(np.float64)
     parts = splits.folds(np.arange(40), n=2)
@@ -150,7 +151,7 @@ def test_mlp_agrees_with_scikit_learn_by_hand():
     np.testing.assert_allclose(probes.mlp(x, y, parts, seed=3), by_hand.clip(0, 1), atol=1e-6)
 
 
-def test_knn_agrees_with_scikit_learn_by_hand(monkeypatch):
+def test_knn_agrees_with_scikit_learn_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn, "BLOCK", 17)  # blocks that do not divide the rows
     classes = np.arange(50) % 5
     x = planted(classes, noise=1.2)
@@ -169,8 +170,8 @@ def test_knn_agrees_with_scikit_learn_by_hand(monkeypatch):
         assert vote[row] == voters.fit(scaled[others], classes[others]).predict(scaled[[row]])[0]
 
 
-def test_knn_is_right_on_planted_clusters_and_at_chance_on_shuffled_labels():
-    table = song_table(120, artists=12, albums=2).assign(rating=math.nan, genres=[[]] * 120)
+def test_knn_is_right_on_planted_clusters_and_at_chance_on_shuffled_labels() -> None:
+    table = song_table(120, artists=12, albums=2).assign(rating=math.nan, genres=pd.Series([[]] * 120))
     x = {"embedding": planted(np.arange(120) % 12)}
     options = evaluation.Options(k=5, resamples=300)
     found = {f.name: f for f in evaluated(table, x, options).figures}
@@ -185,7 +186,7 @@ def test_knn_is_right_on_planted_clusters_and_at_chance_on_shuffled_labels():
     assert shuffled.verdict == "no clear difference from guess"
 
 
-def test_rows_without_neighbours_are_not_predicted():
+def test_rows_without_neighbours_are_not_predicted() -> None:
     near, cosine = knn.nearest_others(knn.unit(RNG.standard_normal((3, 2))), np.array([0, 0, 1]), 5)
     assert (near[:, 2:] == -1).all()
     assert (near[2, :2] >= 0).all()
@@ -196,7 +197,7 @@ def test_rows_without_neighbours_are_not_predicted():
     assert probes.knn_mean(np.array([0.2, 0.4]), alone) == pytest.approx([0.3, 0.3])
 
 
-def test_average_precision_by_hand():
+def test_average_precision_by_hand() -> None:
     """Song 0 shares label 7 with 1, 3 and 4, label 8 with 2; song 4 is of its own group and may not be found."""
     labels = [[7, 8], [7], [8], [7], [7], [9], [9]]
     group = np.array([0, 1, 2, 3, 0, 4, 5])
@@ -207,7 +208,7 @@ def test_average_precision_by_hand():
     assert retrieval.average_precision(near) == pytest.approx(by_hand)
 
 
-def test_a_random_order_scores_what_the_formula_says():
+def test_a_random_order_scores_what_the_formula_says() -> None:
     labels = [[0]] * 4 + [[1]] * 9
     group = np.arange(13)
     retrieval = probes.Retrieval(labels, group, k=5)
@@ -221,7 +222,7 @@ def test_a_random_order_scores_what_the_formula_says():
 # Scores
 
 
-def test_scores_agree_with_scikit_learn():
+def test_scores_agree_with_scikit_learn() -> None:
     truth, predicted = RNG.integers(0, 5, 80), RNG.integers(0, 5, 80)
     assert scores.METRICS["accuracy"].compute(truth, predicted) == pytest.approx(accuracy_score(truth, predicted))
     assert scores.macro_f1(truth, predicted) == pytest.approx(f1_score(truth, predicted, average="macro"))
@@ -230,7 +231,7 @@ def test_scores_agree_with_scikit_learn():
     assert scores.macro_f1(truth, predicted) == pytest.approx(expected)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     """A share of 0.6 among 50 songs: the 95% interval holds it in 300 libraries about 285 times."""
     held = 0
     for seed in range(300):
@@ -240,7 +241,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 270 <= held <= 297  # 95% less what percentile intervals miss, within three standard deviations
 
 
-def test_the_interval_allows_for_songs_of_an_album_that_resemble_each_other():
+def test_the_interval_allows_for_songs_of_an_album_that_resemble_each_other() -> None:
     """40 albums of 6 songs, a common part of each album and one of each song; true mean 0."""
     album, mean, held, held_by_songs = np.repeat(np.arange(40), 6), scores.METRICS["map_at_10"], 0, 0
     for seed in range(100):
@@ -253,10 +254,15 @@ def test_the_interval_allows_for_songs_of_an_album_that_resemble_each_other():
     assert held_by_songs < 75
 
 
-def test_a_resample_has_all_songs_of_the_groups_drawn_as_often_as_these_are():
+def test_a_resample_has_all_songs_of_the_groups_drawn_as_often_as_these_are() -> None:
     group = np.array([3, 0, 3, 1, 1, 9, 0, 0, *range(10, 17)])
-    drawn = []
-    scores.score(scores.Metric(lambda rows: drawn.append(rows) or 0.0, 1), (np.arange(15),), group, 50, 0)
+    drawn: list[np.ndarray] = []
+
+    def note(rows: np.ndarray) -> float:
+        drawn.append(rows)
+        return 0.0
+
+    scores.score(scores.Metric(note, 1), (np.arange(15),), group, 50, 0)
     *resamples, everything = drawn
     assert everything.tolist() == list(range(15))
     for rows in resamples:
@@ -266,14 +272,14 @@ def test_a_resample_has_all_songs_of_the_groups_drawn_as_often_as_these_are():
         assert sum(times[np.unique(group, return_index=True)[1]]) == 11  # as many groups as there are
 
 
-def test_too_few_groups_give_no_interval_and_no_verdict():
+def test_too_few_groups_give_no_interval_and_no_verdict() -> None:
     truth, group = RNG.random(90), np.repeat(np.arange(9), 10)
     good, bad = (scores.score(scores.METRICS["mae"], (truth, truth + e), group, 50, 0) for e in (0.1, 0.5))
     assert math.isnan(good.low)
     assert scores.verdict(scores.METRICS["mae"], good, {"bad": bad}) == "too few groups of songs to tell"
 
 
-def test_the_verdict_is_about_paired_differences():
+def test_the_verdict_is_about_paired_differences() -> None:
     metric = scores.METRICS["mae"]
     truth = RNG.random(200)
     noise = RNG.standard_normal(200)
@@ -292,7 +298,7 @@ def test_the_verdict_is_about_paired_differences():
     assert scores.verdict(metric, constant, {"a": ours}) == "undefined: constant"
 
 
-def test_each_metric_has_its_better_side():
+def test_each_metric_has_its_better_side() -> None:
     """Predictions with less noise are better than those with more, by ratings as by classes."""
     ratings, noise = RNG.random(400), RNG.standard_normal(400)
     classes, drawn, wrong = RNG.integers(0, 4, 400), RNG.random(400), RNG.integers(0, 4, 400)
@@ -312,7 +318,7 @@ def test_each_metric_has_its_better_side():
 # The whole
 
 
-def test_without_signal_cross_validation_does_not_correlate():
+def test_without_signal_cross_validation_does_not_correlate() -> None:
     """A fold's mean is low where its own songs are high, which alone would correlate at about -0.3 here."""
     found = []
     for seed in range(20):
@@ -328,7 +334,9 @@ def test_without_signal_cross_validation_does_not_correlate():
     assert abs(np.mean(found)) < 0.1
 
 
-def test_a_probe_that_predicts_the_mean_is_not_better_than_a_guess_by_any_error(monkeypatch):
+def test_a_probe_that_predicts_the_mean_is_not_better_than_a_guess_by_any_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Most songs have five stars, some one: the mean has the least squared error, the median the least absolute."""
     table = song_table(100)
     table["rating"] = np.where(np.arange(100) % 4, 1.0, 0.2)
@@ -343,7 +351,7 @@ def test_a_probe_that_predicts_the_mean_is_not_better_than_a_guess_by_any_error(
 
 @pytest.mark.parametrize("n", [12, 20, 40])
 @pytest.mark.parametrize(("split", "k"), [("song", 10), ("album", 5)])
-def test_neighbours_by_random_vectors_do_not_correlate_with_the_rating(n, split, k):
+def test_neighbours_by_random_vectors_do_not_correlate_with_the_rating(n: int, split: str, k: int) -> None:
     """The mean of the others is low where the own rating is high: by song, that alone gives -0.67, -0.27 and -0.10."""
     found = []
     for seed in range(200):
@@ -357,20 +365,20 @@ def test_neighbours_by_random_vectors_do_not_correlate_with_the_rating(n, split,
     assert abs(np.mean(found)) < 3.5 * np.std(found) / math.sqrt(200)
 
 
-def test_neighbours_that_are_all_others_have_no_correlation():
+def test_neighbours_that_are_all_others_have_no_correlation() -> None:
     table = song_table(10).assign(rating=RNG.random(10))
     done = evaluated(table, {"e": RNG.standard_normal((10, 4))}, evaluation.Options(resamples=20))
     (figure,) = (f for f in done.figures if f.name == "eval/rating/knn_correlation/song_split")
     assert math.isnan(figure.score.value)
 
 
-def test_the_mean_of_the_other_groups_is_scikit_learns_leave_one_group_out():
+def test_the_mean_of_the_other_groups_is_scikit_learns_leave_one_group_out() -> None:
     y, group = RNG.random(30), RNG.integers(3, 9, 30)
     expected = cross_val_predict(DummyRegressor(), y[:, None], y, groups=group, cv=LeaveOneGroupOut())
     assert probes.others_mean(y, group) == pytest.approx(expected)
 
 
-def test_what_the_encoder_never_saw_is_scored_apart():
+def test_what_the_encoder_never_saw_is_scored_apart() -> None:
     table = song_table(90)
     figures = evaluated(table, {"e": planted(np.arange(90) % 6)}, evaluation.Options(resamples=20)).figures
     accuracy = {f.songs: f.n for f in figures if f.name.startswith("eval/artist/knn_accuracy/song")}
@@ -380,7 +388,7 @@ def test_what_the_encoder_never_saw_is_scored_apart():
     assert {f.songs for f in figures} == {"all"}
 
 
-def test_classes_too_small_or_on_one_album_are_left_out_and_counted():
+def test_classes_too_small_or_on_one_album_are_left_out_and_counted() -> None:
     table = song_table(40, artists=4, albums=2)
     table.loc[:1, "artists"] = pd.Series([["Alone"], ["Alone too"]])
     done = evaluated(table, {"e": planted(np.arange(40) % 4)}, evaluation.Options(resamples=20))
@@ -393,7 +401,7 @@ def test_classes_too_small_or_on_one_album_are_left_out_and_counted():
     assert not [f for f in done.figures if f.target == "artist" and f.split == "album" and f.probe == "knn"]
 
 
-def test_the_largest_classes_are_kept():
+def test_the_largest_classes_are_kept() -> None:
     first = np.array([0] * 5 + [1] * 7 + [2] * 6 + [-1] * 9 + [3] * 2)
     rows = evaluation.scored_classes(first, np.arange(len(first)), evaluation.Options(classes=2))
     assert set(first[rows]) == {1, 2}
@@ -410,7 +418,7 @@ def test_the_largest_classes_are_kept():
         ("albums", [], "Not evaluated: 0 songs with an album, at least 10 are needed."),
     ],
 )
-def test_what_cannot_be_evaluated_is_reported_and_the_rest_is_there(column, value, said):
+def test_what_cannot_be_evaluated_is_reported_and_the_rest_is_there(column: str, value: Any, said: str) -> None:
     table = song_table(30)
     table[column] = [value] * 30
     done = evaluated(table, {"e": planted(np.arange(30) % 6)}, evaluation.Options(resamples=20))
@@ -420,13 +428,13 @@ def test_what_cannot_be_evaluated_is_reported_and_the_rest_is_there(column, valu
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 11])
-def test_tiny_libraries(n):
+def test_tiny_libraries(n: int) -> None:
     table = song_table(n)
     done = evaluated(table, {"e": planted(np.arange(n) % 6)}, evaluation.Options(resamples=20))
     assert all(done.notes[target] for target in evaluation.TARGETS if n < 11)
 
 
-def test_of_equally_near_songs_the_first_comes_first(monkeypatch):
+def test_of_equally_near_songs_the_first_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a stable sort of all cosines has it, also where more songs are equally near than are asked for."""
     monkeypatch.setattr(knn, "BLOCK", 7)
     bank = knn.l2_normalised(RNG.integers(-1, 2, (60, 3)).astype(np.float32) + 0.5)
@@ -439,6 +447,6 @@ def test_of_equally_near_songs_the_first_comes_first(monkeypatch):
         np.testing.assert_array_equal(near, np.take_along_axis(cosine, expected[:, :k], axis=1))
 
 
-def test_what_players_write_for_no_genre_is_none():
-    table = song_table(5).assign(genres=[["Unknown"], ["none"], ["-"], ["Rock", "<unknown>"], ["rock"]])
+def test_what_players_write_for_no_genre_is_none() -> None:
+    table = song_table(5).assign(genres=pd.Series([["Unknown"], ["none"], ["-"], ["Rock", "<unknown>"], ["rock"]]))
     assert evaluation.all_label_ids(table, "genre") == [[], [], [], [0], [0]]

@@ -82,7 +82,7 @@ def listed(shards: ShardSet) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_tar_cut_short_while_it_is_read_is_named(tmp_path):
+def test_a_tar_cut_short_while_it_is_read_is_named(tmp_path: Path) -> None:
     """Mapped into memory, it would end the process with a bus error."""
     shards = small_set(tmp_path)
     loader = load(shards, shuffle_buffer=2)
@@ -97,7 +97,9 @@ def test_a_tar_cut_short_while_it_is_read_is_named(tmp_path):
 
 @pytest.mark.parametrize(("mode", "shuffle_buffer"), [("views", 8), ("clean", 0), ("raw", 8)])
 @pytest.mark.parametrize("kept", [0, 3000])  # DALI names the sample only where its header can be read
-def test_all_other_segments_are_unchanged(tmp_path, capsys, mode, shuffle_buffer, kept):
+def test_all_other_segments_are_unchanged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, shuffle_buffer: int, kept: int
+) -> None:
     shards = small_set(tmp_path)
     expected = samples(load(shards, mode, shuffle_buffer), 17)  # three turns and some
     damage(shards, 11, kept)
@@ -113,7 +115,7 @@ def test_all_other_segments_are_unchanged(tmp_path, capsys, mode, shuffle_buffer
 
 
 @pytest.mark.gpu
-def test_all_other_segments_are_unchanged_on_the_device(tmp_path):
+def test_all_other_segments_are_unchanged_on_the_device(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     expected = [batch.segment.tolist() for batch in islice(load(shards, gpu=0).endless(), 17)]
     damage(shards, 11)
@@ -121,7 +123,7 @@ def test_all_other_segments_are_unchanged_on_the_device(tmp_path):
     assert found == [[row for row in batch if row != 11] for batch in expected]
 
 
-def test_a_whole_shard_at_once(tmp_path):
+def test_a_whole_shard_at_once(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     expected = samples(load(shards, batch_size=11), 6)
     for row in range(9, 18):
@@ -130,7 +132,7 @@ def test_a_whole_shard_at_once(tmp_path):
     assert sorted(int(line["row"]) for line in listed(shards)) == list(range(9, 18))
 
 
-def test_also_what_decodes_to_nothing_usable(tmp_path):
+def test_also_what_decodes_to_nothing_usable(tmp_path: Path) -> None:
     """DALI takes these without a word: too few samples, NaN, and a row that leads to no song."""
     waves = [noise(SECONDS, seed) for seed in range(SEGMENTS)]
     expected = samples(load(small_set(tmp_path / "sound", waves, codec="wav", subtype="FLOAT"), "raw", 0), 6)
@@ -145,7 +147,7 @@ def test_also_what_decodes_to_nothing_usable(tmp_path):
     assert ".row is damaged" in reasons[20]
 
 
-def test_a_state_holds_what_is_skipped(tmp_path):
+def test_a_state_holds_what_is_skipped(tmp_path: Path) -> None:
     """Kept before the fault, and after it; the list itself may be lost."""
     shards = small_set(tmp_path)
     expected = samples(load(shards), 17)
@@ -163,7 +165,7 @@ def test_a_state_holds_what_is_skipped(tmp_path):
         assert samples(restored, 17 - stop) == without(expected[stop:], {11})
 
 
-def test_what_is_listed_is_skipped_from_the_start(tmp_path, monkeypatch):
+def test_what_is_listed_is_skipped_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = small_set(tmp_path)
     expected = samples(load(shards), 7)
     damage(shards, 11)
@@ -173,7 +175,7 @@ def test_what_is_listed_is_skipped_from_the_start(tmp_path, monkeypatch):
     assert len(listed(shards)) == 1
 
 
-def test_packed_again_nothing_is_skipped_and_the_old_list_stays(tmp_path):
+def test_packed_again_nothing_is_skipped_and_the_old_list_stays(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     damage(shards, 11)
     samples(load(shards), 18)
@@ -187,7 +189,7 @@ def test_packed_again_nothing_is_skipped_and_the_old_list_stays(tmp_path):
     assert [line["row"] for line in listed(again)] == ["11", "11"]
 
 
-def test_ranks_keep_their_steps_and_their_parts(tmp_path):
+def test_ranks_keep_their_steps_and_their_parts(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     expected = [samples(load(shards, ranks=2, rank=rank), 8) for rank in range(2)]
     damage(shards, 4)
@@ -202,7 +204,7 @@ def test_ranks_keep_their_steps_and_their_parts(tmp_path):
     ]
 
 
-def test_too_many_stop_the_run_with_the_list(tmp_path):
+def test_too_many_stop_the_run_with_the_list(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     for row in (4, 15):
         damage(shards, row)
@@ -216,7 +218,7 @@ def test_too_many_stop_the_run_with_the_list(tmp_path):
         load(shards, limit=0.01)  # and does not begin again
 
 
-def test_a_batch_of_one_cannot_be_learned_from(tmp_path):
+def test_a_batch_of_one_cannot_be_learned_from(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     damage(shards, 11)
     with pytest.raises(UserError, match=r"^of a batch of 2 segments 1 are not in .*: use a larger --batch-size$"):
@@ -224,7 +226,7 @@ def test_a_batch_of_one_cannot_be_learned_from(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["views", "clean"])
-def test_a_header_that_states_any_length_is_no_want_of_memory(tmp_path, mode):
+def test_a_header_that_states_any_length_is_no_want_of_memory(tmp_path: Path, mode: str) -> None:
     """The decoder asks for as much memory as the 36 bits of a FLAC file's number of samples say."""
     shards = small_set(tmp_path)
     tar = shards.root / shards.segments["shard"][11]
@@ -239,13 +241,13 @@ def test_a_header_that_states_any_length_is_no_want_of_memory(tmp_path, mode):
     assert [int(line["row"]) for line in listed(shards)] == [11]
 
 
-def test_a_split_of_fewer_segments_than_processes_is_one_clear_line(tmp_path):
+def test_a_split_of_fewer_segments_than_processes_is_one_clear_line(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     with pytest.raises(UserError, match=r"^2 segments cannot be shared by 4 processes: use 2 processes or fewer"):
         load(shards, mode="clean", shuffle_buffer=0, ranks=4, rank=1, count=2)
 
 
-def test_a_tar_that_cannot_be_opened_is_one_clear_line(tmp_path):
+def test_a_tar_that_cannot_be_opened_is_one_clear_line(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     (tmp_path / "train-000001.tar").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"^the shards cannot be read \(.*train-000001\.tar"):
@@ -253,7 +255,7 @@ def test_a_tar_that_cannot_be_opened_is_one_clear_line(tmp_path):
 
 
 @pytest.mark.parametrize("cut", ["2026-01-01,train-0000", '2026-01-01,train-000000.tar,000000005,5,"An artist, a so'])
-def test_what_a_crash_cut_short_does_not_swallow_the_next_line(tmp_path, cut):
+def test_what_a_crash_cut_short_does_not_swallow_the_next_line(tmp_path: Path, cut: str) -> None:
     shards = small_set(tmp_path)
     (tmp_path / "quarantine.csv").write_text(",".join(COLUMNS) + "\n" + cut)
     Quarantine(shards, 1.0).add({3: "why"})
@@ -264,14 +266,14 @@ def test_what_a_crash_cut_short_does_not_swallow_the_next_line(tmp_path, cut):
     ("content", "says"),
     [(b"when;shard;key;row\n", "no columns row and set"), (b"when,row,set\nBj\xf6rk", "no CSV in UTF-8")],
 )
-def test_a_list_that_a_spreadsheet_wrote_anew_is_one_clear_line(tmp_path, content, says):
+def test_a_list_that_a_spreadsheet_wrote_anew_is_one_clear_line(tmp_path: Path, content: bytes, says: str) -> None:
     shards = small_set(tmp_path)
     (tmp_path / "quarantine.csv").write_bytes(content)
     with pytest.raises(UserError, match=says):
         Quarantine(shards, 1.0)
 
 
-def test_a_fault_that_passes_skips_nothing(tmp_path, monkeypatch):
+def test_a_fault_that_passes_skips_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error whose cause nobody finds, such as a network's, gets one more try, and no more."""
     shards = small_set(tmp_path)
     expected = samples(load(shards), 12)
@@ -297,7 +299,7 @@ def add_some(shards: ShardSet, rows: list[int]) -> None:
         Quarantine(shards, 1.0).add({row: f"reason {row}, with\na comma and a line"})
 
 
-def test_several_at_once_add_whole_lines(tmp_path):
+def test_several_at_once_add_whole_lines(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     (tmp_path / "quarantine.csv").write_text(",".join(COLUMNS) + "\nbefore,x,y,3,song,mine,of another set\n")
     parts = [list(range(n, SEGMENTS, 3)) for n in range(3)] + [[0, 1, 2]]
@@ -310,7 +312,7 @@ def test_several_at_once_add_whole_lines(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["a,b", ",x,y,99,song,why,{set}", ",x,y,word,song,why,{set}"])
-def test_a_list_that_cannot_be_read_is_one_clear_line(tmp_path, line):
+def test_a_list_that_cannot_be_read_is_one_clear_line(tmp_path: Path, line: str) -> None:
     shards = small_set(tmp_path)
     (tmp_path / "quarantine.csv").write_text(",".join(COLUMNS) + "\n" + line.format(set=shards.fingerprint) + "\n")
     if line == "a,b":
@@ -321,7 +323,9 @@ def test_a_list_that_cannot_be_read_is_one_clear_line(tmp_path, line):
 
 
 @pytest.mark.faults
-def test_a_run_and_its_embedding_continue_without_them(tmp_path, small_shards, capsys, monkeypatch):
+def test_a_run_and_its_embedding_continue_without_them(
+    tmp_path: Path, small_shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards = open_shards(Path(shutil.copytree(small_shards, tmp_path / "shards")))
     bad = [0, shards.count("train") + 2]  # one to train on, one to validate
     for row in bad:
@@ -359,7 +363,7 @@ def test_a_run_and_its_embedding_continue_without_them(tmp_path, small_shards, c
     assert list(rows) == [row for row in range(len(shards.segments)) if row not in bad]
 
 
-def test_the_memory_of_a_dropped_batch_is_its_own(tmp_path):
+def test_the_memory_of_a_dropped_batch_is_its_own(tmp_path: Path) -> None:
     shards = small_set(tmp_path)
     damage(shards, 11)
     held = [(batch.inputs[0], batch.inputs[0].clone()) for batch in islice(load(shards).endless(), 12)]

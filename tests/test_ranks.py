@@ -61,7 +61,9 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("encoder", ["simsiam", "simple", "contrastive", "joint", "byol"])
-def test_the_gradients_are_those_of_one_process_with_the_whole_batch(ranks, alone, encoder):
+def test_the_gradients_are_those_of_one_process_with_the_whole_batch(
+    ranks: Any, alone: dict[str, Any], encoder: str
+) -> None:
     ours, theirs = ranks[1]["steps"][encoder], alone["steps"][encoder]
     assert all(gradient.any() for gradient in theirs["gradients"].values())
     assert difference(ours["gradients"], theirs["gradients"]) < 1e-4
@@ -72,25 +74,25 @@ def test_the_gradients_are_those_of_one_process_with_the_whole_batch(ranks, alon
         torch.testing.assert_close(ours["state"][name], theirs["state"][name], rtol=1e-4, atol=1e-6)
 
 
-def test_without_sync_bn_they_are_not(ranks, alone):
+def test_without_sync_bn_they_are_not(ranks: Any, alone: dict[str, Any]) -> None:
     apart, whole = ranks[1]["steps"]["apart"], alone["steps"]["apart"]
     assert difference(apart["gradients"], whole["gradients"]) > 1e-2
 
 
-def test_all_validate_with_the_statistics_that_are_saved(ranks):
+def test_all_validate_with_the_statistics_that_are_saved(ranks: Any) -> None:
     before, shared = ranks[1]["statistics"]["before"], ranks[1]["statistics"]["shared"]
     assert not torch.equal(before[0], before[1])
     assert all(torch.equal(own, before[0]) for own in shared)
 
 
-def test_sync_bn_is_refused_on_cpus(small_shards):
+def test_sync_bn_is_refused_on_cpus(small_shards: Path) -> None:
     with pytest.raises(UserError, match="on GPUs only"):
         Learner(
             load_config(assignments=["train.sync_bn=true"]), open_shards(small_shards), World(0, 2, torch.device("cpu"))
         )
 
 
-def test_batches_may_differ_in_size(ranks):
+def test_batches_may_differ_in_size(ranks: Any) -> None:
     number, found = ranks[0], ranks[1]["uneven"]
     each = [[100 * rank + i for i in range(rank + 2)] for rank in range(number)]
     whole = torch.tensor(list(chain.from_iterable(each)), dtype=torch.float32).unsqueeze(1)
@@ -102,7 +104,7 @@ def test_batches_may_differ_in_size(ranks):
     torch.testing.assert_close(found["running_var"], norm.running_var)
 
 
-def test_each_segment_comes_once_an_epoch_over_all_ranks(ranks, small_shards):
+def test_each_segment_comes_once_an_epoch_over_all_ranks(ranks: Any, small_shards: Path) -> None:
     """In every epoch; the fewer than a step has that it leaves out are other ones each time."""
     number, result = ranks
     count = open_shards(small_shards).count("train")
@@ -132,9 +134,9 @@ def check_whole(run_dir: Path, processes: int, whole_epochs: int = 3) -> None:
     assert (decayed, fixed) == pytest.approx(learning_rates(settings, total - 1, total // whole_epochs, 8))
 
 
-def test_on_gpus_tensors_of_the_cpu_are_exchanged_too(monkeypatch):
+def test_on_gpus_tensors_of_the_cpu_are_exchanged_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch's segments are on the CPU, which NCCL does not take: look at what torch is asked for."""
-    joined = []
+    joined: list[str] = []
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -177,7 +179,7 @@ main()
 """
 
 
-def test_torchrun_s_sigterm_does_not_cut_off_the_report_of_an_error(tmp_path):
+def test_torchrun_s_sigterm_does_not_cut_off_the_report_of_an_error(tmp_path: Path) -> None:
     """It comes at any moment after another rank died: at each step of the way out of the failed collective call."""
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     done = run([sys.executable, "-c", STOPPED_WHILE_IT_REPORTS], tmp_path, **env)
@@ -186,7 +188,7 @@ def test_torchrun_s_sigterm_does_not_cut_off_the_report_of_an_error(tmp_path):
     assert line.startswith("error: another rank died")
 
 
-def test_two_processes_train_one_model_and_one_continues_it(tmp_path, small_shards):
+def test_two_processes_train_one_model_and_one_continues_it(tmp_path: Path, small_shards: Path) -> None:
     args = command(tmp_path, small_shards, encoder__batch_size=4, **{**SHARED, "encoder__epochs": 2})
     done = run(launched(2, args), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -214,7 +216,7 @@ def test_two_processes_train_one_model_and_one_continues_it(tmp_path, small_shar
     check_whole(run_dir, 1)
 
 
-def test_a_step_keeps_its_segments():
+def test_a_step_keeps_its_segments() -> None:
     settings = load_config(assignments=["encoder.batch_size=6"])
     assert rescale_batch_size(settings, before=2, now=1).encoder.batch_size == 12
     assert rescale_batch_size(settings, before=2, now=6).encoder.batch_size == 2
@@ -270,7 +272,7 @@ def hosts() -> Iterator[list[str]]:
 
 
 @pytest.mark.faults
-def test_two_hosts_train_one_model(hosts, tmp_path, small_shards):
+def test_two_hosts_train_one_model(hosts: list[str], tmp_path: Path, small_shards: Path) -> None:
     args = command(tmp_path, small_shards, encoder__batch_size=4, **SHARED)
     nodes = []
     for number, name in enumerate(hosts, start=1):
@@ -288,7 +290,7 @@ def test_two_hosts_train_one_model(hosts, tmp_path, small_shards):
 
 
 @pytest.mark.faults
-def test_a_killed_rank_ends_all_with_one_error_and_any_number_continues(tmp_path, small_shards):
+def test_a_killed_rank_ends_all_with_one_error_and_any_number_continues(tmp_path: Path, small_shards: Path) -> None:
     """4 processes, one killed; 2, the one that writes killed; 1, killed; 2 to the end."""
     nine = SHARED | {"encoder__epochs": 9}  # of two steps each
     args = command(tmp_path, small_shards, encoder__batch_size=2, train__checkpoint_every=1, **nine)
@@ -318,7 +320,7 @@ def test_a_killed_rank_ends_all_with_one_error_and_any_number_continues(tmp_path
 
 
 @pytest.mark.faults
-def test_damaged_segments_under_torchrun_and_a_resume(tmp_path, small_shards):
+def test_damaged_segments_under_torchrun_and_a_resume(tmp_path: Path, small_shards: Path) -> None:
     """Two ranks, a segment that fails when the log-mel is measured and one in training; a rank killed in epoch 2."""
     shards = open_shards(Path(shutil.copytree(small_shards, tmp_path / "shards")))
     bad = [1, shards.count("train") - 2]

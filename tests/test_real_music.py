@@ -36,6 +36,7 @@ from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write
 from simsiam_dali.evaluation.knn import l2_normalised, unit
 from simsiam_dali.models.losses import simsiam_loss
 from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.models.simsiam import SimSiam
 from simsiam_dali.training.data import log_mel_settings
 
 TINY = {
@@ -77,7 +78,7 @@ def write_table(path: Path, songs: list[tuple[str, list[str]]], vectors: np.ndar
     return path
 
 
-def test_halves_share_no_song_and_cut_every_soundtrack_in_two():
+def test_halves_share_no_song_and_cut_every_soundtrack_in_two() -> None:
     paths = [f"{package}/{i}.ogg" for package, n in (("one", 40), ("two", 7), ("three", 2)) for i in range(n)]
     halved = halves.split(paths)
     assert sorted(halved) == sorted(paths)
@@ -88,7 +89,9 @@ def test_halves_share_no_song_and_cut_every_soundtrack_in_two():
     assert halves.split(reversed(paths)) == halved
 
 
-def test_an_encoder_of_whole_sets_is_asked_about_the_set_that_it_did_not_learn_from(tmp_path, monkeypatch):
+def test_an_encoder_of_whole_sets_is_asked_about_the_set_that_it_did_not_learn_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     music, packed = tmp_path / "music", {}
     for name in halves.SETS:
         for song in range(2):
@@ -116,7 +119,7 @@ def test_an_encoder_of_whole_sets_is_asked_about_the_set_that_it_did_not_learn_f
     assert not packed  # all of it is there
 
 
-def test_scores_by_hand(tmp_path):
+def test_scores_by_hand(tmp_path: Path) -> None:
     # Two soundtracks of three songs on two sides, one song of `red` among the `blue`, a soundtrack with one song only.
     songs = [(f"red/{i}", ["A"]) for i in range(3)] + [(f"blue/{i}", []) for i in range(3)]
     songs += [("red/stray", ["B"]), ("lonely/0", ["A"])]
@@ -131,7 +134,7 @@ def test_scores_by_hand(tmp_path):
     assert len(found["artist/knn"]) == 4
 
 
-def test_a_random_embedding_scores_no_better_than_chance(tmp_path):
+def test_a_random_embedding_scores_no_better_than_chance(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     songs = [(f"{package}/{i}", [f"artist {i}"]) for package in range(10) for i in range(20)]
     found = run.of_each_song(write_table(tmp_path / "t.parquet", songs, rng.standard_normal((200, 16))))
@@ -139,7 +142,7 @@ def test_a_random_embedding_scores_no_better_than_chance(tmp_path):
     assert found["soundtrack/map"].mean() < 0.1
 
 
-def test_the_mean_is_over_seeds_within_a_half_and_a_row_needs_both(tmp_path):
+def test_the_mean_is_over_seeds_within_a_half_and_a_row_needs_both(tmp_path: Path) -> None:
     def table(row: str, half: str, seed: int, good: bool) -> None:
         job = halves.Job(row, "simsiam", half, seed, {}, {row: ()})
         songs = [(f"{package}/{i}", ["A"]) for package in ("p", "q") for i in range(4)]
@@ -161,7 +164,7 @@ def test_the_mean_is_over_seeds_within_a_half_and_a_row_needs_both(tmp_path):
     assert "1.000" in next(line for line in run.table_lines(doc) if line.startswith(f"| {run.OURS}"))
 
 
-def test_a_difference_is_paired():
+def test_a_difference_is_paired() -> None:
     songs = {"a": np.array([1.0, 0.0, 1.0, 0.0] * 20), "b": np.array([0.5] * 40)}
 
     def row(more: float) -> run.Scores:
@@ -181,7 +184,9 @@ def test_a_difference_is_paired():
 NAMES = [f"{target}/{kind}" for target in run.TARGETS for kind in ("knn", "map")]
 
 
-def test_the_map_is_drawn_from_the_tables_of_one_training(tmp_path, monkeypatch, capsys):
+def test_the_map_is_drawn_from_the_tables_of_one_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     songs = [(f"{package}/{i}", ["A"]) for package in ("wesnoth-1.16-music", "another") for i in range(8)]
     songs.append(("lonely/0", ["A"]))
     angle = np.append(np.repeat([0.0, 1.5], 8), 3.0) + np.linspace(0, 0.1, 17)
@@ -202,13 +207,13 @@ def test_the_map_is_drawn_from_the_tables_of_one_training(tmp_path, monkeypatch,
     assert text == pictures[1].read_text()
 
 
-def test_the_map_has_a_style_and_a_name_for_each_package():
+def test_the_map_has_a_style_and_a_name_for_each_package() -> None:
     fetched = (ROOT / "benchmarks/real_music/fetch.sh").read_text().partition("packages=(")[2].partition(")")[0].split()
     assert sorted(fetched) == sorted(song_map.GAMES)
     assert len(fetched) == len(dict(song_map.STYLES)) == len({marker for _, marker in song_map.STYLES})
 
 
-def test_the_pages_of_experiments_hold_the_newest_results():
+def test_the_pages_of_experiments_hold_the_newest_results() -> None:
     pages = [page.read_text() for page in tables.PAGES]
     assert tables.with_tables(pages) == pages
     with pytest.raises(UserError, match="stand on 0 pages"):
@@ -243,13 +248,13 @@ def row_of(scores: np.ndarray) -> dict[str, equal_time_scores.Scores]:
     }
 
 
-def test_epochs_are_as_many_as_the_recipe_s_time_allows():
+def test_epochs_are_as_many_as_the_recipe_s_time_allows() -> None:
     cost = {equal_time_scores.BASE: 1.0, "slow": 2.0, "fast": 0.5, "endless": 500.0}
     expected = {equal_time_scores.BASE: 80, "slow": 40, "fast": 160, "endless": 1}
     assert equal_time_scores.epochs_of(cost, 80) == expected
 
 
-def test_the_interval_covers_another_draw_of_seeds_and_soundtracks():
+def test_the_interval_covers_another_draw_of_seeds_and_soundtracks() -> None:
     """True mean 0, an effect of each seed, soundtrack and song: some 95 of 100 intervals hold it, by 5 seeds fewer.
 
     A bootstrap over songs, each by itself, holds it much more rarely.
@@ -270,12 +275,13 @@ def test_the_interval_covers_another_draw_of_seeds_and_soundtracks():
     assert equal_time_scores.interval(np.full((5, 102), 0.25), of) == pytest.approx((0.25, 0.25))
 
 
-def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up():
+def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up() -> None:
     rng = np.random.default_rng(0)
     base = rng.random((3, 40))
     found = equal_time_scores.difference(row_of(base + 0.1), row_of(base), "soundtrack/map")
     assert found == pytest.approx(np.full((3, 40), 0.1))
     one_seed_more = equal_time_scores.difference(row_of(rng.random((4, 40))), row_of(base), "soundtrack/map")
+    assert one_seed_more is not None
     assert one_seed_more.shape == (3, 40)  # of the seeds that both have
     rows = {"above": base + 0.1, "below": base - 0.1, "of one seed": base[:1] - 0.1, equal_time_scores.BASE: base}
     soundtracks = dict(zip(halves.HALVES, np.split(np.repeat(np.arange(8), 5), 2), strict=True))
@@ -288,7 +294,7 @@ def test_differences_are_paired_and_a_candidate_below_the_recipe_is_given_up():
     assert equal_time_scores.difference(half, row_of(base), "soundtrack/map") is None
 
 
-def test_a_baseline_that_draws_nothing_is_the_same_for_every_seed():
+def test_a_baseline_that_draws_nothing_is_the_same_for_every_seed() -> None:
     rng = np.random.default_rng(0)
     row, drawn, fixed = rng.random((3, 40)), rng.random((3, 40)), rng.random((1, 40))
     doc = {
@@ -298,6 +304,7 @@ def test_a_baseline_that_draws_nothing_is_the_same_for_every_seed():
     }
     for other, scores in (("untrained", drawn), ("MFCC", fixed)):
         line = equal_time_scores.gap_line(doc, equal_time_scores.BASE, other)
+        assert line is not None
         assert line.startswith(f"- the recipe, to {other}: 5-NN {(row - scores).mean():+.3f} [")
     assert equal_time_scores.gap_line(doc, "no such row", "MFCC") is None
 
@@ -361,7 +368,7 @@ def test_rows_of_one_training_are_made_by_one_job() -> None:
     jobs = [job for row in (base, "contrastive", stages) for job in equal_time.trainings(row, 5, 0)]
     one, two, *others = equal_time.merged(jobs)
     settings = {"encoder.epochs": 5, "encoder.simsiam.embedding": "backbone"}
-    tables = {base: ("--embedding", "backbone"), stages: ("--embedding", "stages")}
+    tables: dict[str, tuple[str, ...]] = {base: ("--embedding", "backbone"), stages: ("--embedding", "stages")}
     assert one == halves.Job(base, "simsiam", "a", 0, settings, tables)
     assert (two.trained_on, two.tables) == ("b", one.tables)
     assert [(job.name, job.trained_on) for job in others] == [("contrastive", "a"), ("contrastive", "b")]
@@ -374,7 +381,7 @@ def test_a_row_of_another_one_s_encoders_would_train_the_same(row: str) -> None:
 
 
 @pytest.mark.parametrize("row", equal_time.CANDIDATES)
-def test_each_candidate_changes_the_recipe(row):
+def test_each_candidate_changes_the_recipe(row: str) -> None:
     def trained(name: str) -> tuple[Config, str, int, tuple[str, ...]]:
         job = equal_time.trainings(name, 5, 0)[0]
         config = load_config(CPU_FILE, assignments=[f"{key}={value}" for key, value in job.settings.items()])
@@ -383,7 +390,7 @@ def test_each_candidate_changes_the_recipe(row):
     assert (trained(row) == trained(equal_time_scores.BASE)) == (row == equal_time_scores.BASE)
 
 
-def test_what_is_chosen_and_what_is_reported_share_no_soundtrack():
+def test_what_is_chosen_and_what_is_reported_share_no_soundtrack() -> None:
     script = (ROOT / "benchmarks/real_music/fetch.sh").read_text()
     chosen, reported, held_out = (
         script.partition(f"\n{name}=(")[2].partition(")")[0].split() for name in ("packages", "report", "held_out")
@@ -394,10 +401,11 @@ def test_what_is_chosen_and_what_is_reported_share_no_soundtrack():
     assert not {*chosen, *reported} & {*held_out}
 
 
-def test_the_peer_begins_as_simsiam_does_and_has_its_loss():
+def test_the_peer_begins_as_simsiam_does_and_has_its_loss() -> None:
     config = load_config(CPU_FILE, command_line={**TINY, "encoder.simsiam.projection_layers": 3})
     torch.manual_seed(0)
     ours = encoder_type(config).create()
+    assert isinstance(ours, SimSiam)
     torch.manual_seed(0)
     theirs = peer.Peer(config)
     own = ours.state_dict()
@@ -418,11 +426,11 @@ def test_the_peer_begins_as_simsiam_does_and_has_its_loss():
     )
 
 
-def test_the_peer_trains_on_one_half_and_embeds_the_other(small_shards, tmp_path):
+def test_the_peer_trains_on_one_half_and_embeds_the_other(small_shards: Path, tmp_path: Path) -> None:
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     out = tmp_path / "peer.parquet"
     words = ["--config", CPU_FILE, "--shards", small_shards, "--embed", small_shards, "--out", out, *sets]
-    done = fork_server.run([sys.executable, ROOT / "benchmarks/real_music/peer.py", *words], tmp_path)
+    done = fork_server.run([sys.executable, ROOT / "benchmarks/real_music/peer.py", *map(str, words)], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     table = read_song_embeddings(out)
     assert table.provenance["encoder_type"] == "lightly"
@@ -433,17 +441,20 @@ def test_the_peer_trains_on_one_half_and_embeds_the_other(small_shards, tmp_path
     assert len(np.unique(table.vectors.round(6), axis=0)) == 16
 
 
-def test_the_peer_takes_as_many_steps_as_training(small_shards):
+def test_the_peer_takes_as_many_steps_as_training(small_shards: Path) -> None:
     config = load_config(CPU_FILE, command_line={**TINY, "encoder.epochs": 1})
     shards = peer.open_shards(small_shards)
     world = World(0, 1, torch.device("cpu"))
     before = peer.Peer(config).backbone.bn1.num_batches_tracked
     trained = peer.train(config, shards, log_mel_settings(config), world)
     steps = shards.count("train") // config.encoder.batch_size
-    assert trained.backbone.bn1.num_batches_tracked - before == 2 * steps  # two views a step
+    after = trained.backbone.bn1.num_batches_tracked
+    assert before is not None
+    assert after is not None
+    assert after - before == 2 * steps  # two views a step
 
 
-def test_whitening_and_mutual_proximity_by_hand():
+def test_whitening_and_mutual_proximity_by_hand() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((200, 6)) @ rng.standard_normal((6, 6))
     white = retrieval.whitened(x, 0)
@@ -467,9 +478,9 @@ def test_whitening_and_mutual_proximity_by_hand():
     assert proximity[0, 3] == pytest.approx(norm.cdf(z) * norm.cdf(z_back))
 
 
-def test_the_differences_are_drawn_the_same_from_the_same_scores(tmp_path):
+def test_the_differences_are_drawn_the_same_from_the_same_scores(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    doc = {
+    doc: dict[str, Any] = {
         "scores": {equal_time_scores.BASE: row_of(rng.random((3, 40))), "another": row_of(rng.random((2, 40)))},
         "baselines": {"untrained": row_of(rng.random((3, 40))), "MFCC": row_of(rng.random((1, 40)))},
         "soundtracks": {half: [f"{half}{n % 4}" for n in range(20)] for half in halves.HALVES},
@@ -484,7 +495,7 @@ def test_the_differences_are_drawn_the_same_from_the_same_scores(tmp_path):
     assert drawn[0].read_bytes() != drawn[1].read_bytes()
 
 
-def test_scores_that_would_not_compare_are_refused(tmp_path):
+def test_scores_that_would_not_compare_are_refused(tmp_path: Path) -> None:
     file, (rule, other) = tmp_path / "scores.json", run.SEARCHES
     file.write_text(json.dumps(equal_time.document(file, 80, rule)))
     assert equal_time.document(file, 80, rule)["base_epochs"] == 80
@@ -494,7 +505,7 @@ def test_scores_that_would_not_compare_are_refused(tmp_path):
         equal_time.document(file, 80, other)
 
 
-def test_tables_are_scored_beside_the_first(tmp_path):
+def test_tables_are_scored_beside_the_first(tmp_path: Path) -> None:
     rng, right = np.random.default_rng(0), np.repeat([[1.0], [-1.0]], 12, axis=0)
     songs = [(f"{package}/{i}", ["A"]) for package in ("one", "two") for i in range(12)]
 
@@ -517,11 +528,11 @@ def test_tables_are_scored_beside_the_first(tmp_path):
         score.named("table.parquet")
 
 
-def test_baselines_that_the_document_has_are_not_made_again(tmp_path):
+def test_baselines_that_the_document_has_are_not_made_again(tmp_path: Path) -> None:
     """Where it goes on, on another machine, the encoders of finished seeds are not there."""
     rng = np.random.default_rng(0)
     songs = [(f"{package}/{i}", [f"artist {i % 3}"]) for package in ("one", "two") for i in range(12)]
-    known = {name: {"0": {"a": {}, "b": {}}} for name in run.BASELINES}
+    known: dict[str, dict[str, equal_time_scores.Scores]] = {name: {"0": {"a": {}, "b": {}}} for name in run.BASELINES}
     for job, name in ((job, name) for job in equal_time.trainings(equal_time_scores.BASE, 1, 1) for name in known):
         write_table(job.table(tmp_path / "equal-time", name), songs, rng.standard_normal((24, 5)))
     shards = halves.halves_of(tmp_path)
@@ -538,7 +549,7 @@ def test_baselines_that_the_document_has_are_not_made_again(tmp_path):
     assert len(found["untrained encoder"]["1"]["a"]["soundtrack/map"]) == len(songs)
 
 
-def test_todays_rule_is_what_the_scores_are_of(tmp_path):
+def test_todays_rule_is_what_the_scores_are_of(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     songs = [(f"{package}/{i}", [f"artist {i % 3}"]) for package in ("one", "two") for i in range(12)]
     folder = tmp_path / "equal-time"

@@ -66,7 +66,7 @@ def clusters(tmp_path: Path) -> tuple[Path, pd.DataFrame, np.ndarray]:
     return tmp_path, table, classes
 
 
-def test_like_finds_the_cluster_and_not_the_song_itself(clusters):
+def test_like_finds_the_cluster_and_not_the_song_itself(clusters: tuple[Path, pd.DataFrame, np.ndarray]) -> None:
     folder, _, classes = clusters
     found = chosen(folder, "--like", "Title 8", "--count", 9)
     assert set(numbers(found)) == set(np.flatnonzero(classes == 2)) - {8}
@@ -78,7 +78,7 @@ def test_like_finds_the_cluster_and_not_the_song_itself(clusters):
     assert set(both) == set(np.flatnonzero((classes == 2) | (classes == 3))) - {8, 9}
 
 
-def test_like_agrees_with_the_knn_probe(clusters):
+def test_like_agrees_with_the_knn_probe(clusters: tuple[Path, pd.DataFrame, np.ndarray]) -> None:
     folder, table, _ = clusters
     songs = read_embeddings(folder / "embeddings.parquet")
     near, cosine = nearest_others(songs.unit(), np.arange(len(table)), 12)
@@ -87,7 +87,7 @@ def test_like_agrees_with_the_knn_probe(clusters):
     np.testing.assert_allclose([float(row["similarity"]) for row in found], cosine[8], atol=1e-4)
 
 
-def test_one_of_each_recording_and_so_many_of_an_artist(tmp_path):
+def test_one_of_each_recording_and_so_many_of_an_artist(tmp_path: Path) -> None:
     table = song_table(60)
     for column in ("title", "duration"):  # song 14 is song 8 once more, and song 26 is song 20
         table.loc[[14, 26], column] = table.loc[[8, 20], column].to_numpy()
@@ -108,7 +108,9 @@ def test_one_of_each_recording_and_so_many_of_an_artist(tmp_path):
     assert min(numbers(chosen(tmp_path, "--like", "Title 8", "--min-seconds", 410))) == 30
 
 
-def test_songs_are_found_by_path_folder_and_name(clusters, monkeypatch):
+def test_songs_are_found_by_path_folder_and_name(
+    clusters: tuple[Path, pd.DataFrame, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, table, _ = clusters
     library = Library(table, folder.resolve() / "music")
     (folder / "link").symlink_to(folder / "music")
@@ -143,7 +145,7 @@ def test_songs_are_found_by_path_folder_and_name(clusters, monkeypatch):
         ("\x1b[2J\n", "no song of that name"),
     ],
 )  # fmt: skip
-def test_a_song_that_is_none_or_several(clusters, text, told):
+def test_a_song_that_is_none_or_several(clusters: tuple[Path, pd.DataFrame, np.ndarray], text: str, told: str) -> None:
     folder, table, _ = clusters
     table.loc[8, "title"] = table.loc[9, "title"] = "Title 5"
     with pytest.raises(UserError) as refused:
@@ -152,14 +154,14 @@ def test_a_song_that_is_none_or_several(clusters, text, told):
     assert str(refused.value).isprintable()
 
 
-def test_a_file_that_is_not_embedded(clusters):
+def test_a_file_that_is_not_embedded(clusters: tuple[Path, pd.DataFrame, np.ndarray]) -> None:
     folder, table, _ = clusters
     (folder / "new.mp3").touch()
     with pytest.raises(UserError, match="not among the 60 songs embedded"):
         Library(table, folder / "music").find(str(folder / "new.mp3"))
 
 
-def test_many_candidates_are_cut(clusters):
+def test_many_candidates_are_cut(clusters: tuple[Path, pd.DataFrame, np.ndarray]) -> None:
     folder, table, _ = clusters
     with pytest.raises(UserError, match=r"fits 60 songs: .* and 50 more"):
         Library(table, folder / "music").find("title")
@@ -175,7 +177,7 @@ def rating_table(n: int = 400, dim: int = 24, noise: float = 0.05) -> tuple[pd.D
     return table, vectors, true
 
 
-def test_top_ranks_by_planted_ratings(tmp_path):
+def test_top_ranks_by_planted_ratings(tmp_path: Path) -> None:
     table, vectors, true = rating_table()
     library_file(tmp_path, table, vectors)
     found = chosen(tmp_path, "--top", "--count", 400)
@@ -192,15 +194,16 @@ def test_top_ranks_by_planted_ratings(tmp_path):
     assert 0.8 < np.std(error / std) < 1.25
 
 
-def test_another_file_of_a_rated_song_is_not_unrated(tmp_path):
+def test_another_file_of_a_rated_song_is_not_unrated(tmp_path: Path) -> None:
     table, vectors, _ = rating_table(60)
     for column in ("title", "artists", "duration"):
-        table.at[1, column] = table.at[0, column]
+        value: Any = table.at[0, column]
+        table.at[1, column] = value
     library_file(tmp_path, table, vectors)
     assert 1 not in numbers(chosen(tmp_path, "--top", "--count", 60))
 
 
-def test_explore_asks_for_songs_far_from_the_rated_ones_and_not_twice_alike(tmp_path):
+def test_explore_asks_for_songs_far_from_the_rated_ones_and_not_twice_alike(tmp_path: Path) -> None:
     table = song_table(120)
     classes = np.arange(120) % 6
     vectors = planted(classes, width=24)
@@ -217,7 +220,7 @@ def test_explore_asks_for_songs_far_from_the_rated_ones_and_not_twice_alike(tmp_
 
 
 @pytest.mark.parametrize("width", [5, 40])
-def test_the_rating_model_is_bayesian_ridge_of_all_dimensions(width):
+def test_the_rating_model_is_bayesian_ridge_of_all_dimensions(width: int) -> None:
     """Of vectors narrower and wider than the rated songs are many."""
     rng = np.random.default_rng(0)
     x = unit(rng.standard_normal((60, width)), whiten=False)
@@ -229,7 +232,7 @@ def test_the_rating_model_is_bayesian_ridge_of_all_dimensions(width):
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_a_pick_counts_as_a_rated_song():
+def test_a_pick_counts_as_a_rated_song() -> None:
     """The variance that explore goes by is what fitting with that song would leave, for the same prior and noise."""
     rng = np.random.default_rng(0)
     x = unit(rng.standard_normal((40, 6)))
@@ -245,7 +248,7 @@ def test_a_pick_counts_as_a_rated_song():
 
 
 @pytest.mark.parametrize("option", ["--top", "--explore"])
-def test_too_few_ratings(tmp_path, option):
+def test_too_few_ratings(tmp_path: Path, option: str) -> None:
     table, vectors, _ = rating_table(60)
     table.loc[12:, "rating"] = np.nan
     library_file(tmp_path, table, vectors)
@@ -263,7 +266,7 @@ def test_too_few_ratings(tmp_path, option):
         chosen(tmp_path, option, "--exclude-same-artist")
 
 
-def test_many_seeds_are_all_compared():
+def test_many_seeds_are_all_compared() -> None:
     both = unit(np.random.default_rng(0).standard_normal((4000, 16)))
     seeds, x = both[:1500], both[1500:]  # more than one block of queries
     np.testing.assert_allclose(nearest_cosine(seeds, x), (x @ seeds.T).max(axis=1), atol=1e-6)
@@ -271,7 +274,7 @@ def test_many_seeds_are_all_compared():
 
 def hostile(folder: Path) -> tuple[Path, pd.DataFrame]:
     """A library whose songs 1 to 5, one cluster with song 0, have tags and paths that try to break out."""
-    table = song_table(12, artists=12)
+    table: Any = song_table(12, artists=12)  # pandas-stubs has no lists in cells
     table.at[1, "title"], table.at[1, "artists"], table.at[1, "albums"] = HOSTILE, [HOSTILE], [HOSTILE]
     table.at[2, "path"] = "a b/100% #1 ?ü&<日本>.mp3"
     table.at[3, "path"] = "#hash.mp3"
@@ -285,7 +288,7 @@ def hostile(folder: Path) -> tuple[Path, pd.DataFrame]:
     return folder, table
 
 
-def test_xspf_holds_any_tag_and_path(tmp_path):
+def test_xspf_holds_any_tag_and_path(tmp_path: Path) -> None:
     folder, table = hostile(tmp_path)
     options = ("--embeddings", folder / "embeddings.parquet", "--like", "Title 0", "--count", 5)
     command(*options, "--xspf", folder / "out.xspf")
@@ -327,7 +330,7 @@ def test_xspf_holds_any_tag_and_path(tmp_path):
         assert (folder / "lists" / os.fsdecode(unquote_to_bytes(location.text))).exists()
 
 
-def test_m3u8_has_two_lines_a_song(tmp_path, capsys):
+def test_m3u8_has_two_lines_a_song(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, table = hostile(tmp_path)
     options = ("--embeddings", folder / "embeddings.parquet", "--like", "Title 0", "--count", 5)
     command(*options, "--m3u8", folder / "out.m3u8", "--relative-to", folder / "music")
@@ -347,7 +350,7 @@ def test_m3u8_has_two_lines_a_song(tmp_path, capsys):
     assert all(Path(path).is_absolute() and Path(path).is_file() for path in paths)
 
 
-def test_the_terminal_gets_no_control_characters(tmp_path, capsys):
+def test_the_terminal_gets_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = hostile(tmp_path)
     command("--embeddings", folder / "embeddings.parquet", "--like", "Title 0", "--count", 5)
     lines = capsys.readouterr().out.splitlines()
@@ -359,13 +362,13 @@ def test_the_terminal_gets_no_control_characters(tmp_path, capsys):
     assert where == [column] * 4
 
 
-def test_wide_letters_are_cut_by_columns():
+def test_wide_letters_are_cut_by_columns() -> None:
     assert truncate("日本語の歌", 10) == "日本語の歌"
     assert truncate("日本語の歌だ", 10) == "日本語の…"
     assert cell_len("e\u0301") == 1
 
 
-def test_csv_round_trips(tmp_path):
+def test_csv_round_trips(tmp_path: Path) -> None:
     folder, table = hostile(tmp_path)
     found = chosen(folder, "--like", "Title 0", "--count", 5)
     assert tuple(found[0]) == CSV_COLUMNS
@@ -374,7 +377,7 @@ def test_csv_round_trips(tmp_path):
     assert all(row["title"].isprintable() or "\u202e" in row["title"] for row in found)
 
 
-def test_missing_songs_are_named(tmp_path, capsys):
+def test_missing_songs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     library_file(tmp_path, song_table(30), planted(np.arange(30) % 6), files=False)
     chosen(tmp_path, "--like", "Title 0", "--count", 12)
     warned = capsys.readouterr().err
@@ -385,7 +388,7 @@ def test_missing_songs_are_named(tmp_path, capsys):
     assert moved[0]["path"].startswith(str((tmp_path / "moved").resolve()))
 
 
-def test_other_files_are_not_written_over(clusters):
+def test_other_files_are_not_written_over(clusters: tuple[Path, pd.DataFrame, np.ndarray]) -> None:
     folder, _, _ = clusters
     base = ("--embeddings", folder / "embeddings.parquet", "--like", "Title 0")
     for name in ("xspf", "m3u8", "csv"):
@@ -410,7 +413,7 @@ def test_other_files_are_not_written_over(clusters):
     assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
 
 
-def test_tables_that_are_refused(tmp_path):
+def test_tables_that_are_refused(tmp_path: Path) -> None:
     table, vectors = song_table(12), planted(np.arange(12) % 6)
 
     def refused(why: str, table: pd.DataFrame, vectors: np.ndarray, *options: Any) -> None:
@@ -425,7 +428,9 @@ def test_tables_that_are_refused(tmp_path):
         command("--embeddings", tmp_path / "none.parquet", "--top")
 
 
-def test_the_command_line(clusters, monkeypatch, capsys):
+def test_the_command_line(
+    clusters: tuple[Path, pd.DataFrame, np.ndarray], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _, _ = clusters
     monkeypatch.setattr(
         sys, "argv", ["recommend", "--embeddings", str(folder / "embeddings.parquet"), "--like", "no such"]

@@ -128,7 +128,9 @@ def listed(folder: Path, *options: object) -> list[list[str]]:
     return list(groups.values())
 
 
-def test_the_command_lists_copies_best_first_and_changes_nothing(copies, capsys) -> None:
+def test_the_command_lists_copies_best_first_and_changes_nothing(
+    copies: tuple[Path, pd.DataFrame], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = copies
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (folder / "music").iterdir()}
     groups = listed(folder)
@@ -154,6 +156,6 @@ def test_the_command_lists_copies_best_first_and_changes_nothing(copies, capsys)
         (["--save", "x"], "--save does not go with"),
     ],
 )
-def test_options_that_do_not_go_with_it(copies, options, told) -> None:
+def test_options_that_do_not_go_with_it(copies: tuple[Path, pd.DataFrame], options: list[object], told: str) -> None:
     with pytest.raises(UserError, match=told):
         listed(copies[0], *options)

@@ -73,7 +73,7 @@ def test_a_path_through_songs_that_lie_together_has_each_once() -> None:
 
 
 def test_a_small_library_is_used_up_and_then_too_small() -> None:
-    x, artists = on_sphere(10), [[] for _ in range(10)]
+    x, artists = on_sphere(10), [list[str]() for _ in range(10)]
     rows = song_path(x, (0, 1), 9, np.ones(10, bool), np.arange(10), artists)
     assert len(set(rows)) == 9
     with pytest.raises(UserError, match="a path of 11 songs needs 9 between its ends, and 8 are left"):

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +40,9 @@ def library(tmp_path: Path) -> tuple[Library, np.ndarray]:
 
 
 @pytest.mark.parametrize("mode", REQUESTS)
-def test_it_is_read_and_made_again_with_the_same_bytes(library, tmp_path, monkeypatch, mode):
+def test_it_is_read_and_made_again_with_the_same_bytes(
+    library: tuple[Library, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     folder = tmp_path / "music/lists"
     written = save(folder, "my list", REQUESTS[mode], *library)
     assert [file.name for file in written.files] == ["my list.json", "my list.m3u8", "my list.xspf"]
@@ -53,18 +57,22 @@ def test_it_is_read_and_made_again_with_the_same_bytes(library, tmp_path, monkey
     assert all(path.startswith("../artist ") and (folder / path).is_file() for path in paths)
 
 
-def test_a_newer_table_gives_a_newer_playlist_and_titles_do_not_matter(library, tmp_path):
+def test_a_newer_table_gives_a_newer_playlist_and_titles_do_not_matter(
+    library: tuple[Library, np.ndarray], tmp_path: Path
+) -> None:
     songs, vectors = library
     save(tmp_path / "lists", "near", Request(like=["Title 3"], count=5), songs, vectors)
     (saved,) = read_saved(tmp_path / "lists")
-    new = song_table(1).assign(path="new/1.flac", title="New", artists=[["New"]], duration=1.0)
+    new = song_table(1).assign(path="new/1.flac", title="New", artists=pd.Series([["New"]]), duration=1.0)
     table = pd.concat([songs.table.assign(title="Title 3"), new], ignore_index=True)
     text = remake(Library(table, songs.music), np.concatenate([vectors, vectors[3:4]]), saved)["near.m3u8"]
     assert text.splitlines()[4] == "../music/new/1.flac"
 
 
 @pytest.mark.parametrize("mode", ["like", "path", "radio", "songs"])
-def test_a_song_that_is_gone_is_an_error_that_names_the_playlist(library, tmp_path, mode):
+def test_a_song_that_is_gone_is_an_error_that_names_the_playlist(
+    library: tuple[Library, np.ndarray], tmp_path: Path, mode: str
+) -> None:
     songs, vectors = library
     save(tmp_path / "lists", "mine", REQUESTS[mode], songs, vectors)
     (saved,) = read_saved(tmp_path / "lists")
@@ -74,7 +82,9 @@ def test_a_song_that_is_gone_is_an_error_that_names_the_playlist(library, tmp_pa
         remake(smaller, vectors[left], saved)
 
 
-def test_where_one_song_is_gone_the_record_follows_those_that_moved_and_the_playlist_stays(library, tmp_path):
+def test_where_one_song_is_gone_the_record_follows_those_that_moved_and_the_playlist_stays(
+    library: tuple[Library, np.ndarray], tmp_path: Path
+) -> None:
     songs, vectors = library
     queue = [f"Title {n}" for n in range(6)]
     save(tmp_path / "lists", "queue", Request(songs=queue), songs, vectors)
@@ -93,7 +103,7 @@ def test_where_one_song_is_gone_the_record_follows_those_that_moved_and_the_play
     assert not again.problem
 
 
-def test_other_files_and_other_playlists_are_kept(library, tmp_path):
+def test_other_files_and_other_playlists_are_kept(library: tuple[Library, np.ndarray], tmp_path: Path) -> None:
     folder = tmp_path / "lists"
     save(folder, "mine", REQUESTS["songs"], *library)
     before = {file: file.read_bytes() for file in folder.iterdir()}
@@ -115,7 +125,7 @@ def test_other_files_and_other_playlists_are_kept(library, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../up", "line\nbreak", "x" * 201, " "])
-def test_a_name_that_is_no_file_name(library, tmp_path, name):
+def test_a_name_that_is_no_file_name(library: tuple[Library, np.ndarray], tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--save"):
         save(tmp_path / "lists", name, REQUESTS["songs"], *library)
     assert not (tmp_path / "lists").exists()
@@ -130,7 +140,9 @@ def test_a_name_that_is_no_file_name(library, tmp_path, name):
         lambda document: document.update(paths=3),
     ],
 )
-def test_a_damaged_request_is_named(library, tmp_path, change):
+def test_a_damaged_request_is_named(
+    library: tuple[Library, np.ndarray], tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
     save(tmp_path, "mine", REQUESTS["songs"], *library)
     document = json.loads((tmp_path / "mine.json").read_text())
     change(document)
@@ -140,7 +152,9 @@ def test_a_damaged_request_is_named(library, tmp_path, change):
 
 
 @pytest.mark.parametrize("failing", range(3))
-def test_a_failed_write_leaves_the_request_or_the_old_playlist(library, tmp_path, monkeypatch, failing):
+def test_a_failed_write_leaves_the_request_or_the_old_playlist(
+    library: tuple[Library, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
     save(tmp_path, "mine", REQUESTS["path"], *library)
     (old,) = read_saved(tmp_path)
     moves, replace = iter(range(10)), Path.replace
@@ -169,7 +183,9 @@ def test_a_failed_write_leaves_the_request_or_the_old_playlist(library, tmp_path
         (["--relative-to", "music/artist 3"], "album 1/11.flac"),
     ],
 )
-def test_paths_are_as_the_player_sees_them(library, tmp_path, monkeypatch, options, first):
+def test_paths_are_as_the_player_sees_them(
+    library: tuple[Library, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], first: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     base = ["--embeddings", "embeddings.parquet", "--radio", "Title 11", "--count", 4]
     command(*base, "--save", "mine", "--playlists", ".", *options)
@@ -182,7 +198,7 @@ def test_paths_are_as_the_player_sees_them(library, tmp_path, monkeypatch, optio
         assert (tmp_path / "other.m3u8").read_text().splitlines()[3:] == lines[3:]
 
 
-def test_the_command_refuses_two_ways_to_write_paths(tmp_path, capsys):
+def test_the_command_refuses_two_ways_to_write_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("--top", "--relative-to", tmp_path, "--path-prefix", "/mnt")
     assert "not allowed with" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The refresh command: only what is new is embedded, all else is kept bit for bit, and a kill leaves old or new."""
 
+import argparse
 import dataclasses
 import os
 import random
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mutagen
@@ -23,6 +25,7 @@ from simsiam_dali.config.load import load_config
 from simsiam_dali.embedding import refresh as embedding_refresh
 from simsiam_dali.embedding.records import FileRecord, records_path
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
+from simsiam_dali.packing.find import SongFile
 
 HOUR_AGO = time.time() - 3600
 SONGS = ("a/one.flac", "a/two.mp3", "b/three.flac", "b/four.ogg", "c/five.flac", "six.flac")
@@ -38,7 +41,7 @@ def run(home: Path, *options: object) -> None:
     refresh.run(parsed(home, *options))
 
 
-def parsed(home: Path, *options: object):
+def parsed(home: Path, *options: object) -> argparse.Namespace:
     words = [home / "music", "--out", home / "e.parquet", "--playlists", home / "playlists", "--device", "cpu"]
     return refresh.build_parser().parse_args([str(word) for word in (*words, *options)])
 
@@ -50,7 +53,7 @@ def content(home: Path) -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory, small_runs) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory, small_runs: dict[str, Path]) -> Path:
     """`music/` of six songs, and `e.parquet` made of it by `embed --music`."""
     home = tmp_path_factory.mktemp("template")
     for seed, name in enumerate(SONGS):
@@ -62,7 +65,7 @@ def template(tmp_path_factory, small_runs) -> Path:
 
 
 @pytest.fixture
-def home(tmp_path, template) -> Path:
+def home(tmp_path: Path, template: Path) -> Path:
     """A copy of the template that knows no other place."""
     home = Path(shutil.copytree(template, tmp_path / "home"))
     songs = read_embeddings(home / "e.parquet")
@@ -95,7 +98,9 @@ def change(music: Path) -> None:
     settle(*(p for p in music.rglob("*") if p.is_file() and p.stat().st_mtime > HOUR_AGO + 60), time_s=HOUR_AGO + 60)
 
 
-def test_everything_that_can_change(home, small_runs, capsys):
+def test_everything_that_can_change(
+    home: Path, small_runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = read_embeddings(home / "e.parquet")
     change(home / "music")
     write_song(home / "music/fresh.flac", 22, 5)
@@ -116,6 +121,8 @@ def test_everything_that_can_change(home, small_runs, capsys):
     old, new = vectors(before), vectors(songs)
     for now, then in {"a/two.mp3": "a/two.mp3", "moved.flac": "a/one.flac", "six.flac": "six.flac"}.items():
         assert new[now] == old[then]
+    assert before.within is not None
+    assert songs.within is not None
     assert before.within.freedom < songs.within.freedom  # pooled with that of the two songs that were embedded
 
     # The same as embedding the whole folder.
@@ -131,7 +138,9 @@ def test_everything_that_can_change(home, small_runs, capsys):
     assert not list(home.glob(".e.parquet.packed"))
 
 
-def test_songs_behind_a_link_that_leads_nowhere_now_are_kept(home, tmp_path, capsys):
+def test_songs_behind_a_link_that_leads_nowhere_now_are_kept(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Their disk may not be mounted."""
     elsewhere, link = tmp_path / "disk", home / "music/more"
     for seed in (30, 31):
@@ -147,16 +156,18 @@ def test_songs_behind_a_link_that_leads_nowhere_now_are_kept(home, tmp_path, cap
     assert "more: cannot be read: No such file or directory" in capsys.readouterr().out
 
 
-def test_a_changed_song_that_cannot_be_read_now_keeps_its_vector(home, capsys, monkeypatch):
+def test_a_changed_song_that_cannot_be_read_now_keeps_its_vector(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     changed = home / "music/six.flac"
     write_song(changed, 40, 5)
     settle(changed, time_s=HOUR_AGO + 60)
     before, decode = vectors(read_embeddings(home / "e.parquet")), embedding_refresh.decode
 
-    def fails(files, *_):
+    def fails(files: list[SongFile], *_: object) -> embedding_refresh.Decoded:
         return embedding_refresh.Decoded(None, {file.name: failed(file) for file in files})
 
-    def failed(file) -> FileRecord:
+    def failed(file: SongFile) -> FileRecord:
         return FileRecord(file.name, file.bytes, file.mtime_ns, "", "the disk did not answer", retry=True)
 
     monkeypatch.setattr(embedding_refresh, "decode", fails)
@@ -169,7 +180,7 @@ def test_a_changed_song_that_cannot_be_read_now_keeps_its_vector(home, capsys, m
     assert {path for path, vector in after.items() if vector != before[path]} == {"six.flac"}
 
 
-def test_a_song_that_is_overwritten_by_something_else_is_gone(home, capsys):
+def test_a_song_that_is_overwritten_by_something_else_is_gone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "music/six.flac").write_bytes(b"<html>a failed download")
     settle(home / "music/six.flac", time_s=HOUR_AGO + 60)
     run(home)
@@ -178,7 +189,7 @@ def test_a_song_that_is_overwritten_by_something_else_is_gone(home, capsys):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_nothing_changed_nothing_is_written(home, again, monkeypatch):
+def test_nothing_changed_nothing_is_written(home: Path, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if again:  # after a refresh that found a file to refuse
         change(home / "music")
         run(home)
@@ -190,7 +201,9 @@ def test_nothing_changed_nothing_is_written(home, again, monkeypatch):
     assert content(home) == before
 
 
-def test_a_table_without_records_takes_those_of_its_shards(tmp_path, small_shards, small_runs, monkeypatch):
+def test_a_table_without_records_takes_those_of_its_shards(
+    tmp_path: Path, small_shards: Path, small_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, music = tmp_path / "e.parquet", small_shards.parent / "music"
     words = ["--checkpoint", small_runs["simsiam"], "--out", out, "--device", "cpu"]
     embed.run(embed.build_parser().parse_args([str(word) for word in words]))
@@ -202,7 +215,9 @@ def test_a_table_without_records_takes_those_of_its_shards(tmp_path, small_shard
 
 
 @pytest.mark.parametrize(("kind", "options"), [("simsiam", []), ("simple", ["--replace"])])
-def test_a_table_that_is_not_there_or_may_be_replaced_is_made(home, small_runs, kind, options):
+def test_a_table_that_is_not_there_or_may_be_replaced_is_made(
+    home: Path, small_runs: dict[str, Path], kind: str, options: list[str]
+) -> None:
     if not options:
         (home / "e.parquet").unlink()
     run(home, "--checkpoint", small_runs[kind], *options)
@@ -212,8 +227,12 @@ def test_a_table_that_is_not_there_or_may_be_replaced_is_made(home, small_runs, 
     np.testing.assert_allclose(made.unit() @ made.unit().T, whole.unit() @ whole.unit().T, atol=1e-3)
 
 
-def lose(names: tuple[str, ...]):
-    return lambda home: [(home / "music" / name).unlink() for name in names]
+def lose(names: tuple[str, ...]) -> Callable[[Path], object]:
+    def unlink(home: Path) -> None:
+        for name in names:
+            (home / "music" / name).unlink()
+
+    return unlink
 
 
 def unknown_files(home: Path) -> None:
@@ -232,7 +251,9 @@ def unknown_files(home: Path) -> None:
         (lambda home: (home / "e.parquet").write_bytes(b"no table"), [], "is damaged or holds no embeddings"),
     ],
 )
-def test_refused_and_nothing_is_changed(home, small_runs, damage, options, words):
+def test_refused_and_nothing_is_changed(
+    home: Path, small_runs: dict[str, Path], damage: Callable[[Path], object], options: list[str], words: str
+) -> None:
     damage(home)
     before = content(home)
     with pytest.raises(UserError, match=words):
@@ -241,7 +262,7 @@ def test_refused_and_nothing_is_changed(home, small_runs, damage, options, words
 
 
 @pytest.mark.parametrize("other", [{"rows": "segments"}, {"features": "mfcc"}, {"table_version": "1"}])
-def test_a_table_of_something_else_is_refused(home, other):
+def test_a_table_of_something_else_is_refused(home: Path, other: dict[str, str]) -> None:
     songs = read_embeddings(home / "e.parquet")
     made_by = songs.provenance | other
     write_embeddings(home / "e.parquet", dataclasses.replace(songs, provenance=made_by))
@@ -249,13 +270,13 @@ def test_a_table_of_something_else_is_refused(home, other):
         run(home)
 
 
-def test_replace_drops_what_is_gone(home):
+def test_replace_drops_what_is_gone(home: Path) -> None:
     lose(SONGS[:5])(home)
     run(home, "--replace")
     assert read_embeddings(home / "e.parquet").table["path"].tolist() == ["six.flac"]
 
 
-def test_what_cannot_be_read_now_is_kept(home, capsys):
+def test_what_cannot_be_read_now_is_kept(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = vectors(read_embeddings(home / "e.parquet"))
     (home / "music/six.flac").unlink()
     (home / "music/six.flac").symlink_to("on a disk that is away.wav")
@@ -266,7 +287,7 @@ def test_what_cannot_be_read_now_is_kept(home, capsys):
     assert "unread    six.flac" in capsys.readouterr().out
 
 
-def test_ratings_override_tags_and_stay(home):
+def test_ratings_override_tags_and_stay(home: Path) -> None:
     ratings = home / "ratings.csv"
     ratings.write_text("path,rating\nsix.flac,1.0\na/two.mp3,0.6\n")
     before = read_embeddings(home / "e.parquet")
@@ -279,7 +300,7 @@ def test_ratings_override_tags_and_stay(home):
     assert vectors(songs)["six.flac"] == vectors(before)["six.flac"]
 
 
-def test_an_empty_rating_removes_that_of_the_table_and_of_the_tags(home):
+def test_an_empty_rating_removes_that_of_the_table_and_of_the_tags(home: Path) -> None:
     ratings = home / "ratings.csv"
     ratings.write_text("path,rating\nsix.flac,1.0\na/one.flac,0.6\n")
     run(home, "--ratings", ratings)
@@ -294,7 +315,7 @@ def test_an_empty_rating_removes_that_of_the_table_and_of_the_tags(home):
     assert {path: rating for path, rating in rated.items() if rating == rating} == {"a/one.flac": 0.6}
 
 
-def test_a_dry_run_writes_nothing(home, capsys):
+def test_a_dry_run_writes_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(home / "music")
     before = content(home)
     run(home, "--dry-run")
@@ -309,7 +330,7 @@ def save(home: Path, name: str, *request: object) -> None:
     recommend.run(recommend.build_parser().parse_args([str(word) for word in words]))
 
 
-def test_saved_playlists_follow(home, capsys):
+def test_saved_playlists_follow(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, song in {"moves": "a/one.flac", "goes": "b/four.ogg"}.items():
         save(home, name, "--like", home / "music" / song, "--count", 9)
     before = content(home)
@@ -327,7 +348,9 @@ def test_saved_playlists_follow(home, capsys):
     assert content(home) == after
 
 
-def test_a_playlist_that_is_newer_than_the_table_is_left_alone_and_one_that_is_missing_is_made(home, monkeypatch):
+def test_a_playlist_that_is_newer_than_the_table_is_left_alone_and_one_that_is_missing_is_made(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(home, "near", "--like", home / "music/a/one.flac")
     playlist = home / "playlists/near.m3u8"
     before = playlist.read_bytes()
@@ -341,7 +364,13 @@ def test_a_playlist_that_is_newer_than_the_table_is_left_alone_and_one_that_is_m
 
 
 @pytest.mark.parametrize("new", [1, 2])
-def test_training_again_is_advised_above_a_fifth(home, new, small_runs, capsys, monkeypatch):
+def test_training_again_is_advised_above_a_fifth(
+    home: Path,
+    new: int,
+    small_runs: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(refresh, "never_trained_on", lambda *_: new)
     run(home)
     printed = capsys.readouterr().out
@@ -356,7 +385,7 @@ def test_training_again_is_advised_above_a_fifth(home, new, small_runs, capsys, 
         assert not run_dir.exists()
 
 
-def test_a_full_disk_of_the_playlists_changes_nothing(home):
+def test_a_full_disk_of_the_playlists_changes_nothing(home: Path) -> None:
     """They are on another file system than the table, too."""
     with small_disk(home / "playlists", "64k") as folder:
         save(home, "near", "--like", home / "music/a/two.mp3", "--count", 9)
@@ -383,7 +412,7 @@ refresh.main()
 """
 
 
-def test_killed_at_any_moment_table_and_playlists_are_the_old_ones_or_the_new(home):
+def test_killed_at_any_moment_table_and_playlists_are_the_old_ones_or_the_new(home: Path) -> None:
     """Ten kills, each before a write, rename or removal: one of each commit's moves, the others drawn at random."""
     save(home, "near", "--like", home / "music/a/two.mp3", "--count", 9)
     old = files_of(home)
@@ -395,7 +424,7 @@ def test_killed_at_any_moment_table_and_playlists_are_the_old_ones_or_the_new(ho
         """Refresh in a process that is killed before its file-system call of this number; its return code."""
         code = KILLED.format(kill=KILL_AT.format(number=number, log=str(log)))
         words = [home / "music", "--out", home / "e.parquet", "--playlists", home / "playlists", "--device", "cpu"]
-        return fork_server.run([sys.executable, "-c", code, *words], home).returncode
+        return fork_server.run([sys.executable, "-c", code, *map(str, words)], home).returncode
 
     assert refreshed(-1) == 0
     calls, new = log.read_text().splitlines(), files_of(home)

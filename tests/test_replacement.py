@@ -37,7 +37,7 @@ OLD = {"table": "old", "lists/a": "old", "lists/.mine": "old"}
 NEW = {"table": "new", "lists/a": "new", "lists/b": "new", "lists/.mine": "old"}
 
 
-def test_killed_before_any_file_system_call_it_is_all_old_or_all_new(tmp_path):
+def test_killed_before_any_file_system_call_it_is_all_old_or_all_new(tmp_path: Path) -> None:
     outcomes = []
     for number in range(100):
         home = tmp_path / str(number)
@@ -59,7 +59,7 @@ def test_killed_before_any_file_system_call_it_is_all_old_or_all_new(tmp_path):
     assert sum(is_committed for _, is_committed, _ in outcomes) >= 4  # before each of three moves, and before the end
 
 
-def test_nothing_is_replaced_without_commit_and_a_second_one_is_refused(tmp_path):
+def test_nothing_is_replaced_without_commit_and_a_second_one_is_refused(tmp_path: Path) -> None:
     lay_out(tmp_path)
     with Replacement(tmp_path / "table") as replacement:
         replacement.stage(tmp_path / "table").write_text("new")
@@ -68,14 +68,14 @@ def test_nothing_is_replaced_without_commit_and_a_second_one_is_refused(tmp_path
     assert state(tmp_path) == OLD
 
 
-def test_a_damaged_journal_is_refused_in_one_line(tmp_path):
+def test_a_damaged_journal_is_refused_in_one_line(tmp_path: Path) -> None:
     lay_out(tmp_path)
     (tmp_path / ".table.commit").write_text("[")
     with pytest.raises(UserError, match="is damaged"):
         finish_commit(tmp_path / "table")
 
 
-def test_what_a_link_leads_to_is_replaced_and_keeps_its_permissions(tmp_path):
+def test_what_a_link_leads_to_is_replaced_and_keeps_its_permissions(tmp_path: Path) -> None:
     lay_out(tmp_path)
     (tmp_path / "synced").mkdir()
     (tmp_path / "synced/a").write_text("old")
@@ -91,7 +91,7 @@ def test_what_a_link_leads_to_is_replaced_and_keeps_its_permissions(tmp_path):
 
 
 @pytest.mark.parametrize("drop", [True, False])
-def test_behind_a_link_nothing_is_left_of_what_was_not_committed(tmp_path, drop):
+def test_behind_a_link_nothing_is_left_of_what_was_not_committed(tmp_path: Path, drop: bool) -> None:
     lay_out(tmp_path)
     (tmp_path / "synced").mkdir()
     (tmp_path / "lists/b").symlink_to("../synced/b")

@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def loader_of(shards: ShardSet) -> Loader:
 
 
 @pytest.mark.usefixtures("bucket")
-def test_batches_and_states_are_those_of_the_same_shards_on_the_disk(small_shards):
+def test_batches_and_states_are_those_of_the_same_shards_on_the_disk(small_shards: Path) -> None:
     remote, local = open_shards(ADDRESS), open_shards(small_shards)
     assert remote.fingerprint == local.fingerprint
     loader = loader_of(remote)
@@ -96,7 +97,7 @@ def test_batches_and_states_are_those_of_the_same_shards_on_the_disk(small_shard
     assert not list(remote.root.glob("*.tar"))  # DALI reads them where they are
 
 
-def test_a_sample_damaged_there_is_skipped_and_listed_in_the_cache(bucket, small_shards):
+def test_a_sample_damaged_there_is_skipped_and_listed_in_the_cache(bucket: fs.FileSystem, small_shards: Path) -> None:
     name = "train-000000.tar"
     words = (small_shards / name).with_suffix(".idx").read_text().splitlines()[3].split()
     content = bytearray((small_shards / name).read_bytes())
@@ -111,7 +112,7 @@ def test_a_sample_damaged_there_is_skipped_and_listed_in_the_cache(bucket, small
     assert open_shards(ADDRESS).root == shards.root
 
 
-def test_refused_in_one_line(bucket):
+def test_refused_in_one_line(bucket: fs.FileSystem) -> None:
     with pytest.raises(UserError, match=r"^no shards at s3://music/sets: put what"):
         open_shards("s3://music/sets")
     with pytest.raises(UserError, match=r"^s3://nobody/x cannot be listed"):
@@ -126,10 +127,11 @@ def test_refused_in_one_line(bucket):
 
 @pytest.mark.faults
 @pytest.mark.usefixtures("bucket")
-def test_a_run_on_them_is_the_run_on_the_disk(small_shards, tmp_path):
+def test_a_run_on_them_is_the_run_on_the_disk(small_shards: Path, tmp_path: Path) -> None:
     over = {"mlflow__enabled": "false", "encoder__epochs": 1}
     runs = []
-    for name, place in (("disk", small_shards), ("s3", ADDRESS)):
+    places: dict[str, Any] = {"disk": small_shards, "s3": ADDRESS}
+    for name, place in places.items():
         done = running.run(running.command(tmp_path, place, "--run-name", name, **over), tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         runs.append(running.losses(tmp_path / "runs" / name))

@@ -1,7 +1,9 @@
 """Songs as the server sends them: files as they are, other formats as a WAV, and any part of both."""
 
 import io
+from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -17,9 +19,10 @@ SECONDS = 3.0
 ENCODERS = {"alac.m4a": ("alac", "s16p"), "wma": ("wmav2", "fltp"), "tta": ("tta", "s16")}
 
 
-def write_encoded(path, codec: str, sample_format: str, pcm: np.ndarray) -> None:
+def write_encoded(path: Path, codec: str, sample_format: str, pcm: np.ndarray) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE, layout="mono")
+        assert isinstance(stream, av.AudioStream)
         stream.bit_rate = 64_000
         resampler = av.AudioResampler(sample_format, "mono", RATE, stream.codec_context.frame_size or 4096)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(pcm.T), "fltp", "mono")
@@ -29,7 +32,7 @@ def write_encoded(path, codec: str, sample_format: str, pcm: np.ndarray) -> None
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Songs 0 to 4 of formats that browsers play, then AIFF and others that they do not."""
     folder = tmp_path_factory.mktemp("audio")
     table = write_library(folder, songs=5 + 1 + len(ENCODERS), seconds=SECONDS)
@@ -52,7 +55,7 @@ OTHERS = range(5, 6 + len(ENCODERS))
 
 
 @pytest.mark.parametrize(("song", "media_type"), list(enumerate(["flac", "mpeg", "ogg", "wav", "mp4"])))
-def test_what_browsers_play_is_sent_as_it_is_and_in_parts(client, song, media_type):
+def test_what_browsers_play_is_sent_as_it_is_and_in_parts(client: Client, song: int, media_type: str) -> None:
     whole = client.get(f"/audio/{song}")
     assert whole.header("content-type") == f"audio/{media_type}"
     assert whole.body == (client.library.music / client.library.table["path"][song]).read_bytes()
@@ -62,7 +65,7 @@ def test_what_browsers_play_is_sent_as_it_is_and_in_parts(client, song, media_ty
 
 
 @pytest.mark.parametrize("song", OTHERS)
-def test_other_formats_are_decoded_to_a_wav_of_the_same_sound(client, song):
+def test_other_formats_are_decoded_to_a_wav_of_the_same_sound(client: Client, song: int) -> None:
     answer = client.get(f"/audio/{song}")
     assert (answer.status, answer.header("content-type")) == (200, "audio/wav")
     assert int(answer.header("content-length")) == len(answer.body)
@@ -78,11 +81,13 @@ def test_other_formats_are_decoded_to_a_wav_of_the_same_sound(client, song):
 
 @pytest.mark.parametrize("song", OTHERS)
 @pytest.mark.parametrize("wanted", ["bytes=0-99", "bytes=40-60", "bytes=65536-90001", "bytes=60002-"])
-def test_a_part_of_a_decoded_song_is_that_part_of_the_whole(client, song, wanted):
+def test_a_part_of_a_decoded_song_is_that_part_of_the_whole(client: Client, song: int, wanted: str) -> None:
     """Exactly, but for WMA, whose packets have inexact times: up to 0.1 s away."""
     whole = client.get(f"/audio/{song}").body
     part = client.get(f"/audio/{song}", range=wanted)
-    start, end = byte_range(wanted, len(whole))
+    asked = byte_range(wanted, len(whole))
+    assert asked is not None
+    start, end = asked
     assert part.status == 206
     assert part.header("content-range") == f"bytes {start}-{end - 1}/{len(whole)}"
     assert len(part.body) == end - start
@@ -96,27 +101,27 @@ def test_a_part_of_a_decoded_song_is_that_part_of_the_whole(client, song, wanted
 
 
 @pytest.mark.parametrize("song", [0, 4])
-def test_a_browser_that_does_not_play_a_file_gets_a_wav(client, song):
+def test_a_browser_that_does_not_play_a_file_gets_a_wav(client: Client, song: int) -> None:
     answer = client.get(f"/audio/{song}", query="wav=1")
     heard, rate = sf.read(io.BytesIO(answer.body))
     assert rate == RATE
     assert len(heard) == pytest.approx(SECONDS * RATE, abs=4096)
 
 
-def test_a_part_beyond_the_end_is_refused_with_the_length(client):
+def test_a_part_beyond_the_end_is_refused_with_the_length(client: Client) -> None:
     size = len(client.get("/audio/5").body)
     answer = client.get("/audio/5", range=f"bytes={size}-")
     assert (answer.status, answer.header("content-range")) == (416, f"bytes */{size}")
 
 
-def test_head_tells_the_length_without_a_body(client):
+def test_head_tells_the_length_without_a_body(client: Client) -> None:
     for song in (0, 5):
         answer = client.request("HEAD", f"/audio/{song}")
         assert answer.status == 200
         assert int(answer.header("content-length")) > 1000
 
 
-def test_a_damaged_or_missing_song_is_refused_in_one_line(tmp_path):
+def test_a_damaged_or_missing_song_is_refused_in_one_line(tmp_path: Path) -> None:
     client = Client(write_library(tmp_path, songs=3, seconds=0.5))
     files = [client.library.music / path for path in client.library.table["path"]]
     files[0].write_bytes(b"nothing that is audio" * 50)
@@ -129,7 +134,7 @@ def test_a_damaged_or_missing_song_is_refused_in_one_line(tmp_path):
     client.close()
 
 
-def test_a_song_that_ends_early_is_filled_with_silence(tmp_path):
+def test_a_song_that_ends_early_is_filled_with_silence(tmp_path: Path) -> None:
     """An AIFF whose header promises more than its file has: as many bytes come as were announced."""
     client = Client(write_library(tmp_path, songs=1))
     path = client.library.music / "artist 0/album 0/0.aiff"
@@ -144,7 +149,7 @@ def test_a_song_that_ends_early_is_filled_with_silence(tmp_path):
     client.close()
 
 
-def test_stereo_stays_stereo_and_high_rates_are_lowered(tmp_path):
+def test_stereo_stays_stereo_and_high_rates_are_lowered(tmp_path: Path) -> None:
     client = Client(write_library(tmp_path, songs=1))
     path = client.library.music / client.library.table["path"][0]
     write_audio(path, sound(0, 1.0, 96000, 2), 96000)
@@ -160,5 +165,5 @@ def test_stereo_stays_stereo_and_high_rates_are_lowered(tmp_path):
      ("bytes=-30", (0, 10)), ("bytes=3-99", (3, 10)), ("bytes=4-3", None), ("items=0-1", None),
      ("bytes=0-1,4-5", None), ("bytes=-0", (10, 10)), ("bytes=10-", (10, 10))],
 )  # fmt: skip
-def test_ranges(header, part):
+def test_ranges(header: str, part: tuple[int, int] | None) -> None:
     assert byte_range(header, 10) == part

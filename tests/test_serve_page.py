@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.image
 import numpy as np
@@ -24,9 +25,14 @@ from helpers.small_music import environment
 from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.packing.ratings import RatingsFile
 
-webdriver = pytest.importorskip("selenium.webdriver")
-By = pytest.importorskip("selenium.webdriver.common.by").By
-Wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+if TYPE_CHECKING:
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait as Wait
+else:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    By = pytest.importorskip("selenium.webdriver.common.by").By
+    Wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -78,6 +84,7 @@ def server(table: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chrome"]:
     options = webdriver.ChromeOptions()
+    assert CHROMIUM is not None
     options.binary_location = CHROMIUM
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
@@ -95,7 +102,7 @@ class Page:
         chrome.get(url)
         self.until("document.documentElement.dataset.ready")
 
-    def js(self, expression: str, *arguments: object):
+    def js(self, expression: str, *arguments: object) -> Any:
         return self.chrome.execute_script(f"return {expression}", *arguments)
 
     def until(self, expression: str, *arguments: object) -> None:
@@ -132,14 +139,14 @@ class Page:
 
 
 @pytest.fixture
-def page(chrome, server) -> Iterator[Page]:
+def page(chrome: "webdriver.Chrome", server: Server) -> Iterator[Page]:
     chrome.get_log("browser")  # what other tests left
     page = Page(chrome, server.url)
     yield page
     assert [line for line in chrome.get_log("browser") if line["level"] == "SEVERE"] == []
 
 
-def test_one_line_tells_the_address_and_what_is_served(server, table):
+def test_one_line_tells_the_address_and_what_is_served(server: Server, table: Path) -> None:
     music = re.escape(str(table.parent / "music"))
     assert re.fullmatch(
         rf"http://127\.0\.0\.1:\d+/ serves {SONGS} songs, {SONGS} of their files found in {music}; Ctrl-C ends it\n",
@@ -147,7 +154,7 @@ def test_one_line_tells_the_address_and_what_is_served(server, table):
     )
 
 
-def test_the_map_is_drawn_and_a_click_on_it_plays(page):
+def test_the_map_is_drawn_and_a_click_on_it_plays(page: Page) -> None:
     shown = page.colours()
     page.chrome.execute_script("document.getElementById('points').hidden = true")
     assert shown > page.colours() + 20  # the points have colours of their own, and edges
@@ -174,13 +181,13 @@ def test_the_map_is_drawn_and_a_click_on_it_plays(page):
 
 
 @pytest.mark.parametrize("by", ["genre", "artist", "folder", "decade", "year", "rating", "cluster"])
-def test_the_map_is_coloured_by_what_is_chosen(page, by):
+def test_the_map_is_coloured_by_what_is_chosen(page: Page, by: str) -> None:
     page.chrome.find_element(By.ID, "colour").send_keys(by)
     page.until("document.querySelector('#legend b').textContent === arguments[0]", by)
     assert page.js("document.querySelectorAll('#legend li').length") > 2
 
 
-def test_search_finds_words_in_any_order_without_accents_and_case(page):
+def test_search_finds_words_in_any_order_without_accents_and_case(page: Page) -> None:
     assert page.search("ÁRTIST 3 title 27") == ["Title 27"]
     titles = page.search("title 3")
     assert titles[0] == "Title 3"
@@ -188,7 +195,7 @@ def test_search_finds_words_in_any_order_without_accents_and_case(page):
     assert page.search("nothing like it") == []
 
 
-def test_every_format_plays_to_its_end_and_the_queue_plays_on(page):
+def test_every_format_plays_to_its_end_and_the_queue_plays_on(page: Page) -> None:
     for number in range(5):
         page.select(number)
         page.until("document.getElementById('audio').currentTime > 0.2")
@@ -203,7 +210,7 @@ def test_every_format_plays_to_its_end_and_the_queue_plays_on(page):
     page.until("document.getElementById('audio').currentTime > 0.1")
 
 
-def test_a_path_leads_from_one_song_to_the_other(page):
+def test_a_path_leads_from_one_song_to_the_other(page: Page) -> None:
     page.select(1)
     page.press("path")
     page.select(2)
@@ -213,7 +220,7 @@ def test_a_path_leads_from_one_song_to_the_other(page):
     assert len(titles) == len(set(titles)) == 12
 
 
-def test_a_radio_of_twenty_songs_that_goes_on(page):
+def test_a_radio_of_twenty_songs_that_goes_on(page: Page) -> None:
     page.select(7)
     page.press("radio")
     page.until("document.getElementById('queue-name').textContent === 'Radio (21)'")
@@ -225,7 +232,7 @@ def test_a_radio_of_twenty_songs_that_goes_on(page):
     page.until(f"document.getElementById('queue-name').textContent === 'Radio ({SONGS})'")  # all that are left
 
 
-def test_keys_play_pause_search_and_move(page):
+def test_keys_play_pause_search_and_move(page: Page) -> None:
     page.select(4)
     page.until("!document.getElementById('audio').paused")
     page.js("document.activeElement.blur()")
@@ -240,7 +247,7 @@ def test_keys_play_pause_search_and_move(page):
     assert page.js("document.querySelectorAll('#list li').length") == 25
 
 
-def test_a_rating_survives_a_restart_and_is_read_by_packing(chrome, table):
+def test_a_rating_survives_a_restart_and_is_read_by_packing(chrome: "webdriver.Chrome", table: Path) -> None:
     """Given by key; and the songs whose rating tells most, of which it is none then."""
     first = Server(table)
     page = Page(chrome, first.url)
@@ -258,8 +265,8 @@ def test_a_rating_survives_a_restart_and_is_read_by_packing(chrome, table):
     songs = read_song_embeddings(table)
     music = Path(songs.provenance["music"])
     read = RatingsFile.read(table.with_name("ratings.csv"), music)
-    path, title, artists = songs.table.loc[10, ["path", "title", "artists"]]
-    assert read.lookup(music / path, title, artists) == 0.8
+    song: Any = songs.table.loc[10]
+    assert read.lookup(music / song["path"], song["title"], song["artists"]) == 0.8
     second = Server(table)
     page = Page(chrome, second.url)
     page.select(10)
@@ -267,7 +274,7 @@ def test_a_rating_survives_a_restart_and_is_read_by_packing(chrome, table):
     assert second.stop() == (0, "\n")
 
 
-def test_the_queue_is_saved_as_a_playlist_and_read_back(page, table):
+def test_the_queue_is_saved_as_a_playlist_and_read_back(page: Page, table: Path) -> None:
     page.search("title 3")
     page.press("add-all")
     titles = page.titles("queue")
@@ -283,7 +290,7 @@ def test_the_queue_is_saved_as_a_playlist_and_read_back(page, table):
     assert page.titles("list") == titles
 
 
-def test_a_playlist_of_that_name_is_replaced_only_when_asked(chrome, server):
+def test_a_playlist_of_that_name_is_replaced_only_when_asked(chrome: "webdriver.Chrome", server: Server) -> None:
     page = Page(chrome, server.url)
     for text, replaces in (("title 20", False), ("title 21", True)):
         page.search(text)
@@ -298,7 +305,7 @@ def test_a_playlist_of_that_name_is_replaced_only_when_asked(chrome, server):
     chrome.get_log("browser")  # the refused request is logged
 
 
-def test_a_format_that_browsers_do_not_play_is_heard(chrome, tmp_path):
+def test_a_format_that_browsers_do_not_play_is_heard(chrome: "webdriver.Chrome", tmp_path: Path) -> None:
     table = with_map(write_library(tmp_path, 12, seconds=3.0))
     music = tmp_path / "music"
     song = music / read_song_embeddings(table).table["path"][0]
@@ -314,7 +321,7 @@ def test_a_format_that_browsers_do_not_play_is_heard(chrome, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(page, scheme):
+def test_axe_finds_nothing_serious(page: Page, scheme: str) -> None:
     axe = pytest.importorskip("axe_core_python")
     script = (Path(axe.__file__).parent / "axe.min.js").read_text("utf-8")
     features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -329,7 +336,7 @@ def test_axe_finds_nothing_serious(page, scheme):
     page.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_a_token_opens_the_page_once_and_is_gone_from_its_address(chrome, table):
+def test_a_token_opens_the_page_once_and_is_gone_from_its_address(chrome: "webdriver.Chrome", table: Path) -> None:
     server = Server(table, "--token", "a-token-of-the-tests")
     assert server.url.endswith("/?token=a-token-of-the-tests")
     page = Page(chrome, server.url)
@@ -341,8 +348,10 @@ def test_a_token_opens_the_page_once_and_is_gone_from_its_address(chrome, table)
     assert server.stop() == (0, "\n")
 
 
-def test_a_busy_port_is_one_line(server, table):
-    port = re.search(r":(\d+)/", server.url)[1]
+def test_a_busy_port_is_one_line(server: Server, table: Path) -> None:
+    found = re.search(r":(\d+)/", server.url)
+    assert found
+    port = found[1]
     command = [sys.executable, "-m", "simsiam_dali.serve", table.name, "--port", port]
     done = subprocess.run(command, cwd=table.parent, capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stdout) == (1, "")
@@ -358,7 +367,7 @@ def running() -> list[str]:
     return commands
 
 
-def test_ctrl_c_ends_it_while_a_song_is_read_and_the_map_is_computed(table, tmp_path):
+def test_ctrl_c_ends_it_while_a_song_is_read_and_the_map_is_computed(table: Path, tmp_path: Path) -> None:
     """A client that reads slowly, and a UMAP of another table: neither keeps the server or a process running."""
     own = tmp_path / table.name
     shutil.copy(table, own)

@@ -52,7 +52,7 @@ def run(tmp_path: Path, script: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_a_radio_stops_after_five_songs_that_do_not_play(tmp_path):
+def test_a_radio_stops_after_five_songs_that_do_not_play(tmp_path: Path) -> None:
     """As when the music's disk is away; it says so once, and tries again when a song is chosen."""
     result = run(tmp_path, """
 let asked = 0;
@@ -73,7 +73,7 @@ const result = {first, loads: audio.loads.length, problems};
     assert result["problems"][4] == last
 
 
-def test_songs_that_do_not_play_are_passed_over_while_others_play(tmp_path):
+def test_songs_that_do_not_play_are_passed_over_while_others_play(tmp_path: Path) -> None:
     result = run(tmp_path, """
 const player = new Player(audio, async () => []);
 listen(player);
@@ -97,14 +97,14 @@ player.play([1, 2], true);
 
 @pytest.mark.parametrize("then", ["player.play([10, 11])", "player.clear()", "player.play([10, 11], true)"])
 @pytest.mark.parametrize("late", ["answer([3])", "refuse(new Error('late'))"])
-def test_what_was_asked_for_an_earlier_radio_is_dropped(tmp_path, then, late):
+def test_what_was_asked_for_an_earlier_radio_is_dropped(tmp_path: Path, then: str, late: str) -> None:
     script = f"{QUEUES} {then}; const before = [...player.queue]; waiting[0].{late}; await later(10);"
     result = run(tmp_path, f"{script} const result = {{before, queue: player.queue, problems}};")
     assert result["queue"] == result["before"]
     assert result["problems"] == []
 
 
-def test_a_new_radio_is_extended_while_an_earlier_one_waits_for_songs(tmp_path):
+def test_a_new_radio_is_extended_while_an_earlier_one_waits_for_songs(tmp_path: Path) -> None:
     result = run(tmp_path, f"""{QUEUES}
 player.play([10, 11], true);
 player.start(1); // asks no second time

@@ -4,8 +4,10 @@ import csv
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers.evaluation_tables import song_table
 from helpers.served import Client, write_library
@@ -18,29 +20,31 @@ from simsiam_dali.serving.ratings import Ratings
 
 
 @pytest.fixture
-def table():
+def table() -> pd.DataFrame:
     return song_table(10)  # songs 0 and 5 are unrated
 
 
 @pytest.fixture
-def music(tmp_path):
+def music(tmp_path: Path) -> Path:
     return tmp_path / "music"
 
 
-def packed(source: Path, table, music: Path) -> list[float | None]:
+def packed(source: Path, table: pd.DataFrame, music: Path) -> list[float | None]:
     """What `make_shards --ratings` takes for each song of the table."""
     ratings = RatingsFile.read(source, music)
     rows = zip(table["path"], table["title"], table["artists"], strict=True)
     return [ratings.lookup(music / path, title, artists) for path, title, artists in rows]
 
 
-def test_a_rating_is_kept_read_by_packing_and_there_at_the_next_start(tmp_path, table, music):
+def test_a_rating_is_kept_read_by_packing_and_there_at_the_next_start(
+    tmp_path: Path, table: pd.DataFrame, music: Path
+) -> None:
     source = tmp_path / "new folder" / "ratings.csv"
     ratings = Ratings(source, table, music)
     assert not source.exists()
     for row, stars in ((0, 5), (5, 0), (1, 1), (0, 4)):  # the last one replaces the first
         assert ratings.rate(row, stars / 5) == pytest.approx(stars / 5)
-    expected = [None] * 10
+    expected: list[float | None] = [None] * 10
     expected[0], expected[1], expected[5] = 0.8, 0.2, 0.0
     assert packed(source, table, music) == expected
     again = Ratings(source, table, music).values
@@ -48,13 +52,17 @@ def test_a_rating_is_kept_read_by_packing_and_there_at_the_next_start(tmp_path, 
     np.testing.assert_array_equal(again[[2, 3, 4]], table["rating"].iloc[[2, 3, 4]])  # those of the tags
 
 
-def test_ratings_of_no_more_than_one_star_are_not_read_as_five(tmp_path, table, music):
+def test_ratings_of_no_more_than_one_star_are_not_read_as_five(
+    tmp_path: Path, table: pd.DataFrame, music: Path
+) -> None:
     source = tmp_path / "ratings.csv"
     Ratings(source, table, music).rate(0, 1 / 5)
     assert packed(source, table, music)[0] == pytest.approx(0.2)
 
 
-def test_a_removed_rating_is_unrated_here_for_packing_and_at_the_next_start(tmp_path, table, music):
+def test_a_removed_rating_is_unrated_here_for_packing_and_at_the_next_start(
+    tmp_path: Path, table: pd.DataFrame, music: Path
+) -> None:
     """Whether it was given here, or is that of the tag, which packing or a refresh wrote into the table."""
     source = tmp_path / "ratings.csv"
     ratings = Ratings(source, table, music)
@@ -77,7 +85,9 @@ def test_a_removed_rating_is_unrated_here_for_packing_and_at_the_next_start(tmp_
         ("path,rating\nartist 2/album 0/2.flac,5\nartist 2/album 0/2.flac,\n", {2: 1.0}),
     ],
 )
-def test_ratings_that_were_there_stay(tmp_path, table, music, text, kept):
+def test_ratings_that_were_there_stay(
+    tmp_path: Path, table: pd.DataFrame, music: Path, text: str, kept: dict[int, float]
+) -> None:
     """Of any scale, delimiter, order and way to name songs, with columns and songs that are not known here."""
     source = tmp_path / "ratings.csv"
     source.write_text(text, encoding="utf-8")
@@ -94,7 +104,7 @@ def test_ratings_that_were_there_stay(tmp_path, table, music, text, kept):
     assert packed(source, table, music) == [0.6, before[1], 0.2, *before[3:]]
 
 
-def test_a_row_of_the_same_song_is_changed_and_not_repeated(tmp_path, table, music):
+def test_a_row_of_the_same_song_is_changed_and_not_repeated(tmp_path: Path, table: pd.DataFrame, music: Path) -> None:
     source = tmp_path / "ratings.csv"
     source.write_text(f"path,rating\n{music}/artist 0/album 0/0.flac,0.4\n")
     ratings = Ratings(source, table, music)
@@ -103,7 +113,9 @@ def test_a_row_of_the_same_song_is_changed_and_not_repeated(tmp_path, table, mus
     assert len(source.read_text().splitlines()) == 2
 
 
-def test_a_song_whose_file_name_is_not_utf8_is_known_by_its_title(tmp_path, table, music):
+def test_a_song_whose_file_name_is_not_utf8_is_known_by_its_title(
+    tmp_path: Path, table: pd.DataFrame, music: Path
+) -> None:
     file = Path(os.fsdecode(os.fsencode(music / "artist 0") + b"/\xe9.flac"))
     file.parent.mkdir(parents=True)
     file.touch()
@@ -125,7 +137,9 @@ def test_a_song_whose_file_name_is_not_utf8_is_known_by_its_title(tmp_path, tabl
         (b"title\n", "header"),
     ],
 )
-def test_a_file_that_is_no_such_csv_is_refused_and_left_alone(tmp_path, table, music, content, reason):
+def test_a_file_that_is_no_such_csv_is_refused_and_left_alone(
+    tmp_path: Path, table: pd.DataFrame, music: Path, content: bytes, reason: str
+) -> None:
     source = tmp_path / "ratings.csv"
     source.write_bytes(content)
     with pytest.raises(UserError, match=reason):
@@ -134,7 +148,7 @@ def test_a_file_that_is_no_such_csv_is_refused_and_left_alone(tmp_path, table, m
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xef\xbb\xbf", b"rating;path\n"])
-def test_a_file_without_ratings_is_filled(tmp_path, table, music, content):
+def test_a_file_without_ratings_is_filled(tmp_path: Path, table: pd.DataFrame, music: Path, content: bytes) -> None:
     source = tmp_path / "ratings.csv"
     source.write_bytes(content)
     ratings = Ratings(source, table, music)
@@ -143,7 +157,7 @@ def test_a_file_without_ratings_is_filled(tmp_path, table, music, content):
     assert packed(source, table, music) == [0.4] + [None] * 9
 
 
-def test_columns_of_one_name_keep_their_values(tmp_path, table, music):
+def test_columns_of_one_name_keep_their_values(tmp_path: Path, table: pd.DataFrame, music: Path) -> None:
     source = tmp_path / "ratings.csv"
     source.write_text("path,note,note,rating,Rating\nelsewhere/x.mp3,one,two,3,5\n")
     Ratings(source, table, music).rate(0, 0.4)
@@ -155,7 +169,9 @@ def test_columns_of_one_name_keep_their_values(tmp_path, table, music):
 
 @pytest.mark.parametrize("end", [b"\r\n", b"\n"])
 @pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
-def test_line_ends_and_a_byte_order_mark_stay(tmp_path, table, music, mark, end):
+def test_line_ends_and_a_byte_order_mark_stay(
+    tmp_path: Path, table: pd.DataFrame, music: Path, mark: bytes, end: bytes
+) -> None:
     source = tmp_path / "ratings.csv"
     lines = [b"path,title,artist,rating", b'a.mp3,"two', b'lines",A,0.5', b""]
     source.write_bytes(mark + end.join(lines))
@@ -166,7 +182,9 @@ def test_line_ends_and_a_byte_order_mark_stay(tmp_path, table, music, mark, end)
     assert source.read_bytes() == mark + end.join([*lines[:-1], own, b""])
 
 
-def test_a_path_that_begins_or_ends_with_a_space_is_rated_in_one_row(tmp_path, table, music):
+def test_a_path_that_begins_or_ends_with_a_space_is_rated_in_one_row(
+    tmp_path: Path, table: pd.DataFrame, music: Path
+) -> None:
     table.loc[[0, 1, 2], "path"] = [" first.flac", "last.flac ", "last.flac"]
     source = tmp_path / "ratings.csv"
     ratings = Ratings(source, table, music)
@@ -176,17 +194,24 @@ def test_a_path_that_begins_or_ends_with_a_space_is_rated_in_one_row(tmp_path, t
     np.testing.assert_array_equal(Ratings(source, table, music).values[:3], [0.8, 1.0, 0.6])
 
 
-def test_a_rating_parses_the_file_once(tmp_path, table, music, monkeypatch):
+def test_a_rating_parses_the_file_once(
+    tmp_path: Path, table: pd.DataFrame, music: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "ratings.csv"
     ratings = Ratings(source, table, music)
     ratings.rate(0, 0.4)
     parsed, reader = [], csv.reader
-    monkeypatch.setattr(csv, "reader", lambda *args, **options: parsed.append(args) or reader(*args, **options))
+
+    def noted(*args: Any, **options: Any) -> Any:
+        parsed.append(args)
+        return reader(*args, **options)
+
+    monkeypatch.setattr(csv, "reader", noted)
     ratings.rate(1, 0.2)
     assert len(parsed) == 1
 
 
-def test_a_saved_playlist_is_chosen_by_the_ratings_given_on_the_page(tmp_path):
+def test_a_saved_playlist_is_chosen_by_the_ratings_given_on_the_page(tmp_path: Path) -> None:
     client = Client(write_library(tmp_path, seconds=0.3))
     library = client.library.search().library
     liked = Request(like=[str(library.file(1))], min_rating=0.95, count=30)
@@ -205,7 +230,9 @@ def test_a_saved_playlist_is_chosen_by_the_ratings_given_on_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"path,rating\na,0.5,lost\n", b"\xff\xfe\0"])
-def test_a_file_that_became_unreadable_is_left_alone(tmp_path, table, music, content):
+def test_a_file_that_became_unreadable_is_left_alone(
+    tmp_path: Path, table: pd.DataFrame, music: Path, content: bytes
+) -> None:
     source = tmp_path / "ratings.csv"
     ratings = Ratings(source, table, music)
     ratings.rate(0, 0.4)
@@ -216,7 +243,9 @@ def test_a_file_that_became_unreadable_is_left_alone(tmp_path, table, music, con
     assert [file.name for file in tmp_path.iterdir()] == ["ratings.csv"]
 
 
-def test_a_failed_write_leaves_the_ratings_as_they_were(tmp_path, table, music, monkeypatch):
+def test_a_failed_write_leaves_the_ratings_as_they_were(
+    tmp_path: Path, table: pd.DataFrame, music: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "ratings.csv"
     ratings = Ratings(source, table, music)
     ratings.rate(0, 0.4)

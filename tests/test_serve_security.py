@@ -2,6 +2,8 @@
 
 import os
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from helpers.served import HOST, Client, with_map, write_library
@@ -20,25 +22,25 @@ ALL_ROUTES = [(method, path) for method, paths in ROUTES.items() for path in pat
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_map(write_library(tmp_path_factory.mktemp("served"), seconds=0.3))
 
 
 @pytest.fixture(scope="module")
-def client(table):
+def client(table: Path) -> Iterator[Client]:
     client = Client(table)
     yield client
     client.close()
 
 
 @pytest.fixture(scope="module")
-def guarded(table):
+def guarded(table: Path) -> Iterator[Client]:
     client = Client(table, token=TOKEN)
     yield client
     client.close()
 
 
-def test_answers_have_the_policy_and_no_cors_headers(client):
+def test_answers_have_the_policy_and_no_cors_headers(client: Client) -> None:
     for method, path in [*ALL_ROUTES, ("GET", "/nothing")]:
         answer = client.request(method, path, [("host", "other.example")] if path == "/nothing" else [])
         assert answer.header("content-security-policy") == POLICY
@@ -48,7 +50,7 @@ def test_answers_have_the_policy_and_no_cors_headers(client):
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json", "/static/", "/static/index.html", "/api/"])
-def test_there_are_no_routes_beside_those_of_the_page(client, path):
+def test_there_are_no_routes_beside_those_of_the_page(client: Client, path: str) -> None:
     assert client.get(path).status == 404
 
 
@@ -57,16 +59,16 @@ def test_there_are_no_routes_beside_those_of_the_page(client, path):
     ["evil.example:8710", "127.0.0.1", "127.0.0.1:80", "127.0.0.1:8710.evil.example", "localhost.evil.example:8710", "",
      "[::1", ":8710", "127.0.0.1:8710@evil.example", "0.0.0.0:8710"],
 )  # fmt: skip
-def test_a_wrong_host_is_refused_on_every_route(client, host):
+def test_a_wrong_host_is_refused_on_every_route(client: Client, host: str) -> None:
     assert {client.request(method, path, [("host", host)]).status for method, path in ALL_ROUTES} == {421}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8710", "localhost:8710", "[::1]:8710"])
-def test_the_names_of_this_machine_are_accepted(client, host):
+def test_the_names_of_this_machine_are_accepted(client: Client, host: str) -> None:
     assert client.get("/", host=host).status == 200
 
 
-def test_two_host_headers_are_refused(client):
+def test_two_host_headers_are_refused(client: Client) -> None:
     assert client.request("GET", "/", [("host", HOST), ("host", HOST)]).status == 421
 
 
@@ -77,11 +79,11 @@ def test_two_host_headers_are_refused(client):
      ("nas.local", "nas.local:8710", True), ("::1", "[::1]:8710", True), ("NAS.local", "nas.local:8710", True),
      ("nas.local", "NAS.Local:8710", True), ("FE80::A", "[fe80::a]:8710", True), ("LocalHost", "127.0.0.1:8710", True)],
 )  # fmt: skip
-def test_a_server_of_another_address_accepts_its_own_names(listening, host, accepted):
+def test_a_server_of_another_address_accepts_its_own_names(listening: str, host: str, accepted: bool) -> None:
     assert Address(listening, 8710).accepts(host) == accepted
 
 
-def test_the_case_of_a_host_does_not_count(table):
+def test_the_case_of_a_host_does_not_count(table: Path) -> None:
     client = Client(table, address=Address("NAS.local", 8710))
     body = {"song": 0, "rating": None}
     assert client.get("/", host="nas.local:8710").status == 200
@@ -93,14 +95,14 @@ def test_the_case_of_a_host_does_not_count(table):
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1:8710", "http://127.0.0.1:80", ""])
 @pytest.mark.parametrize("path", ROUTES["POST"])
-def test_a_write_of_another_origin_is_refused(client, path, origin):
+def test_a_write_of_another_origin_is_refused(client: Client, path: str, origin: str) -> None:
     before = client.get("/api/songs").json()["rating"]
     body = b'{"song": 0, "rating": 1}'
     assert client.request("POST", path, [("origin", origin)], body).status == 403
     assert client.get("/api/songs").json()["rating"] == before
 
 
-def test_a_write_without_an_origin_is_refused(client):
+def test_a_write_without_an_origin_is_refused(client: Client) -> None:
     assert {client.request("POST", path, without_origin=True).status for path in ROUTES["POST"]} == {403}
 
 
@@ -108,19 +110,19 @@ def test_a_write_without_an_origin_is_refused(client):
 @pytest.mark.parametrize(
     "cookie", [None, "simsiam_dali_8710=wrong", f"other={TOKEN}", "simsiam_dali_8710=", "\xff=;;,"]
 )
-def test_without_the_token_every_route_is_refused(guarded, method, path, cookie):
+def test_without_the_token_every_route_is_refused(guarded: Client, method: str, path: str, cookie: str | None) -> None:
     headers = [("cookie", cookie)] if cookie else []
     assert guarded.request(method, path, headers).status == 401
 
 
 @pytest.mark.parametrize("query", ["", "token=", "token=wrong", f"token={TOKEN}x", f"Token={TOKEN}", f"x={TOKEN}"])
-def test_a_wrong_token_in_the_url_is_refused(guarded, query):
+def test_a_wrong_token_in_the_url_is_refused(guarded: Client, query: str) -> None:
     answer = guarded.get("/", query=query)
     assert answer.status == 401
     assert not answer.header("set-cookie")
 
 
-def test_the_first_visit_sets_a_cookie_that_opens_the_rest(guarded):
+def test_the_first_visit_sets_a_cookie_that_opens_the_rest(guarded: Client) -> None:
     first = guarded.get("/", query=f"token={TOKEN}")
     assert first.status == 200
     cookie, *attributes = first.header("set-cookie").split("; ")
@@ -135,7 +137,7 @@ def test_the_first_visit_sets_a_cookie_that_opens_the_rest(guarded):
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),
      ("192.168.1.5", False), ("nas.local", False), ("LocalHost", True)],
 )  # fmt: skip
-def test_which_hosts_need_a_token(host, local):
+def test_which_hosts_need_a_token(host: str, local: bool) -> None:
     assert is_loopback(host) == local
 
 
@@ -145,18 +147,18 @@ def test_which_hosts_need_a_token(host, local):
      "/audio/1e0", "/static/../app.py", "/static//etc/passwd", "/static/../../embeddings.parquet", "//etc/passwd",
      "/static/..\\app.py", "/audio/0/../../x", "/audio/99999999999999999999"],
 )  # fmt: skip
-def test_paths_lead_to_no_file(client, path):
+def test_paths_lead_to_no_file(client: Client, path: str) -> None:
     assert client.get(path).status in (404, 422)
 
 
 @pytest.mark.parametrize("name", ["../mine", "/absolute/mine", ".hidden", "a/b", "", "a\0b", "\ud800", "x" * 201, " x"])
-def test_a_playlist_stays_in_its_folder(client, table, name):
+def test_a_playlist_stays_in_its_folder(client: Client, table: Path, name: str) -> None:
     before = sorted(os.walk(table.parent))
     assert client.post("/api/playlists", {"name": name, "songs": [1, 2]}).status in (409, 422)
     assert sorted(os.walk(table.parent)) == before
 
 
-def test_a_link_out_of_the_music_folder_is_refused(tmp_path):
+def test_a_link_out_of_the_music_folder_is_refused(tmp_path: Path) -> None:
     table = write_library(tmp_path, songs=3, seconds=0.3)
     music = tmp_path / "music"
     client = Client(table)
@@ -177,7 +179,7 @@ def test_a_link_out_of_the_music_folder_is_refused(tmp_path):
     client.close()
 
 
-def test_a_large_body_is_refused(client):
+def test_a_large_body_is_refused(client: Client) -> None:
     assert client.request("POST", "/api/ratings", [("content-length", str(MAX_BODY + 1))]).status == 413
     assert client.request("POST", "/api/ratings", [("content-length", "1e9")]).status == 413
     assert client.request("POST", "/api/radio", [], b"[" * (MAX_BODY + 1)).status == 413
@@ -209,7 +211,7 @@ HEADERS = ("host", "origin", "cookie", "content-length", "if-range", "accept", "
 HEADER_VALUES = ("", "a", HOST, "null", "0", "-5", "é", "x" * 3000, "a=b;;=", "\x00")
 
 
-def fuzzed(rng: random.Random):
+def fuzzed(rng: random.Random) -> tuple[str, str, list[tuple[str, str]], bytes, str]:
     """A request of which each part is right, a little wrong, or nonsense."""
     method, path = rng.choice(METHODS), rng.choice(rng.choice(list(ROUTES.values())))
     if rng.random() < 0.4:
@@ -222,7 +224,7 @@ def fuzzed(rng: random.Random):
     body = "{" + ",".join(f'"{rng.choice(NAMES)}":{rng.choice(VALUES)}' for _ in range(rng.randrange(5))) + "}"
     if path in FORMS and rng.random() < 0.7:
         body = FORMS[path] % (rng.choice(VALUES), rng.choice(VALUES))
-    headers = []
+    headers: list[tuple[str, str]] = []
     if method != "GET" and rng.random() < 0.9:
         headers.append(("content-type", rng.choice(CONTENT_TYPES)))
     if rng.random() < 0.3:
@@ -233,9 +235,10 @@ def fuzzed(rng: random.Random):
     return method, path, headers, raw if method != "GET" else b"", query
 
 
-def test_ten_thousand_requests_of_nonsense_are_no_error(client, caplog):
+def test_ten_thousand_requests_of_nonsense_are_no_error(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     """No exception leaves the application (a server would answer 500 with a traceback), and no status is 500."""
-    rng, counts = random.Random(0), {}
+    rng = random.Random(0)
+    counts: dict[int, int] = {}
     for _ in range(10_000):
         wanted = fuzzed(rng)
         answer = client.request(*wanted)

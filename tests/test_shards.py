@@ -11,6 +11,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,10 +58,10 @@ def test_tables_say_what_the_shards_hold(packed: Path) -> None:
     assert shards.songs["artists"][0] == ["Artist 0"]
     assert [sorted(starts) for starts in shards.segments.groupby("song")["start"].apply(list)] == [[0, 2, 3]] * 6
     for split in ("train", "val"):
-        assert [tar.name for tar in shards.tars(split)] == [
+        assert [Path(tar).name for tar in shards.tars(split)] == [
             f"{split}-{n:06d}.tar" for n in range(-(-shards.count(split) // 5))
         ]
-        assert [i.name for i in shards.indexes(split)] == [t.stem + ".idx" for t in shards.tars(split)]
+        assert [i.name for i in shards.indexes(split)] == [Path(t).stem + ".idx" for t in shards.tars(split)]
     assert shards.tars("test") == []
     by_song = shards.segments.groupby("song")["split"].unique()
     assert [list(splits) for splits in by_song] == [[split] for split in shards.songs["split"]]
@@ -84,14 +85,15 @@ def test_dali_reads_audio_and_rows(packed: Path) -> None:
     shards = open_shards(packed)
 
     @pipeline_def(batch_size=3, num_threads=1, device_id=None)
-    def graph():
-        audio, row = fn.readers.webdataset(
+    def graph() -> tuple[object, ...]:
+        segments: Any = fn.readers.webdataset(  # two outputs, as `ext` names two
             paths=[str(tar) for tar in shards.tars("train")],
             index_paths=[str(index) for index in shards.indexes("train")],
             ext=[shards.codec, "row"],
             dtypes=[types.UINT8, types.INT64],
             missing_component_behavior="error",
         )
+        audio, row = segments
         pcm, rate = fn.decoders.audio(audio, dtype=types.FLOAT, downmix=True)
         return pcm, rate, row
 
@@ -246,7 +248,7 @@ def test_a_replacement_cut_short_anywhere_leaves_one_whole_set(packed: Path, tmp
     old, new = content(packed), content(smaller)
     assert len(new) < len(old)
 
-    outcomes = []
+    outcomes: list[bool] = []
     finished = False
     while not finished:
         out = Path(shutil.copytree(packed, tmp_path / f"out-{len(outcomes)}"))

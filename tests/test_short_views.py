@@ -23,7 +23,7 @@ from simsiam_dali.training.data import create_loader, log_mel_settings, seconds_
 HALF = SHORT / 2
 BRIEF = 1.2  # s
 
-WITH_SHORT = {"short_views": 2, "short_seconds": HALF}
+WITH_SHORT: dict[str, Any] = {"short_views": 2, "short_seconds": HALF}
 SMALL = [
     "encoder.simsiam.backbone=resnet18",
     "encoder.simsiam.backbone_width=8",
@@ -55,8 +55,8 @@ def test_short_views_come_from_places_of_their_own_and_leave_the_others_as_they_
     for where in middle[2:]:
         assert where.min() < 0.15 * LONG
         assert where.max() > 0.85 * LONG
-    for a, b in ((0, 2), (0, 3), (2, 3)):
-        assert np.abs(middle[a] - middle[b]).mean() > 0.2 * LONG  # a third of the length, for two uniform places
+    for i, j in ((0, 2), (0, 3), (2, 3)):
+        assert np.abs(middle[i] - middle[j]).mean() > 0.2 * LONG  # a third of the length, for two uniform places
 
 
 def test_every_augmentation_is_drawn_for_each_and_time_masks_are_as_much_shorter(tmp_path: Path) -> None:

@@ -236,16 +236,16 @@ def test_year_threshold_is_inclusive(threshold: int, expected: set[tuple[int, in
     assert pairs(loss_fn.positives(*tags(5, years=[1990, 1990, 1988, 1986, 1983]))) == expected
 
 
-def song_table(tmp_path: Path, *songs: dict[str, object]) -> pd.DataFrame:
+def song_table(tmp_path: Path, *songs: dict[str, Any]) -> pd.DataFrame:
     """A song table as packing writes and training reads it."""
     unrated = {"rating": math.nan, "duration": 60.0, "sample_rate": 16000, "channels": 1, "split": "train"}
     blank = {"path": "", "other_paths": [], "title": "", "audio_hash": "", "note": "", "genres": []} | unrated
-    tagless = {"artists": [], "albums": [], "album_artist": "", "year": None}
+    tagless: dict[str, Any] = {"artists": [], "albums": [], "album_artist": "", "year": None}
     write_table(tmp_path / SONGS, [blank | tagless | song for song in songs])
     return read_table(tmp_path / SONGS)
 
 
-def matches(tmp_path: Path, by: str, *songs: dict[str, object]) -> set[tuple[int, int]]:
+def matches(tmp_path: Path, by: str, *songs: dict[str, Any]) -> set[tuple[int, int]]:
     labels = SongLabels.from_songs(song_table(tmp_path, *songs), np.arange(len(songs)))
     loss_fn = create_loss(**{f"use_{name}": name == by for name in SWITCHES})
     return pairs(loss_fn.positives(*labels.of(torch.arange(len(songs)))))

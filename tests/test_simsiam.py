@@ -53,6 +53,7 @@ def weights(tmp_path: Path) -> Path:
     for module in resnet.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
+            assert module.running_mean is not None
             nn.init.normal_(module.running_mean, std=0.1)
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pt")
     return tmp_path / "resnet18.pt"
@@ -102,7 +103,9 @@ def test_statistics_of_a_map_with_known_values() -> None:
     in_frequency = torch.tensor([0.0, 6.0]).repeat(2)[:, None].expand(4, 6)
     found = statistics(torch.stack([in_time, in_frequency])[None].bfloat16())
     mean, deviation, most, change = [1, 3], [1, 0], [2, 6], [2, 0]
-    expected = [torch.tensor(own, dtype=torch.float32) / np.linalg.norm(own) for own in (mean, deviation, most, change)]
+    expected = [
+        torch.tensor(own, dtype=torch.float32) / float(np.linalg.norm(own)) for own in (mean, deviation, most, change)
+    ]
     torch.testing.assert_close(found, torch.cat(expected)[None])
 
 
@@ -258,7 +261,9 @@ def test_no_gradient_flows_into_the_projections_as_targets() -> None:
     simsiam_loss((p1, p2), (z1, z2)).backward()
     assert z1.grad is None
     assert z2.grad is None
+    assert p1.grad is not None
     assert p1.grad.abs().sum() > 0
+    assert p2.grad is not None
     assert p2.grad.abs().sum() > 0
 
 
@@ -268,7 +273,9 @@ def test_the_encoder_learns_through_the_predictor_only() -> None:
     def stem_gradient(predictions: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
         model.zero_grad()
         simsiam_loss(predictions, targets).backward()
-        return model.backbone.conv1.weight.grad.clone()
+        gradient = model.backbone.conv1.weight.grad
+        assert gradient is not None
+        return gradient.clone()
 
     p1, p2, z1, z2 = model(*views())
     constants = (z1.detach().clone(), z2.detach().clone())

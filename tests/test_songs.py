@@ -5,7 +5,9 @@ import io
 import itertools
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import mutagen
@@ -133,8 +135,8 @@ def test_libsndfile_is_not_used_where_it_decodes_no_more(tmp_path: Path) -> None
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(8192) + content[len(content) // 2 + 8192 :])
     by_ffmpeg, by_libsndfile = FFmpegAudio(path), decoding.LibsndfileAudio(path)
-    for audio in (by_ffmpeg, by_libsndfile):
-        assert max(map(len, audio.blocks())) < 2 * BLOCK
+    for each in (by_ffmpeg, by_libsndfile):
+        assert max(map(len, each.blocks())) < 2 * BLOCK
     assert by_ffmpeg.seconds == pytest.approx(by_libsndfile.seconds, abs=0.05)
     assert by_ffmpeg.seconds < 7.7
     _, audio = decode(path)
@@ -164,7 +166,7 @@ def test_mpeg_audio_is_left_to_ffmpeg(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 def test_a_disk_that_fails_is_not_the_end_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FailingDisk(io.FileIO):
-        def readinto(self, buffer) -> int | None:
+        def readinto(self, buffer: Any) -> int | None:
             if self.tell() > 20_000:
                 raise OSError(errno.EIO, "Input/output error")
             return super().readinto(buffer)
@@ -220,7 +222,7 @@ def test_segments_cover_the_song(samples: int, expected: list[tuple[int, int]], 
 def test_cutting_never_holds_the_whole_song() -> None:
     taken = 0
 
-    def endless():
+    def endless() -> Iterator[np.ndarray]:
         nonlocal taken
         while True:
             taken += 1
@@ -287,7 +289,7 @@ def test_the_pyav_that_may_be_installed_has_what_opens_a_song() -> None:
     assert Requirement(line).specifier.contains("18.1.0")
 
 
-def test_a_rate_that_no_recording_has_is_refused(tmp_path):
+def test_a_rate_that_no_recording_has_is_refused(tmp_path: Path) -> None:
     """A damaged header: libswresample's filter from 50 MHz to 16 kHz does not fit in memory."""
     header = bytearray(write_audio(tmp_path / "a.wav", sound(1, 0.5)).read_bytes())
     header[24:28] = (50_353_698).to_bytes(4, "little")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,12 @@ def test_the_command_asks_for_material_for_what_it_measures(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asked: list[int] = []
-    monkeypatch.setattr(material, "packed_generated", lambda least, *_: (asked.append(least), small_shards)[1])
+
+    def packed(least: int, *_: object) -> Path:
+        asked.append(least)
+        return small_shards
+
+    monkeypatch.setattr(material, "packed_generated", packed)
     throughput.Bench(throughput.build_parser().parse_args(["--device", "cpu", *options]))
     assert asked == [segments]
 
@@ -254,7 +259,11 @@ def test_a_stage_and_its_children_stand_still_between_windows(tmp_path: Path) ->
 
 
 def test_a_stage_that_cannot_open_is_one_clear_error_and_does_not_stop_the_others() -> None:
-    stages = {"broken": (broken, ("no such thing",)), "vanishing": (vanishing, ()), "good": (numbers, ())}
+    stages: dict[str, tuple[Callable[..., Stage], tuple[str, ...]]] = {
+        "broken": (broken, ("no such thing",)),
+        "vanishing": (vanishing, ()),
+        "good": (numbers, ()),
+    }
     windows, errors = interleaved(stages, 2, 0.0, say=lambda _: None)
     # Batches of two: one and two more to warm up, one before each window, one in it.
     assert {name: [w.segments for w in came] for name, came in windows.items()} == {"good": [[8, 9], [12, 13]]}
@@ -361,7 +370,7 @@ def test_a_baselines_clean_view_is_the_graphs(small_shards: Path, tiny: Config, 
     shards, spec = open_shards(small_shards), LogMel(n_mels=16, mean=-20.0, std=20.0)
     graph = create_loader(whole, shards, spec, World(0, 1, CPU), "train", "clean")
     ours = next(iter(graph))
-    theirs = {row: view for view, _, row in Segments(shards, views(full, spec, 3.0))}
+    theirs = {row: view for view, _, row in iter(Segments(shards, views(full, spec, 3.0)))}
     for view, row in zip(ours.inputs[0], ours.segment.tolist(), strict=True):
         torch.testing.assert_close(theirs[row], view, rtol=1e-3, atol=1e-3)
 
@@ -393,9 +402,9 @@ def test_the_command_measures_and_writes_the_documented_json(small_shards: Path,
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     done = fork_server.run(
         [
-            *(*forked_stages("throughput.py"), "--shards", small_shards, "--device", "cpu"),
+            *(*forked_stages("throughput.py"), "--shards", str(small_shards), "--device", "cpu"),
             *("--stages", "loader/train", "train", "--seconds", "0.05", "--batch-size", "4", "--threads", "1"),
-            *("--view-seconds", "1.5", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png", *sets),
+            *("--view-seconds", "1.5", "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png"), *sets),
         ]
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -485,7 +494,7 @@ def test_ratios_are_of_the_stages() -> None:
         "loader/train": 50,
         "model": 40,
     }
-    entries = {name: {"samples_per_s": value} for name, value in rate.items()}
+    entries: dict[str, dict[str, float]] = {name: {"samples_per_s": value} for name, value in rate.items()}
     entries["train"] = {"samples_per_s": 38, "data_wait_share": 0.01}
     expected = {"light_over_baseline": 2, "all_over_full": 5, "train_over_slower": 0.95, "data_wait_share": 0.01}
     assert document.ratios(entries) == pytest.approx(expected)

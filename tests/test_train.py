@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
     return train(tmp_path_factory.mktemp("whole"), small_shards)
 
 
-def test_one_seed_gives_the_same_losses_and_another_does_not(whole, tmp_path, small_shards):
+def test_one_seed_gives_the_same_losses_and_another_does_not(whole: Path, tmp_path: Path, small_shards: Path) -> None:
     (tmp_path / "again").mkdir()
     again = train(tmp_path / "again", small_shards)
     assert losses(again) == losses(whole)
@@ -42,7 +42,9 @@ def test_one_seed_gives_the_same_losses_and_another_does_not(whole, tmp_path, sm
 
 
 @pytest.mark.parametrize("checkpoint_every", [0, 2])
-def test_killed_and_resumed_is_as_if_never_stopped(whole, tmp_path, small_shards, checkpoint_every):
+def test_killed_and_resumed_is_as_if_never_stopped(
+    whole: Path, tmp_path: Path, small_shards: Path, checkpoint_every: int
+) -> None:
     """SIGKILL in the first epoch, at its end, and in the last one; the losses, scores and weights come out the same."""
     total = max(losses(whole))
     over = {"mlflow__enabled": "false", "train__checkpoint_every": checkpoint_every}
@@ -75,7 +77,7 @@ sys.exit(train.main())
 """
 
 
-def test_a_model_that_draws_random_numbers_is_resumed_with_the_same(tmp_path, small_shards):
+def test_a_model_that_draws_random_numbers_is_resumed_with_the_same(tmp_path: Path, small_shards: Path) -> None:
     """As one with dropout would; SimSiam's and simple's draw none."""
     over = {"mlflow__enabled": "false", "encoder__epochs": 2, "train__checkpoint_every": 1}
     drawn = []
@@ -96,7 +98,9 @@ def test_a_model_that_draws_random_numbers_is_resumed_with_the_same(tmp_path, sm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_in_the_middle_of_an_epoch(whole, tmp_path, small_shards, number):
+def test_a_signal_saves_in_the_middle_of_an_epoch(
+    whole: Path, tmp_path: Path, small_shards: Path, number: signal.Signals
+) -> None:
     args = command(tmp_path, small_shards, mlflow__enabled="false", train__log_every=100)
     process = start([args[0], "-c", PATIENT, *args[3:]], tmp_path)
     while not list(tmp_path.glob("runs/*/checkpoint.pt")) and process.poll() is None:
@@ -115,7 +119,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(whole, tmp_path, small_shards,
     assert losses(run_dir) == losses(whole)
 
 
-def test_what_a_run_writes(whole):
+def test_what_a_run_writes(whole: Path) -> None:
     written = {p.name for p in whole.iterdir()}
     assert written == {".lock", "checkpoint.pt", "checkpoint.previous.pt", "config.yaml", "curves.png", "metrics.jsonl"}
     assert load_config(whole / "config.yaml").encoder.batch_size == TINY["encoder.batch_size"]
@@ -131,20 +135,22 @@ def test_what_a_run_writes(whole):
     assert all(-1 <= loss <= 1 for loss in losses(whole).values())
 
 
-def test_the_checkpoint_holds_the_data_set_s_statistics(whole):
+def test_the_checkpoint_holds_the_data_set_s_statistics(whole: Path) -> None:
     saved = checkpoint.load(whole / checkpoint.FILE_NAME)
     assert -90 < saved["log_mel"]["mean"] < 40
     assert 5 < saved["log_mel"]["std"] < 40
 
 
-def test_the_predictor_s_rate_stays_and_the_encoder_s_falls(whole):
+def test_the_predictor_s_rate_stays_and_the_encoder_s_falls(whole: Path) -> None:
     encoder, predictor = checkpoint.load(whole / checkpoint.FILE_NAME)["learner"]["optimizer"]["param_groups"]
-    base = load_config(whole / "config.yaml").encoder.simsiam.learning_rate * TINY["encoder.batch_size"] / 256
+    batch = TINY["encoder.batch_size"]
+    assert isinstance(batch, int)
+    base = load_config(whole / "config.yaml").encoder.simsiam.learning_rate * batch / 256
     assert predictor["lr"] == pytest.approx(base)
     assert encoder["lr"] < 0.05 * base
 
 
-def test_learning_rates_follow_the_cosine_and_the_warm_up():
+def test_learning_rates_follow_the_cosine_and_the_warm_up() -> None:
     settings = load_config(
         assignments=["encoder.epochs=10", "encoder.simsiam.warmup_epochs=2", "encoder.simsiam.learning_rate=0.05"]
     )
@@ -168,19 +174,21 @@ def test_learning_rates_follow_the_cosine_and_the_warm_up():
         (("encoder.learning_rate=0.004",), 0.008),
     ],
 )
-def test_the_base_learning_rate_is_the_type_s_own_unless_one_is_given_for_all(assignments, base):
+def test_the_base_learning_rate_is_the_type_s_own_unless_one_is_given_for_all(
+    assignments: tuple[str, ...], base: float
+) -> None:
     rate, fixed = learning_rates(load_config(assignments=assignments), 0, 100, 512)
     assert rate == pytest.approx(base)
     assert fixed == pytest.approx(base)
 
 
-def test_fix_predictor_lr_off_marks_no_group():
+def test_fix_predictor_lr_off_marks_no_group() -> None:
     settings = load_config(assignments=["encoder.simsiam.fix_predictor_lr=false", "encoder.simsiam.backbone=resnet18"])
     optimizer = create_optimizer(settings, encoder_type(settings).create())
     assert not any(group["fix_lr"] for group in optimizer.param_groups)
 
 
-def test_mlflow_holds_parameters_tags_metrics_and_files(tmp_path, small_shards):
+def test_mlflow_holds_parameters_tags_metrics_and_files(tmp_path: Path, small_shards: Path) -> None:
     done = run(command(tmp_path, small_shards, "--run-name", "tracked", encoder__epochs=1), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -204,7 +212,7 @@ def test_mlflow_holds_parameters_tags_metrics_and_files(tmp_path, small_shards):
     assert files == {"config.yaml", "checkpoint.pt", "curves.png"}
 
 
-def test_without_mlflow_it_is_not_imported(tmp_path, small_shards):
+def test_without_mlflow_it_is_not_imported(tmp_path: Path, small_shards: Path) -> None:
     args = command(tmp_path, small_shards, mlflow__enabled="false", encoder__epochs=1)
     code = """
 import sys
@@ -219,7 +227,7 @@ finally:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_no_epoch_leaves_a_data_graph_behind(tmp_path, small_shards):
+def test_no_epoch_leaves_a_data_graph_behind(tmp_path: Path, small_shards: Path) -> None:
     script = """
 import gc, sys
 from simsiam_dali import train
@@ -247,7 +255,7 @@ def changed_shards(folder: Path, shards: Path) -> Path:
     return folder / "shards"
 
 
-def test_refused_no_shards(tmp_path):
+def test_refused_no_shards(tmp_path: Path) -> None:
     assert "no such folder; make them with python -m simsiam_dali.pack" in refusal(
         command(tmp_path, tmp_path / "nowhere"), tmp_path
     )
@@ -255,20 +263,20 @@ def test_refused_no_shards(tmp_path):
     assert "no shards in" in refusal(command(tmp_path, tmp_path / "empty"), tmp_path)
 
 
-def test_refused_a_missing_index(tmp_path, small_shards):
+def test_refused_a_missing_index(tmp_path: Path, small_shards: Path) -> None:
     shards = changed_shards(tmp_path, small_shards)
     (shards / "train-000000.idx").unlink()
     assert "train-000000.idx is missing" in refusal(command(tmp_path, shards), tmp_path)
 
 
-def test_refused_another_format_version(tmp_path, small_shards):
+def test_refused_another_format_version(tmp_path: Path, small_shards: Path) -> None:
     shards = changed_shards(tmp_path, small_shards)
     manifest = json.loads((shards / "manifest.json").read_text())
     (shards / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
     assert "format version 99" in refusal(command(tmp_path, shards), tmp_path)
 
 
-def test_refused_a_shard_changed_since_packing(tmp_path, small_shards):
+def test_refused_a_shard_changed_since_packing(tmp_path: Path, small_shards: Path) -> None:
     shards = changed_shards(tmp_path, small_shards)
     content = bytearray((shards / "train-000000.tar").read_bytes())
     content[len(content) // 2] ^= 1
@@ -276,18 +284,18 @@ def test_refused_a_shard_changed_since_packing(tmp_path, small_shards):
     assert "has changed since packing" in refusal(command(tmp_path, shards), tmp_path)
 
 
-def test_refused_a_batch_larger_than_the_data_set(tmp_path, small_shards):
+def test_refused_a_batch_larger_than_the_data_set(tmp_path: Path, small_shards: Path) -> None:
     line = refusal(command(tmp_path, small_shards, encoder__batch_size=500), tmp_path)
     assert "a batch of 500 is larger than the data set" in line
     assert "--batch-size" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-def test_refused_a_gpu_that_is_not_there(tmp_path, small_shards):
+def test_refused_a_gpu_that_is_not_there(tmp_path: Path, small_shards: Path) -> None:
     assert "no CUDA device" in refusal(command(tmp_path, small_shards, train__device="gpu"), tmp_path)
 
 
-def test_refused_a_server_that_does_not_answer(tmp_path, small_shards):
+def test_refused_a_server_that_does_not_answer(tmp_path: Path, small_shards: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]  # free once the socket is closed
@@ -298,7 +306,32 @@ def test_refused_a_server_that_does_not_answer(tmp_path, small_shards):
     assert f"the MLflow server {uri} does not answer" in line
 
 
-def test_a_run_that_another_process_trains_is_not_touched(whole, tmp_path):
+WITHOUT_LOCKS = """
+import errno, os, sys
+from contextlib import contextmanager
+from simsiam_dali import train
+from simsiam_dali.training import run
+@contextmanager
+def refused(*_, **__):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    yield
+run.locked = refused
+sys.exit(train.main())
+"""
+"""A training on a file system that has no locks."""
+
+
+def test_a_folder_that_cannot_be_locked_is_trained_in_with_a_warning(tmp_path: Path, small_shards: Path) -> None:
+    args = command(tmp_path, small_shards, "--run-name", "mine", mlflow__enabled="false", encoder__epochs=1)
+    done = run([args[0], "-c", WITHOUT_LOCKS, *args[3:]], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stdout.splitlines() if "cannot be locked" in line)
+    folder = tmp_path / "runs/mine"
+    assert line == f"warning: {folder} cannot be locked (No locks available): do not resume it while it trains"
+    assert (folder / checkpoint.FILE_NAME).exists()
+
+
+def test_a_run_that_another_process_trains_is_not_touched(whole: Path, tmp_path: Path) -> None:
     run_dir = Path(shutil.copytree(whole, tmp_path / "runs" / whole.name))
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
     with locked(run_dir / ".lock", wait=False):
@@ -308,7 +341,9 @@ def test_a_run_that_another_process_trains_is_not_touched(whole, tmp_path):
     assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.name in before} == before
 
 
-def test_refused_a_run_that_exists_and_settings_a_resume_cannot_change(whole, tmp_path, small_shards):
+def test_refused_a_run_that_exists_and_settings_a_resume_cannot_change(
+    whole: Path, tmp_path: Path, small_shards: Path
+) -> None:
     shutil.copytree(whole.parent, tmp_path / "runs")
     name = whole.name
     done = run(command(tmp_path, small_shards, "--run-name", name), tmp_path)
@@ -324,14 +359,14 @@ def test_refused_a_run_that_exists_and_settings_a_resume_cannot_change(whole, tm
     assert "neither a checkpoint" in done.stderr
 
 
-def test_help_shows_defaults():
+def test_help_shows_defaults() -> None:
     done = subprocess.run([sys.executable, "-m", "simsiam_dali.train", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     for word in ("--encoder-type", "--resume", "--set a.b=c", "default 128", "encoder.epochs"):
         assert word in done.stdout
 
 
-def test_profile_and_measured_threads(tmp_path, small_shards):
+def test_profile_and_measured_threads(tmp_path: Path, small_shards: Path) -> None:
     args = command(
         tmp_path,
         small_shards,
@@ -346,6 +381,7 @@ def test_profile_and_measured_threads(tmp_path, small_shards):
     done = run(args, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     chosen = load_config(tmp_path / "runs/p/config.yaml").data
+    assert isinstance(chosen.threads, int)
     assert 1 <= chosen.threads <= len(os.sched_getaffinity(0))
     assert f"measured: {chosen.threads} DALI threads, {chosen.prefetch} batches ahead" in done.stdout
     with gzip.open(tmp_path / "runs/p/trace.json.gz", "rt") as f:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,16 +41,9 @@ SETTINGS = {
 }
 
 
-@dataclass
-class Counts:
+def counts(train: int, val: int) -> Any:
     """A shard set of which only the numbers of segments matter."""
-
-    train: int
-    val: int
-    segment_seconds: float = 10.0
-
-    def count(self, split: str) -> int:
-        return self.train if split == "train" else self.val
+    return SimpleNamespace(count={"train": train, "val": val}.__getitem__, segment_seconds=10.0)
 
 
 def config(**over: object) -> Config:
@@ -59,9 +52,11 @@ def config(**over: object) -> Config:
 
 @pytest.mark.parametrize("encoder", ["simsiam", "simple"])
 @pytest.mark.parametrize(("train", "val"), [(100, 30), (20_000, 2_000), (100_000, 1_000), (50, 50)])
-def test_validation_takes_at_most_a_tenth_of_the_passes_and_no_less_often_than_that(encoder, train, val):
+def test_validation_takes_at_most_a_tenth_of_the_passes_and_no_less_often_than_that(
+    encoder: str, train: int, val: int
+) -> None:
     chosen = config(encoder__encoder_type=encoder)
-    every = epochs_between(chosen, Counts(train, val))
+    every = epochs_between(chosen, counts(train, val))
     views = {"simsiam": 2, "simple": 1}[encoder]
     scored = val * (views + 1) + min(train, chosen.train.knn_segments)  # loss, and embeddings of queries and bank
     trained = 3 * views * train  # forward and backward
@@ -69,16 +64,16 @@ def test_validation_takes_at_most_a_tenth_of_the_passes_and_no_less_often_than_t
     assert every == 1 or scored > 0.1 * (every - 1) * trained
 
 
-def test_short_views_count_by_their_length():
+def test_short_views_count_by_their_length() -> None:
     """Two views of 10 s and four of 2.5 s are as three of 10 s."""
     shorter = {"data__short_views": 4, "data__short_view_seconds": 2.5}
     for train, val in ((100, 30), (50, 50)):
-        beside = epochs_between(config(data__view_seconds=10, **shorter), Counts(train, val))
-        assert beside == epochs_between(config(data__view_seconds=10, data__views=3), Counts(train, val))
+        beside = epochs_between(config(data__view_seconds=10, **shorter), counts(train, val))
+        assert beside == epochs_between(config(data__view_seconds=10, data__views=3), counts(train, val))
 
 
-def test_a_number_is_kept_as_it_is():
-    assert epochs_between(config(train__validate_every=3), Counts(10, 1000)) == 3
+def test_a_number_is_kept_as_it_is() -> None:
+    assert epochs_between(config(train__validate_every=3), counts(10, 1000)) == 3
 
 
 def opened(shards: Path, **over: Any) -> Validation:
@@ -89,16 +84,23 @@ def opened(shards: Path, **over: Any) -> Validation:
     return Validation(data, Learner(chosen, found, world))
 
 
-def test_the_first_every_nth_and_the_last_epoch_are_due(small_shards: Path):
+def test_the_first_every_nth_and_the_last_epoch_are_due(small_shards: Path) -> None:
     checked = opened(small_shards, train__validate_every=3)
     assert [epoch for epoch in range(8) if checked.due(epoch)] == [0, 3, 6, 7]
 
 
 @pytest.mark.parametrize("encoder", ["simsiam", "simple"])
-def test_scores_are_the_same_whether_the_views_are_kept_or_computed_again(small_shards, monkeypatch, encoder):
+def test_scores_are_the_same_whether_the_views_are_kept_or_computed_again(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
     built: list[int] = []
     begin = Loader.begin
-    monkeypatch.setattr(Loader, "begin", lambda self, seed: (built.append(seed), begin(self, seed))[1])
+
+    def beginning(self: Loader, seed: int) -> None:
+        built.append(seed)
+        begin(self, seed)
+
+    monkeypatch.setattr(Loader, "begin", beginning)
     found = {}
     for kept, graphs in ((2**28, 0), (0, 3)):
         monkeypatch.setattr(validation, "KEPT_BYTES", kept)
@@ -110,10 +112,11 @@ def test_scores_are_the_same_whether_the_views_are_kept_or_computed_again(small_
         assert math.isfinite(first["encoder/val_loss"])
         pd.testing.assert_series_equal(pd.Series(first), pd.Series(second), rtol=0, atol=0)
         found[kept] = first
-    pd.testing.assert_series_equal(*map(pd.Series, found.values()), rtol=0, atol=0)
+    of_kept, of_computed = map(pd.Series, found.values())
+    pd.testing.assert_series_equal(of_kept, of_computed, rtol=0, atol=0)
 
 
-def test_what_does_not_fit_whole_is_not_kept(small_shards, monkeypatch):
+def test_what_does_not_fit_whole_is_not_kept(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the views would save nothing, and would take memory."""
     whole = opened(small_shards)
     expected = whole.scores()
@@ -131,7 +134,8 @@ def graphs_at_release(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(graphs that were built, those still there), at each time that DALI releases its unused memory."""
     built: list[weakref.ref[Any]] = []
     noted: list[tuple[int, int]] = []
-    build, release = Loader._build, loader.backend.ReleaseUnusedMemory
+    backend: Any = loader.backend  # DALI's stubs lack ReleaseUnusedMemory
+    build, release = Loader._build, backend.ReleaseUnusedMemory
 
     def building(self: Loader, state: str | None) -> None:
         build(self, state)
@@ -142,17 +146,21 @@ def graphs_at_release(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         release()
 
     monkeypatch.setattr(Loader, "_build", building)
-    monkeypatch.setattr(loader.backend, "ReleaseUnusedMemory", releasing)
+    monkeypatch.setattr(backend, "ReleaseUnusedMemory", releasing)
     return noted
 
 
-def test_a_validation_releases_the_memory_of_its_graphs(small_shards, graphs_at_release):
+def test_a_validation_releases_the_memory_of_its_graphs(
+    small_shards: Path, graphs_at_release: list[tuple[int, int]]
+) -> None:
     """DALI's pools on a GPU keep what they had, and its pipelines are cycles: both would stand beside the model."""
     opened(small_shards).scores()
     assert graphs_at_release == [(1, 0), (2, 0), (3, 0)]
 
 
-def test_threads_are_tried_one_graph_at_a_time(small_shards, graphs_at_release, monkeypatch):
+def test_threads_are_tried_one_graph_at_a_time(
+    small_shards: Path, graphs_at_release: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training_data.os, "sched_getaffinity", lambda _: range(4))
     chosen, shards = config(data__shards=small_shards, data__threads="auto"), open_shards(small_shards)
     tuned = with_threads(chosen, shards, log_mel_settings(chosen), World(0, 1, torch.device("cpu")))
@@ -170,7 +178,9 @@ def test_threads_are_tried_one_graph_at_a_time(small_shards, graphs_at_release, 
         ({12: 100, 6: 99, 3: 99, 1: 99}, [12, 6, 3, 1], 1),
     ],
 )
-def test_the_threads_are_the_fewest_that_are_as_fast(rates, tried, chosen, small_shards, monkeypatch):
+def test_the_threads_are_the_fewest_that_are_as_fast(
+    rates: dict[int, int], tried: list[int], chosen: int, small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their loaders are imitated: a batch moves the clock on by what its number of threads takes."""
     now, asked = [0.0], []
 
@@ -179,7 +189,7 @@ def test_the_threads_are_the_fewest_that_are_as_fast(rates, tried, chosen, small
             self.threads = threads
             asked.append(threads)
 
-        def endless(self):
+        def endless(self) -> Iterator[None]:
             while True:
                 now[0] += 1 / rates[self.threads]
                 yield None
@@ -192,7 +202,7 @@ def test_the_threads_are_the_fewest_that_are_as_fast(rates, tried, chosen, small
     assert (asked, tuned.data.threads, tuned.data.prefetch) == (tried, chosen, 2)
 
 
-def test_ranks_with_unequal_cores_try_the_same_threads(small_shards, monkeypatch):
+def test_ranks_with_unequal_cores_try_the_same_threads(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each trial ends with a collective call: a rank that made one more would wait for good."""
     asked = []
 
@@ -213,7 +223,7 @@ def test_ranks_with_unequal_cores_try_the_same_threads(small_shards, monkeypatch
     assert asked[0] == 2
 
 
-def test_the_encoder_is_in_training_mode_again_afterwards(small_shards):
+def test_the_encoder_is_in_training_mode_again_afterwards(small_shards: Path) -> None:
     checked = opened(small_shards)
     checked.learner.encoder.train()
     state = {name: x.clone() for name, x in checked.learner.encoder.state_dict().items()}

@@ -95,6 +95,13 @@ class EncoderType(ABC):
         return [(round(seconds * log_mel.sample_rate),)]
 
 
+def rows_on(device: torch.device, segment: Tensor) -> Tensor:
+    """A batch's rows of the segment table `(B,)` on `device`; pinned first, so that the host does not wait."""
+    if device.type == "cuda" and segment.device.type == "cpu":
+        segment = segment.pin_memory()
+    return segment.to(device, non_blocking=True)
+
+
 def song_embeddings(embeddings: Tensor, songs: Tensor) -> tuple[Tensor, Tensor]:
     """Segments `(N, D)` and the song of each `(N,)` to songs `(S,)`, ascending, and embeddings `(S, D)`.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import LossFn, LossOutput
+from simsiam_dali.models.encoder import LossFn, LossOutput, rows_on
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.losses import MetadataContrastiveLoss, nt_xent, rating_loss, simsiam_loss
 from simsiam_dali.models.simsiam import create_predictor, create_short_predictor, param_groups, predictions
@@ -129,9 +129,7 @@ class JointType(ViewEncoderType):
 
         def loss_fn(outputs: Any, segment: Tensor) -> LossOutput:
             z, t, r, *p = (outputs[start : start + views] for start in range(0, len(outputs), views))
-            if device.type == "cuda" and segment.device.type == "cpu":
-                segment = segment.pin_memory()  # the host need not wait for a copy from pinned memory
-            segment = segment.to(device, non_blocking=True)
+            segment = rows_on(device, segment)
             by_views = simsiam_loss(p[0], z[:long]) if p else nt_xent(z, temperature)
             by_tags, _ = tag_loss(torch.cat(t), *(torch.cat([label] * views) for label in labels.of(segment)))
             by_rating = rating_loss(torch.cat(r), rating[segment].repeat(views))

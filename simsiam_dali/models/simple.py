@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from simsiam_dali.config.schema import Config, SimpleConfig
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, LossOutput
+from simsiam_dali.models.encoder import Encoder, EncoderType, LossFn, LossOutput, rows_on
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.losses import MetadataContrastiveLoss
 
@@ -97,9 +97,7 @@ class SimpleType(EncoderType):
         labels = SongLabels.from_songs(shards.songs, shards.segments["song"].to_numpy()).to(device)
 
         def loss_fn(outputs: Any, segment: Tensor) -> LossOutput:
-            if device.type == "cuda" and segment.device.type == "cpu":
-                segment = segment.pin_memory()  # the host need not wait for a copy from pinned memory
-            loss, anchors = tag_loss(outputs, *labels.of(segment.to(device, non_blocking=True)))
+            loss, anchors = tag_loss(outputs, *labels.of(rows_on(device, segment)))
             return LossOutput(loss, anchors > 0, outputs)
 
         return loss_fn

@@ -49,6 +49,12 @@ class Report:
     decoding_took: float = 0.0
     unchanged: bool = False
 
+    def file_lines(self) -> Iterator[str]:
+        """A line for the terminal of each file that was refused, and of each that something is to be said of."""
+        for title, files in (("refused", self.refused), ("warning", self.notes)):
+            for name, reason in files:
+                yield f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}"
+
 
 class NothingPacked(UserError):
     """None of the files can be packed. `rows`: each file's result, as in the table of files."""

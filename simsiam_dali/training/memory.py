@@ -6,6 +6,7 @@ free.
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def dali_bytes(samples: float, seconds_of_views: float, spec: LogMel) -> tuple[f
     return least, most
 
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -110,14 +111,26 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(info["MemAvailable"].split()[0]) * 1024
+    available = int(info["MemAvailable"].split()[0]) * 1024  # from kB
+    return int(min([available, *map(_free_of_group, _control_groups())]))
+
+
+def _control_groups() -> list[Path]:
+    """The folders of this process's control group (version 2) and of those around it: the limits of all hold."""
+    lines = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.exists() else []
+    own = [Path(line.removeprefix("0::/")) for line in lines if line.startswith("0::/")]
+    return [CGROUP / group for path in own for group in (path, *path.parents)]
+
+
+def _free_of_group(folder: Path) -> float:
+    """Free memory of a control group in bytes, infinite where it has no limit."""
     try:
-        limit, used, stat = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
-    except OSError:  # no control group of version 2, so no limit from it
-        return free
+        limit, used, stat = ((folder / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+    except OSError:  # the outermost one, or one that this process cannot see
+        return math.inf
     held = dict(line.split() for line in stat.splitlines())
     cache = int(held["inactive_file"]) + int(held["active_file"])  # of files that were read: counts as used, gives way
-    return min(free, int(limit) - int(used) + cache) if limit.strip().isdigit() else free
+    return int(limit) - int(used) + cache if limit.strip().isdigit() else math.inf
 
 
 def check_fits(

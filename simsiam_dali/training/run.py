@@ -1,9 +1,10 @@
 """A run in progress: where it stands, and everything that is written of it (journal, MLflow, checkpoints, terminal)."""
 
+import errno
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from simsiam_dali.training.learner import Learner
 from simsiam_dali.training.profiling import Profiler
 from simsiam_dali.training.validation import Validation
 from simsiam_dali.training.world_size import order_seed
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without locks answer, such as some network disks."""
 
 
 class Run:
@@ -87,10 +91,15 @@ class Run:
     def _hold(self) -> None:
         """Lock the folder until the run ends. Raises UserError where another process trains in it."""
         busy = f"another process is training in {self.run_dir}: wait until it ends, or stop it"
-        # Its file system may have no locks. That it cannot be written is reported by `create_run_dir`.
-        with suppress(OSError):
+        try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(self.run_dir / ".lock", wait=False, refusal=busy))
+        except OSError as e:
+            if e.errno in NO_LOCKS:
+                self.world.print(
+                    f"warning: {self.run_dir} cannot be locked ({e.strerror}): do not resume it while it trains"
+                )
+            # That it cannot be written is reported by `create_run_dir`.
 
     def progress_bar(self) -> tqdm:
         """Over the steps of this epoch."""

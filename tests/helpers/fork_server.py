@@ -12,6 +12,7 @@ The commands' standard output and error are files, not pipes: nobody has to read
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -69,11 +70,6 @@ class Process:
         for file in self._files:
             file.seek(0)
         return self._files[0].read(), self._files[1].read()
-
-    def printed(self) -> str:
-        """What it has printed so far to its standard output."""
-        descriptor = self._files[0].fileno()
-        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()  # leaves the shared file offset alone
 
     def send_signal(self, number: int) -> None:
         """Send a signal, if it still runs."""
@@ -183,13 +179,13 @@ def _serve(connection: socket.socket) -> list[str]:
         keeper = os.fork()
         if keeper == 0:
             connection.close()
-            if words := _keep(json.loads(message), *descriptors, interrupt):
+            if words := _keep(json.loads(message), *descriptors, interrupt=interrupt):
                 return words
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _keep(request: dict[str, Any], out: int, err: int, status: int, interrupt: Any) -> list[str]:
+def _keep(request: dict[str, Any], out: int, err: int, status: int, *, interrupt: Any) -> list[str]:
     """Fork the command, tell its process id, wait, and tell its status; returns only in the command's process."""
     pid = os.fork()
     if pid:
@@ -229,7 +225,7 @@ def _run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import preloaded  # noqa: F401 - beside this file
+    importlib.import_module("preloaded")  # beside this file
 
     gc.collect()
     gc.freeze()  # or the end of each command looks through all that was imported: 2 s instead of 0.3 s

@@ -22,5 +22,5 @@ for name in MODULES:
 # DALI translates the functions that define a graph once a process, in 2 to 4 s. Nothing is built here.
 for mode in ("views", "clean", "raw"):
     source = Source((Path("a.tar"),), (Path("a.idx"),), "flac", False, 3.0, shuffle_buffer=4)
-    graph = GraphConfig(source, LogMel(), mode, 1.5, AugmentationConfig(), "independent", Epoch(1, 2))  # type: ignore
+    graph = GraphConfig(source, LogMel(), mode, 1.5, AugmentationConfig(), "independent", Epoch(1, 2))
     define(graph, PipelineSettings(batch_size=2, threads=1, prefetch=1, seed=0, gpu=None))

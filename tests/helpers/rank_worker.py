@@ -117,9 +117,15 @@ def step(encoder: str, sync_bn: bool, shards: ShardSet, w: World) -> dict[str, A
     losses = w.gather(float(learner.step([mine], 0.1, 0.1).loss))
     return {
         "loss": sum(losses) / len(losses),
-        "gradients": {name: p.grad.clone() for name, p in learner.encoder.named_parameters() if p.requires_grad},
+        "gradients": {name: gradient(p) for name, p in learner.encoder.named_parameters() if p.requires_grad},
         "state": learner.encoder.state_dict(),
     }
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """A copy of it; there must be one."""
+    assert parameter.grad is not None
+    return parameter.grad.clone()
 
 
 def statistics(shards: ShardSet, w: World) -> dict[str, Any]:
@@ -146,6 +152,7 @@ def uneven(w: World) -> dict[str, Any]:
     rows = rows_of_all_ranks(mine, count_of_each_rank(len(mine)))
     weights = torch.arange(len(rows), dtype=torch.float32).unsqueeze(1)
     (rows * weights).sum().backward()
+    assert mine.grad is not None
     norm = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False))
     if w.size > 1:
         synchronise_batch_norm(norm)

@@ -16,7 +16,7 @@ from simsiam_dali.embedding.table import Embeddings, read_song_embeddings, write
 from simsiam_dali.serving.app import create_app
 from simsiam_dali.serving.library import ServedLibrary
 from simsiam_dali.serving.positions import write_map
-from simsiam_dali.serving.security import Address, Guard
+from simsiam_dali.serving.security import Address, Guard, Message
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav", ".m4a")
 ADDRESS = Address("127.0.0.1", 8710)
@@ -101,7 +101,9 @@ class Client:
             "POST", path, [("content-type", "application/json"), *headers.items()], json.dumps(content).encode()
         )
 
-    async def _request(self, method, path, headers, body, query) -> Answer:
+    async def _request(
+        self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes, query: str
+    ) -> Answer:
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
             "path": path, "raw_path": path.encode("utf-8", "replace"), "root_path": "", "query_string": query.encode(),
@@ -111,13 +113,13 @@ class Client:
         incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
         ended = asyncio.Event()
 
-        async def receive():
+        async def receive() -> Message:
             if (message := next(incoming, None)) is not None:
                 return message
             await ended.wait()
             return {"type": "http.disconnect"}
 
-        async def send(message):
+        async def send(message: Message) -> None:
             sent.append(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 ended.set()

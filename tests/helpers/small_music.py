@@ -5,6 +5,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import mutagen
@@ -78,7 +79,7 @@ def write_song(path: Path, seed: int, seconds: float = 6.0, **tags: str | list[s
     return path
 
 
-def make_shards(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+def make_shards(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), **options)
 
