@@ -19,6 +19,7 @@ from equal_time_scores import (
     PEER,
     RESNET50,
     RESNET50_STAGES,
+    RESNET50_UNTRAINED,
     STAGES,
 )
 
@@ -27,7 +28,8 @@ from equal_time_scores import (
 class Candidate:
     """kind: an encoder type, or lightly. settings: over the recipe's. segment_seconds: of the shards it learns from.
 
-    embedding: another output of the encoders of the row `trained_as`, which is not trained again.
+    embedding: another output of the encoders of the row `trained_as`, which is not trained again. untrained: of these
+    encoders as they were before the first step.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class Candidate:
     segment_seconds: int = halves.SEGMENT_SECONDS
     embedding: str = ""
     trained_as: str = ""
+    untrained: bool = False
 
 
 AUGMENTATION = "encoder.simsiam.augmentation"
@@ -46,6 +49,7 @@ JOINT = "encoder.joint"
 FOLDERS_AS_TAGS = {f"{JOINT}.use_folder": True}
 WITH_FOLDERS = FOLDERS_AS_TAGS | {f"{JOINT}.views_loss": "simsiam"}
 FROM_STAGES = WITH_FOLDERS | {f"{JOINT}.tags_read": "stages"}
+BOTTLENECKS = {"encoder.simsiam.backbone": "resnet50"}
 WINDOWS = {"encoder.simsiam.embedding": "projection", "encoder.simsiam.embedding_seconds": 2.5}
 CANDIDATES = {
     BASE: Candidate(),
@@ -78,8 +82,9 @@ CANDIDATES = {
     PEER: Candidate(kind="lightly"),
     STAGES: Candidate(embedding="stages", trained_as=BASE),
     CONTRASTIVE_STAGES: Candidate(kind="contrastive", embedding="stages", trained_as=CONTRASTIVE),
-    RESNET50: Candidate({"encoder.simsiam.backbone": "resnet50"}),
-    RESNET50_STAGES: Candidate({"encoder.simsiam.backbone": "resnet50"}, embedding="stages", trained_as=RESNET50),
+    RESNET50: Candidate(BOTTLENECKS),
+    RESNET50_STAGES: Candidate(BOTTLENECKS, embedding="stages", trained_as=RESNET50),
+    RESNET50_UNTRAINED: Candidate(BOTTLENECKS, embedding="stages", trained_as=RESNET50, untrained=True),
     FOLDERS: Candidate(FROM_STAGES, "joint"),
     FOLDERS_STAGES: Candidate(FROM_STAGES, "joint", embedding="stages", trained_as=FOLDERS),
     FOLDERS_TAGS: Candidate(FROM_STAGES, "joint", embedding="stages+tags", trained_as=FOLDERS),

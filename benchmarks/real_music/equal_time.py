@@ -57,7 +57,8 @@ def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
     settings = {"encoder.epochs": epochs, "encoder.simsiam.embedding": "backbone", **own.settings}
     # Said again to `embed`, since a run that is gone on with may have been configured otherwise.
     embedding = own.embedding or str(settings["encoder.simsiam.embedding"])
-    tables: dict[str, tuple[str, ...]] = {row: () if own.kind in NO_CHOICE else ("--embedding", embedding)}
+    words = () if own.kind in NO_CHOICE else ("--embedding", embedding)
+    tables: dict[str, tuple[str, ...]] = {row: (*words, "--features", "untrained") if own.untrained else words}
     name = own.trained_as or row
     return [halves.Job(name, own.kind, half, seed, settings, tables, own.segment_seconds) for half in halves.HALVES]
 

@@ -18,7 +18,7 @@ FOLDERS_STAGES, FOLDERS_TAGS = (f"{FOLDERS}, embedded by stages{more}" for more 
 FOLDERS_LAST = f"{FOLDERS} of the last map"
 FOLDERS_LAST_STAGES = f"{FOLDERS_LAST}, embedded by stages"
 RESNET50 = "ResNet-50, a quarter as wide"
-RESNET50_STAGES = f"{RESNET50}, embedded by stages"
+RESNET50_STAGES, RESNET50_UNTRAINED = (f"{RESNET50}, {how}" for how in ("embedded by stages", "untrained, by stages"))
 CONTRASTIVE = "contrastive"
 CONTRASTIVE_FOLDERS = "joint, contrastive, folders as tags of the last map"
 CONTRASTIVE_STAGES, CONTRASTIVE_FOLDERS_STAGES = (
@@ -30,6 +30,7 @@ COMPARED = (
     (STAGES, UNTRAINED_STAGES),
     (STAGES, TAGGED[0]),
     (RESNET50_STAGES, RESNET50),
+    (RESNET50_STAGES, RESNET50_UNTRAINED),
     (RESNET50_STAGES, STAGES),
     (FOLDERS_STAGES, STAGES),
     (FOLDERS_TAGS, STAGES),
@@ -130,7 +131,8 @@ def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for row, own in {**scored, **doc["baselines"]}.items():
         is_baseline = row not in scored
-        cells = ["" if is_baseline else str(doc["epochs"][row]), str(len(by_seed(own, METRICS[0])))]
+        is_trained = not is_baseline and row != RESNET50_UNTRAINED
+        cells = [str(doc["epochs"][row]) if is_trained else "", str(len(by_seed(own, METRICS[0])))]
         for metric, songs in ((METRICS[0], every), (METRICS[1], every), (METRICS[1], untagged)):
             if not songs.any():  # all are tagged
                 cells += ["", ""]
