@@ -22,7 +22,7 @@ from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
 
 ASKED = halves.HALVES[0]
-"""The part of `halves.sets_of` that learns from 692 songs and is asked about test set 1."""
+"""The part of `halves.sets_of` that is asked about test set 1."""
 SETTINGS: dict[str, object] = {"mlflow.enabled": False, "train.closing_score": False}
 """Over the config: neither changes what is learned."""
 
