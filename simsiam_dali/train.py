@@ -27,7 +27,7 @@ from simsiam_dali.training.world_size import rescale_batch_size
 
 CHANGEABLE = (
     "train.log_every", "train.checkpoint_every", "train.validate_every", "train.profile", "data.threads",
-    "data.prefetch", "data.max_bad_fraction", "train.device", "train.closing_score", "mlflow.",
+    "data.prefetch", "data.max_bad_fraction", "data.shards", "train.device", "train.closing_score", "mlflow.",
 )  # fmt: skip
 """Settings a resumed run may change: none of them changes the next loss (the device: `checkpoint.check_device`)."""
 

@@ -17,7 +17,7 @@ from simsiam_dali.data.shards import open_shards
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import checkpoint
 from simsiam_dali.training.data import create_loader, log_mel_settings
-from simsiam_dali.training.loop import mean_over_ranks
+from simsiam_dali.training.loss_window import mean_over_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMPLE = {"encoder__encoder_type": "simple", "encoder__embedding_dim": 16, "encoder__simple__base_channels": 4}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,17 @@ def test_a_wave_embeds_as_its_file(songs: Path, small_runs: dict[str, Path], tmp
         encoder.embed_wave(wave, rate)
     with pytest.raises(UserError, match="is silent"):
         encoder.embed_wave(np.zeros(50_000), 16000)
+    learned = torch.from_numpy(low).requires_grad_()
+    np.testing.assert_array_equal(encoder.embed_wave(learned, rate), encoder.embed_wave(low, rate))
+    for integers in ((low * 32767).astype(np.int16), torch.ones(50_000, dtype=torch.int16)):
+        with pytest.raises(UserError, match="must be of floats, full scale = 1, not int16: divide int16 by 32768"):
+            encoder.embed_wave(integers, rate)
+    for wrong in (0, -1, 44100.5):
+        with pytest.raises(UserError, match=f"rate is {wrong:g}, but must be a whole number"):
+            encoder.embed_wave(low, wrong)
+    for wrong in (0, -1, math.nan):
+        with pytest.raises(UserError, match=f"view_seconds is {wrong:g}, but must be more than 0"):
+            simsiam_dali.load_encoder(small_runs[kind], view_seconds=wrong)
     broken = tmp_path / "broken.mp3"
     broken.write_bytes(b"no music at all")
     with pytest.raises(UserError, match=r"broken\.mp3: does not open as audio"):

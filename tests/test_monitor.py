@@ -16,7 +16,7 @@ from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_cha
 from simsiam_dali.models.encoder import LossOutput, song_embeddings
 from simsiam_dali.training.collapse import LEAST_ROWS, collapse_advice, effective_rank, z_std
 from simsiam_dali.training.journal import closing_lines
-from simsiam_dali.training.loop import GAUGE_ROWS, LossWindow
+from simsiam_dali.training.loss_window import GAUGE_ROWS, LossWindow
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

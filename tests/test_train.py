@@ -59,8 +59,24 @@ def test_killed_and_resumed_is_as_if_never_stopped(
     assert done.returncode == 0, done.stderr[-2000:]
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert losses(run_dir) == losses(whole)
+    assert epochs(run_dir) == epochs(whole)
     ours, theirs = (checkpoint.load(d / checkpoint.FILE_NAME)["learner"]["encoder"] for d in (run_dir, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_goes_on_where_its_shards_have_moved_to(whole: Path, tmp_path: Path, small_shards: Path) -> None:
+    before, after = shutil.copytree(small_shards, tmp_path / "before"), tmp_path / "after"
+    over = {"mlflow__enabled": "false", "train__checkpoint_every": 1}
+    process = start(command(tmp_path, before, **over), tmp_path)
+    wait_for_step(process, tmp_path / "runs", 3)
+    process.kill()
+    process.communicate()
+    before.rename(after)
+    done = run(command(tmp_path, after, "--resume", **over), tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert losses(run_dir) == losses(whole)
+    assert checkpoint.load(run_dir / checkpoint.FILE_NAME)["config"]["data"]["shards"] == str(after)
 
 
 DRAWING = """

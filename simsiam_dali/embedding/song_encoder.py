@@ -6,6 +6,7 @@ equals the data graph's), and the song's embedding is the mean of its segments' 
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ class SongEncoder:
         view_seconds: float | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
+        for name, seconds in (("segment_seconds", segment_seconds), ("view_seconds", view_seconds)):
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise UserError(f"{name} is {seconds:g}, but must be more than 0")
         kind = encoder_type(run.config)
         self.run, self.view_seconds, self.device = run, view_seconds, torch.device(device)
         self.segment_seconds = segment_seconds or run.packing.segment_seconds
@@ -91,19 +95,25 @@ class SongEncoder:
             raise UserError(f"{path}: {e.reason}") from e
         return self._mean(vectors, str(path))
 
-    def embed_wave(self, wave: NDArray[Any] | Tensor, rate: int) -> NDArray[np.float32]:
+    def embed_wave(self, wave: NDArray[Any] | Tensor, rate: float) -> NDArray[np.float32]:
         """The embedding of audio `(samples,)` or `(channels, samples)`, float, full scale = 1, at `rate` Hz.
 
-        Raises UserError for audio that is empty, silent or not finite, and for `(samples, channels)`.
+        Raises UserError for audio that is empty, silent or not finite, for integers and for `(samples, channels)`.
         """
-        pcm = np.asarray(wave, dtype=np.float32)
+        if rate != int(rate) or rate <= 0:
+            raise UserError(f"rate is {rate:g}, but must be a whole number of Hz")
+        floats = wave.detach().float().cpu().numpy() if isinstance(wave, Tensor) and wave.is_floating_point() else wave
+        pcm = np.asarray(floats)
+        if not np.issubdtype(pcm.dtype, np.floating):
+            raise UserError(f"a wave must be of floats, full scale = 1, not {pcm.dtype}: divide int16 by 32768")
+        pcm = pcm.astype(np.float32)
         if pcm.ndim == 2 and pcm.shape[0] > pcm.shape[1] > 0:
             raise UserError(f"a wave must be (channels, samples), not {pcm.shape}: transpose it")
         pcm = pcm.mean(axis=0) if pcm.ndim == 2 else pcm
         if pcm.ndim != 1 or not np.isfinite(pcm).all():
             raise UserError(f"a wave must be (samples,) or (channels, samples) of finite numbers, not {pcm.shape}")
         blocks = (pcm[at : at + BLOCK] for at in range(0, len(pcm), BLOCK))
-        return self._mean(self._embed(resample(blocks, rate, self.packed_rate)), "the wave")
+        return self._mean(self._embed(resample(blocks, int(rate), self.packed_rate)), "the wave")
 
     @torch.inference_mode()
     def _embed(self, blocks: Iterable[Pcm]) -> list[Tensor]:
@@ -141,14 +151,14 @@ def load_encoder(
     segment_seconds: float | None = None,
     view_seconds: float | None = None,
 ) -> SongEncoder:
-    """The encoder in an exported folder, a checkpoint, a run's folder, or the run of that name in runs/.
+    """The encoder in an exported folder, a checkpoint, a run's folder, or the run of that name in runs/ ("" = newest).
 
     segment_seconds, view_seconds: as of `SongEncoder`; None = as exported. Raises UserError for what is missing or
     damaged.
     """
     if (Path(path) / CONFIG).exists():
         run = read_export(Path(path))
-        view_seconds = view_seconds or run.config.data.view_seconds
+        view_seconds = run.config.data.view_seconds if view_seconds is None else view_seconds
     else:
         run = read_run(str(path), "load_encoder")
     return SongEncoder(run, segment_seconds, view_seconds, device)

@@ -44,7 +44,10 @@ class LossOutput(NamedTuple):
 
 
 LossFn = Callable[[Any, Tensor], LossOutput]
-"""From the output of the encoder's forward, and the batch's rows of the segment table `(B,)` int64."""
+"""From the output of the encoder's forward, and the batch's rows of the segment table `(B,)` int64.
+
+It is called outside autocast, but gets what the encoder returned under it: 16-bit floats, which it takes `.float()`.
+"""
 
 
 class EncoderType(ABC):

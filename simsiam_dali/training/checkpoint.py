@@ -43,6 +43,7 @@ class Checkpoint(TypedDict):
     mlflow_run: str | None
     seconds: float  # of training so far
     device: NotRequired[str]  # cpu or cuda, where it was saved; missing in older checkpoints
+    outputs: NotRequired[list[torch.Tensor]]  # the main rank's latest, for the collapse gauges; missing in older ones
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

@@ -83,20 +83,19 @@ class Learner:
     def validation_loss(self, batch: Batch) -> LossOutput:
         """The loss of a batch for validation: of this rank alone, without DDP, so nothing waits for another rank."""
         with self.autocast():
-            return self.loss_fn(self.encoder(*batch.inputs), batch.segment)
+            outputs = self.encoder(*batch.inputs)
+        return self.loss_fn(outputs, batch.segment)
 
     def _loss(self, batch: Batch) -> LossOutput:
         """The training loss; a contrastive one is computed on the batches of all ranks."""
         with self.autocast():
             outputs, segment = self.model(*batch.inputs), batch.segment
-            if self.is_contrastive:
-                counts = count_of_each_rank(len(segment))
-                segment = rows_of_all_ranks(segment, counts)
-                together = [
-                    rows_of_all_ranks(x, counts) for x in (outputs if isinstance(outputs, tuple) else [outputs])
-                ]
-                outputs = tuple(together) if isinstance(outputs, tuple) else together[0]
-            return self.loss_fn(outputs, segment)
+        if self.is_contrastive:
+            counts = count_of_each_rank(len(segment))
+            segment = rows_of_all_ranks(segment, counts)
+            together = [rows_of_all_ranks(x, counts) for x in (outputs if isinstance(outputs, tuple) else [outputs])]
+            outputs = tuple(together) if isinstance(outputs, tuple) else together[0]
+        return self.loss_fn(outputs, segment)
 
     def step(self, batches: Iterable[Batch], lr: float, fixed_lr: float) -> LossOutput:
         """One step at these learning rates, on the mean gradient of `micro_batches` batches.
@@ -145,7 +144,8 @@ class Learner:
         self.encoder.train()
         try:
             with self.autocast():
-                loss = self.loss_fn(self.encoder(*batch.inputs), batch.segment).loss
+                outputs = self.encoder(*batch.inputs)
+            loss = self.loss_fn(outputs, batch.segment).loss
             self.scaler.scale(loss).backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)

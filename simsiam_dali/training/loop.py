@@ -1,36 +1,26 @@
 """The training loop."""
 
-from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.signals import Interrupt
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.models.encoder import LossOutput
 from simsiam_dali.training import micro_batch
 from simsiam_dali.training.checkpoint import Checkpoint
-from simsiam_dali.training.collapse import effective_rank, z_std
 from simsiam_dali.training.data import TrainingData
 from simsiam_dali.training.learner import Learner, groups, learning_rates
 from simsiam_dali.training.run import Run
 from simsiam_dali.training.throughput import StepClock
-
-GAUGE_ROWS = 1024
-"""Outputs, of the latest batches, on which the collapse gauges are computed."""
 
 
 def train(config: Config, world: World, resumed: Checkpoint | None, run_dir: Path) -> int:
     """Train until done or interrupted; returns the number of the signal that ended it, or 0."""
     with Interrupt() as interrupt:
         run = open_run(config, world, resumed, run_dir)
-        config, data, learner = run.config, run.data, run.learner
-        window, clock = LossWindow(world, config), StepClock(world.device)
+        config, data, learner, window = run.config, run.data, run.learner, run.window
+        clock = StepClock(world.device)
 
         with run.recording():
             if not resumed:
@@ -84,51 +74,6 @@ def open_run(config: Config, world: World, resumed: Checkpoint | None, run_dir: 
         config = micro_batch.choose_by_trial_step(config, learner, shards, world, keep)
     data = TrainingData.open(config, shards, world, resumed)
     return Run(data, learner, run_dir, resumed)
-
-
-class LossWindow:
-    """Losses of the latest steps, on the device until they are read together, and the outputs for the gauges."""
-
-    def __init__(self, world: World, config: Config) -> None:
-        self._world, self._log_every = world, config.train.log_every
-        self._losses: list[Tensor] = []  # (loss, has_loss) of each step
-        self._z: deque[Tensor] = deque(maxlen=max(1, GAUGE_ROWS // config.encoder.batch_size))
-
-    @property
-    def full(self) -> bool:
-        """Whether `train.log_every` steps have been added since the last `read`."""
-        return len(self._losses) >= self._log_every
-
-    def add(self, scored: LossOutput) -> None:
-        """Keep one step's result, without waiting for it."""
-        self._losses.append(torch.stack([scored.loss, scored.has_loss]))
-        self._z.append(scored.z)
-
-    def read(self, signal: int) -> tuple[list[float | None], int]:
-        """(each step's loss over all ranks, the largest signal any rank has received); all ranks must call it.
-
-        A loss is None where no rank's batch had a positive pair.
-        """
-        ranks = self._world.gather((torch.stack(self._losses).tolist(), signal))
-        self._losses.clear()
-        steps = zip(*(losses for losses, _ in ranks), strict=True)
-        return [mean_over_ranks(step) for step in steps], max(signal for _, signal in ranks)
-
-    @property
-    def rows(self) -> int:
-        """On how many outputs the gauges are computed."""
-        return sum(map(len, self._z))
-
-    def gauges(self) -> dict[str, float]:
-        """The collapse gauges of the latest outputs: this rank's or, where a loss compares those of all, all ranks'."""
-        z = torch.cat(list(self._z))
-        return {"encoder/z_std": float(z_std(z)), "encoder/effective_rank": float(effective_rank(z))}
-
-
-def mean_over_ranks(ranks: Sequence[tuple[float, float]]) -> float | None:
-    """One step's loss from each rank's (loss, has_loss); None where no rank had one."""
-    losses = [loss for loss, has_loss in ranks if has_loss]
-    return sum(losses) / len(losses) if losses else None
 
 
 def throughput(clock: StepClock, data: TrainingData) -> dict[str, float]:

@@ -20,9 +20,10 @@ from simsiam_dali.training import checkpoint, curves, journal
 from simsiam_dali.training.collapse import collapse_advice, no_positives_advice
 from simsiam_dali.training.data import TrainingData
 from simsiam_dali.training.learner import Learner
+from simsiam_dali.training.loss_window import LossWindow
 from simsiam_dali.training.profiling import Profiler
 from simsiam_dali.training.validation import Validation
-from simsiam_dali.training.world_size import order_seed
+from simsiam_dali.training.world_size import began_again, order_seed
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems without locks answer, such as some network disks."""
@@ -41,6 +42,7 @@ class Run:
         self.data, self.learner, self.run_dir = data, learner, run_dir
         self.config, self.world = data.config, data.world
         self.validation = Validation(data, learner)
+        self.window = LossWindow(self.world, self.config)
         self.epoch, self.step = 0, 0  # whole epochs and optimizer steps done
         self.signal = 0  # that stopped the run
         self.journal = journal.Journal(run_dir / "metrics.jsonl", writes=self.world.main)
@@ -206,6 +208,7 @@ class Run:
             mlflow_run=self.tracker.run_id,
             seconds=time.perf_counter() - self._started,
             device=self.world.device.type,
+            outputs=self.window.outputs,
         )
 
     def _restore(self, resumed: checkpoint.Checkpoint) -> None:
@@ -213,17 +216,15 @@ class Run:
         self.epoch, self.step = resumed["epoch"], resumed["step"]
         self._started -= resumed["seconds"]
         self.learner.load_state_dict(resumed["learner"])
+        self.window.restore(resumed.get("outputs", []))
         before = len(resumed["loaders"])
         if before == self.world.size:
             self.data.loader.load_state_dict(resumed["loaders"][self.world.rank])
             checkpoint.set_rng_state(resumed["rng"][self.world.rank], self.world.device)
         else:
             self.data.loader.begin(order_seed(self.config, self.step, self.world.size))
-            self.world.print(
-                f"saved after step {self.step} by {before} processes, now {self.world.size} with"
-                f" {self.config.encoder.batch_size} segments a step each: epoch {self.epoch + 1} from its start, in a"
-                " new order"
-            )
+            if self.epoch < self.config.encoder.epochs:
+                self.world.print(began_again(self.config, self.step, self.epoch, before, self.world.size))
             self.step = self.epoch * self.data.steps
         self.journal.resume(self.step)
 

@@ -38,3 +38,11 @@ def _largest_divisor(micro_batch: int, size: int) -> int:
 def order_seed(config: Config, step: int, now: int) -> int:
     """Seed of the order and the draws of a run that continued with `now` processes after `step`."""
     return derive_seed(config.train.seed, f"step {step}, {now} processes")
+
+
+def began_again(config: Config, step: int, epoch: int, before: int, now: int) -> str:
+    """A line for a run that was saved by another number of processes, and goes on at the start of its epoch."""
+    return (
+        f"saved after step {step} by {before} processes, now {now} with {config.encoder.batch_size} segments a step"
+        f" each: epoch {epoch + 1} from its start, in a new order"
+    )
