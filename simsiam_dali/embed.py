@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from simsiam_dali.common.distributed import World, choose_device
-from simsiam_dali.common.errors import stops_with
+from simsiam_dali.common.errors import UserError, stops_with
 from simsiam_dali.common.signals import raise_keyboard_interrupt
 from simsiam_dali.config.cli import add_checkpoint, add_device, create_parser
 from simsiam_dali.data import s3
@@ -33,6 +33,9 @@ from simsiam_dali.packing import temporary
 from simsiam_dali.training.data import log_mel_settings, view_seconds, with_statistics
 from simsiam_dali.training.learner import autocast_dtype
 from simsiam_dali.training.memory import refuse_out_of_memory
+
+OTHER_TABLES = (".csv", ".tsv", ".json", ".xlsx")
+"""Suffixes of tables that are no Parquet files."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if args.out.suffix.lower() in OTHER_TABLES:
+        raise UserError(f"--out {args.out}: the table is a Parquet file, name it {args.out.with_suffix('.parquet')}")
     trained = read_run(args.checkpoint, embedding=args.embedding)
     files, shards = None, None
     if args.music:

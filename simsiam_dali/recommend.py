@@ -55,6 +55,13 @@ def year_range(text: str) -> tuple[int, int]:
     return first, last
 
 
+def rating(text: str) -> float:
+    """A rating from 0 to 1. Raises ValueError for anything else."""
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = create_parser("recommend", __doc__)
@@ -99,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--genre", metavar="NAME", help="only songs of a genre")
     add(
         "--min-rating",
-        type=float,
+        type=rating,
         metavar="R",
         help="with --like, --path or --radio: only songs rated at least R, 0 to 1",
     )

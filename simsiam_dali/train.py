@@ -67,6 +67,8 @@ def new_run(args: argparse.Namespace) -> tuple[Config, Path]:
         print(f"settings from {file}, then the environment and the command line")
         print(describe_source("encoder.encoder_type", file, given, args.assignments))
     name = config.train.run_name or f"{config.encoder.encoder_type}-{kind.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if Path(name).name != name:
+        raise UserError(f"train.run_name is {name}, which is no folder's name; train.runs_dir says where it is made")
     run_dir = config.train.runs_dir / name
     if (run_dir / checkpoint.FILE_NAME).exists():
         raise UserError(

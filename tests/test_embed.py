@@ -362,6 +362,7 @@ def test_songs_in_no_shard(
         (["--music", "nowhere"], "nowhere: no such folder or file"),
         (["--view-seconds", "4"], "holds segments of 3 s"),
         (["--batch-size", "0"], "encoder.batch_size = 0 is refused"),
+        (["--out", "songs.CSV"], "--out songs.CSV: the table is a Parquet file, name it songs.parquet"),
     ],
 )
 def test_refused_in_one_line(

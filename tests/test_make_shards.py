@@ -151,8 +151,11 @@ def test_ratings_from_a_file_win(music: Path, pack: Pack, tmp_path: Path) -> Non
     (tmp_path / "ratings.csv").write_text("path,rating\n0.ogg,5\n1.ogg,2.5\nelsewhere.ogg,1\n")
     assert "2 of 6 songs matched" in pack(music, "--ratings", tmp_path / "ratings.csv")
     assert open_shards(tmp_path / "shards").songs["rating"][:2].tolist() == [1.0, 0.5]
-    assert "written" in pack(music)
+    said = pack(music)
+    assert "written" in said
+    assert "2 songs were rated before and are not now: give --ratings again" in said
     assert open_shards(tmp_path / "shards").songs["rating"].isna().all()
+    assert "were rated" not in pack(music)
 
 
 @pytest.mark.parametrize("codec", ["wav", "ogg"])

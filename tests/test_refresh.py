@@ -23,7 +23,8 @@ from simsiam_dali import embed, recommend, refresh, train
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.embedding import refresh as embedding_refresh
-from simsiam_dali.embedding.records import FileRecord, records_path
+from simsiam_dali.embedding.records import FileRecord, read_records, records_path
+from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
 from simsiam_dali.packing.find import SongFile
 
@@ -300,6 +301,22 @@ def test_ratings_override_tags_and_stay(home: Path) -> None:
     assert vectors(songs)["six.flac"] == vectors(before)["six.flac"]
 
 
+def test_a_rating_of_any_file_of_a_song_counts_its_row_s_first(home: Path) -> None:
+    shutil.copy(home / "music/c/five.flac", home / "music/z five.flac")
+    settle(home / "music/z five.flac")
+    ratings = home / "ratings.csv"
+    ratings.write_text("path,rating\nz five.flac,0.4\nsix.flac,1.0\n")
+    run(home, "--ratings", ratings)
+    table = read_embeddings(home / "e.parquet").table
+    assert "z five.flac" not in set(table["path"])
+    rated = dict(zip(table["path"], table["rating"], strict=True))
+    assert (rated["c/five.flac"], rated["six.flac"]) == (0.4, 1.0)
+    ratings.write_text("path,rating\nz five.flac,0.4\nc/five.flac,0.8\nsix.flac,1.0\n")
+    run(home, "--ratings", ratings)
+    table = read_embeddings(home / "e.parquet").table
+    assert table["rating"][table["path"] == "c/five.flac"].tolist() == [0.8]
+
+
 def test_an_empty_rating_removes_that_of_the_table_and_of_the_tags(home: Path) -> None:
     ratings = home / "ratings.csv"
     ratings.write_text("path,rating\nsix.flac,1.0\na/one.flac,0.6\n")
@@ -361,6 +378,17 @@ def test_a_playlist_that_is_newer_than_the_table_is_left_alone_and_one_that_is_m
     run(home)
     monkeypatch.setattr("simsiam_dali.refresh.remake_all", None)
     run(home)
+
+
+@pytest.mark.parametrize(("split", "new"), [([""] * 3, 0), (["train", "", "val"], 1), (["train"] * 3, 0)])
+def test_a_table_that_does_not_know_the_training_s_songs_calls_none_of_them_new(
+    home: Path, small_runs: dict[str, Path], split: list[str], new: int
+) -> None:
+    songs = read_embeddings(home / "e.parquet")
+    songs = dataclasses.replace(songs, table=songs.table[:3].assign(split=split))
+    run_of_table, records = read_run(str(small_runs["simsiam"])), read_records(records_path(home / "e.parquet"))
+    assert records is not None
+    assert embedding_refresh.never_trained_on(songs, records, run_of_table, None) == new
 
 
 @pytest.mark.parametrize("new", [1, 2])

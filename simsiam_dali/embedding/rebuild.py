@@ -91,7 +91,8 @@ class TableBuilder:
         table = pd.concat(tables, ignore_index=True).iloc[in_order].reset_index(drop=True)
         table["song"] = np.arange(len(table), dtype=np.int64)
         if ratings is not None:
-            table["rating"] = [self._rating(ratings, music, song) for song in table.to_dict("records")]
+            rows = zip(table.to_dict("records"), songs.values(), strict=True)
+            table["rating"] = [self._rating(ratings, music, song, files) for song, files in rows]
         # Stacked from rows: the vectors of a large table are copied once.
         vectors = np.stack([self._vector(audio_hash) for audio_hash in songs])
         scale = vectors.std(axis=0)
@@ -144,9 +145,12 @@ class TableBuilder:
         """Audio hash of what is at `path` now, "" for nothing."""
         return self.after[path].audio_hash if path in self.after else ""
 
-    def _rating(self, ratings: RatingsFile, music: Path, song: Mapping[Any, Any]) -> float:
-        rating = ratings.lookup(self._paths.get(song["path"], music / song["path"]), song["title"], song["artists"])
-        return float(song["rating"]) if rating is None else rating
+    def _rating(self, ratings: RatingsFile, music: Path, song: Mapping[Any, Any], files: list[FileRecord]) -> float:
+        """By its row's file, else by another one of the same audio; as it was, where no file is rated."""
+        names = dict.fromkeys([song["path"], *(file.path for file in files)])
+        paths = (self._paths.get(name, music / name) for name in names)
+        found = (ratings.lookup(path, song["title"], song["artists"]) for path in paths)
+        return next((rating for rating in found if rating is not None), float(song["rating"]))
 
 
 def same_songs(a: Embeddings, b: Embeddings) -> bool:

@@ -143,9 +143,11 @@ def refresh(
 def never_trained_on(songs: Embeddings, records: Records, run: TrainedRun, shards: ShardSet | None) -> int:
     """Number of songs in `songs` that were not among those of the training.
 
-    shards: the training's. Where they are gone, or packed again, the songs in neither split are counted.
+    shards: the training's. Where they are gone, or packed again, the songs in neither split are counted; a table in
+    which no song has one, of `embed --music`, does not say, and 0 are.
     """
     if shards is None or shards.fingerprint != run.shards:
-        return int((songs.table["split"] == "").sum())
+        unsplit = songs.table["split"] == ""
+        return 0 if unsplit.all() else int(unsplit.sum())
     trained = set(shards.songs["audio_hash"])
     return sum(records.files[path].audio_hash not in trained for path in songs.table["path"])

@@ -164,7 +164,10 @@ def read_same_songs(path: Path, songs: Embeddings) -> Embeddings:
     other = read_song_embeddings(path)
     shards = songs.provenance.get("shards"), other.provenance.get("shards")
     if all(shards) and shards[0] != shards[1]:
-        raise UserError(f"{path} is of other shards than the embeddings: make it again from the same shards")
+        raise UserError(
+            f"{path} is of other shards than the embeddings, or from before a refresh: make it again from the same"
+            " songs, or move it away to go on without it"
+        )
     if songs.provenance.get("table_version") != other.provenance.get("table_version"):
         # Else one of them may be compared by a rule that the other has not.
         raise UserError(f"{path} and the embeddings are of different versions of this program: make both again")

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import io
+import math
 import shutil
 import signal
 import time
@@ -133,11 +134,14 @@ class _Packer:
         self._report_files(results, passed_over)
         if not len(songs):
             reasons = "; ".join(f"{name} {reason}" for name, reason in self.report.refused[:3])
-            text = f"{self.music}: none of its {len(results)} files can be packed ({reasons})"
+            why = reasons or "no audio by their names"
+            text = f"{self.music}: none of its {len(results) or passed_over} files can be packed ({why})"
             raise NothingPacked(text, list(assemble.file_rows(songs, results)))
         self._split(songs)
         if self.ratings:
             self._rate(songs, self.ratings)
+        elif lost := self._lost_ratings(songs):
+            self.report.remarks.append(f"{lost} songs were rated before and are not now: give --ratings again")
         self._write(songs, results)
         return self.report
 
@@ -229,6 +233,13 @@ class _Packer:
         self.report.remarks.append(
             f"{len(songs.ratings)} of {len(songs)} songs matched in {ratings.source} ({len(ratings)} ratings)"
         )
+
+    def _lost_ratings(self, songs: Songs) -> int:
+        """Number of songs that were rated in the old set and, without a ratings file, are not now."""
+        if not self.old:
+            return 0
+        rated = set(self.old.songs["audio_hash"][self.old.songs["rating"].notna()])
+        return sum(math.isnan(song.tags.rating) and song.packed.audio_hash in rated for song in songs)
 
     def _write(self, songs: Songs, results: Results) -> None:
         """Stage the whole set, then replace the old one by it; an identical set is not written."""

@@ -73,6 +73,11 @@ class RatingsCsv:
             "rating" not in columns or not ("path" in columns or {"title", "artist"} <= columns.keys())
         ):
             raise UserError(f"--ratings {source}: needs a header with rating, and path or title and artist")
+        for line, row in enumerate(self.rows, 2):
+            if any(row[len(self.header) :]):
+                raise UserError(
+                    f"--ratings {source}, line {line}: more columns than the header; put a decimal comma into quotes"
+                )
         ratings = []
         for line, text in enumerate(map(str.strip, self.column("rating")), 2):
             try:

@@ -17,7 +17,7 @@ from simsiam_dali.packing.write import ROWS_IN_MEMORY
 
 def old_set(root: Path, manifest: Manifest) -> ShardSet:
     """The set in `root`, of its tables the columns that are needed: the others would only use memory."""
-    songs = read_table(root / SONGS, ("sample_rate", "channels", "duration", "audio_hash", "split"))
+    songs = read_table(root / SONGS, ("sample_rate", "channels", "duration", "audio_hash", "split", "rating"))
     segments = read_table(root / SEGMENTS, ("song", "shard", "start", "seconds", "sample_rate"))
     return ShardSet(root, manifest, songs, segments)
 

@@ -175,7 +175,9 @@ def candidates(library: Library, seeds: Sequence[int], request: Request, unlike:
         rated = np.isfinite(library.table["rating"].to_numpy(float))
         candidate &= ~np.isin(library.recording, library.recording[rated])
     if not candidate.any():
-        raise UserError(f"none of the {len(library)} songs is left to recommend: all are rated, given or excluded")
+        raise UserError(
+            f"none of the {len(library)} songs is left to recommend: all are given, rated or left out by an option"
+        )
     return np.flatnonzero(candidate)
 
 

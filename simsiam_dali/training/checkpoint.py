@@ -114,7 +114,7 @@ def load(path: Path, option: str = "--resume") -> Checkpoint:
 
 def _refusal(why: str, path: Path, option: str) -> UserError:
     previous = path.with_name(PREVIOUS_NAME)
-    if previous == path or not is_intact(previous):
+    if path.name != FILE_NAME or not is_intact(previous):
         return UserError(why)
     return UserError(f"{why}; the checkpoint before it is intact: {option} {previous}")
 
