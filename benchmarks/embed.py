@@ -29,6 +29,7 @@ from torch import Tensor
 
 from simsiam_dali.common.distributed import World, choose_device
 from simsiam_dali.common.errors import one_line_errors
+from simsiam_dali.common.shipped import config_file
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
@@ -95,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--shards", type=Path, metavar="DIR", help="shards to embed (default: generated songs)")
-    add("--config", type=Path, metavar="FILE", help="of the encoder (default: configs/gpu.yaml or cpu.yaml)")
+    add("--config", type=config_file, metavar="FILE", help="of the encoder (default: configs/gpu.yaml or cpu.yaml)")
     add("--set", action="append", default=[], metavar="a.b=c", dest="assignments", help="any setting of it")
     add("--batch-size", type=int, metavar="N", help="segments a batch (default: as embed chooses)")
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes the GPU when there is one")

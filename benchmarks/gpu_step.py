@@ -31,6 +31,7 @@ from stages import Spec, open_stage, random_batch
 
 from simsiam_dali.common.distributed import World, choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.shipped import config_file
 from simsiam_dali.config.load import default_config_file, load_config, replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
@@ -118,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--shards", type=Path, metavar="DIR", help="shards to train on (default: generated songs)")
-    add("--config", type=Path, metavar="FILE", help="of the training (default: configs/gpu.yaml or cpu.yaml)")
+    add("--config", type=config_file, metavar="FILE", help="of the training (default: configs/gpu.yaml or cpu.yaml)")
     add("--set", action="append", default=[], metavar="a.b=c", dest="assignments", help="any setting of it")
     add("--batch-sizes", type=int, nargs="+", default=[], metavar="N", help="of `sizes` (default: the config's)")
     add("--steps", type=int, default=10, metavar="N", help="steps of each part (default: %(default)s)")

@@ -28,6 +28,7 @@ from document import write
 
 from simsiam_dali.common.distributed import choose_device
 from simsiam_dali.common.errors import UserError, one_line_errors
+from simsiam_dali.common.shipped import config_file
 from simsiam_dali.config.load import default_config_file, load_config
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.embedding.table import read_embeddings
@@ -182,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shards", type=Path, metavar="DIR", help="shards to train on (default: composed songs)")
     add("--songs", type=int, default=64, metavar="N", help="songs to compose (default: %(default)s)")
     add("--segment-seconds", type=float, default=60.0, metavar="S", help="of theirs (default: %(default)s)")
-    add("--config", type=Path, metavar="FILE", help="of the training (default: configs/gpu.yaml or cpu.yaml)")
+    add("--config", type=config_file, metavar="FILE", help="of the training (default: configs/gpu.yaml or cpu.yaml)")
     add("--set", action="append", default=[], metavar="a.b=c", dest="assignments", help="any setting of it")
     add("--steps", type=int, default=80, metavar="N", help="steps to train at the least (default: %(default)s)")
     add("--out", type=Path, required=True, metavar="DIR", help="logs, the run's curves and trace, result.json")

@@ -37,7 +37,7 @@ from simsiam_dali.embedding.run import read_run
 from simsiam_dali.embedding.table import Embeddings, write_embeddings
 from simsiam_dali.embedding.write import embedding_config, table_provenance
 from simsiam_dali.evaluation.within_song import WithinSong
-from simsiam_dali.packing.find import find_songs
+from simsiam_dali.packing.find import SongFile, find_songs
 from simsiam_dali.recommendation.choose import Request
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.saved import save
@@ -122,11 +122,17 @@ def measure_made(home: Path, run: str, songs: int) -> dict[str, Any]:
     return {"songs": songs, "width": WIDTH, "playlists": 3, "steps": steps}
 
 
-def measure_real(home: Path, run: str, music: Path) -> dict[str, Any]:
-    """The steps of `real`."""
+def songs_of(music: Path) -> list[SongFile]:
+    """The songs of a folder. Raises UserError where a hundredth of them is none."""
     files = find_songs(music.absolute())[0]
     if len(files) < 100:
         raise UserError(f"--music {music}: {len(files)} songs, at least 100 are needed")
+    return [*files]
+
+
+def measure_real(home: Path, run: str, music: Path) -> dict[str, Any]:
+    """The steps of `real`."""
+    files = songs_of(music)
     parts = {"hundredth": files[::100], "tenth": [file for file in files[::10] if file not in files[::100]]}
     later = {file.name for part in parts.values() for file in part}
     parts = {"all": [file for file in files if file.name not in later], **parts}
@@ -159,6 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
+    if args.music:
+        songs_of(args.music)  # too few are refused before anything is measured
     doc: dict[str, Any] = {"environment": machine.environment(torch.device("cpu"))}
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         if args.songs:

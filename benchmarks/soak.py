@@ -142,7 +142,10 @@ def main() -> None:
         ]  # fmt: skip
         try:
             watch(watched, args.minutes)
-            metrics = (folder / "soak" / "metrics.jsonl").read_text().splitlines()
+            journal = folder / "soak" / "metrics.jsonl"
+            if not journal.exists():
+                raise UserError(f"the training has made no step in {args.minutes:g} minutes: give more --minutes")
+            metrics = journal.read_text().splitlines()
             samples = {
                 "loading": int((folder / "loading.log").read_text().split()[-1]),
                 "training": json.loads(metrics[-1])["step"] * load_config(args.config).encoder.batch_size,

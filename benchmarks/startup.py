@@ -63,9 +63,9 @@ def write_set(folder: Path, shards: int, segments: int) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=1000)
-    parser.add_argument("--segments", type=int, default=256, help="in each shard")
-    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=1000, help="of the set that is opened (default: %(default)s)")
+    parser.add_argument("--segments", type=int, default=256, help="in each shard (default: %(default)s)")
+    parser.add_argument("--times", type=int, default=5, help="that it is opened (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to keep the result")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

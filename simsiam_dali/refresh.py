@@ -207,10 +207,12 @@ def advise_training(args: argparse.Namespace, previous: Previous, made: Refreshe
     packed = open_tables(location) if is_local and (Path(location) / MANIFEST).exists() else None
     new, songs = never_trained_on(made.songs, made.records, previous.run, packed), len(made.songs.table)
     if new > TRAIN_AGAIN * songs:
+        # Of a file, or else they come from the tags, which are read again.
+        ratings = f" --ratings {shlex.quote(str(args.ratings))}" if args.ratings else ""
         music, shards, out = (shlex.quote(str(path)) for path in (args.music, location, args.out))
         print(
             f"{new} of {songs} songs, more than {TRAIN_AGAIN:.0%}, were not in the training: train again\n"
-            f"    python -m simsiam_dali.pack {music} --out {shards}\n"
+            f"    python -m simsiam_dali.pack {music} --out {shards}{ratings}\n"
             f"    python -m simsiam_dali.train {same_settings(previous.run)} --shards {shards}\n"
             f"    python -m simsiam_dali.embed --out {out} --replace"
         )

@@ -9,6 +9,7 @@ import yaml
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config, sources_of
 from simsiam_dali.config.schema import Config, setting_fields
+from simsiam_dali.models.registry import ENCODERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,3 +155,8 @@ def test_refusals_name_their_source(tmp_path: Path) -> None:
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "empty.yaml") == Config()
+
+
+def test_the_help_of_the_encoder_type_names_all_of_them() -> None:
+    described = dict(setting_fields())["encoder.encoder_type"].description or ""
+    assert [name for name in ENCODERS if name not in described] == []

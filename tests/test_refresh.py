@@ -400,9 +400,12 @@ def test_training_again_is_advised_above_a_fifth(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(refresh, "never_trained_on", lambda *_: new)
-    run(home)
+    ratings = home / "my ratings.csv"
+    ratings.write_text("path,rating\nsix.flac,1.0\n")
+    run(home, "--ratings", ratings)
     printed = capsys.readouterr().out
     assert ("python -m simsiam_dali.train" in printed) == (new == 2)
+    assert (f"--ratings '{ratings}'" in printed) == (new == 2)
     if new == 2:  # with the settings of the run that made the table, which has a name of its own
         (line,) = (line for line in printed.splitlines() if "simsiam_dali.train" in line)
         words = shlex.split(line)
