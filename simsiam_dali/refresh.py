@@ -195,6 +195,8 @@ def print_report(out: Path, previous: Previous, made: Refreshed, remade: Iterabl
     counts = ", ".join(
         f"{len(getattr(found, name))} {name}" for name in ("new", "changed", "retagged", "moved", "gone")
     )
+    if found.matched is not None:
+        print(f"{found.matched} of {len(made.songs.table)} songs matched in the file of ratings")
     print(f"{out}: {len(made.songs.table)} songs ({counts})")
     if made.songs is previous.songs and not any(playlist.files for playlist in remade):
         print("nothing has changed")

@@ -148,7 +148,9 @@ def test_refusals_name_their_source(tmp_path: Path) -> None:
         bad.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError, match=words):
             load_config(bad)
-    with pytest.raises(UserError, match="no config file"):
+    with pytest.raises(UserError, match=r"^no config file nope; by name there are cpu, demo, gpu, "):
+        load_config(Path("nope"))
+    with pytest.raises(UserError, match=r"^no config file \S+$"):
         load_config(tmp_path / "absent.yaml")
 
 

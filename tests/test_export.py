@@ -153,7 +153,7 @@ def test_a_wave_embeds_as_its_file(songs: Path, small_runs: dict[str, Path], tmp
     for integers in ((low * 32767).astype(np.int16), torch.ones(50_000, dtype=torch.int16)):
         with pytest.raises(UserError, match="must be of floats, full scale = 1, not int16: divide int16 by 32768"):
             encoder.embed_wave(integers, rate)
-    for wrong in (0, -1, 44100.5):
+    for wrong in (0, -1, 44100.5, math.nan):
         with pytest.raises(UserError, match=f"rate is {wrong:g}, but must be a whole number"):
             encoder.embed_wave(low, wrong)
     for wrong in (0, -1, math.nan):

@@ -369,6 +369,7 @@ def test_mistakes_get_one_line(tmp_path: Path, run_here: RunHere) -> None:
     out = ("--out", tmp_path / "shards")
     for arguments, says in (
         ((tmp_path / "missing", *out), "no such folder of music"),
+        ((tmp_path / "file", *out), "is a file, name its folder"),
         ((tmp_path / "empty", *out), "no audio file in this folder"),
         ((tmp_path / "bad", *out), "none of its 1 files can be packed"),
         ((good, *out, "--ratings", tmp_path / "file"), "needs a header"),

@@ -301,12 +301,13 @@ def test_ratings_override_tags_and_stay(home: Path) -> None:
     assert vectors(songs)["six.flac"] == vectors(before)["six.flac"]
 
 
-def test_a_rating_of_any_file_of_a_song_counts_its_row_s_first(home: Path) -> None:
+def test_a_rating_of_any_file_of_a_song_counts_its_row_s_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(home / "music/c/five.flac", home / "music/z five.flac")
     settle(home / "music/z five.flac")
     ratings = home / "ratings.csv"
     ratings.write_text("path,rating\nz five.flac,0.4\nsix.flac,1.0\n")
     run(home, "--ratings", ratings)
+    assert "2 of 6 songs matched in the file of ratings" in capsys.readouterr().out
     table = read_embeddings(home / "e.parquet").table
     assert "z five.flac" not in set(table["path"])
     rated = dict(zip(table["path"], table["rating"], strict=True))

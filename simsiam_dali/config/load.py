@@ -122,7 +122,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = _yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no config file {path}") from None
+        names = ", ".join(sorted(file.stem for file in shipped.folder("configs").glob("*.yaml")))
+        is_name = path.name == str(path) == path.stem
+        raise UserError(f"no config file {path}" + (f"; by name there are {names}" if is_name else "")) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise UserError(f"config file {path} is not readable YAML: {' '.join(str(e).split())}") from None
     if tree is not None and not isinstance(tree, dict):

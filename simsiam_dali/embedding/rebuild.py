@@ -22,7 +22,10 @@ Row = dict[str, Any]
 
 @dataclass
 class Report:
-    """What has changed, each song by its file. `moved`: pairs (old, new); `duplicates`: (file, the song's file)."""
+    """What has changed, each song by its file. `moved`: pairs (old, new); `duplicates`: (file, the song's file).
+
+    `matched`: how many songs a ratings file rates, or says are unrated; None without one.
+    """
 
     new: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
@@ -30,6 +33,7 @@ class Report:
     moved: list[tuple[str, str]] = field(default_factory=list)
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
+    matched: int | None = None
 
 
 def by_song(records: Iterable[FileRecord]) -> dict[str, list[FileRecord]]:
@@ -92,7 +96,10 @@ class TableBuilder:
         table["song"] = np.arange(len(table), dtype=np.int64)
         if ratings is not None:
             rows = zip(table.to_dict("records"), songs.values(), strict=True)
-            table["rating"] = [self._rating(ratings, music, song, files) for song, files in rows]
+            found = [self._rating(ratings, music, song, files) for song, files in rows]
+            self.report.matched = sum(rating is not None for rating in found)
+            before = zip(found, table["rating"], strict=True)
+            table["rating"] = [old if rating is None else rating for rating, old in before]
         # Stacked from rows: the vectors of a large table are copied once.
         vectors = np.stack([self._vector(audio_hash) for audio_hash in songs])
         scale = vectors.std(axis=0)
@@ -145,12 +152,14 @@ class TableBuilder:
         """Audio hash of what is at `path` now, "" for nothing."""
         return self.after[path].audio_hash if path in self.after else ""
 
-    def _rating(self, ratings: RatingsFile, music: Path, song: Mapping[Any, Any], files: list[FileRecord]) -> float:
-        """By its row's file, else by another one of the same audio; as it was, where no file is rated."""
+    def _rating(
+        self, ratings: RatingsFile, music: Path, song: Mapping[Any, Any], files: list[FileRecord]
+    ) -> float | None:
+        """By its row's file, else by another one of the same audio; None where no file of it is in `ratings`."""
         names = dict.fromkeys([song["path"], *(file.path for file in files)])
         paths = (self._paths.get(name, music / name) for name in names)
         found = (ratings.lookup(path, song["title"], song["artists"]) for path in paths)
-        return next((rating for rating in found if rating is not None), float(song["rating"]))
+        return next((rating for rating in found if rating is not None), None)
 
 
 def same_songs(a: Embeddings, b: Embeddings) -> bool:

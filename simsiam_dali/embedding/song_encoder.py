@@ -100,7 +100,7 @@ class SongEncoder:
 
         Raises UserError for audio that is empty, silent or not finite, for integers and for `(samples, channels)`.
         """
-        if rate != int(rate) or rate <= 0:
+        if not 0 < rate < math.inf or rate != int(rate):
             raise UserError(f"rate is {rate:g}, but must be a whole number of Hz")
         floats = wave.detach().float().cpu().numpy() if isinstance(wave, Tensor) and wave.is_floating_point() else wave
         pcm = np.asarray(floats)

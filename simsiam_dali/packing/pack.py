@@ -83,7 +83,9 @@ def pack(
     `NothingPacked` where no file can be packed.
     """
     if not music.is_dir():
-        raise UserError(f"{music}: no such folder of music")
+        raise UserError(
+            f"{music}: is a file, name its folder" if music.is_file() else f"{music}: no such folder of music"
+        )
     if music.resolve() == out.resolve():
         raise UserError(f"--out {out} is the folder of music itself: name another")
     rated = RatingsFile.read(ratings, music) if ratings else None
@@ -141,7 +143,8 @@ class _Packer:
         if self.ratings:
             self._rate(songs, self.ratings)
         elif lost := self._lost_ratings(songs):
-            self.report.remarks.append(f"{lost} songs were rated before and are not now: give --ratings again")
+            remark = f"{lost} songs were rated before and are not now: give --ratings again if there was one"
+            self.report.remarks.append(remark)
         self._write(songs, results)
         return self.report
 

@@ -82,7 +82,7 @@ class Library:
         if os.path.lexists(text):
             raise UserError(
                 f"{option} {printable(text)} is not among the {len(self)} songs embedded: add new songs to the table"
-                f" with python -m simsiam_dali.refresh; of equal files only one is listed"
+                " with python -m simsiam_dali.refresh; of equal files only one is listed"
             )
         name_of = {name: self.name(i) for i, own in enumerate(keys) for name in own}
         close = dict.fromkeys(name_of[name] for name in difflib.get_close_matches(key, name_of, n=5, cutoff=0.5))
