@@ -143,12 +143,12 @@ def main() -> None:
         try:
             watch(watched, args.minutes)
             journal = folder / "soak" / "metrics.jsonl"
-            if not journal.exists():
+            records = journal.read_text().splitlines() if journal.exists() else []
+            if not (records and (steps := json.loads(records[-1])["step"])):
                 raise UserError(f"the training has made no step in {args.minutes:g} minutes: give more --minutes")
-            metrics = journal.read_text().splitlines()
             samples = {
                 "loading": int((folder / "loading.log").read_text().split()[-1]),
-                "training": json.loads(metrics[-1])["step"] * load_config(args.config).encoder.batch_size,
+                "training": steps * load_config(args.config).encoder.batch_size,
             }
         except (UserError, OSError, IndexError):
             for one in watched:

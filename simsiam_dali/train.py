@@ -67,7 +67,7 @@ def new_run(args: argparse.Namespace) -> tuple[Config, Path]:
         print(f"settings from {file}, then the environment and the command line")
         print(describe_source("encoder.encoder_type", file, given, args.assignments))
     name = config.train.run_name or f"{config.encoder.encoder_type}-{kind.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise UserError(f"train.run_name is {name}, which is no folder's name; train.runs_dir says where it is made")
     run_dir = config.train.runs_dir / name
     if (run_dir / checkpoint.FILE_NAME).exists():
@@ -111,11 +111,11 @@ def main() -> None:
         with refuse_out_of_memory(OUT_OF_MEMORY_ADVICE, f" on {world.device}"):
             signal = train(config, world, resumed, run_dir)
         if config.train.closing_score and not signal:
-            print_closing_score(run_dir, world)
+            print_closing_score(run_dir, world, config.data.shards)
     sys.exit(128 + signal if signal else 0)
 
 
-def print_closing_score(run_dir: Path, world: World) -> None:
+def print_closing_score(run_dir: Path, world: World, shards: Path | str) -> None:
     """Print what the trained encoder finds. Raises UserError where it cannot be computed."""
     # Here, since it needs scikit-learn, which training does not.
     from simsiam_dali.embedding.closing_score import closing_score
@@ -123,7 +123,7 @@ def print_closing_score(run_dir: Path, world: World) -> None:
     complete = f"the training in {run_dir} is complete"
     try:
         with out_of_memory_as_one_error():
-            line = closing_score(run_dir, world)
+            line = closing_score(run_dir, world, shards)
     except KeyboardInterrupt:  # training turns signals into a save
         world.print(f"stopped before the closing score; {complete}")
         sys.exit(130)

@@ -15,6 +15,7 @@ from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.loader import Batch
+from simsiam_dali.models.encoder import LossOutput
 from simsiam_dali.models.labels import SongLabels
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training.learner import Learner, autocast_dtype
@@ -119,6 +120,24 @@ def test_a_first_step_whose_gradients_overflow_changes_nothing_and_the_next_is_a
     overflowed, plain = states
     for name, value in plain.items():
         torch.testing.assert_close(overflowed[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_is_called_outside_autocast_with_what_the_encoder_returned_under_it() -> None:
+    learner = Learner(small(train__precision="bf16"), NO_SHARDS, World(0, 1, torch.device("cpu")))
+    batch = Batch(tuple(torch.randn(4, 32, 40) for _ in range(2)), torch.arange(4))
+    score, seen = learner.loss_fn, []
+
+    def noted(outputs: Any, segment: torch.Tensor) -> LossOutput:
+        seen.append((torch.is_autocast_enabled("cpu"), {each.dtype for each in outputs}))
+        return score(outputs, segment)
+
+    learner.loss_fn = noted
+    assert learner.step([batch], 0.1, 0.1).loss.dtype == torch.float32
+    assert learner.validation_loss(batch).loss.dtype == torch.float32
+    learner.trial_step(batch)
+    assert len(seen) == 3
+    assert {enabled for enabled, _ in seen} == {False}
+    assert all(torch.bfloat16 in dtypes for _, dtypes in seen)
 
 
 def test_a_compiled_encoder_may_recompute_its_activations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,7 @@ def test_a_training_ends_with_the_sentence_and_evaluate_prints_the_same(
 
 
 def test_of_a_large_set_whole_artists_are_drawn(
-    small_runs: dict[str, Path], small_shards: Path, monkeypatch: pytest.MonkeyPatch
+    small_runs: dict[str, Path], small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The part holds all songs of its artists, with the vectors that they have in the whole set."""
     shards = open_shards(small_shards)
@@ -187,9 +187,13 @@ def test_of_a_large_set_whole_artists_are_drawn(
     rows = np.searchsorted(every_song, songs)
     for name, (x, _) in vectors.items():
         assert np.allclose(x, everything[name][0][rows], rtol=1e-4, atol=1e-5), name
-    assert outcome.closing_score(small_runs["simsiam"], HERE).count(f"of {len(every_song)} songs;") == 1
+    moved = tmp_path / "moved"
+    shutil.copytree(small_shards, moved)
+    run_dir = small_runs["simsiam"]
+    assert outcome.closing_score(run_dir, HERE, moved).count(f"of {len(every_song)} songs;") == 1
     monkeypatch.setattr(outcome, "MAX_SEGMENTS", half)
-    assert f"of {len(songs)} songs, drawn from {len(every_song)};" in outcome.closing_score(small_runs["simsiam"], HERE)
+    said = outcome.closing_score(run_dir, HERE, small_shards)
+    assert f"of {len(songs)} songs, drawn from {len(every_song)};" in said
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, artists: list[int], segments: int, most: int, seed: int) -> list[int]:
@@ -220,10 +224,10 @@ def test_of_one_huge_artist_as_many_songs_are_drawn_as_fill_half_the_sample(
 
 
 def test_where_no_song_fits_into_the_sample_nothing_is_printed(
-    small_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    small_runs: dict[str, Path], small_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outcome, "MAX_SEGMENTS", 0)
-    assert outcome.closing_score(small_runs["simsiam"], HERE) == ""
+    assert outcome.closing_score(small_runs["simsiam"], HERE, small_shards) == ""
 
 
 def embedded(

@@ -285,6 +285,12 @@ def test_the_encoder_learns_through_the_predictor_only() -> None:
     assert whole.abs().sum() > 0
 
 
+def test_the_mean_of_several_targets_is_computed_in_float32() -> None:
+    p, z = ([torch.randn(8, 64).bfloat16() for _ in range(4)] for _ in range(2))
+    exact = simsiam_loss([x.float() for x in p], [x.float() for x in z])
+    assert torch.equal(simsiam_loss(p, z), exact)
+
+
 def test_loss_of_equal_orthogonal_and_opposite_vectors() -> None:
     x = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
     y = torch.tensor([[0.0, 2.0], [1.0, 0.0]])

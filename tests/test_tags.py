@@ -271,9 +271,9 @@ def test_a_file_whose_name_is_written_with_other_accents_is_there(tmp_path: Path
 def test_a_row_with_more_columns_than_the_header_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "ratings.csv"
     source.write_text("path,rating\na.mp3,1,,\nb.mp3,2,5\n")
-    with pytest.raises(UserError, match=r"line 3: more columns than the header; put a decimal comma into quotes"):
+    with pytest.raises(UserError, match=r"line 3: more columns than the header; a fraction is written 0\.5"):
         RatingsFile.read(source, tmp_path)
-    source.write_text("path,rating\na.mp3,1,,\n")
+    source.write_text("path,rating\na.mp3,1,, \n")
     assert RatingsFile.read(source, tmp_path).lookup(tmp_path / "a.mp3", "", []) == 1.0
 
 

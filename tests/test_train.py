@@ -370,13 +370,19 @@ def test_refused_a_run_that_exists_and_settings_a_resume_cannot_change(
     )
     assert done.returncode == 1
     assert "--resume cannot change encoder.learning_rate" in done.stderr
-    assert "'s name" in refusal(command(tmp_path, small_shards, "--run-name", "../mine"), tmp_path)
-    line = refusal(command(tmp_path, small_shards, "--resume", f"runs/{name}/config.yaml"), tmp_path)
-    assert "not a checkpoint" in line
-    assert "previous" not in line
+    done = run(command(tmp_path, small_shards, "--resume", f"runs/{name}/config.yaml"), tmp_path)
+    assert done.returncode == 1
+    assert "not a checkpoint" in done.stderr
+    assert "previous" not in done.stderr
     done = run(command(tmp_path, small_shards, "--resume", "absent"), tmp_path)
     assert done.returncode == 1
     assert "neither a checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../mine", ".."])
+def test_refused_a_run_name_that_is_a_path(tmp_path: Path, small_shards: Path, name: str) -> None:
+    line = refusal(command(tmp_path, small_shards, "--run-name", name), tmp_path)
+    assert f"train.run_name is {name}, which is no folder's name" in line
 
 
 def test_help_shows_defaults() -> None:

@@ -28,14 +28,14 @@ With their 3,000 songs or so, the 95% interval of a share reaches 2 points to ea
 """
 
 
-def closing_score(run_dir: Path, world: World) -> str:
+def closing_score(run_dir: Path, world: World, location: Path | str) -> str:
     """The sentence about the run in `run_dir`; empty where no songs share a label, and on all ranks but the first.
 
-    All ranks must call it.
+    location: of its shards, which may have moved since the checkpoint was written. All ranks must call it.
     """
     release_memory()  # of the training
     (run, *_) = world.gather(read_run(str(run_dir)) if world.main else None)
-    shards = open_shards(run.config.data.shards)
+    shards = open_shards(location)
     if labels_of(shards.songs) is None:
         return ""
     config = embedding_config(run.config, shards.segment_seconds)

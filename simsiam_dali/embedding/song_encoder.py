@@ -102,8 +102,10 @@ class SongEncoder:
         """
         if not 0 < rate < math.inf or rate != int(rate):
             raise UserError(f"rate is {rate:g}, but must be a whole number of Hz")
-        floats = wave.detach().float().cpu().numpy() if isinstance(wave, Tensor) and wave.is_floating_point() else wave
-        pcm = np.asarray(floats)
+        if isinstance(wave, Tensor):
+            wave = wave.detach().cpu()
+            wave = wave.float() if wave.is_floating_point() else wave  # NumPy has no bfloat16
+        pcm = np.asarray(wave)
         if not np.issubdtype(pcm.dtype, np.floating):
             raise UserError(f"a wave must be of floats, full scale = 1, not {pcm.dtype}: divide int16 by 32768")
         pcm = pcm.astype(np.float32)

@@ -26,7 +26,7 @@ def simsiam_loss(p: Sequence[Tensor], z: Sequence[Tensor]) -> Tensor:
 
 def mean_of_others(z: Sequence[Tensor], view: int) -> Tensor:
     """The mean of all but one of the projections `(B, D)`."""
-    others = [*z[:view], *z[view + 1 :]]
+    others = [own.float() for own in (*z[:view], *z[view + 1 :])]
     return others[0] if len(others) == 1 else torch.stack(others).mean(dim=0)
 
 

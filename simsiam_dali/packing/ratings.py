@@ -74,9 +74,10 @@ class RatingsCsv:
         ):
             raise UserError(f"--ratings {source}: needs a header with rating, and path or title and artist")
         for line, row in enumerate(self.rows, 2):
-            if any(row[len(self.header) :]):
+            if any(cell.strip() for cell in row[len(self.header) :]):
                 raise UserError(
-                    f"--ratings {source}, line {line}: more columns than the header; put a decimal comma into quotes"
+                    f"--ratings {source}, line {line}: more columns than the header; a fraction is written 0.5, and"
+                    " text with a comma in quotes"
                 )
         ratings = []
         for line, text in enumerate(map(str.strip, self.column("rating")), 2):
