@@ -23,7 +23,6 @@ class LossWindow:
         self._losses: list[Tensor] = []  # (loss, has_loss) of each step
         self._z: deque[Tensor] = deque(maxlen=max(1, GAUGE_ROWS // config.encoder.batch_size))
 
-    @property
     def outputs(self) -> list[Tensor]:
         """The latest outputs, for a checkpoint: a resumed run has the gauges of one that never stopped."""
         return [z.cpu().clone() for z in self._z]  # a view would be saved with all that it is a view of

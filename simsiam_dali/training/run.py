@@ -208,7 +208,7 @@ class Run:
             mlflow_run=self.tracker.run_id,
             seconds=time.perf_counter() - self._started,
             device=self.world.device.type,
-            outputs=self.window.outputs,
+            outputs=self.window.outputs(),
         )
 
     def _restore(self, resumed: checkpoint.Checkpoint) -> None:
