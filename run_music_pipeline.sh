@@ -22,7 +22,8 @@ usage: $self STAGE [options]
   hpo                search for better settings, train the best     simsiam_dali.hpo
   compare            the best runs of each encoder type             simsiam_dali.compare
   demo               all of it on 192 synthesised songs             make demo
-  all MUSIC_DIR      shards, encoder, classifier, recommend --top; the options are the encoder's
+  all MUSIC_DIR      shards, encoder, classifier, recommend --top; --ratings FILE is given to shards, the
+                     other options to encoder
 
 A stage passes its options on; STAGE --help shows them. --encoder-type simsiam|joint|contrastive|byol|simple, or
 ENCODER_TYPE in the environment, says which encoder to train, tune, evaluate or recommend with. classifier also takes
@@ -196,14 +197,27 @@ demo() {
 }
 
 all() {
-    local music=${1:-} folder type
+    local music=${1:-} folder type ratings="" word passed=()
     [[ -n $music && $music != -* ]] || fail "name the folder of your songs first: $self all MUSIC_DIR [options]"
     shift
     folder=$(value_of --shards "$@")
     type=$(value_of --encoder-type "$@")
     type=${type:-${ENCODER_TYPE:-}}
-    shards "$music" ${folder:+--out "$folder"}
-    encoder "$@"
+    while (($#)); do
+        word=$1
+        shift
+        case $word in
+            --ratings)
+                (($#)) || fail "$word needs a value"
+                ratings=$1
+                shift
+                ;;
+            --ratings=*) ratings=${word#*=} ;;
+            *) passed+=("$word") ;;
+        esac
+    done
+    shards "$music" ${folder:+--out "$folder"} ${ratings:+--ratings "$ratings"}
+    encoder ${passed[@]+"${passed[@]}"}
     classifier ${type:+--encoder-type "$type"}
     (recommend ${type:+--encoder-type "$type"} --top) ||
         echo "no songs recommended by rating; by likeness: $self recommend --like SONG"

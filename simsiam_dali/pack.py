@@ -101,7 +101,7 @@ def main() -> None:
 
 def summarise(report: Report, out: Path) -> None:
     """Print what was packed, and what was not and why."""
-    for line in (*report.file_lines(), *report.remarks):
+    for line in (*report.file_lines(out), *report.remarks):
         print(line)
     c = report.counts
     print(

@@ -353,6 +353,14 @@ def test_songs_in_no_shard(
     assert "is up to date" in capsys.readouterr().out
 
 
+def test_where_no_song_decodes_nothing_is_left(small_runs: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mp3"
+    broken.write_bytes(b"no music at all")
+    with pytest.raises(UserError, match=r"can be packed \(broken.mp3 does not open as audio"):
+        run(small_runs["simsiam"], tmp_path / "e.parquet", "--music", broken)
+    assert list(tmp_path.iterdir()) == [broken]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

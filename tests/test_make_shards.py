@@ -332,6 +332,15 @@ def test_a_file_that_did_not_open_is_tried_again(music: Path, pack: Pack) -> Non
     assert set(outcomes.values()) == {Packed}
 
 
+def test_many_refused_files_are_counted(music: Path, pack: Pack, tmp_path: Path) -> None:
+    for n in range(packing.FILES_SHOWN + 3):
+        (music / f"broken {n:02}.mp3").write_bytes(b"no music at all")
+    lines = [line for line in pack(music).splitlines() if line.startswith("refused ")]
+    assert len(lines) == packing.FILES_SHOWN + 1
+    assert lines[-1] == f"refused  3 more; in {tmp_path / 'shards'}, refused.csv lists all"
+    assert (tmp_path / "shards/refused.csv").read_text().count("\nbroken ") == packing.FILES_SHOWN + 3
+
+
 def test_a_second_packer_is_refused(music: Path, run_here: RunHere) -> None:
     shards = music.parent / "shards"
     shards.mkdir()

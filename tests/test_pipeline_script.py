@@ -200,6 +200,14 @@ def test_all_runs_the_stages_in_their_order_and_does_without_ratings(shell: Shel
     ]  # fmt: skip
 
 
+def test_all_gives_the_ratings_to_the_packer(shell: Shell) -> None:
+    for given in (["--ratings", "my ratings.csv"], ["--ratings=my ratings.csv"]):
+        packer, training = shell.calls("all", "music", *given, "--epochs", "2")[:2]
+        assert packer == ["tools/make_shards.py", "music", "--ratings", "my ratings.csv"]
+        assert training == ["simsiam_dali.train", "--epochs", "2"]
+    assert shell.refusal("all", "music", "--ratings") == "error: --ratings needs a value"
+
+
 def test_a_failing_stage_ends_all(shell: Shell) -> None:
     shell.python.write_text(f"#!{sys.executable}\nimport os\nopen(os.environ['CALLS'], 'a').write('x')\nexit(3)\n")
     assert shell.run("all", "music").returncode == 3

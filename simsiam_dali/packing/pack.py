@@ -32,6 +32,8 @@ from simsiam_dali.packing.write import write_file, write_manifest, write_shard, 
 Executor = Callable[[Callable[[Job], Result], Iterable[Job], int], Generator[tuple[Job, Result | Died], None, None]]
 """Where jobs run: `process_pool.run_all` or `ray_pool.run_all`."""
 
+FILES_SHOWN = 20
+
 _NEW = "new"  # the folder of the new set, in STAGING
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -50,11 +52,18 @@ class Report:
     decoding_took: float = 0.0
     unchanged: bool = False
 
-    def file_lines(self) -> Iterator[str]:
-        """A line for the terminal of each file that was refused, and of each that something is to be said of."""
-        for title, files in (("refused", self.refused), ("warning", self.notes)):
-            for name, reason in files:
+    def file_lines(self, out: Path | None = None) -> Iterator[str]:
+        """Lines for the terminal: the refused files, and the packed ones with something wrong.
+
+        out: the set whose tables hold them all, so that only the first `FILES_SHOWN` of each kind need a line.
+        """
+        tables = f"{REFUSED} lists all", f"the column note of {SONGS} has all"
+        for title, files, table in zip(("refused", "warning"), (self.refused, self.notes), tables, strict=True):
+            shown = FILES_SHOWN if out else len(files)
+            for name, reason in files[:shown]:
                 yield f"{title:8} {name if name.isprintable() else ascii(name)}: {reason}"
+            if len(files) > shown:
+                yield f"{title:8} {len(files) - shown} more; in {out}, {table}"
 
 
 class NothingPacked(UserError):

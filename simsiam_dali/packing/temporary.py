@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.packing.find import SongFile, find_songs, relative_name
-from simsiam_dali.packing.pack import Report, pack
+from simsiam_dali.packing.pack import NothingPacked, Report, pack
 from simsiam_dali.packing.pack_song import PackSettings
 
 
@@ -30,7 +31,12 @@ class TemporarySongs:
 
     def packed(self, folder: Path) -> tuple[ShardSet, Report]:
         """The songs as shards in `folder`, where an interrupted packing continues; and the report."""
-        report = pack(self.root, folder, self.settings, len(os.sched_getaffinity(0)), replace=True, files=self.files)
+        workers = len(os.sched_getaffinity(0))
+        try:
+            report = pack(self.root, folder, self.settings, workers, replace=True, files=self.files)
+        except NothingPacked:
+            shutil.rmtree(folder)
+            raise
         shards = open_shards(folder)
         return dataclasses.replace(shards, songs=shards.songs.assign(split="")), report  # in neither split
 
