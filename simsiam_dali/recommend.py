@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
         warn(LEFT_OUT.format(path), left_out)
     if args.save is not None:
         written = save(
-            args.playlists, args.save, request, library, x,
+            args.playlists, args.save, request, library, x, table=args.embeddings,
             relative_to=args.relative_to, prefix=args.path_prefix, replace=args.replace,
         )  # fmt: skip
         print(f"wrote {', '.join(shlex.quote(str(path)) for path in written.files)}")

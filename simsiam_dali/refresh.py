@@ -1,8 +1,8 @@
 """Keep embeddings and playlists fresh: python -m simsiam_dali.refresh music/
 
 Finds what is new, changed, moved and gone in the music folder since the table was written, embeds only new audio,
-drops what is gone and makes every saved playlist again. The table and the playlists are replaced together: stopped or
-killed at any moment, all of them are the old ones or the new.
+drops what is gone and makes the playlists that were saved from the table again. The table and the playlists are
+replaced together: stopped or killed at any moment, all of them are the old ones or the new.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         finish_commit(args.out)
         previous, files, changes = look(args)
-        print_plan(changes, previous, len(read_saved(args.playlists)))
+        print_plan(changes, previous, sum(playlist.is_of(args.out) for playlist in read_saved(args.playlists)))
         return
     with contextlib.ExitStack() as stack:
         with refuse_failed_write(args.out):
@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> None:
         scratch = args.out.with_name(f".{args.out.name}.packed")
         made = refresh(previous, changes, files, music, ratings, device, scratch)
         remade: list[Remade] = []
-        playlists = read_saved(args.playlists)  # as they are now
+        saved = read_saved(args.playlists)  # as they are now
+        playlists = [playlist for playlist in saved if playlist.is_of(args.out)]
+        others = [f"{one.name}: a playlist of {one.table_path()}" for one in saved if one not in playlists]
         if made.songs is previous.songs:
             playlists = [playlist for playlist in playlists if not is_newer(playlist, args.out)]
         if playlists:
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
         with refuse_failed_write(args.out):
             replace_all(replacement, args.out, previous, made, remade)
         shutil.rmtree(scratch, ignore_errors=True)
+    print_list("kept", others)
     print_report(args.out, previous, made, remade)
     advise_training(args, previous, made)
 

@@ -366,6 +366,31 @@ def test_saved_playlists_follow(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert content(home) == after
 
 
+def test_a_playlist_of_another_table_is_left_alone_until_that_is_gone(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = home / "other.parquet"
+    shutil.copy(home / "e.parquet", other)
+    save(home, "mine", "--like", home / "music/a/one.flac", "--count", 9)
+    save(home, "theirs", "--like", home / "music/a/two.mp3", "--count", 9, "--embeddings", other)
+    before = content(home)
+    change(home / "music")
+    capsys.readouterr()
+    run(home, "--dry-run")
+    assert "; 1 saved playlists would be made again" in capsys.readouterr().out
+    run(home)
+    assert f"kept      theirs: a playlist of {other}" in capsys.readouterr().out
+    after = content(home)
+    assert after["playlists/mine.m3u8"] != before["playlists/mine.m3u8"]
+    for suffix in ("json", "m3u8", "xspf"):
+        assert after[f"playlists/theirs.{suffix}"] == before[f"playlists/theirs.{suffix}"]
+    other.unlink()
+    (home / "playlists/theirs.m3u8").unlink()
+    run(home)
+    assert "kept" not in capsys.readouterr().out
+    assert (home / "playlists/theirs.m3u8").exists()
+
+
 def test_a_playlist_that_is_newer_than_the_table_is_left_alone_and_one_that_is_missing_is_made(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ The same table and request give the same bytes.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class SavedPlaylist:
     """What `NAME.json` in `folder` holds.
 
     request: songs are named by their paths relative to the music folder. relative_to, prefix: where the playlist's
-    paths start, as in `playlists.playlist_entries`; where both are None they are relative to `folder` itself.
+    paths start, as in `playlists.playlist_entries`; where both are None they are relative to `folder` itself. table:
+    the embeddings that chose the songs, relative to `folder`; None where the request lists them.
     """
 
     folder: Path
@@ -40,12 +42,22 @@ class SavedPlaylist:
     request: Request
     relative_to: str | None = None
     prefix: str | None = None
+    table: str | None = None
+
+    def is_of(self, table: Path) -> bool:
+        """Whether `table` may choose its songs: not where another one did that is still there."""
+        own = self.table_path()
+        return own is None or not own.exists() or own == table.resolve()
+
+    def table_path(self) -> Path | None:
+        """`table` as an absolute path."""
+        return None if self.table is None else (self.folder / self.table).resolve()
 
     def json(self) -> str:
         """The text of `NAME.json`."""
         request = dataclasses.asdict(self.request)
         paths = {"relative_to": self.relative_to, "prefix": self.prefix}
-        document = {"made_by": MARK, "version": VERSION, "request": request, "paths": paths}
+        document = {"made_by": MARK, "version": VERSION, "table": self.table, "request": request, "paths": paths}
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -63,20 +75,23 @@ def save(
     library: Library,
     x: np.ndarray,
     *,
+    table: Path | None = None,
     relative_to: Path | None = None,
     prefix: str | None = None,
     replace: bool = False,
 ) -> Written:
     """Write `NAME.json`, `NAME.m3u8` and `NAME.xspf` into `folder`, which is made where there is none.
 
-    x: unit vectors `(N, D)` of the songs. relative_to, prefix: as in `playlists.playlist_entries`, but without both
-    the paths are relative to `folder`. Raises UserError, and changes nothing, for a name that is no file name, for a
+    x: unit vectors `(N, D)` of the songs. table: the file that they are from, by which `refresh` knows which playlists
+    to make again. relative_to, prefix: as in `playlists.playlist_entries`, but without both the paths are relative to
+    `folder`. Raises UserError, and changes nothing, for a name that is no file name, for a
     request that chooses nothing, and, unless `replace`, where a file of that name is not of this program or remembers
     another request.
     """
     check_name(name)
     base = None if relative_to is None else str(relative_to.resolve())
-    saved = SavedPlaylist(folder, name, portable(request, library), base, prefix)
+    origin = None if table is None or request.songs else os.path.relpath(table.resolve(), folder.resolve())
+    saved = SavedPlaylist(folder, name, portable(request, library), base, prefix, origin)
     texts, left_out = _texts(library, x, saved)
     files = {folder / f"{name}.json": saved.json()} | {folder / file: text for file, text in texts.items()}
     for path, text in files.items():
@@ -121,7 +136,8 @@ def read_saved(folder: Path) -> list[SavedPlaylist]:
             if document["version"] != VERSION:
                 raise UserError(f"{path} has version {document['version']}, this program reads {VERSION}: save it anew")
             request = _REQUEST.validate_python(document["request"])
-            found.append(SavedPlaylist(folder, path.stem, request, **document["paths"]))
+            paths, table = document["paths"], document.get("table")  # None: of an earlier version
+            found.append(SavedPlaylist(folder, path.stem, request, **paths, table=table))
         except (ValueError, KeyError, TypeError, ValidationError) as e:
             raise UserError(f"{path} is damaged ({one_line(e)}): save the playlist anew, or remove it") from e
     return found
