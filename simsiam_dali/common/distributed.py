@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.terminal import print_line
@@ -71,11 +70,26 @@ def rows_of_all_ranks(x: Tensor, counts: Sequence[int]) -> Tensor:
     counts: B of each rank (`count_of_each_rank`). They may differ, since a segment that does not decode makes one
     rank's batch smaller. All ranks must call it. Without a process group it is `x`.
     """
-    if not dist.is_initialized():
-        return x
-    rank = dist.get_rank()
-    before, after = (x.new_zeros(sum(part), *x.shape[1:]) for part in (counts[:rank], counts[rank + 1 :]))
-    return all_reduce(torch.cat([before, x, after]))
+    return _RowsOfAllRanks.apply(x, counts) if dist.is_initialized() else x
+
+
+class _RowsOfAllRanks(torch.autograd.Function):
+    """Each rank adds its rows to zeros; a row's gradient is the sum of what all ranks' losses give it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: Sequence[int]) -> Tensor:
+        first = sum(counts[: dist.get_rank()])
+        ctx.own = slice(first, first + len(x))
+        rows = x.new_zeros(sum(counts), *x.shape[1:])
+        rows[ctx.own] = x
+        dist.all_reduce(rows)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[ctx.own], None
 
 
 def is_main() -> bool:
