@@ -223,17 +223,22 @@ all() {
         echo "no songs recommended by rating; by likeness: $self recommend --like SONG"
 }
 
-stage=${1:-}
-(($#)) && shift
-case $stage in
-    all | shards | encoder | classifier | recommend | hpo | compare | demo) "$stage" "$@" ;;
-    -h | --help | help) usage ;;
-    "")
-        usage >&2
-        exit 2
-        ;;
-    *)
-        echo "error: there is no stage $stage: all, shards, encoder, classifier, recommend, hpo, compare or demo" >&2
-        exit 2
-        ;;
-esac
+main() {
+    local stage=${1:-}
+    (($#)) && shift
+    case $stage in
+        all | shards | encoder | classifier | recommend | hpo | compare | demo) "$stage" "$@" ;;
+        -h | --help | help) usage ;;
+        "")
+            usage >&2
+            exit 2
+            ;;
+        *)
+            echo "error: there is no stage $stage: all, shards, encoder, classifier, recommend, hpo, compare or demo" >&2
+            exit 2
+            ;;
+    esac
+}
+
+# On one line: bash reads a script as it runs it, and would go on in a file that was updated during a stage of hours.
+main "$@"; exit

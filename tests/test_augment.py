@@ -230,8 +230,20 @@ def drawn(cfg: AugmentationConfig, seed: int = 0, frames: int = 1876) -> dict[st
     return {name: np.array(x.as_array()).reshape(-1) for name, x in zip(names, pipeline.run(), strict=True)}
 
 
-def test_each_augmentation_is_drawn_at_its_probability_and_within_its_range() -> None:
-    cfg = AugmentationConfig(time_shift_prob=0.6)
+OTHER_RANGES: dict[str, Any] = {
+    "time_shift_range": (0.2, 0.4),
+    "time_stretch_range": (0.9, 1.05),
+    "pitch_shift_range": (-1, 3),
+    "gain_range": (-12, -2),
+    "noise_snr_range": (3, 8),
+    "reverb_rt60_range": (0.5, 0.9),
+    "reverb_drr_range": (4, 6),
+}
+
+
+@pytest.mark.parametrize("ranges", [{}, OTHER_RANGES], ids=["default", "other"])
+def test_each_augmentation_is_drawn_at_its_probability_and_within_its_range(ranges: dict[str, Any]) -> None:
+    cfg = AugmentationConfig(time_shift_prob=0.6, **ranges)
     d = drawn(cfg)
     rates = {
         "time shift": (d["shift"] != 0, cfg.time_shift_prob),
@@ -256,14 +268,14 @@ def test_each_augmentation_is_drawn_at_its_probability_and_within_its_range() ->
         sigma = (high - low) / np.sqrt(12 * len(values))
         assert values.mean() == pytest.approx((low + high) / 2, abs=4 * sigma)
 
-    uniform(d["shift"][d["shift"] != 0], 0, 1)
-    uniform(d["rate"][d["rate"] != 1], 0.8, 1.2)
-    uniform(d["semitones"][d["semitones"] != 0], -2, 2)
-    uniform(d["gain_db"][d["gain_db"] != 0], -6, 6)
-    uniform(d["snr_db"], 15, 30)
+    uniform(d["shift"][d["shift"] != 0], *ranges.get("time_shift_range", (0, 1)))
+    uniform(d["rate"][d["rate"] != 1], *ranges.get("time_stretch_range", (0.8, 1.2)))
+    uniform(d["semitones"][d["semitones"] != 0], *ranges.get("pitch_shift_range", (-2, 2)))
+    uniform(d["gain_db"][d["gain_db"] != 0], *ranges.get("gain_range", (-6, 6)))
+    uniform(d["snr_db"], *ranges.get("noise_snr_range", (15, 30)))
     uniform(d["noise_at"], 0, 1)
-    uniform(d["rt60"], 0.2, 1.2)
-    uniform(d["drr_db"], 0, 12)
+    uniform(d["rt60"], *ranges.get("reverb_rt60_range", (0.2, 1.2)))
+    uniform(d["drr_db"], *ranges.get("reverb_drr_range", (0, 12)))
 
 
 def test_masks_are_drawn_within_their_widths_and_inside_the_view() -> None:

@@ -13,7 +13,7 @@ from helpers.logged_runs import log_run
 from mlflow import MlflowClient
 
 from simsiam_dali import compare
-from simsiam_dali.evaluation.compare_runs import EVALUATE, METRICS, Metric
+from simsiam_dali.evaluation.compare_runs import BEST_OF_TAG, EVALUATE, METRICS, Metric
 
 SCORES = {"knn/artist": 0.5, "knn/artist_chance": 0.1, "encoder/train_loss": -0.9, "training_time_hours": 0.25}
 
@@ -99,7 +99,8 @@ def test_the_best_of_each_type_by_artist_until_there_is_a_rating_error(home: Hom
     printed = home.type()
     assert {row["run_id"] for row in home.rows()} == {rated, other}
     assert "best by classifier/val_mse, lower is better" in printed
-    assert "no simple run has classifier/val_mse: its newest are shown" in printed
+    assert "simple: 0 of 1 run with classifier/val_mse; its newest are shown" in printed
+    assert "simsiam: 2 of 4 runs with classifier/val_mse; the others cannot be the best" in printed
     assert "the best of more runs is better by chance alone" in printed
     home.type("--by", "knn/artist")
     assert {row["run_id"] for row in home.rows()} == {worse, other}
@@ -130,7 +131,8 @@ def test_unfinished_failed_nested_and_foreign_runs_are_left_out(home: Home) -> N
     printed = home.type()
     assert home.rows()[0]["run_id"] == good
     assert "excluded: 2 runs not finished" in printed
-    assert "excluded: 1 run nested in another, such as HPO's trials (include them with --include-trials)" in printed
+    assert "excluded: 1 run nested in another, such as hpo's trials (include them with --include-trials)" in printed
+    assert "excluded: 1 run without the tag encoder_type (mlflow.auto_tags)" in printed
     assert "excluded: 1 run without any metric of this table" in printed
     home.type("--include-trials")
     assert home.rows()[0]["run_id"] == trial
@@ -187,14 +189,48 @@ def test_the_last_value_the_untrained_one_and_the_guess(home: Home) -> None:
     assert simple["knn/artist_untrained"] == ""
 
 
+def test_predicted_ratings_stand_above_a_guess_s_and_the_untrained_encoder_s(home: Home) -> None:
+    rating = {
+        "classifier/val_mse": 0.04, "classifier/val_mse_chance": 0.06, "classifier/val_mse_untrained": 0.03,
+        "classifier/val_mse_songs": 29, "classifier/val_mae": 0.1, "classifier/val_mae_songs": 29,
+    }  # fmt: skip
+    home.log("simsiam", rating)
+    home.log("simple", rating | {"classifier/val_mse": 0.05})
+    home.log("joint", {"knn/artist": 0.5, "knn/artist_songs": 12})
+    lines = [row.split() for row in home.type().splitlines()]
+    at = lines.index(["classifier/val_mse", "0.04", "0.05", "-", "lower", "simsiam"])
+    assert lines[at + 1 : at + 5] == [
+        ["chance", "0.06", "0.06", "-"],
+        ["untrained", "0.03", "0.03", "-"],
+        ["songs", "scored", "29", "29", "-"],
+        ["classifier/val_mae", "0.1", "0.1", "-", "lower"],
+    ]
+    assert lines[at + 5 : at + 7] == [["knn/artist", "-", "-", "0.5", "higher"], ["songs", "scored", "-", "-", "12"]]
+    assert home.rows()[0]["classifier/val_mse_untrained"] == "0.03"
+
+
+def test_runs_of_a_type_that_differ_in_more_than_the_seed_are_named(home: Home) -> None:
+    for seed, rate in ((1, 0.1), (2, 0.1), (3, 0.2)):
+        settings = {"train.seed": seed, "encoder.simsiam.learning_rate": rate, "data.threads": seed}
+        home.log("simsiam", SCORES, params=settings, **({} if seed < 3 else {BEST_OF_TAG: "mine"}))
+        home.log("simple", SCORES, params={"train.seed": seed})
+    printed = home.type("--runs", 0)
+    (differ,) = [row for row in printed.splitlines() if " differ in " in row]
+    assert differ == (
+        "the 3 runs of type simsiam differ in encoder.simsiam.learning_rate: their range is not that of seeds alone"
+    )
+    assert "settings chosen by hpo on these validation songs, which favours " in printed
+    assert "differ in" not in home.type()
+
+
 def test_missing_metrics_are_listed_with_the_command_that_logs_them(home: Home) -> None:
     home.log("simsiam", {m.name: 0.5 for m in METRICS}, **{"mlflow.runName": "whole"})
     home.log("simple", {"knn/artist": 0.5, "training_time_hours": 1}, **{"mlflow.runName": "poor"})
     missing = [row for row in home.type().splitlines() if row.startswith("missing: ")]
     assert missing[0] == (
         "missing: classifier/val_mse, classifier/val_mae, classifier/val_correlation in poor"
-        " (logged by python -m simsiam_dali.evaluate; of an encoder that learned from tags with 20 songs held back"
-        " or more)"
+        " (logged by python -m simsiam_dali.evaluate, with rated songs; of an encoder that learned from tags, with 20"
+        " rated songs held back from its training: raise pack's --val-fraction)"
     )
     named = {name for row in missing for name in row.removeprefix("missing: ").partition(" in ")[0].split(", ")}
     assert named == {m.name for m in METRICS} - {"knn/artist", "training_time_hours"}
@@ -352,7 +388,9 @@ def test_a_loss_cannot_choose(home: Home) -> None:
 def test_no_experiment_and_no_runs(home: Home) -> None:
     assert "no experiment 'music_recommendation'; it has Default" in home.refused()
     home.log(None, SCORES)
-    assert "no finished run tagged encoder_type: train first" in home.refused()
+    refused = home.refused()
+    assert "no finished run tagged encoder_type; excluded: 1 run without the tag encoder_type" in refused
+    assert "train first" in refused
     home.log("simsiam", SCORES, status="KILLED")
     assert "no finished run tagged encoder_type; excluded: 1 run not finished" in home.refused()
     assert not (home.folder / "runs").exists()

@@ -164,7 +164,8 @@ def test_mlflow_gets_the_figures_where_the_run_is(
     found = client.get_run(run_id)
     assert (found.info.status, found.info.end_time) == ("FINISHED", ended)
     written = json.loads((library / "evaluation/metrics.json").read_text())
-    assert set(written["classifier"]) == {f"classifier/val_{name}" for name in ("mse", "mae", "correlation")}
+    names = [f"classifier/val_{name}" for name in ("mse", "mae", "correlation")]
+    assert set(written["classifier"]) == {f"{name}{part}" for name in names for part in ("", "_chance", "_songs")}
     by_name = {figure["name"]: figure["value"] for figure in written["figures"]}
     assert found.data.metrics["classifier/val_mse"] == pytest.approx(
         by_name["eval/rating/mlp_mse/album_split"], abs=1e-5
@@ -192,6 +193,10 @@ def test_an_encoder_that_knows_its_training_ratings_by_heart_is_judged_by_other_
     name = "classifier/val_correlation"
     out, plain, page = evaluated("simsiam", table)
     assert "only that judges" not in out
+    compared = out.partition("what compare compares: ")[2]
+    assert compared.startswith("ratings predicted by the MLP, split by album, of rated songs held back")
+    (row,) = [line.split() for line in compared.splitlines() if line.startswith(name)]
+    assert row[1:3] == ["64", f"{plain[name]:.3f}"]
     assert "not trained on, split" not in page
     out, unseen, page = evaluated("joint", table)
     assert unseen == plain  # so that runs of both types are compared on the same songs
@@ -205,7 +210,7 @@ def test_an_encoder_that_knows_its_training_ratings_by_heart_is_judged_by_other_
     out, unseen, page = evaluated("joint", few)
     assert unseen == {}
     said = "fewer than 20 of these songs were held back from it: these figures do not judge it."
-    assert f"{said} No classifier/* is logged.\n" in out
+    assert f"{said} No classifier/* is logged: pack with a larger --val-fraction, and train again.\n" in out
     assert "not trained on, split" not in page
     assert "Too few songs were held back from it to judge it" in page
 
@@ -217,7 +222,7 @@ def test_songs_that_were_all_held_back_judge_an_encoder_that_learned_from_tags(
     table = songs.table.assign(split="val")
     store(library / "embeddings.parquet", table, songs.vectors, encoder_type="joint")
     assert "do not judge" not in run(monkeypatch, capsys, "--no-maps")
-    assert len(json.loads((library / "evaluation/metrics.json").read_text())["classifier"]) == 3
+    assert "classifier/val_mse" in json.loads((library / "evaluation/metrics.json").read_text())["classifier"]
 
 
 def test_without_a_run_nothing_is_logged_and_no_database_made(

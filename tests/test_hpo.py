@@ -21,6 +21,7 @@ from simsiam_dali import hpo
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.config.load import load_config
 from simsiam_dali.config.schema import Config
+from simsiam_dali.evaluation.compare_runs import BEST_OF_TAG
 from simsiam_dali.models.registry import ENCODERS
 from simsiam_dali.search import report, trials
 from simsiam_dali.search.report import StudyRun
@@ -211,7 +212,7 @@ def test_the_best_is_the_highest_score_or_the_lowest_error(
     assert found.number == best
     chosen = load_config(study.folder / report.BEST)
     assert chosen.encoder.simsiam.learning_rate == found.params["encoder.simsiam.learning_rate"]
-    assert chosen.encoder.epochs == 50  # final_training_epochs
+    assert chosen.encoder.epochs == study.config.encoder.epochs  # as any training
 
 
 def test_the_file_of_the_best_settings_says_that_its_value_is_optimistic(
@@ -495,6 +496,8 @@ def test_killed_it_continues_with_the_next_trial_and_trains_the_best_at_the_end(
     assert [by_number[n].info.status for n in "012"] == ["FINISHED", "KILLED", "FINISHED"]
     assert by_number["0"].data.metrics["knn/artist"] == pytest.approx(study.trials[0].value)
     assert by_number["0"].data.tags["encoder_type"] == "simsiam"
+    (of_best,) = [r for r in runs if r.info.run_name == final.name]
+    assert of_best.data.tags[BEST_OF_TAG] == "mine"
 
     again = run(args, tmp_path)
     assert again.returncode == 0, again.stderr[-2000:]

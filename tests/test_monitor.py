@@ -271,8 +271,10 @@ def test_closing_lines_name_the_untrained_encoder_only_where_it_was_scored() -> 
     """A journal that was deleted and begins anew has no epoch 0, or nothing of a run that was complete."""
     scores = {"knn/artist": 0.5, "knn/artist_chance": 0.1, "encoder/z_std": 0.04}
     untrained, trained = ({"epoch": epoch} | scores for epoch in (0, 7))
-    whole, from_later, none = (list(closing_lines(625, Path("run"), e)) for e in ([untrained, trained], [trained], []))
+    whole, from_later, none = (list(closing_lines(0.04, Path("run"), e)) for e in ([untrained, trained], [trained], []))
     assert whole[0] == "kNN artist, accuracy 0.500  (untrained encoder 0.500, a guess 0.100)"
     assert from_later[0] == "kNN artist, accuracy 0.500  (a guess 0.100)"
     assert whole[1:] == from_later[1:] == ["z-std 0.0400  (healthy: about 0.0400)", *none]
     assert none == ["checkpoint run/checkpoint.pt", "curves     run/curves.png"]
+    counted = list(closing_lines(None, Path("run"), [trained | {"knn/artist_songs": 12.0}]))
+    assert counted == ["kNN artist, accuracy 0.500  (a guess 0.100; 12 songs)", *none]

@@ -208,6 +208,16 @@ def test_all_gives_the_ratings_to_the_packer(shell: Shell) -> None:
     assert shell.refusal("all", "music", "--ratings") == "error: --ratings needs a value"
 
 
+def test_a_script_that_is_updated_during_a_stage_ends_with_it(shell: Shell, tmp_path: Path) -> None:
+    script = tmp_path / "pipeline.sh"
+    script.write_text(SCRIPT.read_text())
+    shell.python.write_text(f"#!{sys.executable}\nopen({str(script)!r}, 'a').write('echo of the newer version')\n")
+    env = os.environ | {"PYTHON": str(shell.python)}
+    done = subprocess.run(["bash", script, "compare", "--help"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert script.read_text().endswith("newer version")
+
+
 def test_a_failing_stage_ends_all(shell: Shell) -> None:
     shell.python.write_text(f"#!{sys.executable}\nimport os\nopen(os.environ['CALLS'], 'a').write('x')\nexit(3)\n")
     assert shell.run("all", "music").returncode == 3

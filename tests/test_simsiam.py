@@ -251,6 +251,24 @@ def test_a_failed_download_is_reported_in_one_line(monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(error.value)
 
 
+def test_imagenet_weights_are_torchvision_s_by_their_hash(monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
+    """A stand-in for the download: the stem of three channels becomes one, and the classifier is left out."""
+    asked: dict[str, object] = {}
+
+    def downloaded(url: str, **how: object) -> dict[str, Tensor]:
+        asked.update(how, url=url)
+        state: dict[str, Tensor] = torch.load(weights, weights_only=True)
+        return state
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", downloaded)
+    backbone = small(pretrained_backbone=True).backbone
+    state = torch.load(weights, weights_only=True)
+    assert str(asked["url"]).startswith("https://download.pytorch.org/models/resnet18-")
+    assert asked["check_hash"] is True
+    assert torch.equal(backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+    torch.testing.assert_close(backbone.conv1.weight, state["conv1.weight"].sum(dim=1, keepdim=True))
+
+
 def random_loss_inputs() -> list[Tensor]:
     g = torch.Generator().manual_seed(2)
     return [torch.randn(4, 16, generator=g, requires_grad=True) for _ in range(4)]

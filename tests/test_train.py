@@ -19,10 +19,11 @@ from helpers import fork_server
 from helpers.running import PATIENT, TINY, command, epochs, losses, refusal, run, start, train, wait_for_step
 
 from simsiam_dali.common.files import locked
-from simsiam_dali.config.load import load_config
+from simsiam_dali.config.load import load_config, replace_settings
+from simsiam_dali.config.schema import Config
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import checkpoint
-from simsiam_dali.training.learner import create_optimizer, learning_rates
+from simsiam_dali.training.learner import create_optimizer, describe_optimizer, learning_rates
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,16 @@ def test_the_predictor_s_rate_stays_and_the_encoder_s_falls(whole: Path) -> None
     assert encoder["lr"] < 0.05 * base
 
 
+def test_the_optimizer_is_described_with_the_rate_and_where_that_is_from() -> None:
+    """encoder.learning_rate of a config for `simple` is for 256 segments of an encoder that is trained by SGD."""
+    assert describe_optimizer(Config(), 128) == "sgd, learning rate 0.015 (0.03 for 256 segments)"
+    given = replace_settings(Config(), encoder__learning_rate=0.001)
+    overridden = ", from encoder.learning_rate in place of the type's own"
+    assert describe_optimizer(given, 64) == f"sgd, learning rate 0.00025 (0.001 for 256 segments){overridden} 0.03"
+    simple = replace_settings(given, encoder__encoder_type="simple")
+    assert describe_optimizer(simple, 64) == f"adamw, learning rate 0.001{overridden} 0.001"
+
+
 def test_learning_rates_follow_the_cosine_and_the_warm_up() -> None:
     settings = load_config(
         assignments=["encoder.epochs=10", "encoder.simsiam.warmup_epochs=2", "encoder.simsiam.learning_rate=0.05"]
@@ -202,6 +213,38 @@ def test_fix_predictor_lr_off_marks_no_group() -> None:
     settings = load_config(assignments=["encoder.simsiam.fix_predictor_lr=false", "encoder.simsiam.backbone=resnet18"])
     optimizer = create_optimizer(settings, encoder_type(settings).create())
     assert not any(group["fix_lr"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("type_", "settings", "expected"),
+    [
+        ("simsiam", ("sgd_momentum=0.5", "weight_decay=0.25"), {"momentum": 0.5, "weight_decay": 0.25}),
+        ("simsiam", ("sgd_momentum=0",), {"momentum": 0, "weight_decay": 5e-4}),
+        ("simsiam", ("optimizer=adamw", "weight_decay=0.25"), {"betas": (0.9, 0.999), "weight_decay": 0.25}),
+        ("simple", ("weight_decay=0.25",), {"betas": (0.9, 0.999), "weight_decay": 0.25}),
+    ],
+)
+def test_momentum_and_weight_decay_reach_every_group(
+    type_: str, settings: tuple[str, ...], expected: dict[str, object]
+) -> None:
+    chosen = [f"encoder.{type_}.{setting}" for setting in settings]
+    config = load_config(assignments=[f"encoder.encoder_type={type_}", "encoder.simsiam.backbone=resnet18", *chosen])
+    for group in create_optimizer(config, encoder_type(config).create()).param_groups:
+        assert {name: group[name] for name in expected} == expected
+
+
+def test_mlflow_gets_the_named_tags_only_and_no_checkpoint_where_none_is_wanted(
+    tmp_path: Path, small_shards: Path
+) -> None:
+    wanted = {"mlflow__auto_tags": "[backbone,encoder_type]", "mlflow__log_checkpoint": "false"}
+    done = run(command(tmp_path, small_shards, encoder__epochs=1, **wanted), tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("music_recommendation")
+    (found,) = client.search_runs([experiment.experiment_id])
+    ours = {name for name in found.data.tags if not name.startswith("mlflow.")}
+    assert ours == {"shards", "backbone", "encoder_type"}
+    assert {f.path for f in client.list_artifacts(found.info.run_id)} == {"config.yaml", "curves.png"}
 
 
 def test_mlflow_holds_parameters_tags_metrics_and_files(tmp_path: Path, small_shards: Path) -> None:

@@ -198,7 +198,9 @@ class EncoderConfig(Section):
         2048, ge=1, description="width of simple's embedding; the others' follows from encoder.simsiam.embedding"
     )
     epochs: int = Field(100, ge=1, description="passes over the training segments")
-    final_training_epochs: int = Field(50, ge=1, description="the same for the best settings that hpo has found")
+    final_training_epochs: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="the same for the best settings that hpo has found; null = epochs"
+    )
     batch_size: int = Field(128, ge=2, description="segments per step and process")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="null = encoder.simple.learning_rate for simple, encoder.simsiam.learning_rate for the others"
@@ -208,6 +210,11 @@ class EncoderConfig(Section):
     joint: JointConfig = JointConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     byol: ByolConfig = ByolConfig()
+
+    @property
+    def final_epochs(self) -> int:
+        """Epochs for the best settings of a search."""
+        return self.final_training_epochs or self.epochs
 
 
 class TrainConfig(Section):

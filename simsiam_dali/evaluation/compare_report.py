@@ -11,7 +11,7 @@ import numpy as np
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.files import atomic_write, refuse_failed_write
 from simsiam_dali.common.table import table_lines
-from simsiam_dali.evaluation.compare_runs import AB_TYPES, METRICS, Comparison, Metric
+from simsiam_dali.evaluation.compare_runs import AB_TYPES, BASELINES, METRICS, Comparison, Metric
 
 MARK = "simsiam_dali.compare"
 """Software tag in the plot's metadata, by which a later comparison may replace the file."""
@@ -29,7 +29,7 @@ def logged_metrics(comparison: Comparison) -> list[Metric]:
 
 
 def table(comparison: Comparison) -> list[str]:
-    """One column per type, one row per metric, and the baselines below each kNN score."""
+    """One column per type, one row per metric; below a score its baselines, and of how many songs it is."""
     runs = comparison.runs["encoder_type"].value_counts()
     rows = [["runs", *(f"{runs[t]} of {n}" for t, n in comparison.candidates.items()), "", ""]]
     for metric in logged_metrics(comparison):
@@ -38,6 +38,11 @@ def table(comparison: Comparison) -> list[str]:
         rows.append([metric.name, *cells(comparison, metric.name), better, ahead + (ranges and f", ranges {ranges}")])
         for label, column in baselines(comparison, metric):
             rows.append([f"  {label}", *cells(comparison, column), "", ""])
+        songs = f"{metric.name}_songs"
+        if songs in comparison.runs and comparison.runs[songs].notna().any():
+            row = ["  songs scored", *cells(comparison, songs), "", ""]
+            if row not in rows:  # those of classifier/* are the same
+                rows.append(row)
     return table_lines(["", *comparison.candidates, "better", "ahead"], rows)
 
 
@@ -55,7 +60,7 @@ def cells(comparison: Comparison, column: str) -> Iterator[str]:
 
 def baselines(comparison: Comparison, metric: Metric) -> Iterator[tuple[str, str]]:
     """(label, column) of the baselines that any run has of a metric: chance, and the untrained encoder."""
-    for label in ("chance", "untrained"):
+    for label in BASELINES:
         column = f"{metric.name}_{label}"
         if column in comparison.runs and comparison.runs[column].notna().any():
             yield label, column

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from simsiam_dali.common.errors import UserError
@@ -20,11 +21,20 @@ if TYPE_CHECKING:  # both take longer to import than the command's help takes
 AB_TYPES = ("simsiam", "simple")
 """The two types of the A/B test, the first columns of the table; other types follow."""
 
+COMPARED_SETTINGS = ("encoder.", "data.view", "data.short_view")
+"""Beginnings of the settings that make two runs of a type different encoders."""
+NAMED = 5
+BEST_OF_TAG = "hpo.best_of"
+"""MLflow tag of the training that `hpo` starts with the best settings of a study."""
+
 LARGEST = 1e300
 """MLflow's databases store infinity as the largest float."""
 
 TRAIN = "python -m simsiam_dali.train, with validation songs that have the label"
-EVALUATE = "python -m simsiam_dali.evaluate; of an encoder that learned from tags with 20 songs held back or more"
+EVALUATE = (
+    "python -m simsiam_dali.evaluate, with rated songs; of an encoder that learned from tags, with 20 rated songs held"
+    " back from its training: raise pack's --val-fraction"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,13 @@ METRICS = (
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
 KNN = [name for name in BY_NAME if name.startswith("knn/")]
-VALUES = [*BY_NAME, *(f"{name}_chance" for name in KNN)]
+CLASSIFIER = [name for name in BY_NAME if name.startswith("classifier/")]
+BASELINES = ("chance", "untrained")
+VALUES = [
+    *BY_NAME,
+    *(f"{name}_{logged}" for name in KNN for logged in ("chance", "songs")),
+    *(f"{name}_{logged}" for name in CLASSIFIER for logged in (*BASELINES, "songs")),
+]
 DEFAULT_BY = ("classifier/val_mse", "knn/artist")
 """The best run is selected by the first of these that any run has."""
 
@@ -111,10 +127,12 @@ def select(
     """
     import pandas as pd
 
-    tagged = [(run, _excluded_because(run, include_trials)) for run in runs if "encoder_type" in run.data.tags]
-    excluded = Counter(reason for _, reason in tagged if reason)
-    notes = [f"excluded: {n} run{'' if n == 1 else 's'} {reason}" for reason, n in excluded.items()]
-    rows = [_row(run) for run, reason in tagged if not reason]
+    ours = [run for run in runs if "encoder_type" in run.data.tags or run.data.metrics.keys() & BY_NAME.keys()]
+    reasons = [(run, _excluded_because(run, include_trials)) for run in ours]
+    excluded = Counter(reason for _, reason in reasons if reason)
+    notes = [f"excluded: {_runs(n)} {reason}" for reason, n in excluded.items()]
+    used = {run.info.run_id: run for run, reason in reasons if not reason}
+    rows = [_row(run) for run in used.values()]
     if not rows:
         raise UserError(
             f"no finished run tagged encoder_type{'; ' if notes else ''}{'; '.join(notes)}: train first,"
@@ -141,10 +159,13 @@ def select(
     types = [t for t in (*AB_TYPES, *sorted(found.keys() - AB_TYPES)) if t in found]
     best = []
     for t in types:
-        best.append(finite[finite["encoder_type"] == t].iloc[: number or None])
-        if metric and best[-1][metric.name].isna().iloc[0]:
-            notes.append(f"no {t} run has {metric.name}: its newest are shown")
+        own = finite[finite["encoder_type"] == t]
+        best.append(own.iloc[: number or None])
+        if metric and (scored := int(own[metric.name].notna().sum())) < len(own):
+            shown = "its newest are shown" if not scored else "the others cannot be the best"
+            notes.append(f"{t}: {scored} of {_runs(len(own))} with {metric.name}; {shown}")
     selected = pd.concat(best)
+    notes += _settings_notes(selected, used)
     notes += _missing_notes(table.loc[selected.index])
     return Comparison(selected, {t: found[t] for t in types}, metric, notes)
 
@@ -180,8 +201,10 @@ def _row(run: "Run") -> dict[str, Any]:
 
 def _excluded_because(run: "Run", include_trials: bool) -> str:
     """Why a run is not compared; empty when it is."""
+    if "encoder_type" not in run.data.tags:
+        return "without the tag encoder_type (mlflow.auto_tags)"
     if "mlflow.parentRunId" in run.data.tags and not include_trials:
-        return "nested in another, such as HPO's trials (include them with --include-trials)"
+        return "nested in another, such as hpo's trials (include them with --include-trials)"
     if run.info.status != "FINISHED":
         return "not finished"
     return "" if run.data.metrics.keys() & BY_NAME.keys() else "without any metric of this table"
@@ -203,6 +226,27 @@ def _same_shards(runs: "pd.DataFrame", shard_set: str | None, notes: list[str]) 
             there = f"(compare them with --shard-set {other[:12]})"
             notes.append(f"excluded: runs on other shards than {wanted[:12]}: {counts} {there}")
     return runs[runs["shards"].isin(["", wanted])]
+
+
+def _settings_notes(selected: "pd.DataFrame", runs: "Mapping[str, Run]") -> Iterator[str]:
+    """What else than the seed differs between the selected runs of a type, and which of them `hpo` chose."""
+    for t, ids in selected.groupby("encoder_type", sort=False)["run_id"]:
+        settings = [
+            {key: value for key, value in runs[run_id].data.params.items() if key.startswith(COMPARED_SETTINGS)}
+            for run_id in ids
+        ]
+        differ = sorted(key for key in {*chain(*settings)} if len({own.get(key) for own in settings}) > 1)
+        if differ:
+            named = ", ".join(differ[:NAMED]) + (f" and {len(differ) - NAMED} more" if len(differ) > NAMED else "")
+            yield f"the {len(ids)} runs of type {t} differ in {named}: their range is not that of seeds alone"
+    named_runs = zip(selected["run_name"], selected["run_id"], strict=True)
+    chosen = [name for name, run_id in named_runs if BEST_OF_TAG in runs[run_id].data.tags]
+    if chosen:
+        yield f"settings chosen by hpo on these validation songs, which favours {', '.join(chosen)}"
+
+
+def _runs(n: int) -> str:
+    return f"{n} run{'' if n == 1 else 's'}"
 
 
 def _missing_notes(runs: "pd.DataFrame") -> Iterator[str]:

@@ -22,13 +22,18 @@ def knn_labels(bank: Tensor, bank_labels: Tensor, query: Tensor, query_labels: T
 
     Rows with `UNKNOWN_LABEL` are left out, and so are queries whose label no song of the bank has.
     """
+    scored = scored_queries(bank_labels, query_labels)
     known = bank_labels != UNKNOWN_LABEL
     bank, bank_labels = bank[known], bank_labels[known]
-    scored = torch.isin(query_labels, bank_labels)
     if not scored.any():
         return math.nan
     predicted = torch.from_numpy(vote(bank_labels.numpy(force=True), *_nearest(bank, query[scored], k)))
     return (predicted == query_labels[scored].cpu()).float().mean().item()
+
+
+def scored_queries(bank_labels: Tensor, query_labels: Tensor) -> Tensor:
+    """Which queries have a label that a song of the bank has too: bool `(Q,)`."""
+    return torch.isin(query_labels, bank_labels[bank_labels != UNKNOWN_LABEL])
 
 
 def label_chance(bank_labels: Tensor, query_labels: Tensor) -> float:
@@ -37,7 +42,7 @@ def label_chance(bank_labels: Tensor, query_labels: Tensor) -> float:
     The bank's commonest label each time, or labels drawn at the bank's frequencies (expected accuracy).
     """
     known = bank_labels[bank_labels != UNKNOWN_LABEL]
-    scored = query_labels[torch.isin(query_labels, known)]
+    scored = query_labels[scored_queries(bank_labels, query_labels)]
     if len(scored) == 0:
         return math.nan
     frequency = torch.bincount(known) / len(known)

@@ -24,7 +24,7 @@ TOO_FEW_UNSEEN = (
     "The encoder learned from its training songs' tags or ratings, and fewer than"
     f" {MIN_UNSEEN} of these songs were held back from it: these figures do not judge it."
 )
-NOT_LOGGED = " No classifier/* is logged."
+NOT_LOGGED = " No classifier/* is logged: pack with a larger --val-fraction, and train again."
 RETRIEVED = 10
 ONE_THREAD = 20_000_000
 """Tables with fewer numbers are computed by one BLAS thread: several would wait for each other longer than work."""

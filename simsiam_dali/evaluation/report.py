@@ -10,7 +10,7 @@ import jinja2
 
 from simsiam_dali.common.table import table_lines
 from simsiam_dali.evaluation.metrics import METRICS, MIN_GROUPS, Score
-from simsiam_dali.evaluation.plan import GUESS, MIN_SONGS, MIN_UNSEEN, RETRIEVED, Evaluation, Options
+from simsiam_dali.evaluation.plan import GUESS, MIN_SONGS, MIN_UNSEEN, RETRIEVED, Evaluation, Figure, Options
 
 NAMES = {
     "ridge": "linear (ridge)",
@@ -40,16 +40,31 @@ def interval(score: Score) -> str:
     return f"[{number(score.low)}, {number(score.high)}]"
 
 
-def classifier_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """`classifier/val_*`: scores of the MLP's predicted ratings, split by album, by which runs are compared.
+def compared_figures(evaluation: Evaluation) -> list[Figure]:
+    """Of the MLP's predicted ratings, split by album: by these runs are compared.
 
-    They are those of songs that the encoder was not trained on, whatever its type, so that runs are compared on the
-    same songs, and one that knows its training ratings by heart does not win. Where there are too few of them, they are
-    those of all songs, or none if the encoder learned from tags or ratings.
+    They are of songs that the encoder was not trained on, whatever its type, so that runs are compared on the same
+    songs, and one that knows its training ratings by heart does not win. Where there are too few of them, they are of
+    all songs, or none if the encoder learned from tags or ratings.
     """
     rating = [f for f in evaluation.figures if (f.target, f.probe, f.split) == ("rating", "mlp", "album")]
     songs = "unseen" if any(f.songs == "unseen" for f in rating) else evaluation.judged_by
-    return {f"classifier/val_{f.metric}": f.score.value for f in rating if f.songs == songs}
+    return [f for f in rating if f.songs == songs]
+
+
+def classifier_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """The values of `compared_figures` by their names in MLflow, with those of the guess and of the untrained encoder.
+
+    `_songs` is the number of songs.
+    """
+    found: dict[str, float] = {}
+    for f in compared_figures(evaluation):
+        name = f"classifier/val_{f.metric}"
+        found |= {name: f.score.value, f"{name}_songs": float(f.n)}
+        for label, baseline in (("chance", GUESS), ("untrained", "untrained")):
+            if baseline in f.baselines:
+                found[f"{name}_{label}"] = f.baselines[baseline].value
+    return found
 
 
 def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Options) -> str:
@@ -75,24 +90,34 @@ def as_json(evaluation: Evaluation, provenance: Mapping[str, Any], options: Opti
 
 
 def terminal_table(evaluation: Evaluation) -> Iterator[str]:
-    """One line for each figure on all songs, and what could not be evaluated."""
-    head = ("target", "split by", "probe", "metric", "songs", "value", "95% interval", "best baseline", "verdict")
-    rows = []
-    for f in evaluation.figures:
-        if f.songs == "all":
-            values = {name: baseline.value for name, baseline in f.baselines.items() if not math.isnan(baseline.value)}
-            best = max(values, key=lambda name: METRICS[f.metric].sign * values[name], default=None)
-            baseline = f"{number(values[best])} {best}" if best else "–"
-            row = (f.target, f.split, NAMES[f.probe], NAMES[f.metric], str(f.n), number(f.score.value))
-            rows.append((*row, interval(f.score), baseline, f.verdict))
-    if rows:
-        yield from table_lines(head, rows)
+    """One line for each figure on all songs, those that `compare` shows, and what could not be evaluated."""
+    values = ("songs", "value", "95% interval", "best baseline", "verdict")
+    figures = [f for f in evaluation.figures if f.songs == "all"]
+    if figures:
+        head = ("target", "split by", "probe", "metric", *values)
+        yield from table_lines(
+            head, [(f.target, f.split, NAMES[f.probe], NAMES[f.metric], *_cells(f)) for f in figures]
+        )
+    if compared := compared_figures(evaluation):
+        of = "held back from the training" if compared[0].songs == "unseen" else "of the table"
+        yield ""
+        yield f"what compare compares: ratings predicted by the MLP, split by album, of rated songs {of}"
+        yield from table_lines(("name", *values), [(f"classifier/val_{f.metric}", *_cells(f)) for f in compared])
+        yield ""
     for target, notes in evaluation.notes.items():
         for note in notes:
             yield f"{target}: {note}"
     if evaluation.hubness:
         ours, *others = (f"{own.never:.0%} ({name})" for name, own in evaluation.hubness.items())
         yield f"songs that are never among another song's {RETRIEVED} nearest: {', '.join([ours, *others])}"
+
+
+def _cells(figure: Figure) -> tuple[str, ...]:
+    """Number of songs, value, interval, best baseline and verdict."""
+    values = {name: baseline.value for name, baseline in figure.baselines.items() if not math.isnan(baseline.value)}
+    best = max(values, key=lambda name: METRICS[figure.metric].sign * values[name], default=None)
+    baseline = f"{number(values[best])} {best}" if best else "–"
+    return str(figure.n), number(figure.score.value), interval(figure.score), baseline, figure.verdict
 
 
 TEMPLATES = jinja2.Environment(
@@ -119,6 +144,7 @@ def page(
     return TEMPLATES.get_template("report.html.j2").render(
         evaluation=done,
         headlines=[found[key] for key in HEADLINES if key in found],
+        compared=compared_figures(done),
         baselines=baselines,
         only_guess=baselines == [GUESS],
         provenance=provenance,

@@ -28,6 +28,7 @@ from simsiam_dali.common.signals import Interrupt
 from simsiam_dali.common.terminal import print_line
 from simsiam_dali.config.load import ENVIRONMENT
 from simsiam_dali.config.schema import Config
+from simsiam_dali.evaluation.compare_runs import BEST_OF_TAG
 from simsiam_dali.search import report
 from simsiam_dali.search.study import Study, remove_checkpoint, try_lock
 from simsiam_dali.tracking.client import viewing_hints
@@ -220,7 +221,7 @@ def start_training(options: Sequence[str], variables: Mapping[str, str], **more:
 
 
 def train_best(study: Study, best: FrozenTrial, interrupt: Interrupt) -> int:
-    """Train the best settings for `encoder.final_training_epochs`, or resume that; returns the exit status.
+    """Train the best settings for `encoder.final_epochs`, or resume that; returns the exit status.
 
     Runs the training command on best.yaml, which a user can run too.
     """
@@ -228,7 +229,7 @@ def train_best(study: Study, best: FrozenTrial, interrupt: Interrupt) -> int:
     if lock is None:
         print_line("another process is already training the best settings")
         return 0
-    name, epochs = f"hpo-{study.name}-trial-{best.number:04d}", study.config.encoder.final_training_epochs
+    name, epochs = f"hpo-{study.name}-trial-{best.number:04d}", study.config.encoder.final_epochs
     run_dir = study.config.train.runs_dir / name
     options = ["--config", str(study.folder / report.BEST), "--run-name", name]
     if (run_dir / checkpoint.FILE_NAME).exists():
@@ -239,7 +240,9 @@ def train_best(study: Study, best: FrozenTrial, interrupt: Interrupt) -> int:
     command = shlex.join(["python", *COMMAND[1:], *options])
     print_line(f"training the best settings for {epochs} epochs: {command}")
     sys.stdout.flush()
-    with lock, start_training(options, {}) as process:
+    # Of a resumed run too: MLflow takes them only where it creates one.
+    tags = {"MLFLOW_RUN_CONTEXT": json.dumps({BEST_OF_TAG: study.name})}
+    with lock, start_training(options, tags) as process:
         while process.poll() is None and not interrupt.signal:
             time.sleep(POLL_SECONDS)
         process.terminate()

@@ -116,10 +116,11 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     return f"epoch {record['epoch']}/{epochs}  " + "  ".join(parts)
 
 
-def closing_lines(output_dim: int, run_dir: Path, epochs: list[dict[str, Any]]) -> Iterator[str]:
+def closing_lines(healthy: float | None, run_dir: Path, epochs: list[dict[str, Any]]) -> Iterator[str]:
     """The last epoch's scores beside those of the untrained encoder and of a guess, and the run's files.
 
-    Without those of epoch 0, or without any, where the journal was deleted in between.
+    Without those of epoch 0, or without any, where the journal was deleted in between. healthy: the z-std of outputs
+    that have not collapsed, None for an encoder type that cannot collapse.
     """
     untrained = epochs[0] if epochs and epochs[0]["epoch"] == 0 else {}
     last = epochs[-1] if epochs else {}
@@ -131,8 +132,9 @@ def closing_lines(output_dim: int, run_dir: Path, epochs: list[dict[str, Any]]) 
     for name, label, guess in scores:
         if last.get(name) is not None:
             first = f"untrained encoder {untrained[name]:.3f}, " if untrained.get(name) is not None else ""
-            yield f"{label} {last[name]:.3f}  ({first}{guess} {last[name + '_chance']:.3f})"
-    if last.get("encoder/z_std") is not None:
-        yield f"z-std {last['encoder/z_std']:.4f}  (healthy: about {output_dim**-0.5:.4f})"
+            songs = f"; {count:.0f} songs" if (count := last.get(f"{name}_songs")) is not None else ""
+            yield f"{label} {last[name]:.3f}  ({first}{guess} {last[name + '_chance']:.3f}{songs})"
+    if healthy is not None and last.get("encoder/z_std") is not None:
+        yield f"z-std {last['encoder/z_std']:.4f}  (healthy: about {healthy:.4f})"
     yield f"checkpoint {run_dir / 'checkpoint.pt'}"
     yield f"curves     {run_dir / 'curves.png'}"

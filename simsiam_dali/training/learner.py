@@ -202,18 +202,31 @@ def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
+def base_learning_rate(config: Config, batch: int) -> float:
+    """The rate after the warm-up: the configured one x batch / 256 for SGD (arXiv:2011.10566, section 4.1), and as
+    configured for AdamW, whose steps do not grow with the gradient. batch: segments in a step, over all ranks.
+    """
+    settings = encoder_type(config).settings
+    configured = config.encoder.learning_rate or settings.learning_rate
+    return configured * batch / 256 if settings.optimizer == "sgd" else configured
+
+
+def describe_optimizer(config: Config, batch: int) -> str:
+    """The optimizer and its rate, and where that is from: `batch` as for `base_learning_rate`."""
+    settings, given = encoder_type(config).settings, config.encoder.learning_rate
+    scaled = f" ({given or settings.learning_rate:g} for 256 segments)" if settings.optimizer == "sgd" else ""
+    overrides = f", from encoder.learning_rate in place of the type's own {settings.learning_rate:g}" if given else ""
+    return f"{settings.optimizer}, learning rate {base_learning_rate(config, batch):.3g}{scaled}{overrides}"
+
+
 def learning_rates(config: Config, step: int, steps_per_epoch: int, batch: int) -> tuple[float, float]:
     """(the encoder's rate, the rate of groups marked `fix_lr`) at optimizer step `step`; a resumed run needs no state.
 
     A linear warm-up to the base rate, then half a cosine to 0; `fix_lr` groups stay at the base rate (arXiv:2011.10566,
-    section 4.2). The base rate is the configured one x batch / 256 for SGD (section 4.1 there), and as configured for
-    AdamW, whose steps do not grow with the gradient. batch: segments in a step, over all ranks.
+    section 4.2). batch: segments in a step, over all ranks.
     """
-    settings = encoder_type(config).settings
-    base = config.encoder.learning_rate or settings.learning_rate
-    if settings.optimizer == "sgd":
-        base *= batch / 256
-    warmup = settings.warmup_epochs * steps_per_epoch
+    base = base_learning_rate(config, batch)
+    warmup = encoder_type(config).settings.warmup_epochs * steps_per_epoch
     if step < warmup:
         return base * (step + 1) / (warmup + 1), base
     done = (step - warmup) / max(1.0, config.encoder.epochs * steps_per_epoch - warmup)

@@ -19,7 +19,7 @@ from simsiam_dali.tracking.run import Tracker
 from simsiam_dali.training import checkpoint, curves, journal
 from simsiam_dali.training.collapse import collapse_advice, no_positives_advice
 from simsiam_dali.training.data import TrainingData
-from simsiam_dali.training.learner import Learner
+from simsiam_dali.training.learner import Learner, describe_optimizer
 from simsiam_dali.training.loss_window import LossWindow
 from simsiam_dali.training.profiling import Profiler
 from simsiam_dali.training.validation import Validation
@@ -244,8 +244,9 @@ class Run:
             f" {str(self.learner.dtype).removeprefix('torch.')}: {train} training and {val} validation segments,"
             f" {'views' if kind.batches == 'views' else 'excerpts'} of {seconds:g} s ({shape}), {data.steps} steps of"
             f" {data.batch_size} an epoch"
-            + (f"; drops {dropped} segments per epoch, different ones each time" if dropped else "")
+            + (f"; drops {dropped} segment{'s' * (dropped > 1)} per epoch, not the same each time" if dropped else "")
         )
+        self.world.print(describe_optimizer(config, data.batch_size))
         if data.micro_batches > 1:
             self.world.print(
                 f"each step accumulates the gradients of {data.micro_batches} micro-batches of"
@@ -272,7 +273,8 @@ class Run:
         if self.config.mlflow.log_checkpoint:
             self.tracker.log_artifact(self.run_dir / checkpoint.FILE_NAME)
         self.tracker.end("FINISHED")
-        for line in journal.closing_lines(output_dim, self.run_dir, self.journal.epochs):
+        healthy = output_dim**-0.5 if encoder_type(self.config).warn_of_collapse else None
+        for line in journal.closing_lines(healthy, self.run_dir, self.journal.epochs):
             self.world.print(line)
         for line in viewing_hints(self.config.mlflow):
             self.world.print(line)

@@ -17,7 +17,7 @@ from simsiam_dali.config.schema import Config
 from simsiam_dali.data.format import Split
 from simsiam_dali.data.loader import Batch, release_memory
 from simsiam_dali.data.shards import ShardSet
-from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_chance, rating_chance
+from simsiam_dali.evaluation.knn_scores import knn_labels, knn_rating, label_chance, rating_chance, scored_queries
 from simsiam_dali.models.encoder import song_embeddings
 from simsiam_dali.models.labels import first_label_ids
 from simsiam_dali.models.registry import encoder_type
@@ -56,7 +56,10 @@ class Validation:
 
     @torch.no_grad()
     def scores(self) -> dict[str, float]:
-        """`encoder/val_loss` and the kNN scores, NaN where no song has the label; empty without validation songs."""
+        """`encoder/val_loss` and the kNN scores, NaN where no song has the label; empty without validation songs.
+
+        Beside each kNN score are a guess's, `_chance`, and the number of validation songs that were scored, `_songs`.
+        """
         if not self.shards.count("val"):
             return {}
         self.learner.share_statistics()
@@ -85,11 +88,13 @@ class Validation:
             bank_ids, query_ids = ids[bank_songs], ids[query_songs]
             score[f"knn/{name}"] = knn_labels(bank, bank_ids, queries, query_ids, k)
             score[f"knn/{name}_chance"] = label_chance(bank_ids, query_ids)
+            score[f"knn/{name}_songs"] = float(scored_queries(bank_ids, query_ids).sum())
         ratings = torch.tensor(songs["rating"].to_numpy("float32"))
         bank_ratings, query_ratings = ratings[bank_songs], ratings[query_songs]
         error, correlation = knn_rating(bank, bank_ratings, queries, query_ratings, k)
         score["knn/rating_mae"], score["knn/rating_correlation"] = error, correlation
         score["knn/rating_mae_chance"] = rating_chance(bank_ratings, query_ratings)
+        score["knn/rating_mae_songs"] = float((~query_ratings.isnan()).sum())
         return score
 
     def _songs(self, split: Split, segments: int) -> tuple[Tensor, Tensor]:
