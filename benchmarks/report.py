@@ -41,7 +41,7 @@ README_RATIOS = {
     ("loader/light", "baseline/light"): "DALI loader over torch DataLoader: shift, gain, noise and SpecAugment",
     ("loader/all", "baseline/full"): "DALI loader over torch DataLoader: all eight",
     ("loader/all", "baseline/gpu_full"): "DALI loader over webdataset + torchaudio on the GPU: all eight",
-    ("train", "baseline/gpu_train"): "training over training on webdataset + torchaudio",
+    ("train", "baseline/gpu_train"): "training on the DALI loader over training on webdataset + torchaudio",
 }
 README_SHARES = {
     "train_over_slower": "training over the slower of its loader and its model",

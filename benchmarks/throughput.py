@@ -1,7 +1,7 @@
 """Samples per second, stage by stage: `python benchmarks/throughput.py`.
 
-One sample is one segment, which gives two views. Without arguments it measures the shards in ./shards, or, where there
-are none, shards of generated songs that it makes and keeps in the cache folder; on the GPU where there is one. Every
+One sample is one segment, which gives two views. Without arguments it measures the shards in ./shards or, if there are
+none, generated songs, which it keeps in the cache folder; on the GPU if there is one. Every
 stage is warmed up; a figure is the median of five windows, and the stages of a group take turns. The stages are
 described in benchmarks/stages.py and baselines.py, and what --json writes, after each group, in document.py.
 """

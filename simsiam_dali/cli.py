@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "train an encoder on the shards",
     "embed": "write a table with each song's tags and embedding",
     "evaluate": "score the embeddings: an HTML report, metrics and maps",
-    "refresh": "embed what is new in the music folder, and make the playlists again",
+    "refresh": "embed new songs of the music folder, and regenerate the saved playlists",
     "recommend": "make playlists of similar or probably liked songs",
     "serve": "listen to the library on a local page: map, radio, ratings, playlists",
     "compare": "compare the best runs of each encoder type",

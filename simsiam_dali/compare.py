@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_setting(parser, "--experiment", "mlflow.experiment_name", "NAME")
     parser.add_argument(
         "--by", metavar="METRIC",
-        help=f"select the best runs by (default: {' or, where no run has it, '.join(compare_runs.DEFAULT_BY)})",
+        help=f"metric that selects the runs (default: {' or, where no run has it, '.join(compare_runs.DEFAULT_BY)})",
     )  # fmt: skip
     parser.add_argument(
         "--runs", type=whole_number(0), default=1, metavar="N",
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--include-trials", action="store_true", help="include nested runs, such as HPO's trials")
     parser.add_argument(
         "--shard-set", metavar="FINGERPRINT",
-        help="compare the runs whose MLflow tag shards starts with this (default: as that of the newest run)",
+        help="compare the runs whose MLflow tag shards starts with this (default: the newest run's)",
     )  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="table to write (default: runs/compare.csv)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="plot to write (default: runs/compare.png)")

@@ -1,7 +1,7 @@
 """Embed songs with a trained encoder: python -m simsiam_dali.embed --checkpoint runs/NAME --out embeddings.parquet
 
-Every song once, from clean views through the same data graph as in training: the mean over its segments' embeddings,
-each scaled to length 1. Stopped or killed, the same command continues where it was and writes the same table.
+Writes one vector per song: the mean of its segments' embeddings, each scaled to length 1, from clean views through the
+training's data graph. After a stop or a kill, the same command continues and writes the same table.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--shards", type=s3.location, metavar="DIR", help="songs to embed (default: the training's shards)"
     )
     songs.add_argument("--music", type=Path, nargs="+", metavar="PATH",
-        help="folders or files instead, packed temporarily with the settings of the training's shards",
+        help="embed these folders or files instead (packed temporarily, as the training's shards were)",
     )  # fmt: skip
     add = parser.add_argument
     add("--out", type=Path, default=Path("embeddings.parquet"), metavar="FILE", help="the table (default: %(default)s)")

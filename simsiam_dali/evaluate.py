@@ -1,4 +1,4 @@
-"""Evaluate an embedding table: what can a simple model read out of it about ratings, artists, albums and genres?
+"""Evaluate an embedding table: how well does a simple model predict ratings, artists, albums and genres from it?
 
     python -m simsiam_dali.evaluate --embeddings embeddings.parquet --out evaluation
 
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     number("--classes", default.classes, 2, "classes that are scored, the largest first")
     number("--resamples", default.resamples, 10, "resamples of the bootstrap intervals")
     number("--seed", default.seed, 0, "random seed of the bootstrap, the MLP and the maps")
-    add("--no-maps", action="store_true", help="leave t-SNE, UMAP and the interactive map out")
+    add("--no-maps", action="store_true", help="skip t-SNE, UMAP and the interactive map")
     add("--run-id", metavar="ID", help="MLflow run to log to (default: the one that made the checkpoint)")
     add("--tracking-uri", metavar="URI", help="MLflow's tracking URI (mlflow.tracking_uri; default: the training's)")
     add("--no-mlflow", action="store_true", help="log nothing to MLflow")

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, default=Path("exported"), metavar="DIR", help="folder to write (default: %(default)s)")
     add("--segment-seconds", type=float, metavar="S",
-        help="how songs are cut (default: as those of the training were)")  # fmt: skip
+        help="length of the segments that songs are cut into (default: as in training)")  # fmt: skip
     add("--view-seconds", type=float, metavar="S",
         help="the middle S seconds of each segment (default: the whole segment)")  # fmt: skip
     add("--replace", action="store_true", help="write over an exported encoder")

@@ -56,9 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--segments-per-shard", metavar="N", type=whole_number(1), help=f"segments in one tar {default}")
     add("--workers", metavar="N", type=whole_number(1), help="decoding processes (default: one for each core)")
     add("--executor", choices=("processes", "ray"), default="processes",
-        help=f"where they run: on this host, or on the Ray cluster of RAY_ADDRESS {default}")  # fmt: skip
+        help=f"where decoding runs: on this host, or on the Ray cluster of RAY_ADDRESS {default}")  # fmt: skip
     add("--seed", metavar="N", type=whole_number(0), help=f"seed of the shuffle and the split {default}")
-    add("--min-seconds", metavar="SECONDS", type=seconds, help=f"shorter songs are refused, in seconds {default}")
+    add("--min-seconds", metavar="SECONDS", type=seconds, help=f"refuse songs shorter than this, in seconds {default}")
     add("--ratings", metavar="FILE", type=Path,
         help="ratings that override those in the tags: a CSV with a header (rating, and path or title and artist; "
         "0..1 or 0..5), or the library database of Clementine or Strawberry, which is only read")  # fmt: skip

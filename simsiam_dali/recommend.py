@@ -84,13 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     mode.add_argument(
         "--duplicates", action="store_true",
-        help="recordings that are there in several files, compared by their audio; the best file first",
+        help="recordings of which there are several files, compared by their audio; the best file first",
     )  # fmt: skip
     add("--unlike", nargs="+", metavar="SONG", help="with --like: songs that are not near any of these")
     add("--count", type=whole_number(1), default=default.count, metavar="N",
         help="songs to list (default: %(default)s)")  # fmt: skip
     add("--seed", type=whole_number(0), default=default.seed, metavar="N",
-        help="random seed of --radio; another one gives another order (default: %(default)s)")  # fmt: skip
+        help="random seed of --radio's order (default: %(default)s)")  # fmt: skip
     for kind in ("artist", "album"):
         add(
             f"--max-per-{kind}", type=whole_number(1), metavar="N", help=f"at most N songs of one {kind} (default: any)"
@@ -113,19 +113,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--xspf", type=Path, metavar="FILE", help="write them as an XSPF playlist")
     add("--m3u8", type=Path, metavar="FILE", help="write them as an M3U8 playlist")
     add("--csv", type=Path, metavar="FILE", help="write them, or the duplicates, as a CSV table")
-    add("--save", metavar="NAME", help="write NAME.m3u8 and NAME.xspf, and NAME.json to make them again from")
+    add("--save", metavar="NAME", help="write NAME.m3u8, NAME.xspf, and NAME.json, from which refresh remakes them")
     add("--playlists", type=Path, default=Path("playlists"), metavar="DIR", help="where to save (default: %(default)s)")
     paths = parser.add_mutually_exclusive_group()
     paths.add_argument("--relative-to", type=Path, metavar="DIR",
-        help="paths in these files relative to DIR (default: absolute; of --save: to --playlists)")  # fmt: skip
+        help="write paths relative to DIR (default: absolute; with --save, relative to --playlists)")  # fmt: skip
     paths.add_argument("--path-prefix", metavar="PREFIX",
-        help="the music folder as the player sees it, such as /mnt/music: the paths in these files begin with it"
+        help="write paths that begin with PREFIX, the music folder as the player sees it, such as /mnt/music"
     )  # fmt: skip
     add("--music", type=Path, metavar="DIR", help="the music folder (default: the one that was packed)")
     add(
         "--replace",
         action="store_true",
-        help="write over files that are no playlists of this command, or another playlist saved as NAME",
+        help="overwrite files that this command did not write, or another playlist saved as NAME",
     )
     return parser
 

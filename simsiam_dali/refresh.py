@@ -1,8 +1,8 @@
 """Keep embeddings and playlists fresh: python -m simsiam_dali.refresh music/
 
-Finds what is new, changed, moved and gone in the music folder since the table was written, embeds only new audio,
-drops what is gone and makes the playlists that were saved from the table again. The table and the playlists are
-replaced together: stopped or killed at any moment, all of them are the old ones or the new.
+Finds songs that were added, changed, moved or removed since the table was written, embeds only new audio, drops songs
+that are gone, and regenerates the playlists that were saved from the table. The table and the playlists are replaced
+together: after a stop or a kill at any moment, either all are old or all are new.
 """
 
 import argparse
@@ -46,12 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; the table in docs/commands.md is made from it."""
     parser = create_parser("refresh", __doc__)
     add = parser.add_argument
-    add("music", type=Path, metavar="MUSIC", help="the folder of songs that the table is of")
+    add("music", type=Path, metavar="MUSIC", help="the music folder")
     add("--checkpoint", default="", metavar="RUN",
         help="a run's folder or name, or a checkpoint file (default: the table's, or without a table the newest run)",
     )  # fmt: skip
     add("--out", type=Path, default=Path("embeddings.parquet"), metavar="FILE",
-        help="the table to refresh, which is made where there is none (default: %(default)s)")  # fmt: skip
+        help="the table to refresh, created if missing (default: %(default)s)")  # fmt: skip
     add("--playlists", type=Path, default=Path("playlists"), metavar="DIR",
         help="the playlists that recommend --save wrote (default: %(default)s)")  # fmt: skip
     add("--ratings", type=Path, metavar="FILE", help="ratings that override those in the tags, as for packing")

@@ -1,8 +1,8 @@
 """Train an encoder: python -m simsiam_dali.train --encoder-type simsiam
 
-Sources of settings, each over the one before: the config file, the environment (ENCODER_TYPE, MLFLOW_TRACKING_URI), the
-command line. Without --config, the file is configs/gpu.yaml where there is a GPU and configs/cpu.yaml where there is
-none. Several GPUs: torchrun --nproc-per-node N -m simsiam_dali.train ...
+Settings come from the config file, the environment (ENCODER_TYPE, MLFLOW_TRACKING_URI) and the command line; later ones
+override earlier ones. Without --config, the file is configs/gpu.yaml if there is a GPU, else configs/cpu.yaml. Several
+GPUs: torchrun --nproc-per-node N -m simsiam_dali.train ...
 """
 
 import argparse

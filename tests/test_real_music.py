@@ -305,7 +305,7 @@ def test_a_baseline_that_draws_nothing_is_the_same_for_every_seed() -> None:
     for other, scores in (("untrained", drawn), ("MFCC", fixed)):
         line = equal_time_scores.gap_line(doc, equal_time_scores.BASE, other)
         assert line is not None
-        assert line.startswith(f"- the recipe, to {other}: 5-NN {(row - scores).mean():+.3f} [")
+        assert line.startswith(f"- the recipe, minus {other}: 5-NN {(row - scores).mean():+.3f} [")
     assert equal_time_scores.gap_line(doc, "no such row", "MFCC") is None
 
 
@@ -327,7 +327,7 @@ def test_what_is_shipped_stands_beside_the_recipe() -> None:
     lines = list(shipped.page_lines(doc, recipe))
     assert lines[2].startswith(f"| the recipe, embedded by stages | 3 | {base[:, :20].mean():.3f} |  | ")
     assert lines[4].startswith(f"| a | 1 | {own[0].mean():.3f} | {(own[0] - base[:, :20]).mean():+.3f} [")
-    assert lines[8].startswith(f"- a, to the same untrained: 5-NN {(own[0] - own[2]).mean():+.3f} [")
+    assert lines[8].startswith(f"- a, minus the same untrained: 5-NN {(own[0] - own[2]).mean():+.3f} [")
     assert lines[-1] == "20 songs of 4 soundtracks; a training of 2 minutes; a CPU, 2 cores; today, commit abc."
     with pytest.raises(UserError, match="other songs"):
         list(shipped.page_lines(doc | {"soundtracks": soundtracks["b"]}, recipe))

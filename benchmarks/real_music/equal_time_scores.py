@@ -156,7 +156,7 @@ def gap_line(doc: Mapping[str, Any], row: str, other: str, songs: np.ndarray | N
         if gap is None:
             return None
         cells.append(shown(gap[:, chosen], soundtracks[chosen]))
-    return f"- {row}, to {other}: 5-NN {cells[0]}, mAP@10 {cells[1]}"
+    return f"- {row}, minus {other}: 5-NN {cells[0]}, mAP@10 {cells[1]}"
 
 
 def gap_lines(doc: Mapping[str, Any]) -> Iterator[str]:
@@ -212,7 +212,7 @@ def across_lines(doc: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[
         gaps = [difference(own, rows[name], metric) for metric in METRICS if name in rows]
         cells = [shown(gap, soundtracks) for gap in gaps if gap is not None]
         if cells:
-            yield f"| to {name}, {before['search']} | {' | '.join(cells)} |"
+            yield f"| minus {name}, {before['search']} | {' | '.join(cells)} |"
 
 
 def longer_lines(doc: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[str]:

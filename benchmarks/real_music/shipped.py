@@ -76,7 +76,7 @@ def page_lines(doc: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[st
     yield ""
     trained, _, untrained = doc["scores"]
     gaps = [shown(rows[trained][metric] - rows[untrained][metric], soundtracks) for metric in METRICS]
-    yield f"- {trained}, to the same untrained: 5-NN {gaps[0]}, mAP@10 {gaps[1]}"
+    yield f"- {trained}, minus the same untrained: 5-NN {gaps[0]}, mAP@10 {gaps[1]}"
     yield ""
     where = env["gpu"] or f"{env['cpu']}, {env['cores']} cores"
     songs = f"{len(soundtracks)} songs of {len(set(doc['soundtracks']))} soundtracks"

@@ -88,7 +88,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--embedding", choices=get_args(Embedding),
-        help="output to use, of an encoder on views (default: the training's encoder.simsiam.embedding)",
+        help="what a song's vector is, for an encoder of views (default: the training's encoder.simsiam.embedding)",
     )  # fmt: skip
 
 

@@ -16,9 +16,9 @@ def _no_loss(metric: Any) -> Any:
 class PrunerConfig(Section):
     """When a trial is given up: by the median rule, at an epoch where it is worse than half of those before it."""
 
-    kind: Literal["median", "none"] = Field("median", description="none trains every trial to its end")
-    startup_trials: int = Field(5, ge=1, description="complete trials before any is given up")
-    warmup_epochs: int = Field(3, ge=1, description="epochs that every trial is given")
+    kind: Literal["median", "none"] = Field("median", description="median rule, or none: every trial runs to its end")
+    startup_trials: int = Field(5, ge=1, description="complete trials before any is pruned")
+    warmup_epochs: int = Field(3, ge=1, description="epochs of a trial before it can be pruned")
 
 
 Space = dict[str, dict[str, Any]]
@@ -86,13 +86,13 @@ class SpaceConfig(Section):
 class HpoConfig(Section):
     """The search for better settings (simsiam_dali.hpo)."""
 
-    trials: int = Field(20, ge=1, description="trials of the study in all, whoever ran them and however they ended")
-    epochs: int = Field(10, ge=1, description="epochs of a trial; the learning rate's cosine ends with them")
+    trials: int = Field(20, ge=1, description="total trials of the study, in all processes, failed ones included")
+    epochs: int = Field(10, ge=1, description="epochs of a trial; the learning rate's cosine covers them")
     metric: Annotated[
         Literal["knn/artist", "knn/genre", "knn/rating_mae", "knn/rating_correlation"], BeforeValidator(_no_loss)
-    ] = Field("knn/artist", description="the online score on validation songs that trials are judged by")
+    ] = Field("knn/artist", description="online score on validation songs by which trials are judged")
     mean_epochs: int = Field(
-        3, ge=1, description="number of last epochs whose mean score is a trial's value; that of one epoch is noisy"
+        3, ge=1, description="a trial's value is its mean score over this many last epochs; one epoch is noisy"
     )
     storage: str = Field("sqlite:///hpo.db", description="Optuna's database")
     study_name: str | None = Field(

@@ -37,9 +37,9 @@ class AugmentationConfig(Section):
     reverb_rt60_range: tuple[float, float] = Field((0.2, 1.2), description="RT60, time to decay by 60 dB, s")
     reverb_drr_range: tuple[float, float] = Field((0.0, 12.0), description="direct-to-reverberant energy ratio, dB")
     mixup_prob: Probability = Field(0.0, description="another segment of the batch is mixed in, as log-mel mixup")
-    mixup_range: tuple[float, float] = Field((0.0, 0.4), description="the other's share of the power (BYOL-A)")
+    mixup_range: tuple[float, float] = Field((0.0, 0.4), description="the other segment's share of the power (BYOL-A)")
     crop_prob: Probability = Field(0.0, description="random resized crop of the log-mel")
-    crop_range: tuple[float, float] = Field((0.6, 1.0), description="part of the frames, and of the mel bins, it keeps")
+    crop_range: tuple[float, float] = Field((0.6, 1.0), description="share of the frames and of the mel bins it keeps")
     spec_augment: bool = Field(True, description="frequency and time masks (SpecAugment, arXiv:1904.08779)")
     frequency_mask_prob: Probability = Field(0.5, description="one band of mel bins set to the mean")
     frequency_mask_param: int = Field(27, ge=0, description="largest width F, mel bins")
@@ -73,7 +73,7 @@ class DataConfig(Section):
     view_seconds: float | None = Field(None, gt=0, description="length of a view, s; null = the whole segment")
     views: int = Field(2, ge=2, le=8, description="number of augmented views of a segment")
     view_crops: Literal["same", "independent"] = Field(
-        "same", description="with views shorter than the segment: all from one place of it, or each from its own"
+        "same", description="views shorter than the segment: all cropped at one place, or each at its own"
     )
     short_views: int = Field(
         0,
@@ -89,7 +89,7 @@ class DataConfig(Section):
     prefetch: int = Field(2, ge=1, description="batches DALI prepares ahead")
     shuffle_buffer: int = Field(1024, ge=1, description="segments the reader shuffles among (they stay encoded)")
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="part of the segments that may fail to decode and be left out before a run stops"
+        0.01, ge=0, le=1, description="share of the segments that may fail to decode before the run stops"
     )
     stats_segments: int = Field(256, ge=1, description="segments on which the log-mel's mean and std are measured")
 
@@ -97,9 +97,9 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """How an encoder type is optimized; each type has its own defaults."""
 
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="rule of the update")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="optimizer")
     learning_rate: float = Field(
-        0.03, gt=0, description="sgd: for 256 segments a step, scaled by batch / 256; adamw: as it is"
+        0.03, gt=0, description="learning rate; sgd: for 256 segments a step, scaled by batch / 256; adamw: not scaled"
     )
     sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum (read by sgd only)")
     weight_decay: float = Field(5e-4, ge=0, description="L2 for sgd, decoupled for adamw")
@@ -120,10 +120,10 @@ class SimSiamConfig(OptimizerConfig):
     embedding: Embedding = Field(
         "backbone",
         description="what a song's vector is; stages = statistics of the log-mel and of all feature maps but the last"
-        " stage's; stages+tags, of joint: beside them, the hidden layer of its tags' head",
+        " stage's; stages+tags (joint only) = these and the hidden layer of the tags' head",
     )
     embedding_seconds: float | None = Field(
-        None, gt=0, description="embed a view in windows of this length, and average them, s; null = the whole view"
+        None, gt=0, description="length of a view's windows, which are embedded and averaged, s; null = the whole view"
     )
     projection_dim: int = Field(2048, ge=1, description="width of the projector's layers")
     projection_layers: Literal[2, 3] = Field(2, description="layers of the projector (the paper has 3)")
@@ -140,9 +140,9 @@ class TagPairsConfig(Section):
 
     use_artist: bool = Field(True, description="segments by one artist are a positive pair")
     use_album: bool = Field(True, description="segments of one album are a positive pair")
-    use_year: bool = Field(True, description="segments of years close together are a positive pair")
-    year_threshold: int = Field(2, ge=0, description="largest difference between such years, years")
-    use_folder: bool = Field(False, description="segments of songs in one folder are a positive pair, tags or not")
+    use_year: bool = Field(True, description="segments from years close together are a positive pair")
+    year_threshold: int = Field(2, ge=0, description="largest difference between the years of a positive pair, years")
+    use_folder: bool = Field(False, description="segments of songs in one folder are a positive pair, tagged or not")
     contrastive_temperature: float = Field(0.5, gt=0, description="temperature of the softmax over similarities")
 
     @model_validator(mode="after")
@@ -155,9 +155,9 @@ class TagPairsConfig(Section):
 class SimpleConfig(TagPairsConfig, OptimizerConfig):
     """The baseline: a 1-D CNN on the waveform, which learns from tags."""
 
-    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="rule of the update")
+    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="optimizer")
     learning_rate: float = Field(
-        0.001, gt=0, description="adamw: as it is; sgd: for 256 segments a step, scaled by batch / 256"
+        0.001, gt=0, description="learning rate; adamw: not scaled; sgd: for 256 segments a step, scaled by batch / 256"
     )
     weight_decay: float = Field(1e-4, ge=0, description="L2 for sgd, decoupled for adamw")
     base_channels: int = Field(32, ge=1, description="channels of the first layer; each block doubles them")
@@ -173,14 +173,14 @@ class ContrastiveConfig(Section):
 class ByolConfig(Section):
     """SimSiam's views and networks with a momentum target (BYOL); everything else is read from encoder.simsiam."""
 
-    momentum: float = Field(0.99, ge=0, lt=1, description="decay of the moving average that the target's weights are")
+    momentum: float = Field(0.99, ge=0, lt=1, description="decay of the moving average that gives the target's weights")
 
 
 class JointConfig(TagPairsConfig):
     """Tags and ratings as teachers beside the views; everything else is read from encoder.simsiam."""
 
     views_loss: Literal["simsiam", "contrastive"] = Field(
-        "contrastive", description="the loss on the views; the latter's temperature is encoder.contrastive's"
+        "contrastive", description="loss on the views; contrastive uses encoder.contrastive.temperature"
     )
     tags_read: Literal["backbone", "stages"] = Field(
         "backbone", description="what the tags' head reads: the pooled last map, or the statistics of embedding: stages"
@@ -199,11 +199,11 @@ class EncoderConfig(Section):
     )
     epochs: int = Field(100, ge=1, description="passes over the training segments")
     final_training_epochs: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="the same for the best settings that hpo has found; null = epochs"
+        None, description="epochs of the final training with hpo's best settings; null = epochs"
     )
     batch_size: int = Field(128, ge=2, description="segments per step and process")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="null = encoder.simple.learning_rate for simple, encoder.simsiam.learning_rate for the others"
+        None, description="learning rate; null = encoder.simple's for simple, encoder.simsiam's for the others"
     )
     simple: SimpleConfig = SimpleConfig()
     simsiam: SimSiamConfig = SimSiamConfig()
@@ -232,8 +232,8 @@ class TrainConfig(Section):
     )
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
         "auto",
-        description="segments that pass the encoder at once, a divisor of encoder.batch_size: a step adds up their"
-        " gradients, with batch norm over each micro-batch; auto = the most that fit into memory",
+        description="segments that pass the encoder at once, a divisor of encoder.batch_size; gradients are added up,"
+        " and batch norm is over each micro-batch; auto = the most that fit into memory",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute the ResNet's activations in the backward pass: less memory, more time"
@@ -241,21 +241,21 @@ class TrainConfig(Section):
     channels_last: bool = Field(True, description="NHWC memory format")
     compile: bool = Field(False, description="torch.compile the encoder: the first step can take minutes longer")
     sync_bn: bool = Field(False, description="batch-norm statistics over all GPUs (torchrun)")
-    runs_dir: Path = Field(Path("runs"), description="where runs/<name>/ is made")
+    runs_dir: Path = Field(Path("runs"), description="folder in which each run makes its own folder")
     run_name: str | None = Field(None, description="name of the run's folder; null = encoder type, backbone and time")
     log_every: int = Field(10, ge=1, description="steps between reads of metrics from the device")
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints inside an epoch; 0 = each epoch only")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints in an epoch; 0 = only after it")
     validate_every: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="epochs between validations; auto = as often as costs at most a tenth of the training"
+        "auto", description="epochs between validations; auto = so that they take at most a tenth of the time"
     )
     profile: int = Field(0, ge=0, description="steps to trace into runs/<name>/trace.json.gz, after some warm-up")
     knn_k: int = Field(10, ge=1, description="neighbours of the online kNN score")
-    knn_segments: int = Field(2000, ge=1, description="training segments it searches, rounded up to whole batches")
+    knn_segments: int = Field(2000, ge=1, description="training segments of that score, rounded up to whole batches")
 
     closing_score: bool = Field(
         True,
-        description="end with how many songs have a nearest song by the same artist, beside the untrained encoder and"
-        " MFCCs; takes up to 20,000 segments",
+        description="at the end, print for how many songs the nearest one is by the same artist, also with the"
+        " untrained encoder and MFCCs; uses up to 20,000 segments",
     )
 
     def micro_batch_of(self, batch_size: int) -> int:
