@@ -71,7 +71,10 @@ def size(config: Config, steps: int) -> dict[str, Any]:
     learner.encoder.train()
     batch = random_batch(config, shards, device)
     entry: dict[str, Any] = {"batch_size": batch_size, "precision": str(learner.dtype).removeprefix("torch.")}
-    entry["parameter_bytes"] = memory.BYTES_PER_PARAMETER["sgd"] * sum(p.numel() for p in learner.encoder.parameters())
+    trained = memory.BYTES_PER_PARAMETER[encoder_type(config).settings.optimizer]
+    entry["parameter_bytes"] = sum(
+        p.numel() * (trained if p.requires_grad else p.element_size()) for p in learner.encoder.parameters()
+    )
     kept = memory.activation_bytes(learner.encoder, shapes) * (0.5 if learner.half else 1.0)
     entry["kept_bytes"] = round(kept * batch_size)
     wait: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None

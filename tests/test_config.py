@@ -1,6 +1,7 @@
 """Settings: where they come from, what is refused and how, and that each one is read by some code."""
 
 import ast
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,18 @@ def test_refusals_name_the_key_and_what_is_allowed(assignment: str, expected: st
         load_config(assignments=[assignment])
     assert expected in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("options", [*permutations(["use_artist=false", "use_album=false", "use_year=false"])])
+def test_options_that_fit_together_are_accepted_in_any_order(tmp_path: Path, options: tuple[str, ...]) -> None:
+    sets = [f"encoder.simple.{option}" for option in options]
+    with pytest.raises(UserError, match=f"^--set {sets[-1]}: encoder.simple: .* nothing makes a positive pair"):
+        load_config(assignments=sets)
+    last = load_config(assignments=[*sets, "encoder.simple.use_folder=true"]).encoder.simple
+    assert (last.use_folder, last.use_artist) == (True, False)
+    file = tmp_path / "folders.yaml"
+    file.write_text("encoder: {simple: {use_artist: false, use_album: false, use_year: false}}")
+    assert load_config(file, assignments=["encoder.simple.use_folder=true"]).encoder.simple == last
 
 
 def test_refusals_name_their_source(tmp_path: Path) -> None:

@@ -225,6 +225,15 @@ def test_a_batch_of_one_cannot_be_learned_from(tmp_path: Path) -> None:
         samples(load(shards, batch_size=2), 12)
 
 
+def test_a_micro_batch_of_one_keeps_its_placeholder(tmp_path: Path) -> None:
+    """What takes micro-batches reads no rows, and a run could not go on: it keeps its micro-batch, and the order."""
+    shards = small_set(tmp_path)
+    damage(shards, 11)
+    given = samples(load(shards, batch_size=2, group=2), 10)
+    assert {len(batch) for batch in given} == {2}
+    assert listed(shards)
+
+
 @pytest.mark.parametrize("mode", ["views", "clean"])
 def test_a_header_that_states_any_length_is_no_want_of_memory(tmp_path: Path, mode: str) -> None:
     """The decoder asks for as much memory as the 36 bits of a FLAC file's number of samples say."""

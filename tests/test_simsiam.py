@@ -71,14 +71,16 @@ def assert_equals_three_channels(model: SimSiam, reference: nn.Module) -> None:
 
 def test_random_one_channel_stem_equals_three_equal_channels() -> None:
     reference = three_channel_resnet(seed=3)
-    assert_equals_three_channels(small(seed=3), reference)  # it draws the same weights, in the same order
+    assert_equals_three_channels(
+        small(seed=3, embedding="backbone"), reference
+    )  # it draws the same weights, in the same order
 
 
 def test_pretrained_one_channel_stem_equals_three_equal_channels(weights: Path) -> None:
     reference = three_channel_resnet(seed=0)
     state = torch.load(weights, weights_only=True)
     reference.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
-    assert_equals_three_channels(small(pretrained_backbone=weights), reference)
+    assert_equals_three_channels(small(pretrained_backbone=weights, embedding="backbone"), reference)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
@@ -143,7 +145,7 @@ def test_an_embedding_of_stages_is_the_statistics_of_all_maps_but_the_last(backb
 
 @pytest.mark.parametrize(("backbone", "dim"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
 def test_embedding_is_the_backbone_or_the_projection(backbone: str, dim: int) -> None:
-    model = small(backbone=backbone).eval()
+    model = small(backbone=backbone, embedding="backbone").eval()
     assert model.embedding_dim == dim
     assert model.embed(views(2)[0]).shape == (2, dim)
     model = small(backbone=backbone, embedding="projection").eval()
@@ -192,7 +194,7 @@ def test_each_view_has_its_own_batch_norm_statistics() -> None:
 
 
 def test_channels_last_reaches_every_layer_and_changes_nothing() -> None:
-    model = small().eval()
+    model = small(embedding="backbone").eval()
     expected = model.embed(views()[0])
     model = model.to(memory_format=torch.channels_last)
     layouts: list[bool] = []

@@ -8,13 +8,14 @@ import difflib
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from simsiam_dali.common import shipped
 from simsiam_dali.common.errors import UserError
@@ -73,12 +74,16 @@ def _nearest(key: str) -> str:
     return f"; did you mean {best}?" if likeness(best) >= 0.6 else ""
 
 
-def _explain(error: ValidationError, source: str) -> UserError:
-    first = error.errors()[0]
-    fields = dict(setting_fields())
+def _setting(error: ErrorDetails, fields: Container[str]) -> str:
+    """The setting that an error is of, or the section whose settings do not fit together."""
     # A union's or tuple's location goes on below the setting itself, so cut it back to the setting's name.
-    parts = [str(p) for p in first["loc"]]
-    key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in fields), ".".join(parts))
+    parts = [str(p) for p in error["loc"]]
+    return next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in fields), ".".join(parts))
+
+
+def _explain(first: ErrorDetails, source: str) -> UserError:
+    fields = dict(setting_fields())
+    key = _setting(first, fields)
     if first["type"] == "extra_forbidden":
         siblings = [n for n, _ in setting_fields() if n.rpartition(".")[0] == key.rpartition(".")[0]]
         tail = _nearest(key) or (
@@ -130,13 +135,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"config file {path} holds no settings (a mapping of keys is expected)")
     return tree or {}
-
-
-def _validated(tree: dict[str, Any], source: str) -> Config:
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as e:
-        raise _explain(e, source) from None
 
 
 def _sources(
@@ -198,10 +196,22 @@ def load_config(
     Raises UserError naming the source (file, variable or option), the key, and what is allowed.
     """
     tree = _merged({}, base or {})
-    for source, part in _sources(path, environment, command_line, assignments):
+    fields = dict(setting_fields())
+    unfit: tuple[ErrorDetails, str] | None = None
+    for source, part in [("config", {}), *_sources(path, environment, command_line, assignments)]:
         tree = _merged(tree, part)
-        _validated(tree, source)
-    return _validated(tree, "config")
+        try:
+            config, unfit = Config.model_validate(tree), None
+        except ValidationError as e:
+            errors = e.errors()
+            of_one = [own for own in errors if own["type"] == "extra_forbidden" or _setting(own, fields) in fields]
+            if of_one:
+                raise _explain(of_one[0], source) from None
+            # Settings that do not fit together: a later source may set the one that makes them fit.
+            unfit = errors[0], unfit[1] if unfit else source
+    if unfit:
+        raise _explain(*unfit)
+    return config
 
 
 def replace_settings(config: Config, **values: object) -> Config:

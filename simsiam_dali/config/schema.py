@@ -118,9 +118,9 @@ class SimSiamConfig(OptimizerConfig):
         False, description="true = torchvision's ImageNet weights, or a local state_dict file"
     )
     embedding: Embedding = Field(
-        "backbone",
+        "stages",
         description="what a song's vector is; stages = statistics of the log-mel and of all feature maps but the last"
-        " stage's; stages+tags (joint only) = these and the hidden layer of the tags' head",
+        " stage's; backbone = the pooled last map; stages+tags (joint only) = stages and the tags' hidden layer",
     )
     embedding_seconds: float | None = Field(
         None, gt=0, description="length of a view's windows, which are embedded and averaged, s; null = the whole view"
@@ -210,11 +210,6 @@ class EncoderConfig(Section):
     joint: JointConfig = JointConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     byol: ByolConfig = ByolConfig()
-
-    @property
-    def final_epochs(self) -> int:
-        """Epochs for the best settings of a search."""
-        return self.final_training_epochs or self.epochs
 
 
 class TrainConfig(Section):

@@ -129,13 +129,14 @@ class Loader:
             if not self.shuffled:
                 keep[max(self.count - (self.step - 1) * self.batch_size, 0) :] = False
             keep &= ~torch.isin(rows, self._placeholder_rows)
-            if not keep.all():
-                if self.shuffled and keep.sum() < 2:  # batch norm has no statistics of one
-                    larger = "train.micro_batch" if self.group > 1 else "--batch-size"
+            if self.shuffled and keep.sum() < 2:  # batch norm has no statistics of one
+                if self.group == 1:
                     raise UserError(
                         f"of a batch of {self.batch_size} segments {int(keep.sum())} are not in {self.quarantine.path}:"
-                        f" use a larger {larger}"
+                        " use a larger --batch-size"
                     )
+                keep[:] = True  # placeholders are views of other segments; losses by micro-batch read no rows
+            if not keep.all():
                 outputs = [x[keep.to(x.device)] for x in outputs]
             yield Batch(tuple(outputs[:-1]), outputs[-1])
         for _ in range(self._reader_batches - self.steps):

@@ -71,6 +71,7 @@ def define(graph: GraphConfig, settings: PipelineSettings, state: str | None = N
     """The pipeline of `build` before it is built, which needs neither the shards nor a GPU."""
     on_gpu = settings.gpu is not None
     noise = noise_bank(graph, settings.seed) if graph.mode == "views" else None
+    parts = graph.by_length()  # here: DALI would convert it to operators, and warn that it cannot
 
     @pipeline_def(
         batch_size=settings.batch_size,
@@ -84,11 +85,11 @@ def define(graph: GraphConfig, settings: PipelineSettings, state: str | None = N
     )
     def pipeline() -> tuple[DataNode, ...]:
         encoded, row = read(graph.source, settings.seed)
-        random = draw(graph, augment.derive_seed(settings.seed, f"rank {graph.source.shard_id}"))
+        random = draw(graph, parts, augment.derive_seed(settings.seed, f"rank {graph.source.shard_id}"))
         if graph.epoch is None:  # noqa: SIM114 - a condition of Python, and then one of the graph
-            outputs = decode(encoded, random, graph, noise, on_gpu)
+            outputs = decode(encoded, random, graph, parts, noise, on_gpu)
         elif is_used(graph.epoch, settings.batch_size):
-            outputs = decode(encoded, random, graph, noise, on_gpu)
+            outputs = decode(encoded, random, graph, parts, noise, on_gpu)
         else:
             outputs = not_decoded(graph, on_gpu)
         *data, total, samples = outputs
@@ -131,8 +132,8 @@ Random = tuple[list[DataNode | float], list[augment.Draws]]
 """Where each crop starts, 0 to 1, one for each view or one for all; in mode "views" each view's augmentations."""
 
 
-def draw(graph: GraphConfig, seed: int) -> list[Random]:
-    """The random numbers of a batch, for each length of view; seed: of this rank.
+def draw(graph: GraphConfig, parts: list[GraphConfig], seed: int) -> list[Random]:
+    """The random numbers of a batch, for each of `parts`, `graph.by_length()`; seed: of this rank.
 
     Drawn whether or not the batch is decoded: every batch draws equally often.
     """
@@ -144,7 +145,7 @@ def draw(graph: GraphConfig, seed: int) -> list[Random]:
         return [([0.5 if graph.source.shuffle_buffer == 0 else draw_crop("crop")], [])]
     random: list[Random] = []
     number = itertools.count(1)
-    for part in graph.by_length():
+    for part in parts:
         numbers = list(itertools.islice(number, part.views))
         crops = [draw_crop(f"crop {n}") for n in (numbers if part.crops == "independent" else numbers[:1])]
         frames = part.log_mel.frames(part.seconds)
@@ -161,9 +162,14 @@ def is_used(epoch: Epoch, batch_size: int) -> DataNode:
 
 
 def decode(
-    encoded: DataNode, random: list[Random], graph: GraphConfig, noise: np.ndarray | None, on_gpu: bool
+    encoded: DataNode,
+    random: list[Random],
+    graph: GraphConfig,
+    parts: list[GraphConfig],
+    noise: np.ndarray | None,
+    on_gpu: bool,
 ) -> tuple[DataNode, ...]:
-    """The data of the mode, time before frequency, then total and samples."""
+    """The data of the mode, time before frequency, then total and samples. parts: `graph.by_length()`."""
     wave, rate = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True)
     samples = wave.shape(dtype=types.INT32)[0]
     # FLAC holds integers: what decodes is finite, which saves a pass over the samples.
@@ -180,7 +186,6 @@ def decode(
         (((at,), _),) = random
         one = wave_of(at, graph)
         return one if graph.mode == "raw" else clean_view(one, graph.log_mel), total, samples
-    parts = graph.by_length()
     waves = [[wave_of(at, part) for at in crops] for part, (crops, _) in zip(parts, random)]  # noqa: B905 - DALI's zip
     # One bank for all views: DALI keeps a copy of a constant for each sample of the batch. And here, after the crops:
     # DALI names operators by their order, and finds their states in a checkpoint by name.

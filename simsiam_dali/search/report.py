@@ -82,7 +82,7 @@ def write_tables(study: Study) -> list[Path]:
         frame.to_csv(part, index=False)
     if not (trial := study.best()):
         return [table]
-    settings = study.space.config(trial.params, encoder__epochs=study.config.encoder.final_epochs)
+    settings = study.space.config(trial.params, encoder__epochs=study.final_epochs)
     with atomic_write(best) as part:
         part.write_text(
             f"# The best of {len(trials)} trials of {study.name} so far: trial {trial.number},"

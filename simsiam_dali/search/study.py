@@ -90,6 +90,11 @@ class Study:
                     " trials would not compare; use the former value, or start another study with --study-name"
                 )
 
+    @property
+    def final_epochs(self) -> int:
+        """Epochs of the training of the best settings."""
+        return self.config.encoder.final_training_epochs or self.config.encoder.epochs
+
     def locked(self) -> AbstractContextManager[None]:
         """Exclude the other processes that write below `train.runs_dir`/hpo."""
         return locked(self.folder.parent / ".lock", wait=True)

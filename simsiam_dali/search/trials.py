@@ -221,7 +221,7 @@ def start_training(options: Sequence[str], variables: Mapping[str, str], **more:
 
 
 def train_best(study: Study, best: FrozenTrial, interrupt: Interrupt) -> int:
-    """Train the best settings for `encoder.final_epochs`, or resume that; returns the exit status.
+    """Train the best settings for `Study.final_epochs`, or resume that; returns the exit status.
 
     Runs the training command on best.yaml, which a user can run too.
     """
@@ -229,7 +229,7 @@ def train_best(study: Study, best: FrozenTrial, interrupt: Interrupt) -> int:
     if lock is None:
         print_line("another process is already training the best settings")
         return 0
-    name, epochs = f"hpo-{study.name}-trial-{best.number:04d}", study.config.encoder.final_epochs
+    name, epochs = f"hpo-{study.name}-trial-{best.number:04d}", study.final_epochs
     run_dir = study.config.train.runs_dir / name
     options = ["--config", str(study.folder / report.BEST), "--run-name", name]
     if (run_dir / checkpoint.FILE_NAME).exists():
