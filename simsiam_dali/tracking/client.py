@@ -30,6 +30,7 @@ ENVIRONMENT = {
     # MLflow's defaults, 7 retries of 120 s, would stop a training for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # a new database is no news
 }
 """Set unless the user has set them."""
 
