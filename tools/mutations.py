@@ -88,7 +88,20 @@ MUTATIONS = (
     ),
     Mutation(
         "learning rate falls with the batch", "training/learner.py",
-        "base *= batch / 256", "base *= 256 / batch", "tests/test_train.py -k learning_rate",
+        "configured * batch / 256", "configured * 256 / batch", "tests/test_train.py -k learning_rate",
+    ),
+    Mutation(
+        "weight decay is ignored", "training/learner.py",
+        "momentum=momentum, weight_decay=settings.weight_decay", "momentum=momentum, weight_decay=0.0",
+        "tests/test_train.py -k weight_decay",
+    ),
+    Mutation(
+        "all tags are set, wanted or not", "tracking/run.py",
+        "for tag in config.mlflow.auto_tags if tag in known", "for tag in known", "tests/test_train.py -k named_tags",
+    ),
+    Mutation(
+        "ranks give no gradient to each other's rows", "common/distributed.py",
+        "        dist.all_reduce(grad)\n", "", "tests/test_ranks.py -m ''",
     ),
     Mutation(
         "a resumed run starts its epoch again", "training/run.py",

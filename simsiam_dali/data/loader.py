@@ -129,7 +129,7 @@ class Loader:
             if not self.shuffled:
                 keep[max(self.count - (self.step - 1) * self.batch_size, 0) :] = False
             keep &= ~torch.isin(rows, self._placeholder_rows)
-            if self.shuffled and keep.sum() < 2:  # batch norm has no statistics of one
+            if self.shuffled and not keep.all() and keep.sum() < 2:  # batch norm has no statistics of one
                 if self.group == 1:
                     raise UserError(
                         f"of a batch of {self.batch_size} segments {int(keep.sum())} are not in {self.quarantine.path}:"
