@@ -21,6 +21,7 @@ from equal_time_scores import (
     RESNET50_STAGES,
     RESNET50_UNTRAINED,
     STAGES,
+    TAGS_ALONE,
 )
 
 
@@ -78,7 +79,7 @@ CANDIDATES = {
     "joint, SimSiam's loss, 60 s segments": Candidate({"encoder.joint.views_loss": "simsiam"}, "joint", 60),
     "joint, 2.5 s noisy views of 60 s": Candidate(SHORT_NOISY, "joint", 60),
     "joint, 2.5 s noisy views of 60 s, windows": Candidate(SHORT_NOISY | WINDOWS, "joint", 60),
-    "simple (from tags)": Candidate(kind="simple"),
+    TAGS_ALONE: Candidate(kind="simple"),
     PEER: Candidate(kind="lightly"),
     STAGES: Candidate(embedding="stages", trained_as=BASE),
     CONTRASTIVE_STAGES: Candidate(kind="contrastive", embedding="stages", trained_as=CONTRASTIVE),

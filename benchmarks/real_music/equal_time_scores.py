@@ -10,6 +10,7 @@ import numpy as np
 from simsiam_dali.common.errors import UserError
 
 BASE, PEER = "the recipe", "SimSiam of lightly's parts"
+TAGS_ALONE = "simple (from tags)"
 STAGES, UNTRAINED_STAGES = (f"{of}, embedded by stages" for of in (BASE, "untrained encoder"))
 TAGGED = ("joint, 2.5 s noisy views of 60 s, windows", "contrastive, 2.5 s noisy views of 60 s, windows")
 """A recipe that learns from tags too, and the same without them."""
@@ -29,6 +30,7 @@ COMPARED = (
     *((row, "SimSiam, 2.5 s noisy views of 60 s") for row in TAGGED),
     (STAGES, UNTRAINED_STAGES),
     (STAGES, TAGGED[0]),
+    (STAGES, TAGS_ALONE),
     (RESNET50_STAGES, RESNET50),
     (RESNET50_STAGES, RESNET50_UNTRAINED),
     (RESNET50_STAGES, STAGES),
