@@ -45,7 +45,7 @@ class SavedPlaylist:
     table: str | None = None
 
     def is_of(self, table: Path) -> bool:
-        """Whether `table` may choose its songs: not where another one did that is still there."""
+        """Whether the playlist is remade from `table`: unless another table chose its songs, and still exists."""
         own = self.table_path()
         return own is None or not own.exists() or own == table.resolve()
 

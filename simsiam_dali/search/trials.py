@@ -240,7 +240,7 @@ def train_best(study: Study, best: FrozenTrial, interrupt: Interrupt) -> int:
     command = shlex.join(["python", *COMMAND[1:], *options])
     print_line(f"training the best settings for {epochs} epochs: {command}")
     sys.stdout.flush()
-    # Of a resumed run too: MLflow takes them only where it creates one.
+    # MLflow reads these tags when it creates a run; a resumed one has them already.
     tags = {"MLFLOW_RUN_CONTEXT": json.dumps({BEST_OF_TAG: study.name})}
     with lock, start_training(options, tags) as process:
         while process.poll() is None and not interrupt.signal:

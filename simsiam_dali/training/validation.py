@@ -94,7 +94,8 @@ class Validation:
         error, correlation = knn_rating(bank, bank_ratings, queries, query_ratings, k)
         score["knn/rating_mae"], score["knn/rating_correlation"] = error, correlation
         score["knn/rating_mae_chance"] = rating_chance(bank_ratings, query_ratings)
-        score["knn/rating_mae_songs"] = float((~query_ratings.isnan()).sum())
+        scored = 0.0 if math.isnan(error) else float((~query_ratings.isnan()).sum())
+        score["knn/rating_mae_songs"] = scored
         return score
 
     def _songs(self, split: Split, segments: int) -> tuple[Tensor, Tensor]:
