@@ -42,6 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def reads(encoder_type: str, key: str) -> bool:
+    """Whether encoders of a type read a setting, by its dotted key."""
+    from simsiam_dali.models.registry import reads_setting  # torch takes seconds: only where settings differ
+
+    return reads_setting(encoder_type, key)
+
+
 @one_line_errors
 def main() -> None:
     """The command."""
@@ -59,7 +66,7 @@ def main() -> None:
 
     uri = config.mlflow.tracking_uri
     runs = experiment_runs(uri, config.mlflow.experiment_name)
-    comparison = compare_runs.select(runs, metric, args.runs, args.include_trials, args.shard_set)
+    comparison = compare_runs.select(runs, metric, args.runs, args.include_trials, args.shard_set, reads)
     compare_runs.add_untrained(comparison, partial(metric_history, uri))
 
     print("", *report.table(comparison), "", *report.notes(comparison), "", sep="\n")

@@ -223,6 +223,28 @@ def test_runs_of_a_type_that_differ_in_more_than_the_seed_are_named(home: Home) 
     assert "differ in" not in home.type()
 
 
+def test_settings_that_a_type_does_not_read_are_not_named(home: Home) -> None:
+    differing = (
+        "encoder.simple.learning_rate", "encoder.joint.tag_weight", "encoder.contrastive.temperature",
+        "encoder.simsiam.n_mels", "encoder.embedding_dim", "encoder.final_training_epochs", "data.short_views",
+        "encoder.epochs",
+    )  # fmt: skip
+    views = "data.short_views", "encoder.epochs", "encoder.simsiam.n_mels"
+    expected = {
+        "simsiam": views,
+        "simple": ("encoder.embedding_dim", "encoder.epochs", "encoder.simple.learning_rate"),
+        "joint": (*views, "encoder.contrastive.temperature", "encoder.joint.tag_weight"),
+    }
+    for value in (1, 2):
+        for encoder_type in (*expected, "unknown"):
+            home.log(encoder_type, SCORES, params=dict.fromkeys(differing, value))
+    printed = home.type("--runs", 0)
+    for encoder_type, own in expected.items():
+        named = line(printed, f"the 2 runs of type {encoder_type} differ in ")
+        assert named.partition(" differ in ")[2].partition(": ")[0] == ", ".join(sorted(own))
+    assert "and 3 more" in line(printed, "the 2 runs of type unknown differ in ")
+
+
 def test_missing_metrics_are_listed_with_the_command_that_logs_them(home: Home) -> None:
     home.log("simsiam", {m.name: 0.5 for m in METRICS}, **{"mlflow.runName": "whole"})
     home.log("simple", {"knn/artist": 0.5, "training_time_hours": 1}, **{"mlflow.runName": "poor"})

@@ -13,8 +13,9 @@ from helpers.running import command, epochs, losses, records, refusal, run, star
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.config.load import load_config
+from simsiam_dali.config.schema import EncoderConfig, setting_fields
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.models.registry import encoder_type
+from simsiam_dali.models.registry import ENCODERS, encoder_type
 from simsiam_dali.training import checkpoint
 from simsiam_dali.training.data import create_loader, log_mel_settings
 from simsiam_dali.training.loss_window import mean_over_ranks
@@ -63,6 +64,26 @@ def test_simple_learns_which_songs_are_by_one_artist(tmp_path: Path, small_shard
     run_dir = train(tmp_path, small_shards, train__validate_every=100, encoder__learning_rate=0.004, **over)
     untrained, trained = (same_artist_is_nearer(run_dir, small_shards, trained) for trained in (False, True))
     assert trained > untrained + 0.1
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_a_type_names_the_sections_that_it_reads(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config, shards = load_config(assignments=[f"encoder.encoder_type={name}"]), open_shards(small_shards)
+    accessed: set[str] = set()
+
+    def recorded(section: EncoderConfig, attribute: str) -> object:
+        accessed.add(attribute)
+        return object.__getattribute__(section, attribute)
+
+    monkeypatch.setattr(EncoderConfig, "__getattribute__", recorded)
+    kind = encoder_type(config)
+    kind.create(pretrained=False)
+    kind.create_loss_fn(shards, torch.device("cpu"))
+    sections = {key.split(".")[1] for key, _ in setting_fields() if key.startswith("encoder.") and key.count(".") > 1}
+    assert accessed & sections == set(kind.sections)
+    assert ("embedding_dim" in accessed) == kind.reads("encoder.embedding_dim")
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def search(config: Config) -> Study:
         ({"encoder.simsiam.weight_decay": {"choices": []}}, "choices: List should have at least 1 item"),
         ({"encoder.simsiam.weight_decay": {"choices": [1], "low": 0}}, "low: Extra inputs are not permitted"),
         ({"encoder.simple.base_channels": {"low": 8, "high": 64}}, "has no effect"),
+        ({"encoder.embedding_dim": {"low": 8, "high": 64}}, "has no effect"),
         ({"encoder.epochs": {"low": 8, "high": 64}}, "trials are of one length, hpo.epochs"),
         ({"train.seed": {"low": 0, "high": 64}}, "only settings of data. and encoder."),
         ({}, "hpo.space.simsiam is empty"),

@@ -103,5 +103,6 @@ def test_the_filter_of_a_type_shows_its_runs_and_no_others(runs_page: webdriver.
 
 def test_the_filter_of_a_comparison_shows_the_compared_runs(runs_page: webdriver.Chrome, mlflow_uri: str) -> None:
     runs = experiment_runs(mlflow_uri, EXPERIMENT)
-    search(runs_page, mlflow_filters(select(runs, None, 1, False, None))[0])
+    comparison = select(runs, None, 1, include_trials=False, shard_set=None, reads=lambda *_: True)
+    search(runs_page, mlflow_filters(comparison)[0])
     wait_for_runs(runs_page, {"simsiam-2", "simple-2"})

@@ -118,12 +118,18 @@ def selection_metric(name: str) -> Metric:
 
 
 def select(
-    runs: "Iterable[Run]", metric: Metric | None, number: int, include_trials: bool, shard_set: str | None
+    runs: "Iterable[Run]",
+    metric: Metric | None,
+    number: int,
+    include_trials: bool,
+    shard_set: str | None,
+    reads: Callable[[str, str], bool],
 ) -> Comparison:
     """The best `number` runs of each type (0 = all), by `metric` or the first of `DEFAULT_BY` that any run has.
 
     `runs` are newest first, which is also the order of runs without that metric. `shard_set` is the beginning of a
-    fingerprint; None is that of the newest run. Raises UserError where no run is left.
+    fingerprint; None is that of the newest run. reads: whether an encoder type reads a setting, by its dotted key.
+    Raises UserError where no run is left.
     """
     import pandas as pd
 
@@ -165,7 +171,7 @@ def select(
             shown = "its newest are shown" if not scored else "the others cannot be the best"
             notes.append(f"{t}: {scored} of {_runs(len(own))} with {metric.name}; {shown}")
     selected = pd.concat(best)
-    notes += _settings_notes(selected, used)
+    notes += _settings_notes(selected, used, reads)
     notes += _missing_notes(table.loc[selected.index])
     return Comparison(selected, {t: found[t] for t in types}, metric, notes)
 
@@ -228,14 +234,17 @@ def _same_shards(runs: "pd.DataFrame", shard_set: str | None, notes: list[str]) 
     return runs[runs["shards"].isin(["", wanted])]
 
 
-def _settings_notes(selected: "pd.DataFrame", runs: "Mapping[str, Run]") -> Iterator[str]:
-    """What else than the seed differs between the selected runs of a type, and which of them `hpo` chose."""
+def _settings_notes(
+    selected: "pd.DataFrame", runs: "Mapping[str, Run]", reads: Callable[[str, str], bool]
+) -> Iterator[str]:
+    """What else than the seed, of what their type reads, differs between its runs, and which of them `hpo` chose."""
     for t, ids in selected.groupby("encoder_type", sort=False)["run_id"]:
         settings = [
             {key: value for key, value in runs[run_id].data.params.items() if key.startswith(COMPARED_SETTINGS)}
             for run_id in ids
         ]
         differ = sorted(key for key in {*chain(*settings)} if len({own.get(key) for own in settings}) > 1)
+        differ = [key for key in differ if reads(str(t), key)]
         if differ:
             named = ", ".join(differ[:NAMED]) + (f" and {len(differ) - NAMED} more" if len(differ) > NAMED else "")
             yield f"the {len(ids)} runs of type {t} differ in {named}: their range is not that of seeds alone"

@@ -50,6 +50,10 @@ It is called outside autocast, but gets what the encoder returned under it: 16-b
 """
 
 
+VIEW_SETTINGS = ("data.views", "data.view_crops", "data.short_views", "data.short_view_seconds")
+"""Settings that only types on views read."""
+
+
 class EncoderType(ABC):
     """All that the trainer knows of an encoder type, for one config."""
 
@@ -80,6 +84,16 @@ class EncoderType(ABC):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    @classmethod
+    def reads(cls, key: str) -> bool:
+        """Whether the type reads a setting of `data.` or `encoder.`, by its dotted key; of `sections` it reads all."""
+        if key in VIEW_SETTINGS:
+            return cls.batches == "views"
+        if key == "encoder.final_training_epochs":  # hpo's, which trains for them as encoder.epochs
+            return False
+        sections = key.split(".")[1:-1]
+        return not sections or sections[0] in cls.sections
 
     @abstractmethod
     def create(self, pretrained: bool = True) -> Encoder:

@@ -24,3 +24,12 @@ def encoder_type(config: Config) -> EncoderType:
     if name not in ENCODERS:
         raise UserError(f"encoder.encoder_type is {name!r}; the known types are {', '.join(sorted(ENCODERS))}")
     return ENCODERS[name](config)
+
+
+def reads_setting(name: str, key: str) -> bool:
+    """Whether encoders of the type `name` read a setting of `data.` or `encoder.`, by its dotted key.
+
+    True where that is not known: of a type that is not registered here, or that names no `sections`.
+    """
+    kind = ENCODERS.get(name)
+    return kind is None or not kind.sections or kind.reads(key)

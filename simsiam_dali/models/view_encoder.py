@@ -78,6 +78,11 @@ class ViewEncoderType(EncoderType):
         pretrained = str(bool(self.settings.pretrained_backbone)).lower()
         self.tags = {"loss_type": self.loss_type, "backbone": self.settings.backbone, "pretrained": pretrained}
 
+    @classmethod
+    def reads(cls, key: str) -> bool:
+        """See the base class. The embedding's width follows from `encoder.simsiam.embedding`."""
+        return key != "encoder.embedding_dim" and super().reads(key)
+
 
 def create_projector(in_dim: int, dim: int, layers: int) -> nn.Sequential:
     """Two or three layers of width `dim`; no ReLU after the last and no affine in its batch norm."""

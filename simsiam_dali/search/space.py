@@ -116,12 +116,12 @@ class Space:
 
 def _why_not_searched(key: str, config: Config) -> str | None:
     section, _, rest = key.partition(".")
-    owner, _, leaf = rest.partition(".")
+    leaf = rest.partition(".")[2]
     if section not in ("data", "encoder"):
         return "cannot be searched: only settings of data. and encoder. change what the encoder learns"
     if key in NOT_SEARCHED:
         return f"cannot be searched: {NOT_SEARCHED[key]}"
-    if section == "encoder" and leaf and owner not in encoder_type(config).sections:
+    if not encoder_type(config).reads(key):
         return f"has no effect, since encoder.encoder_type is {config.encoder.encoder_type}"
     if section == "encoder" and leaf == "learning_rate" and config.encoder.learning_rate is not None:
         return "cannot be searched: encoder.learning_rate is set and overrides it; set encoder.learning_rate to null"
