@@ -324,17 +324,38 @@ def test_runs_without_any_score_are_the_newest(home: Home) -> None:
 
 
 def test_the_filters_find_in_mlflow_what_the_table_shows(home: Home) -> None:
-    ids = [home.log("simsiam", SCORES), home.log("simple", SCORES)]
-    more = home.log("simple", SCORES | {"knn/artist": 0.1})
+    def found(text: str) -> list[str]:
+        experiment_id = home.client.get_experiment_by_name(home.experiment).experiment_id
+        return sorted(run.info.run_id for run in home.client.search_runs([experiment_id], text))
+
+    def shown(*args: object) -> dict[str, list[str]]:
+        """What the printed filters find, and no other than the rows of the table."""
+        printed = home.type(*args)
+        first, *others = printed[printed.index("\nfilter     ") :].strip().removeprefix("filter").split("\n       or  ")
+        rows = {row["run_id"]: row["encoder_type"] for row in home.rows()}
+        assert found(first) == sorted(rows)
+        types = list(dict.fromkeys(rows.values()))
+        assert [found(text) for text in others] == [sorted(i for i, t in rows.items() if t == own) for own in types]
+        assert f"mlflow ui --backend-store-uri {home.uri}" in printed
+        return dict(zip(types, map(found, others), strict=True))
+
+    new = {"shards": "b" * 64}
+    ids = [home.log("simsiam", SCORES, **new), home.log("simple", SCORES, **new)]
+    home.log("simple", SCORES, shards="a" * 64)
+    home.log("simsiam", SCORES, status="FAILED", **new)
+    study = home.log(None, {"hpo/best": 0.9})
+    trial = home.log("simsiam", SCORES | {"knn/artist": 0.1}, **new, **{"mlflow.parentRunId": study})
+    worse = home.log("simple", SCORES | {"knn/artist": 0.1}, start=1, **new)
+    assert shown() == {"simsiam": [ids[0]], "simple": [ids[1]]}
+    assert shown("--runs", 0) == {"simsiam": [ids[0]], "simple": sorted([ids[1], worse])}
+    assert shown("--runs", 0, "--include-trials")["simsiam"] == sorted([ids[0], trial])
+
+
+def test_of_one_type_alone_there_is_one_filter(home: Home) -> None:
+    home.log("simsiam", SCORES)
     printed = home.type()
-    experiment_id = home.client.get_experiment_by_name(home.experiment).experiment_id
-
-    def found(text: str) -> set[str]:
-        return {run.info.run_id for run in home.client.search_runs([experiment_id], text)}
-
-    assert found(line(printed, "filter").removeprefix("filter").strip()) == set(ids)
-    assert found(line(printed, '       or  tags.encoder_type = "simple"').removeprefix("       or")) == {ids[1], more}
-    assert f"mlflow ui --backend-store-uri {home.uri}" in printed
+    assert "attributes.run_id IN" in line(printed, "filter")
+    assert "       or  " not in printed
 
 
 def test_one_type_alone_names_the_command_for_the_other(home: Home) -> None:

@@ -95,14 +95,19 @@ def search(browser: webdriver.Chrome, text: str) -> None:
     box.send_keys(Keys.ENTER)
 
 
-@pytest.mark.parametrize("encoder_type", ["simsiam", "simple"])
-def test_the_filter_of_a_type_shows_its_runs_and_no_others(runs_page: webdriver.Chrome, encoder_type: str) -> None:
-    search(runs_page, f'tags.encoder_type = "{encoder_type}"')
-    wait_for_runs(runs_page, {f"{encoder_type}-1", f"{encoder_type}-2"})
-
-
-def test_the_filter_of_a_comparison_shows_the_compared_runs(runs_page: webdriver.Chrome, mlflow_uri: str) -> None:
+def test_the_filters_of_a_comparison_show_the_compared_runs(runs_page: webdriver.Chrome, mlflow_uri: str) -> None:
     runs = experiment_runs(mlflow_uri, EXPERIMENT)
     comparison = select(runs, None, 1, include_trials=False, shard_set=None, reads=lambda *_: True)
     search(runs_page, mlflow_filters(comparison)[0])
     wait_for_runs(runs_page, {"simsiam-2", "simple-2"})
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_filter_of_a_type_shows_its_runs_and_no_others(
+    runs_page: webdriver.Chrome, mlflow_uri: str, number: int
+) -> None:
+    runs = experiment_runs(mlflow_uri, EXPERIMENT)
+    comparison = select(runs, None, 0, include_trials=False, shard_set=None, reads=lambda *_: True)
+    search(runs_page, mlflow_filters(comparison)[number])
+    encoder_type = ("simsiam", "simple")[number - 1]
+    wait_for_runs(runs_page, {f"{encoder_type}-1", f"{encoder_type}-2"})

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.files import atomic_write, refuse_failed_write
 from simsiam_dali.common.table import table_lines
 from simsiam_dali.evaluation.compare_runs import AB_TYPES, BASELINES, METRICS, Comparison, Metric
+
+if TYPE_CHECKING:  # pandas takes longer to import than the command's help takes
+    import pandas as pd
 
 MARK = "simsiam_dali.compare"
 """Software tag in the plot's metadata, by which a later comparison may replace the file."""
@@ -94,9 +97,18 @@ def notes(comparison: Comparison) -> Iterator[str]:
 
 
 def mlflow_filters(comparison: Comparison) -> list[str]:
-    """Search strings for the MLflow UI: the selected runs, then all runs of each type (its syntax has no OR)."""
-    ids = ", ".join(f"'{run_id}'" for run_id in comparison.runs["run_id"])
-    return [f"attributes.run_id IN ({ids})", *(f'tags.encoder_type = "{t}"' for t in comparison.candidates)]
+    """Search strings for the MLflow UI: the shown runs; with several types, then those of each type alone.
+
+    By their ids: no other condition leaves out hpo's trials, runs on other shards and all but the best.
+    """
+
+    def of(runs: "pd.DataFrame") -> str:
+        ids = ", ".join(f"'{run_id}'" for run_id in runs["run_id"])
+        return f"attributes.run_id IN ({ids})"
+
+    own = {t: comparison.runs[comparison.runs["encoder_type"] == t] for t in comparison.candidates}
+    of_types = [f'tags.encoder_type = "{t}" AND {of(runs)}' for t, runs in own.items()]
+    return [of(comparison.runs), *(of_types if len(own) > 1 else ())]
 
 
 def check_replaceable(path: Path) -> None:
