@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import mlflow
@@ -44,6 +45,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
         error = capsys.readouterr().err
         return error[error.index("error:") :]
     return capsys.readouterr().out
+
+
+def head(page: str) -> str:
+    """The figures at the top of a report, and what it says of all reports."""
+    return page[page.index("What <code>compare") : page.index("encoder that learned from tags or ratings.</p>")]
 
 
 def test_everything_is_written_and_nothing_written_over(
@@ -197,21 +203,31 @@ def test_an_encoder_that_knows_its_training_ratings_by_heart_is_judged_by_other_
     assert compared.startswith("ratings predicted by the MLP, split by album, of rated songs held back")
     (row,) = [line.split() for line in compared.splitlines() if line.startswith(name)]
     assert row[1:3] == ["64", f"{plain[name]:.3f}"]
-    assert "not trained on, split" not in page
+    of_simsiam = head(page)
     out, unseen, page = evaluated("joint", table)
     assert unseen == plain  # so that runs of both types are compared on the same songs
     assert unseen[name] < 0.3
     assert "and only that judges an encoder that learned from tags or ratings" in out
-    assert page.count("64 songs not trained on, split by album") == 1
-    assert page.count("not trained on, split by album") == len(report.HEADLINES)
+    assert head(page) == of_simsiam  # so that the heads of two reports compare, too
+    cards = re.findall(
+        r'"lead">(.*?)</span>\s*<b>(.*?)</b>.*?, split by album,<br>(\d+) songs (.*?)</span>', of_simsiam
+    )
+    assert [card[0] for card in cards] == [
+        "rating: MSE ↓, MLP", "rating: MAE ↓, MLP", "rating: correlation, MLP",
+        "artist: accuracy, k-NN", "genre: accuracy, k-NN", "artist: mAP@10, retrieval",
+    ]  # fmt: skip
+    assert cards[2][1:] == (f"{plain[name]:.3f}", "64", "held back from the training")
+    assert {card[3] for card in cards} == {"held back from the training"}
     few = table.assign(split=np.where(np.arange(240) % 20 == 1, "val", "train"))
-    _, all_songs, _ = evaluated("simsiam", few)
+    _, all_songs, page = evaluated("simsiam", few)
     assert all_songs[name] > 0.5
+    assert head(page).count(" songs of the whole table</span>") == len(cards)
+    assert "held back from the training</span>" not in page
     out, unseen, page = evaluated("joint", few)
     assert unseen == {}
     said = "fewer than 20 of these songs were held back from it: these figures do not judge it."
     assert f"{said} No classifier/* is logged: pack with a larger --val-fraction, and train again.\n" in out
-    assert "not trained on, split" not in page
+    assert 'class="card"' not in page
     assert "Too few songs were held back from it to judge it" in page
 
 

@@ -25,9 +25,8 @@ NAMES = {
     "macro_f1": "macro-F1",
     "map_at_10": "mAP@10",
 }
-HEADLINES = (("rating", "mlp", "correlation"), ("artist", "knn", "accuracy"), ("genre", "knn", "accuracy"),
-             ("artist", "retrieval", "map_at_10"))  # fmt: skip
-"""(target, probe, metric) of the figures at the top of the page, split by album, of `judged_by`."""
+HEADLINES = (("artist", "knn", "accuracy"), ("genre", "knn", "accuracy"), ("artist", "retrieval", "map_at_10"))
+"""(target, probe, metric) of the `comparable_figures` at the top of the page, after those that `compare` shows."""
 
 
 def number(value: float) -> str:
@@ -40,16 +39,21 @@ def interval(score: Score) -> str:
     return f"[{number(score.low)}, {number(score.high)}]"
 
 
-def compared_figures(evaluation: Evaluation) -> list[Figure]:
-    """Of the MLP's predicted ratings, split by album: by these runs are compared.
+def comparable_figures(evaluation: Evaluation) -> list[Figure]:
+    """The figures split by album, each over the songs by which encoders of all types compare.
 
-    They are of songs that the encoder was not trained on, whatever its type, so that runs are compared on the same
-    songs, and one that knows its training ratings by heart does not win. Where there are too few of them, they are of
-    all songs, or none if the encoder learned from tags or ratings.
+    They are songs that the encoder was not trained on, whatever its type, so that runs are compared on the same songs,
+    and one that knows its training songs by heart does not win. Where there are too few of them, they are all songs, or
+    there is no figure if the encoder learned from tags or ratings.
     """
-    rating = [f for f in evaluation.figures if (f.target, f.probe, f.split) == ("rating", "mlp", "album")]
-    songs = "unseen" if any(f.songs == "unseen" for f in rating) else evaluation.judged_by
-    return [f for f in rating if f.songs == songs]
+    by_album = [f for f in evaluation.figures if f.split == "album"]
+    held_back = {(f.target, f.probe) for f in by_album if f.songs == "unseen"}
+    return [f for f in by_album if f.songs == ("unseen" if (f.target, f.probe) in held_back else evaluation.judged_by)]
+
+
+def compared_figures(evaluation: Evaluation) -> list[Figure]:
+    """Of the MLP's predicted ratings: by these `compare` compares runs."""
+    return [f for f in comparable_figures(evaluation) if (f.target, f.probe) == ("rating", "mlp")]
 
 
 def classifier_metrics(evaluation: Evaluation) -> dict[str, float]:
@@ -138,8 +142,7 @@ def page(
     done: Evaluation, provenance: dict[str, Any], options: Options, pictures: dict[str, bytes], map_html: str | None
 ) -> str:
     """report.html, which needs no other file. pictures: title to PNG."""
-    judging = [f for f in done.figures if (f.split, f.songs) == ("album", done.judged_by)]
-    found = {(f.target, f.probe, f.metric): f for f in judging}
+    found = {(f.target, f.probe, f.metric): f for f in comparable_figures(done)}
     baselines = list(dict.fromkeys(name for f in done.figures for name in f.baselines))
     return TEMPLATES.get_template("report.html.j2").render(
         evaluation=done,
