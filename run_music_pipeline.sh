@@ -114,7 +114,7 @@ hpo() {
 }
 
 classifier() {
-    local type=${ENCODER_TYPE:-} run="" word embed=() evaluate=()
+    local type=${ENCODER_TYPE:-} run="" out word embed=() evaluate=()
     if wants_help "$@"; then
         python -m simsiam_dali.embed --help
         python -m simsiam_dali.evaluate --help
@@ -155,6 +155,13 @@ classifier() {
     fi
     python -m simsiam_dali.embed --checkpoint "$run" --out "$run/embeddings.parquet" --baselines "$run/baselines" \
         ${embed[@]+"${embed[@]}"}
+    # Only now: before, --replace would also write over embeddings that embed refuses to.
+    out=$(value_of --out ${evaluate[@]+"${evaluate[@]}"})
+    out=${out:-$run/evaluation}
+    if [[ -e $out/report.html ]] && ! given --replace ${evaluate[@]+"${evaluate[@]}"}; then
+        fail "$out holds an evaluation already, and the embeddings are up to date: add --replace to write over the" \
+            "evaluation, or --out DIR to keep it, as in $self classifier --checkpoint $(printf %q "$run") --replace"
+    fi
     python -m simsiam_dali.evaluate --embeddings "$run/embeddings.parquet" --out "$run/evaluation" \
         ${evaluate[@]+"${evaluate[@]}"}
 }

@@ -101,7 +101,7 @@ def main() -> None:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: name a folder")
     if not args.replace and any((args.out / name).exists() for name in FILES):
-        raise UserError(f"{args.out} holds an evaluation already: choose another --out, or --replace it")
+        raise UserError(f"{args.out} holds an evaluation already: give --replace to write over it, or another --out")
     refuse_unwritable(args.out)
     songs = read_song_embeddings(args.embeddings)
     baselines = baseline_files(args.baselines, args.embeddings.parent)

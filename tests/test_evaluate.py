@@ -70,7 +70,7 @@ def test_everything_is_written_and_nothing_written_over(
     assert "<b>bold</b>" not in page
     before = (made / "report.html").stat().st_mtime_ns
     refused = run(monkeypatch, capsys, "--out", "new/evaluation", "--no-maps")
-    assert "holds an evaluation already" in refused
+    assert "new/evaluation holds an evaluation already: give --replace to write over it, or another --out" in refused
     assert (made / "report.html").stat().st_mtime_ns == before
     run(monkeypatch, capsys, "--out", "new/evaluation", "--no-maps", "--replace")
     assert (made / "report.html").stat().st_mtime_ns != before

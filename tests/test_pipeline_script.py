@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,21 @@ def test_the_classifier_embeds_and_evaluates_the_newest_run_of_the_type(shell: S
         embed=("--device", "cpu", "--replace", "--threads", "2"),
         evaluate=("--k", "3", "--replace", "--no-maps"),
     )
+
+
+def test_a_second_classifier_says_how_to_evaluate_again(shell: Shell) -> None:
+    shell.make_run("my run", "simsiam", 0, "checkpoint.pt", "evaluation/report.html")
+    done = shell.run("classifier", "--k", "3")
+    assert done.returncode == 1
+    (call,) = shell.log.read_text().splitlines()
+    assert "simsiam_dali.embed" in call
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: runs/my run/evaluation holds an evaluation already, and the embeddings are up to")
+    words = shlex.split(line[line.index("as in ") + 6 :])
+    assert words == [str(SCRIPT), "classifier", "--checkpoint", "runs/my run", "--replace"]
+    assert "--replace" in shell.calls(*words[1:])[1]
+    assert shell.calls("classifier", "--out", "second")[1][-2:] == ["--out", "second"]
+    assert shell.calls("classifier", "--out=second")[1][-2:] == ["--out", "second"]
 
 
 def test_recommend_uses_the_newest_embedded_run_of_the_type_or_the_given_table(shell: Shell) -> None:
