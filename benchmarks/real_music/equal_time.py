@@ -9,8 +9,9 @@ given up as soon as its interval of mAP@10 lies below 0.
 Candidates are compared on one set of soundtracks (`--part choose`, fetch.sh), and only the chosen ones are scored on
 another (`--part report --rows ROW`, fetch.sh --report), and on a third and a fourth that were listed later (`--part
 held-out`, `--part fourth`). `--part unheard` takes whole sets: encoders of three of them embed the songs of the one
-that is left, whose soundtracks they have not heard. FILE holds the scores of every song after every training: the same
-command continues where it was stopped, on another machine too.
+that is left, whose soundtracks they have not heard; with `--part fifth` the same encoders embed a set that was listed
+last. FILE holds the scores of every song after every training: the same command continues where it was stopped, on
+another machine too.
 """
 
 import argparse
@@ -48,7 +49,9 @@ NO_CHOICE = ("simple", "lightly")
 """Kinds with one output."""
 UNHEARD = "unheard"
 """Two of the sets, each asked about by encoders of all other sets."""
-PARTS = (*halves.SETS, UNHEARD)
+FIFTH = "fifth"
+"""A set that was listed last, asked about by the encoders of `UNHEARD`; both encoders of a seed are asked about it."""
+PARTS = (*halves.SETS, UNHEARD, FIFTH)
 
 
 def trainings(row: str, epochs: int, seed: int) -> list[halves.Job]:
@@ -149,14 +152,16 @@ def write(doc: Mapping[str, Any], path: Path) -> None:
 
 def shards_of(part: str, work: Path) -> halves.Shards:
     """Where the shards of a part lie, in the folder of all parts."""
-    return (halves.sets_of if part == UNHEARD else halves.halves_of)(work / part)
+    of = {UNHEARD: halves.sets_of, FIFTH: halves.fifth_of}
+    return of.get(part, halves.halves_of)(work / part)
 
 
 def prepare(part: str, work: Path, music: Path, rows: Sequence[str]) -> halves.Shards:
     """Fetch and pack what is not there yet of a part, for these rows."""
     lengths = {halves.SEGMENT_SECONDS, *(CANDIDATES[row].segment_seconds for row in rows)}
-    if part == UNHEARD:
-        return halves.prepare_sets(work / part, music, lengths)
+    if part in (UNHEARD, FIFTH):
+        sets = halves.prepare_sets(work / UNHEARD, music, lengths)
+        return sets if part == UNHEARD else halves.prepare_fifth(work / part, sets, music)
     return halves.prepare(work / part, music, halves.SETS[part], lengths)
 
 
@@ -213,7 +218,8 @@ def main() -> None:
     device, config, side_by_side = run.common(args)
     work, rows = args.work.resolve(), list(dict.fromkeys([BASE, *args.rows]))
     doc = document(args.json, args.epochs or load_config(config).encoder.epochs, args.search)
-    shards = prepare(args.part, work, (args.music or work / args.part / "music").resolve(), rows)
+    music = args.music or work / (UNHEARD if args.part == FIFTH else args.part) / "music"
+    shards = prepare(args.part, work, music.resolve(), rows)
     setup, folder = Setup(shards, config, device, side_by_side), shards.folder / "equal-time"
     if untimed := [row for row in rows if row not in doc["cost"]]:
         doc["cost"] |= setup.costs(untimed)

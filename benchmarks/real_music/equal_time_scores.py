@@ -124,12 +124,19 @@ def untagged_songs(doc: Mapping[str, Any]) -> np.ndarray:
     return np.isin(np.arange(len(of_songs(doc, "soundtracks"))), listed)
 
 
+def songs_asked(doc: Mapping[str, Any], chosen: np.ndarray) -> int:
+    """How many different songs bool `(songs,)` chooses: of the fifth set both encoders of a seed embed each song."""
+    same = doc["soundtracks"][halves.HALVES[0]] == doc["soundtracks"][halves.HALVES[1]]
+    return int(chosen.sum()) // (len(halves.HALVES) if same else 1)
+
+
 def table_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     """The Markdown table."""
     scored = {row: own for row, own in doc["scores"].items() if by_seed(own, METRICS[0])}
     untagged, soundtracks = untagged_songs(doc), of_songs(doc, "soundtracks")
     every = np.full_like(untagged, True)
-    yield f"| | epochs | seeds | 5-NN | | mAP@10 | | mAP@10 of {untagged.sum()} untagged songs | |"
+    unknown = songs_asked(doc, untagged)
+    yield f"| | epochs | seeds | 5-NN | | mAP@10 | | mAP@10 of {unknown} untagged songs | |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row, own in {**scored, **doc["baselines"]}.items():
         is_baseline = row not in scored
@@ -172,7 +179,7 @@ def gap_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     untagged = untagged_songs(doc)
     for name, songs in (("songs with tags", ~untagged), ("songs without tags", untagged)):
         if songs.any() and (line := gap_line(doc, *TAGGED, songs)):
-            yield f"{line}, over the {songs.sum()} {name}"
+            yield f"{line}, over the {songs_asked(doc, songs)} {name}"
 
 
 def together_lines(*docs: Mapping[str, Any]) -> Iterator[str]:
@@ -243,11 +250,12 @@ def longer_lines(doc: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[
 def page_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     """The table, and what it is of."""
     soundtracks, env = of_songs(doc, "soundtracks"), doc["environment"]
+    songs = songs_asked(doc, np.full(len(soundtracks), True))
     yield from table_lines(doc)
     yield ""
     yield from gap_lines(doc)
     yield ""
     yield (
-        f"{len(soundtracks)} songs of {len(np.unique(soundtracks))} soundtracks; the time of {doc['base_epochs']}"
+        f"{songs} songs of {len(np.unique(soundtracks))} soundtracks; the time of {doc['base_epochs']}"
         f" epochs of the recipe; {env['cpu']}, {env['cores']} cores; {env['date']}, commit {env['commit']}."
     )

@@ -52,7 +52,9 @@ class Set:
 
 _FETCH = ("bash", "benchmarks/real_music/fetch.sh", "{folder}")
 CHOOSE, REPORT, HELD_OUT = Set(_FETCH), Set((*_FETCH, "--report")), Set((*_FETCH, "--held-out"), 30)
-FOURTH = Set((sys.executable, "benchmarks/real_music/fetch_fourth.py", "{folder}"), 30)
+FOURTH = Set((sys.executable, "benchmarks/real_music/fetch_listed.py", "fourth", "{folder}"), 30)
+FIFTH = Set((sys.executable, "benchmarks/real_music/fetch_listed.py", "fifth", "{folder}"), 30)
+"""Not one of `SETS`: no encoder learns from it."""
 SETS = {"choose": CHOOSE, "report": REPORT, "held-out": HELD_OUT, "fourth": FOURTH}
 ASKED_WHOLE = ("report", "held-out")
 """Of the sets, those that encoders of all others are asked about: nothing about these recipes was chosen on them."""
@@ -86,6 +88,11 @@ def sets_of(folder: Path) -> Shards:
     return Shards(folder, {half: folder / name for half, name in zip(HALVES, ASKED_WHOLE, strict=True)})
 
 
+def fifth_of(folder: Path) -> Shards:
+    """The fifth set: who learns from whole sets, as in `sets_of`, is asked about it, whichever they are."""
+    return Shards(folder, dict.fromkeys(HALVES, folder / "fifth"))
+
+
 def prepare(folder: Path, music: Path, of: Set = CHOOSE, lengths: Collection[int] = (SEGMENT_SECONDS,)) -> Shards:
     """Fetch a set into `music` and pack both halves below `folder`, whatever of it is not there yet.
 
@@ -115,6 +122,19 @@ def prepare_sets(folder: Path, music: Path, lengths: Collection[int] = (SEGMENT_
         others = [music / one for one in SETS if one != name]
         songs = [(one, str(path.relative_to(one))) for one in others for path in one.rglob("*") if path.is_file()]
         pack_linked(songs, shards, half, lengths, LEAST_SECONDS)
+    return shards
+
+
+def prepare_fifth(folder: Path, sets: Shards, music: Path) -> Shards:
+    """Fetch the fifth set into `music`, and pack it. sets: the whole sets, as they are learned from."""
+    shards = fifth_of(folder)
+    fetch(FIFTH, music / "fifth")
+    asked = shards.asked[HALVES[0]]
+    if not (asked / "manifest.json").exists():
+        pack(music / "fifth", asked, SEGMENT_SECONDS, FIFTH.least_seconds)
+    for half in HALVES:
+        if not shards.learned(half).is_symlink():
+            shards.learned(half).symlink_to(sets.learned(half), target_is_directory=True)
     return shards
 
 

@@ -1,8 +1,9 @@
-"""The fourth set: songs of 27 free games, one by one: python benchmarks/real_music/fetch_fourth.py DIR
+"""Sets of which each song is listed: python benchmarks/real_music/fetch_listed.py {fourth,fifth} DIR
 
-Debian has few more games with music, so most come from the games' own repositories on GitHub. fourth_set.tsv names each
-song, at which commit, and its sum; it was listed before anything was scored on it. Several licences forbid commercial
-use or are not stated: keep the songs to yourself. About 2 GB come over the network, most of it for one Debian package.
+Debian has few more games with music, so most of these songs come from the games' own repositories on GitHub. The fourth
+set has 27 games, the fifth 184. SET_set.tsv names each song, at which commit, and its sum; both were listed before
+anything was scored on them. Several licences forbid commercial use or are not stated: keep the songs to yourself. About
+2 GB come over the network for the fourth set, most of it for one Debian package, and 1.8 GB for the fifth.
 
 A song that is there already is left as it is; one that cannot be fetched, or is another file now, is named, and the
 command ends with 1.
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from simsiam_dali.common.errors import UserError, one_line, one_line_errors
 from simsiam_dali.common.files import atomic_write
 
-LIST = Path(__file__).with_name("fourth_set.tsv")
+SETS = ("fourth", "fifth")
 GITHUB = "https://raw.githubusercontent.com"
 DEBIAN = "debian:"
 TIMEOUT = 60.0
@@ -46,9 +47,9 @@ class Song:
     sha256: str
 
 
-def listed(path: Path = LIST) -> list[Song]:
-    """The songs of the set."""
-    with path.open(newline="") as file:
+def listed(name: str) -> list[Song]:
+    """The songs of a set."""
+    with Path(__file__).with_name(f"{name}_set.tsv").open(newline="") as file:
         return [Song(*row) for row in list(csv.reader(file, delimiter="\t"))[1:]]
 
 
@@ -133,9 +134,10 @@ def _package(source: str, songs: Iterable[Song]) -> dict[str, bytes] | Exception
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=SETS, help="which set")
     parser.add_argument("folder", type=Path, metavar="DIR", help="makes DIR/GAME/SONG")
     args = parser.parse_args()
-    songs = listed()
+    songs = listed(args.set)
     if missing := fetch(songs, args.folder):
         raise UserError(f"{len(missing)} of {len(songs)} songs are missing:\nerror: " + "\nerror: ".join(missing))
     print(f"{args.folder}: all {len(songs)} songs of {len({Path(song.file).parent for song in songs})} games")

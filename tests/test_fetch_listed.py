@@ -1,4 +1,4 @@
-"""The fourth set of songs, from a server and a package manager that are played by files."""
+"""The sets whose songs are listed, from a server and a package manager that are played by files."""
 
 import hashlib
 import re
@@ -12,8 +12,8 @@ import pytest
 from helpers.running import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_music"))
-import fetch_fourth
-from fetch_fourth import Song
+import fetch_listed
+from fetch_listed import Song
 
 
 def song(file: str, source: str, path: str, content: bytes) -> Song:
@@ -30,13 +30,13 @@ def test_songs_come_by_their_address_and_another_file_is_named_and_not_kept(tmp_
         song("game/two.ogg", "some/game", "music/two.ogg", b"two"),
         song("game/three.ogg", "some/game", "music/three.ogg", b"three"),
     ]
-    missing = fetch_fourth.fetch(songs, tmp_path / "out", (tmp_path / "served").as_uri())
+    missing = fetch_listed.fetch(songs, tmp_path / "out", (tmp_path / "served").as_uri())
     assert [line.partition(":")[0] for line in missing] == ["game/two.ogg", "game/three.ogg"]
     assert "another file" in missing[0]
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["one__1.ogg"]
     # What is there is not asked for again.
     (served / "one #1.ogg").unlink()
-    assert len(fetch_fourth.fetch(songs, tmp_path / "out", (tmp_path / "served").as_uri())) == 2
+    assert len(fetch_listed.fetch(songs, tmp_path / "out", (tmp_path / "served").as_uri())) == 2
 
 
 def test_files_of_a_package_are_found_by_their_sum_also_in_its_archives(
@@ -57,34 +57,36 @@ def test_files_of_a_package_are_found_by_their_sum_also_in_its_archives(
     monkeypatch.setenv("PATH", str(tools), prepend=":")
     songs = [song(f"game/{name}.ogg", "debian:good", f"old/{name}.ogg", name.encode()) for name in ("plain", "packed")]
     songs += [song(f"other/{name}.ogg", "debian:bad", name, name.encode()) for name in ("x", "y")]
-    missing = fetch_fourth.fetch(songs, tmp_path / "out")
+    missing = fetch_listed.fetch(songs, tmp_path / "out")
     assert (tmp_path / "out/game/packed.ogg").read_bytes() == b"packed"
     assert (tmp_path / "out/game/plain.ogg").read_bytes() == b"plain"
     assert missing == ["other/x.ogg: E: none", "other/y.ogg: E: none"]
     assert (tmp_path / "asked").read_text().split() == ["good", "bad"]  # a package once, whatever its songs
 
 
-def test_the_list_is_of_songs_of_other_soundtracks() -> None:
-    songs = fetch_fourth.listed()
+def test_the_lists_are_of_songs_of_other_soundtracks() -> None:
+    fourth, fifth = map(fetch_listed.listed, fetch_listed.SETS)
+    songs = [*fourth, *fifth]
     assert len({each.sha256 for each in songs}) == len({each.file for each in songs}) == len(songs)
     assert all(re.fullmatch("[0-9a-f]{64}", each.sha256) and not Path(each.file).is_absolute() for each in songs)
-    used = (Path(fetch_fourth.__file__).parent / "fetch.sh").read_text()
+    used = (Path(fetch_listed.__file__).parent / "fetch.sh").read_text()
     packages = {each.source.removeprefix("debian:") for each in songs if each.source.startswith("debian:")}
     assert packages
     assert not packages & set(re.findall(r"[a-z0-9.+-]+", used))
+    assert not {each.source for each in fourth} & {each.source for each in fifth}
 
 
 def test_what_is_missing_ends_the_command_with_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fetch_fourth, "fetch", lambda *_: ["game/x.ogg: gone"])
-    monkeypatch.setattr(sys, "argv", ["fetch_fourth.py", str(tmp_path)])
+    monkeypatch.setattr(fetch_listed, "fetch", lambda *_: ["game/x.ogg: gone"])
+    monkeypatch.setattr(sys, "argv", ["fetch_listed.py", "fourth", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
-        fetch_fourth.main()
+        fetch_listed.main()
     assert ended.value.code == 1
     assert "game/x.ogg: gone" in capsys.readouterr().err
 
 
 def test_the_command_has_a_help() -> None:
-    done = subprocess.run([sys.executable, fetch_fourth.__file__, "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, fetch_listed.__file__, "--help"], capture_output=True, text=True)
     assert "makes DIR/GAME/SONG" in done.stdout
