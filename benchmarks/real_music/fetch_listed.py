@@ -1,9 +1,9 @@
 """Sets of which each song is listed: python benchmarks/real_music/fetch_listed.py {fourth,fifth} DIR
 
 Debian has few more games with music, so most of these songs come from the games' own repositories on GitHub. The fourth
-set has 27 games, the fifth 184. SET_set.tsv names each song, at which commit, and its sum; both were listed before
+set has 27 games, the fifth 176. SET_set.tsv names each song, at which commit, and its sum; both were listed before
 anything was scored on them. Several licences forbid commercial use or are not stated: keep the songs to yourself. About
-2 GB come over the network for the fourth set, most of it for one Debian package, and 1.8 GB for the fifth.
+2 GB come over the network for the fourth set, most of it for one Debian package, and 1.7 GB for the fifth.
 
 A song that is there already is left as it is; one that cannot be fetched, or is another file now, is named, and the
 command ends with 1.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import equal_time_scores
 import figure
 import halves
+import pretrained
 import shipped
 from equal_time_scores import newest
 
@@ -40,6 +41,7 @@ TABLES = {
     },
     "longer": Table(("longer", "within-songs-unheard"), equal_time_scores.longer_lines),
     "longer-losses": Table(("longer",), equal_time_scores.page_lines),
+    "pretrained": Table(("pretrained", "within-songs-unheard"), pretrained.page_lines),
     "shipped": Table(("shipped", "within-songs-unheard"), shipped.page_lines),
     "together": Table(NOT_CHOSEN_ON, equal_time_scores.together_lines),
 }
