@@ -3,9 +3,10 @@
     pip install tensorflow-cpu && pip install --no-deps musicnn    # for this benchmark alone; its weights are in there
 
 musicnn (Pons and Serra 2019, arXiv:1909.06654) is a tagger that others trained on 200,000 songs of the Million Song
-Dataset and their 50 commonest tags. It embeds the songs that `equal_time.py --part unheard` scores, and stands beside
-that result, which is in the repository. A segment's vector is the mean over its patches of 3 s of a layer before the
-tags. The package brings the graph and the weights; none of its code is run, since that needs older libraries than ours.
+Dataset and their 50 commonest tags. It embeds the songs that `equal_time.py --part unheard` or `--part fifth` scores,
+and stands beside that result, which is in the repository. A segment's vector is the mean over its patches of 3 s of a
+layer before the tags. The package brings the graph and the weights; none of its code is run, since that needs older
+libraries than ours.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import halves
 import numpy as np
 import run
 import torch
-from equal_time_scores import METRICS, STAGES, by_seed, difference, for_every_seed, newest, of_songs, shown
+from equal_time_scores import METRICS, STAGES, by_seed, difference, for_every_seed, newest, of_songs, shown, songs_asked
 from torch import Tensor
 from torchaudio.transforms import MelSpectrogram
 
@@ -54,6 +55,8 @@ ROWS = {
     "musicnn, maxima and means of its feature maps": ("max", "mean"),
     "musicnn, its 50 tags": ("tags",),
 }
+RESULTS = {equal_time.UNHEARD: "within-songs-unheard", equal_time.FIFTH: "within-songs-fifth"}
+"""A part to the result that stands beside it."""
 RATE, PATCH = 16000, 187
 """Hz, and the frames of a patch: what musicnn learned from."""
 PATCHES_AT_ONCE = 32
@@ -184,7 +187,8 @@ def page_lines(doc: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[st
             cells.append("" if gap is None else shown(gap, soundtracks))
         yield f"| {row} | {' | '.join(cells)} |"
     yield ""
-    scored = f"{len(soundtracks)} songs of {len(set(soundtracks))} soundtracks"
+    songs = songs_asked(doc, np.full(len(soundtracks), True))
+    scored = f"{songs} songs of {len(set(soundtracks))} soundtracks"
     yield f"{scored}; {env['cpu']}, {env['cores']} cores; {env['date']}, commit {env['commit']}."
 
 
@@ -196,14 +200,14 @@ def main() -> None:
     add("--work", type=Path, default=Path("real_music"), metavar="DIR",
         help="everything is kept here (default: %(default)s)")  # fmt: skip
     add("--music", type=Path, metavar="DIR", help="where the sets are fetched to (default: WORK/unheard/music)")
+    add("--part", choices=list(RESULTS), default=equal_time.UNHEARD, help="soundtracks to embed (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args()
-    recipe = json.loads(newest("within-songs-unheard").read_text())
-    work = args.work.resolve() / equal_time.UNHEARD
-    sets = halves.prepare_sets(work, (args.music or work / "music").resolve())
+    recipe, work = json.loads(newest(RESULTS[args.part]).read_text()), args.work.resolve()
+    sets = equal_time.prepare(args.part, work, (args.music or work / equal_time.UNHEARD / "music").resolve(), [])
     doc: dict[str, Any] = {"scores": {}, "soundtracks": {}, "environment": machine.environment(torch.device("cpu"))}
     for half, asked in sets.asked.items():
-        table = work / "pretrained" / f"{MODEL}-{asked.name}.parquet"
+        table = work / args.part / "pretrained" / f"{MODEL}-{asked.name}.parquet"
         if not table.exists():
             embed(asked, table)
         songs = read_song_embeddings(table)
