@@ -14,6 +14,7 @@ import figure
 import halves
 import pretrained
 import shipped
+import training_songs
 from equal_time_scores import newest
 
 from simsiam_dali.common.errors import UserError, one_line_errors
@@ -42,6 +43,7 @@ TABLES = {
     "longer": Table(("longer", "within-songs-unheard"), equal_time_scores.longer_lines),
     "longer-losses": Table(("longer",), equal_time_scores.page_lines),
     "pretrained": Table(("pretrained", "within-songs-unheard"), pretrained.page_lines),
+    "training-songs": Table(("training-songs", "within-songs-unheard"), training_songs.page_lines),
     "shipped": Table(("shipped", "within-songs-unheard"), shipped.page_lines),
     "together": Table(NOT_CHOSEN_ON, equal_time_scores.together_lines),
 }
