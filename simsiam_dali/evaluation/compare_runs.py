@@ -21,7 +21,14 @@ if TYPE_CHECKING:  # both take longer to import than the command's help takes
 AB_TYPES = ("simsiam", "simple")
 """The two types of the A/B test, the first columns of the table; other types follow."""
 
-COMPARED_SETTINGS = ("encoder.", "data.view", "data.short_view")
+COMPARED_SETTINGS = (
+    "encoder.",
+    "data.view",
+    "data.short_view",
+    "data.sample_rate",
+    "train.micro_batch",
+    "train.sync_bn",
+)
 """Beginnings of the settings that make two runs of a type different encoders."""
 NAMED = 5
 BEST_OF_TAG = "hpo.best_of"
