@@ -23,7 +23,7 @@ PAGES = tuple(halves.ROOT / "docs" / name for name in ("experiments.md", "experi
 NOT_CHOSEN_ON = ("equal-time-report", "equal-time-held-out", "equal-time-fourth")
 DRAWN, DRAWING = "within-songs-unheard", PAGES[0].with_name("real_music_differences.svg")
 WITHIN_SONGS = ("within-songs-report", "within-songs-unheard")
-COMPARISONS = (*WITHIN_SONGS, "equal-time-unheard", *NOT_CHOSEN_ON, "equal-time-choose")
+COMPARISONS = (*WITHIN_SONGS, "within-songs-fifth", "equal-time-unheard", *NOT_CHOSEN_ON, "equal-time-choose")
 
 
 @dataclass(frozen=True)
