@@ -20,9 +20,10 @@ import numpy as np
 
 from simsiam_dali.common.errors import UserError, one_line_errors, printable
 from simsiam_dali.config.cli import add_embeddings, create_parser, whole_number
+from simsiam_dali.embedding.records import read_same_audio
 from simsiam_dali.embedding.table import read_song_embeddings
 from simsiam_dali.evaluation.knn import unit
-from simsiam_dali.recommendation.choose import Request, choose, fitting
+from simsiam_dali.recommendation.choose import Request, choose, fitting, named
 from simsiam_dali.recommendation.duplicates import duplicates_csv, duplicates_table, find_duplicates
 from simsiam_dali.recommendation.library import Library
 from simsiam_dali.recommendation.playlists import (
@@ -140,7 +141,8 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         check_name(args.save)
     songs = read_song_embeddings(args.embeddings)
-    library = Library(songs.table, (args.music or Path(songs.provenance.get("music", ""))).resolve())
+    same_audio = read_same_audio(args.embeddings, songs.provenance.get("shards", ""), songs.table["path"])
+    library = Library(songs.table, (args.music or Path(songs.provenance.get("music", ""))).resolve(), same_audio)
     names = {field.name for field in dataclasses.fields(Request)} - {"songs"}
     request = Request(**{name: getattr(args, name) for name in names})
     if args.duplicates:
@@ -148,6 +150,8 @@ def run(args: argparse.Namespace) -> None:
         return
     x = songs.unit()
     choice = choose(library, x, request)
+    for note in filter(None, (library.note(name, option) for name, option in named(request))):
+        print(printable(note))
     print(f"{len(choice.rows)} of {len(library)} songs: {printable(choice.title)}\n")
     print("\n".join(terminal_table(library, choice)))
     if not outputs and args.save is None:

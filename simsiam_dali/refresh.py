@@ -26,7 +26,7 @@ from simsiam_dali.data import s3
 from simsiam_dali.data.commit import MANIFEST
 from simsiam_dali.embedding.changes import Changes, compare, refuse_loss
 from simsiam_dali.embedding.previous import Previous, read_previous
-from simsiam_dali.embedding.records import open_tables, records_path, write_records
+from simsiam_dali.embedding.records import open_tables, records_path, same_audio, write_records
 from simsiam_dali.embedding.refresh import Refreshed, never_trained_on, refresh
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import write_embeddings
@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> None:
         if made.songs is previous.songs:
             playlists = [playlist for playlist in playlists if not is_newer(playlist, args.out)]
         if playlists:
-            library = Library(made.songs.table, music.resolve())
+            hashes = {file.path: file.audio_hash for file in made.records.files.values()}
+            same = same_audio(hashes, made.songs.table["path"])
+            library = Library(made.songs.table, music.resolve(), same)
             remade = remake_all(playlists, library, made.songs.unit(), dict(made.report.moved))
         with refuse_failed_write(args.out):
             replace_all(replacement, args.out, previous, made, remade)

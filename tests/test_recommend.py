@@ -132,6 +132,28 @@ def test_songs_are_found_by_path_folder_and_name(
     assert library.find("title 57") == library.find("e 57") == [57]  # a part that one song has
 
 
+def test_a_file_of_the_same_audio_means_the_song_that_has_a_row(
+    clusters: tuple[Path, pd.DataFrame, np.ndarray],
+) -> None:
+    folder, table, _ = clusters
+    path = table["path"].tolist()
+    same = {
+        "best/Opener.mp3": path[8],
+        "best/Closer.mp3": path[9],
+        "artist 2/x.mp3": path[8],
+        "best/Open end.mp3": path[8],
+    }
+    library = Library(table, folder.resolve() / "music", same)
+    assert library.find("best/Opener.mp3") == library.find("opener") == library.find("Open") == [8]
+    assert library.find("best") == [8, 9]
+    assert [library.locate(text) for text in ("best/Opener.mp3", "closer", "best")] == [path[8], path[9], "best"]
+    assert library.note("closer") == f"best/Closer.mp3 has the same audio as {path[9]}, which stands for both"
+    assert library.note("best").startswith("3 files in best have the same audio as files elsewhere")
+    assert library.note("artist 2") == library.note("title 8") == library.note(path[8]) == ""  # the song itself
+    with pytest.raises(UserError, match=r'fits 2 songs: .*\(best/Opener.mp3\)", .*\(best/Closer.mp3\)"; give one'):
+        Library(table, folder / "music", dict(list(same.items())[:2])).find("er")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -366,6 +366,54 @@ def test_saved_playlists_follow(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert content(home) == after
 
 
+def test_a_duplicate_names_the_song_that_stands_for_it(
+    home: Path, small_runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its path and by its own tags, in the table of `embed` as in that of a refresh."""
+    (home / "music/copies").mkdir()
+    copy = Path(shutil.copy(home / "music/c/five.flac", home / "music/copies/V.flac"))
+    tags = mutagen.File(copy)
+    tags["title"], tags["artist"] = "Fifth", "Somebody"
+    tags.save()
+    settle(copy)
+    run(home)
+    embed_whole(home, small_runs["simsiam"])
+    one = "copies/V.flac has the same audio as c/five.flac, which stands for both"
+    for table in (home / "e.parquet", home / "whole.parquet"):
+        for option, text, note in (
+            ("--like", copy, one),
+            ("--radio", "Fifth", one),
+            ("--like", "somebody - fifth", one),
+            ("--like", copy.parent, one),
+            ("--like", "five", ""),
+        ):
+            capsys.readouterr()
+            recommend.run(recommend.build_parser().parse_args(["--embeddings", str(table), option, str(text)]))
+            title, *lines = capsys.readouterr().out.splitlines()
+            if note:
+                assert title == note
+                title = lines[0]
+            assert title.endswith((": like Artist 4 - five", ": radio from Artist 4 - five"))
+    copy.unlink()
+    records_path(home / "whole.parquet").unlink()
+    with pytest.raises(UserError, match=r"Fifth: no song of that name"):
+        recommend.run(recommend.build_parser().parse_args(["--embeddings", str(table), "--like", "Fifth"]))
+
+
+def test_a_playlist_keeps_a_song_that_another_file_of_the_same_audio_stands_for(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(home, "kept", "--like", "five", "--count", 3)
+    settle(Path(shutil.copy(home / "music/c/five.flac", home / "music/a/five.flac")))
+    settle(write_song(home / "music/new.flac", 20, 5))
+    capsys.readouterr()
+    run(home)
+    assert "c/five.flac" not in vectors(read_embeddings(home / "e.parquet"))
+    said = capsys.readouterr().out
+    assert "duplicate a/five.flac: the same audio as c/five.flac" in said
+    assert "not in the library any more" not in said
+
+
 def test_a_playlist_of_another_table_is_left_alone_until_that_is_gone(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

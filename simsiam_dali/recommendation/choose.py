@@ -104,6 +104,13 @@ def choose(library: Library, unit_vectors: np.ndarray, request: Request) -> Choi
     return Choice(rows[chosen].tolist(), {name: values[chosen] for name, values in scores.items()}, title)
 
 
+def named(request: Request) -> list[tuple[str, str]]:
+    """Each song or folder that options of the request name, and the option."""
+    radio = [request.radio] if request.radio else []
+    options = ("--like", request.like), ("--unlike", request.unlike), ("--path", request.path), ("--radio", radio)
+    return [(name, option) for option, names in options for name in names or ()]
+
+
 def find_all(library: Library, names: Sequence[str] | None, option: str) -> list[int]:
     """Rows of all songs that are named, sorted, each once."""
     return sorted({row for text in names or () for row in library.find(text, option)})

@@ -26,7 +26,7 @@ class ServedLibrary:
 
     def __init__(self, table: Path, songs: Embeddings, music: Path, ratings: Path) -> None:
         self.table, self.music = songs.table, music
-        self._songs = songs
+        self._file, self._songs = table, songs
         self.ratings = Ratings(ratings, songs.table, music)
         # A thread for each request, none of which computes long: more threads would only slow the others down.
         threadpool_limits(1, user_api="blas")
@@ -67,11 +67,14 @@ class ServedLibrary:
 
     def _prepare(self, made: "Future[Search]") -> None:
         try:
+            from simsiam_dali.embedding.records import read_same_audio
             from simsiam_dali.recommendation.library import Library
             from simsiam_dali.serving.search import Search  # takes scikit-learn along
 
             threadpool_limits(1, user_api="blas")  # of the libraries that came with the search
-            made.set_result(Search(Library(self.table.copy(deep=False), self.music), self._songs.unit()))
+            same_audio = read_same_audio(self._file, self._songs.provenance.get("shards", ""), self.table["path"])
+            library = Library(self.table.copy(deep=False), self.music, same_audio)
+            made.set_result(Search(library, self._songs.unit()))
         except BaseException as e:
             made.set_exception(e)  # raised where the search is asked for
             if self._closed:  # an import that comes after the interpreter's shutdown began may fail
