@@ -50,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="embed these folders or files instead (packed temporarily, as the training's shards were)",
     )  # fmt: skip
     add = parser.add_argument
+    add("--ratings", type=Path, metavar="FILE",
+        help="with --music: ratings that override those in the tags, as for packing")  # fmt: skip
     add("--out", type=Path, default=Path("embeddings.parquet"), metavar="FILE", help="the table (default: %(default)s)")
     add("--per-segment", action="store_true", help="a row for each segment, with its start in s, instead of each song")
     add("--view-seconds", type=float, metavar="S",
@@ -75,10 +77,12 @@ def run(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     if args.out.suffix.lower() in OTHER_TABLES:
         raise UserError(f"--out {args.out}: the table is a Parquet file, name it {args.out.with_suffix('.parquet')}")
+    if args.ratings and not args.music:
+        raise UserError("--ratings goes with --music: shards have the ratings that they were packed with")
     trained = read_run(args.checkpoint, embedding=args.embedding)
     files, shards = None, None
     if args.music:
-        files = temporary.find(args.music, trained.packing)
+        files = temporary.find(args.music, trained.packing, args.ratings)
         seconds, fingerprint, music = files.settings.segment_seconds, files.fingerprint, str(files.root)
         print(f"segments of {seconds:g} s, as in the training")
     else:
@@ -109,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     if missing:
         if files:
             shards, report = files.packed(packed)
-            for line in report.file_lines():
+            for line in (*report.file_lines(), *report.remarks):
                 print(line)
         assert shards is not None
         log_mel = with_statistics(log_mel_settings(config), **trained.statistics)

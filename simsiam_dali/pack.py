@@ -17,6 +17,7 @@ from simsiam_dali.config.cli import create_parser, whole_number
 from simsiam_dali.data.format import read_manifest, verify
 from simsiam_dali.packing import process_pool, ray_pool
 from simsiam_dali.packing.pack import PackSettings, Report, pack
+from simsiam_dali.packing.ratings import RatingsFile
 
 
 def seconds(text: str) -> float:
@@ -84,7 +85,8 @@ def main() -> None:
                 executor, workers = ray_pool.run_all, args.workers or ray_pool.cores()
             else:
                 executor, workers = process_pool.run_all, args.workers or len(os.sched_getaffinity(0))
-            report = pack(args.music_dir, args.out, settings, workers, args.ratings, args.replace, executor=executor)
+            ratings = RatingsFile.read(args.ratings, args.music_dir) if args.ratings else None
+            report = pack(args.music_dir, args.out, settings, workers, ratings, args.replace, executor=executor)
             left = f"{args.out} is packed"
             summarise(report, args.out)
         if args.verify:

@@ -353,6 +353,26 @@ def test_songs_in_no_shard(
     assert "is up to date" in capsys.readouterr().out
 
 
+def test_songs_in_no_shard_take_ratings_from_a_file(
+    small_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    music, out, ratings = tmp_path / "music", tmp_path / "e.parquet", tmp_path / "ratings.csv"
+    for seed, name in enumerate(("a/one.flac", "two.flac", "three.flac")):
+        write_song(music / name, seed, title=Path(name).stem, fmps_rating="0.4")
+    ratings.write_text("path,rating\na/one.flac,5\ntwo.flac,\nelsewhere.flac,3\n")
+    table = run(small_runs["simsiam"], out, "--music", music, "--ratings", ratings).table
+    assert f"2 of 3 songs matched in {ratings} (3 ratings)" in capsys.readouterr().out
+    rated = dict(zip(table["path"], table["rating"].fillna(-1), strict=True))
+    assert rated == {"a/one.flac": 1.0, "two.flac": -1, "three.flac": 0.4}
+    run(small_runs["simsiam"], out, "--music", music, "--ratings", ratings)
+    assert "is up to date" in capsys.readouterr().out
+    ratings.write_text("path,rating\na/one.flac,4\ntwo.flac,\nelsewhere.flac,3\n")
+    with pytest.raises(UserError, match="holds embeddings of other shards"):
+        run(small_runs["simsiam"], out, "--music", music, "--ratings", ratings)
+    table = run(small_runs["simsiam"], out, "--music", music, "--ratings", ratings, "--replace").table
+    assert table["rating"][table["path"] == "a/one.flac"].tolist() == [0.8]
+
+
 def test_where_no_song_decodes_nothing_is_left(small_runs: dict[str, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp3"
     broken.write_bytes(b"no music at all")
@@ -369,6 +389,8 @@ def test_where_no_song_decodes_nothing_is_left(small_runs: dict[str, Path], tmp_
         (["--shards", "nowhere"], "no shards at nowhere"),
         (["--music", "nowhere"], "nowhere: no such folder or file"),
         (["--view-seconds", "4"], "holds segments of 3 s"),
+        (["--ratings", "r.csv"], "--ratings goes with --music"),
+        (["--music", __file__, "--ratings", "r.csv"], "--ratings r.csv: No such file or directory"),
         (["--batch-size", "0"], "encoder.batch_size = 0 is refused"),
         (["--out", "songs.CSV"], "--out songs.CSV: the table is a Parquet file, name it songs.parquet"),
     ],

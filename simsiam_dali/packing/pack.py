@@ -79,17 +79,17 @@ def pack(
     out: Path,
     settings: PackSettings,
     workers: int,
-    ratings: Path | None = None,
+    ratings: RatingsFile | None = None,
     replace: bool = False,
     files: Iterable[SongFile] | None = None,
     executor: Executor = run_all,
 ) -> Report:
     """Pack the folder `music` into the set at `out`; at any moment `out` holds the old set or the new one.
 
-    files: the files to pack, with names relative to `music`; None = every song below it. executor: where they are
-    decoded. Files that the last run packed with the same decode settings are not decoded again. `replace` allows
-    overwriting shards of another folder. Raises `UserError` for what the user can correct, a full disk included;
-    `NothingPacked` where no file can be packed.
+    ratings: override those in the tags. files: the files to pack, with names relative to `music`; None = every song
+    below it. executor: where they are decoded. Files that the last run packed with the same decode settings are not
+    decoded again. `replace` allows overwriting shards of another folder. Raises `UserError` for what the user can
+    correct, a full disk included; `NothingPacked` where no file can be packed.
     """
     if not music.is_dir():
         raise UserError(
@@ -97,7 +97,6 @@ def pack(
         )
     if music.resolve() == out.resolve():
         raise UserError(f"--out {out} is the folder of music itself: name another")
-    rated = RatingsFile.read(ratings, music) if ratings else None
     passed_over = 0
     if files is None:
         files, passed_over = find_songs(music.absolute(), exclude=out)
@@ -109,7 +108,7 @@ def pack(
         out.mkdir(parents=True, exist_ok=True)
         with lock_set(out, wait=False):
             roll_forward(out)
-            packer = _Packer(music.resolve(), out, settings, rated, replace, executor)
+            packer = _Packer(music.resolve(), out, settings, ratings, replace, executor)
             try:
                 return packer.run(queue, passed_over, workers)
             finally:  # what is left of a set that was not committed; the decoded songs stay, for the next run

@@ -6,34 +6,39 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from simsiam_dali.common.errors import UserError
 from simsiam_dali.data.shards import ShardSet, open_shards
 from simsiam_dali.packing.find import SongFile, find_songs, relative_name
 from simsiam_dali.packing.pack import NothingPacked, Report, pack
 from simsiam_dali.packing.pack_song import PackSettings
+from simsiam_dali.packing.ratings import RatingsFile
 
 
 @dataclasses.dataclass(frozen=True)
 class TemporarySongs:
-    """Files whose `name` is relative to `root`, and the settings to pack them with."""
+    """Files whose `name` is relative to `root`, the settings to pack them with, and ratings that override the tags'."""
 
     root: Path
     files: list[SongFile]
     settings: PackSettings
+    ratings: RatingsFile | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that changes when a file or a setting does, without decoding."""
+        """Hex digest that changes when a file, a setting or a rating of `ratings` does, without decoding."""
         seen = [(file.name, file.bytes, file.mtime_ns) for file in self.files]
-        content = [str(self.root), seen, dataclasses.asdict(self.settings)]
+        content: list[Any] = [str(self.root), seen, dataclasses.asdict(self.settings)]
+        if self.ratings is not None:
+            content += sorted(self.ratings.by_path.items()), sorted(self.ratings.by_name.items())
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def packed(self, folder: Path) -> tuple[ShardSet, Report]:
         """The songs as shards in `folder`, where an interrupted packing continues; and the report."""
         workers = len(os.sched_getaffinity(0))
         try:
-            report = pack(self.root, folder, self.settings, workers, replace=True, files=self.files)
+            report = pack(self.root, folder, self.settings, workers, self.ratings, replace=True, files=self.files)
         except NothingPacked:
             shutil.rmtree(folder)
             raise
@@ -47,10 +52,11 @@ def without_parents(path: Path) -> Path:
     return short if short.exists() and short.samefile(path) else path.resolve()
 
 
-def find(paths: list[Path], settings: PackSettings) -> TemporarySongs:
+def find(paths: list[Path], settings: PackSettings, ratings: Path | None = None) -> TemporarySongs:
     """The songs of `paths`, folders and files; a file given by name is accepted with any suffix.
 
-    settings: of the packing; nothing is kept for validation. Raises UserError for a path that does not exist.
+    settings: of the packing; nothing is kept for validation. ratings: a file of them, whose paths are relative to the
+    folder that holds all `paths`. Raises UserError for a path that does not exist, and as `RatingsFile.read` does.
     """
     for path in paths:
         if not path.exists():
@@ -67,7 +73,8 @@ def find(paths: list[Path], settings: PackSettings) -> TemporarySongs:
     if not found:
         raise UserError(f"--music {' '.join(map(str, paths))}: no audio file there")
     files = [dataclasses.replace(file, name=relative_name(path, root)) for path, file in found.items()]
-    return TemporarySongs(root, sorted(files, key=lambda file: file.name), in_one_split(settings))
+    rated = RatingsFile.read(ratings, root) if ratings else None
+    return TemporarySongs(root, sorted(files, key=lambda file: file.name), in_one_split(settings), rated)
 
 
 def in_one_split(settings: PackSettings) -> PackSettings:
