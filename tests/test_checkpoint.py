@@ -44,6 +44,18 @@ def test_the_one_before_is_kept(two: Path) -> None:
     assert checkpoint.load(two.with_name(checkpoint.PREVIOUS_NAME))["step"] == 1
 
 
+def test_its_shards_move_and_move_again_and_its_identity_stays(two: Path) -> None:
+    checkpoint.save(state(2) | {"config": {"data": {"shards": "a", "threads": 1}, "encoder": {}}}, two)
+    first, content = checkpoint.load(two), two.read_bytes()
+    assert first["identity"] == hashlib.sha256(content).hexdigest()
+    for place in (Path("b"), "s3://bucket/c"):
+        checkpoint.move_shards(checkpoint.load(two), place, two)
+        moved = checkpoint.load(two)
+        assert moved["config"] == {"data": {"shards": str(place), "threads": 1}, "encoder": {}}
+        assert (moved["identity"], moved["step"]) == (first["identity"], 2)
+    assert two.read_bytes() != content
+
+
 def test_on_a_disk_without_hard_links_too(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")

@@ -21,6 +21,7 @@ from helpers.running import PATIENT, TINY, command, epochs, losses, refusal, run
 from simsiam_dali.common.files import locked
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import Config
+from simsiam_dali.embedding.run import read_run
 from simsiam_dali.models.registry import encoder_type
 from simsiam_dali.training import checkpoint
 from simsiam_dali.training.learner import create_optimizer, describe_optimizer, learning_rates
@@ -78,6 +79,25 @@ def test_a_run_goes_on_where_its_shards_have_moved_to(whole: Path, tmp_path: Pat
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert losses(run_dir) == losses(whole)
     assert checkpoint.load(run_dir / checkpoint.FILE_NAME)["config"]["data"]["shards"] == str(after)
+
+
+def test_a_complete_run_remembers_where_its_shards_have_moved_to(
+    whole: Path, tmp_path: Path, small_shards: Path
+) -> None:
+    shutil.copytree(whole.parent, tmp_path / "runs")
+    after = Path(shutil.copytree(small_shards, tmp_path / "after"))
+    path = tmp_path / "runs" / whole.name / checkpoint.FILE_NAME
+    known, before = read_run(str(path)).sha256, checkpoint.load(path)
+    resume = [sys.executable, "-m", "simsiam_dali.train", "--resume", str(path), "--set", "mlflow.enabled=false"]
+    assert run([*resume, "--shards", str(after)], tmp_path).returncode == 0
+    moved, saved, content = read_run(str(path)), checkpoint.load(path), path.read_bytes()
+    assert moved.config.data.shards == after
+    assert moved.sha256 == known  # or tables made before would be refused
+    assert saved["config"] == before["config"] | {"data": before["config"]["data"] | {"shards": str(after)}}
+    assert all(torch.equal(saved["learner"]["encoder"][n], w) for n, w in before["learner"]["encoder"].items())
+    assert (saved["epoch"], saved["step"], saved["seconds"]) == (before["epoch"], before["step"], before["seconds"])
+    assert run(resume, tmp_path).returncode == 0
+    assert path.read_bytes() == content
 
 
 DRAWING = """

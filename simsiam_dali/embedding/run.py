@@ -6,7 +6,6 @@ from pathlib import Path
 from torch import Tensor
 
 from simsiam_dali.common.errors import UserError, one_line
-from simsiam_dali.common.files import sha256_of
 from simsiam_dali.config.load import load_config, replace_settings
 from simsiam_dali.config.schema import Config, TrainConfig
 from simsiam_dali.models.encoder import Encoder
@@ -17,7 +16,7 @@ from simsiam_dali.training import checkpoint
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's checkpoint.
+    """A run's checkpoint; `sha256` is its `identity`.
 
     `statistics`: the log-mel's `mean` and `std` over the training songs, dB. `packing`: how those songs were cut.
     `shards`: fingerprint of the set that they were in, "" where that is not known.
@@ -57,7 +56,7 @@ def read_run(run: str, option: str = "--checkpoint", embedding: str | None = Non
         raise UserError(f"--embedding: an encoder of type {config.encoder.encoder_type} has {has}")
     return TrainedRun(
         path=path,
-        sha256=sha256_of(path),
+        sha256=saved["identity"],
         config=replace_settings(config, encoder__simsiam__embedding=embedding),
         statistics=saved["log_mel"],
         packing=PackSettings(**saved["packing"]),

@@ -44,6 +44,7 @@ class Checkpoint(TypedDict):
     seconds: float  # of training so far
     device: NotRequired[str]  # cpu or cuda, where it was saved; missing in older checkpoints
     outputs: NotRequired[list[torch.Tensor]]  # the main rank's latest, for the collapse gauges; missing in older ones
+    identity: NotRequired[str]  # SHA-256 of the file, by which tables know it; the first file's after `move_shards`
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -65,6 +66,12 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
         raise UserError(f"cannot write the checkpoint {path} ({e.strerror}); {kept}") from e
 
 
+def move_shards(checkpoint: Checkpoint, shards: Path | str, path: Path) -> None:
+    """Write a loaded checkpoint again, its shards at another place; its tables stay valid. Raises as `save`."""
+    data = checkpoint["config"]["data"] | {"shards": str(shards)}
+    save({**checkpoint, "config": checkpoint["config"] | {"data": data}}, path)
+
+
 def _keep(path: Path, previous: Path) -> None:
     """Make `previous` the file that `path` is now. At every moment one of them exists."""
     previous.unlink(missing_ok=True)
@@ -76,6 +83,11 @@ def _keep(path: Path, previous: Path) -> None:
 
 def is_intact(path: Path) -> bool:
     """Whether `path` is a whole checkpoint: its last bytes are the SHA-256 of all bytes before."""
+    return _sha256_if_intact(path) is not None
+
+
+def _sha256_if_intact(path: Path) -> str | None:
+    """SHA-256 of the whole file, None unless it is intact."""
     try:
         with path.open("rb") as f:
             left = f.seek(0, os.SEEK_END) - _SUM_BYTES
@@ -84,13 +96,16 @@ def is_intact(path: Path) -> bool:
             while left > 0 and (block := f.read(min(left, _BLOCK))):
                 digest.update(block)
                 left -= len(block)
-            return f.read() == _MARK + digest.hexdigest().encode()
+            if (end := f.read()) != _MARK + digest.hexdigest().encode():
+                return None
+            digest.update(end)
+            return digest.hexdigest()
     except OSError:
-        return False
+        return None
 
 
 def load(path: Path, option: str = "--resume") -> Checkpoint:
-    """Read a checkpoint onto the CPU; nothing in it is executed.
+    """Read a checkpoint onto the CPU, with its `identity`; nothing in it is executed.
 
     Raises UserError for a file that is missing, damaged or of another format, and names the checkpoint before it where
     that one is intact. option: the option that the message suggests. torch loads a file with a flipped byte without an
@@ -98,7 +113,7 @@ def load(path: Path, option: str = "--resume") -> Checkpoint:
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
-    if not is_intact(path):
+    if (sha256 := _sha256_if_intact(path)) is None:
         changed = f"its content is not what was written, or it is from before format {FORMAT_VERSION}"
         raise _refusal(f"checkpoint {path} is damaged or not a checkpoint: {changed}", path, option)
     try:
@@ -109,6 +124,7 @@ def load(path: Path, option: str = "--resume") -> Checkpoint:
         raise _refusal(f"{path} is not a checkpoint of this version (format {FORMAT_VERSION})", path, option)
     if missing := Checkpoint.__required_keys__ - checkpoint.keys():
         raise _refusal(f"{path} is not a checkpoint: it lacks {', '.join(sorted(missing))}", path, option)
+    checkpoint.setdefault("identity", sha256)
     return checkpoint  # type: ignore[return-value]
 
 

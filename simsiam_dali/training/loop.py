@@ -7,7 +7,7 @@ from simsiam_dali.common.errors import UserError
 from simsiam_dali.common.signals import Interrupt
 from simsiam_dali.config.schema import Config
 from simsiam_dali.data.shards import open_shards
-from simsiam_dali.training import micro_batch
+from simsiam_dali.training import checkpoint, micro_batch
 from simsiam_dali.training.checkpoint import Checkpoint
 from simsiam_dali.training.data import TrainingData
 from simsiam_dali.training.learner import Learner, groups, learning_rates
@@ -25,6 +25,8 @@ def train(config: Config, world: World, resumed: Checkpoint | None, run_dir: Pat
         with run.recording():
             if not resumed:
                 run.end_epoch({})  # the untrained encoder: what training has to beat
+            elif run.epoch >= config.encoder.epochs:  # no other checkpoint will be saved
+                record_place(run, resumed)
             while run.epoch < config.encoder.epochs:
                 learner.encoder.train()
                 clock.reset()
@@ -74,6 +76,17 @@ def open_run(config: Config, world: World, resumed: Checkpoint | None, run_dir: 
         config = micro_batch.choose_by_trial_step(config, learner, shards, world, keep)
     data = TrainingData.open(config, shards, world, resumed)
     return Run(data, learner, run_dir, resumed)
+
+
+def record_place(run: Run, resumed: Checkpoint) -> None:
+    """Write into the checkpoint of a complete run where its shards are now, for the commands that use it."""
+    shards = run.config.data.shards
+    if not run.world.main or str(shards) == resumed["config"]["data"]["shards"]:
+        return
+    try:
+        checkpoint.move_shards(resumed, shards, run.run_dir / checkpoint.FILE_NAME)
+    except UserError as e:
+        run.world.print(f"warning: {e}: give --shards {shards} to embed, too")
 
 
 def throughput(clock: StepClock, data: TrainingData) -> dict[str, float]:
