@@ -14,6 +14,7 @@ from pathlib import Path
 import mutagen
 import numpy as np
 import pytest
+import torch
 from helpers import fork_server
 from helpers.full_disk import fill, small_disk
 from helpers.kills import KILL_AT
@@ -25,7 +26,8 @@ from simsiam_dali.config.load import load_config
 from simsiam_dali.embedding import refresh as embedding_refresh
 from simsiam_dali.embedding.records import FileRecord, read_records, records_path
 from simsiam_dali.embedding.run import read_run
-from simsiam_dali.embedding.table import Embeddings, read_embeddings, write_embeddings
+from simsiam_dali.embedding.table import Embeddings, read_embeddings, read_provenance, write_embeddings
+from simsiam_dali.embedding.write import is_up_to_date
 from simsiam_dali.packing.find import SongFile
 
 HOUR_AGO = time.time() - 3600
@@ -225,7 +227,46 @@ def test_a_table_that_is_not_there_or_may_be_replaced_is_made(
     embed_whole(home, small_runs[kind])
     made, whole = read_embeddings(home / "e.parquet"), read_embeddings(home / "whole.parquet")
     assert vectors(made) == vectors(whole)
+    assert made.provenance.keys() == whole.provenance.keys()
     np.testing.assert_allclose(made.unit() @ made.unit().T, whole.unit() @ whole.unit().T, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("float32", "float32"), ("bfloat16", "bfloat16, float32"), ("bfloat16, float32", "bfloat16, float32"), ("", None)],
+)
+def test_a_refreshed_table_says_its_precision(home: Path, before: str, after: str | None) -> None:
+    """Which `embed --precision` compares; a table from before it was written stays without."""
+    table = home / "e.parquet"
+    songs = read_embeddings(table)
+    provenance = {**songs.provenance, "precision": before} if before else songs.provenance.copy()
+    if not before:
+        del provenance["precision"]
+    write_embeddings(table, dataclasses.replace(songs, provenance=provenance))
+    settle(write_song(home / "music/new.flac", 20, 5))
+    run(home)
+    made = read_provenance(table)
+    assert made.get("precision") == after
+    assert is_up_to_date(table, made, replace=False)
+    assert is_up_to_date(table, made | {"precision": "float32"}, replace=True) == (after in (None, "float32"))
+    (home / "music/new.flac").unlink()  # and where nothing is embedded
+    run(home)
+    assert read_provenance(table).get("precision") == after
+
+
+def test_new_songs_are_embedded_in_the_precision_of_the_table(home: Path, small_runs: dict[str, Path]) -> None:
+    songs, trained = read_embeddings(home / "e.parquet"), read_run(str(small_runs["simsiam"]))
+    for precision, device, taken in (
+        ("float32", "cpu", "fp32"),
+        ("float32", "cuda", "fp32"),
+        ("float16", "cuda", "fp16"),
+        ("bfloat16", "cuda", "bf16"),
+        ("bfloat16", "cpu", "auto"),
+        ("bfloat16, float32", "cuda", "auto"),
+    ):
+        table = dataclasses.replace(songs, provenance=songs.provenance | {"precision": precision})
+        run_as = embedding_refresh.in_precision_of(table, trained, torch.device(device))
+        assert run_as.config.train.precision == taken
 
 
 def lose(names: tuple[str, ...]) -> Callable[[Path], object]:

@@ -12,6 +12,7 @@ import torch
 
 from simsiam_dali.common.distributed import World
 from simsiam_dali.common.errors import UserError
+from simsiam_dali.config.load import replace_settings
 from simsiam_dali.data.shards import ShardSet, subset_of
 from simsiam_dali.embedding.changes import Changes
 from simsiam_dali.embedding.features import CHECKPOINT, create_features
@@ -21,7 +22,6 @@ from simsiam_dali.embedding.records import NO_AUDIO, FileRecord, Records, of_row
 from simsiam_dali.embedding.run import TrainedRun
 from simsiam_dali.embedding.table import Embeddings, read_embeddings
 from simsiam_dali.embedding.write import CleanViews, table_provenance, write_table
-from simsiam_dali.evaluation.within_song import WithinSong
 from simsiam_dali.packing.find import SongFile
 from simsiam_dali.packing.pack import NothingPacked
 from simsiam_dali.packing.pack_song import DecodeSettings, PackSettings
@@ -54,8 +54,8 @@ def decode(files: list[SongFile], music: Path, settings: DecodeSettings, folder:
 
 def embed_unknown(
     shards: ShardSet, known: set[str], run: TrainedRun, device: torch.device, folder: Path
-) -> tuple[dict[str, np.ndarray], WithinSong | None]:
-    """The vectors `(D,)` of the songs of `shards` whose audio hash is not in `known`, by that hash; and their `within`.
+) -> tuple[dict[str, np.ndarray], Embeddings | None]:
+    """The vectors `(D,)` of the songs of `shards` whose audio hash is not in `known`, by that hash; and their table.
 
     run: its config as it is for embedding (`embedding_config`). Stopped, the same call continues in `folder`.
     """
@@ -73,7 +73,28 @@ def embed_unknown(
     write_table(create_features(CHECKPOINT, run, log_mel, device), views, provenance, out)
     made = read_embeddings(out)
     hashes = shards.songs["audio_hash"].iloc[made.table["song"]]
-    return dict(zip(hashes, made.vectors, strict=True)), made.within
+    return dict(zip(hashes, made.vectors, strict=True)), made
+
+
+def in_precision_of(table: Embeddings, run: TrainedRun, device: torch.device) -> TrainedRun:
+    """`run`, embedding in the precision of the table, so that all its songs have one; half precision on a GPU only.
+
+    The training's precision where the table's is not known, or where its songs have several.
+    """
+    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(table.provenance.get("precision", ""))
+    if device.type == "cpu" and precision != "fp32":  # many times slower than float32 on most CPUs
+        return run
+    return dataclasses.replace(run, config=replace_settings(run.config, train__precision=precision))
+
+
+def joined_precision(old: Embeddings | None, made: Embeddings | None) -> dict[str, str]:
+    """What provenance says of the precision of a table with songs of both: that of each; nothing of an older table.
+
+    So `embed --precision` calls a table up to date only where all its songs have that precision.
+    """
+    found = [table.provenance.get("precision", "") for table in (old, made) if table]
+    names = {name for text in found for name in text.split(", ")}
+    return {"precision": ", ".join(sorted(names))} if all(found) and names else {}
 
 
 @dataclass(frozen=True)
@@ -106,9 +127,10 @@ def refresh(
     settings = previous.records.settings
     decoded = decode(changes.decode, music, settings, scratch) if changes.decode else Decoded(None, {})
     known = {before[path].audio_hash for path in old.table["path"]} if old else set()
-    vectors, within, durations = dict[str, np.ndarray](), None, dict[str, float]()
+    vectors, made, durations = dict[str, np.ndarray](), None, dict[str, float]()
     if decoded.shards:
-        vectors, within = embed_unknown(decoded.shards, known, run, device, scratch)
+        run = in_precision_of(old, run, device) if old else run
+        vectors, made = embed_unknown(decoded.shards, known, run, device, scratch)
         songs = decoded.shards.songs
         durations = dict(zip(songs["audio_hash"], songs["duration"], strict=True))
     # What is refused for a reason that may pass keeps what the table has of it.
@@ -132,7 +154,9 @@ def refresh(
         return Refreshed(old, previous.records, Report(), refused)
     records = Records("", settings, after)
     provenance = table_provenance(CHECKPOINT, "songs", run, str(music), records.fingerprint)
-    builder = TableBuilder(old, before, after, vectors, within, durations, {file.name: file.path for file in files})
+    provenance |= joined_precision(old, made)
+    within, paths = made.within if made else None, {file.name: file.path for file in files}
+    builder = TableBuilder(old, before, after, vectors, within, durations, paths)
     new = builder.build(provenance, music, ratings)
     if old and is_here and same_songs(old, new):
         new = old

@@ -35,8 +35,9 @@ class Embeddings:
     segment table, and `start` (s). `provenance` tells where the vectors come from: `features` ("checkpoint", or a
     baseline's name), `rows` ("songs" or "segments"), `encoder_type`, `embedding` (which output of the encoder),
     `checkpoint` (its path), `checkpoint_sha256`, `music` (the folder that `path` is relative to), `shards`
-    (fingerprint), `view_seconds`, `table_version`, `mlflow_run` ("" without MLflow) and `tracking_uri`. `within`: how
-    segments lie around their song's mean; None where no song has two, in tables of segments, and in older tables.
+    (fingerprint), `view_seconds`, `table_version`, `mlflow_run` ("" without MLflow), `tracking_uri` and `precision`
+    (a torch dtype, or several that a refresh joined; older tables lack it). `within`: how segments lie around their
+    song's mean; None where no song has two, in tables of segments, and in older tables.
     """
 
     table: pd.DataFrame
