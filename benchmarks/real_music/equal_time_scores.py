@@ -37,6 +37,7 @@ COMPARED = (
     (FOLDERS_STAGES, STAGES),
     (FOLDERS_TAGS, STAGES),
     (FOLDERS_LAST_STAGES, STAGES),
+    (FOLDERS_LAST_STAGES, TAGS_ALONE),
     (CONTRASTIVE_STAGES, STAGES),
     (CONTRASTIVE_FOLDERS_STAGES, STAGES),
     (CONTRASTIVE_FOLDERS, CONTRASTIVE),
@@ -177,9 +178,10 @@ def gap_lines(doc: Mapping[str, Any]) -> Iterator[str]:
     yield from filter(None, (gap_line(doc, row, best) for row in CLAIMED))
     yield from filter(None, (gap_line(doc, row, other) for row, other in COMPARED))
     untagged = untagged_songs(doc)
-    for name, songs in (("songs with tags", ~untagged), ("songs without tags", untagged)):
-        if songs.any() and (line := gap_line(doc, *TAGGED, songs)):
-            yield f"{line}, over the {songs_asked(doc, songs)} {name}"
+    for pair in (TAGGED, (FOLDERS_LAST_STAGES, STAGES)):  # the first of each learns from tags
+        for name, songs in (("songs with tags", ~untagged), ("songs without tags", untagged)):
+            if songs.any() and (line := gap_line(doc, *pair, songs)):
+                yield f"{line}, over the {songs_asked(doc, songs)} {name}"
 
 
 def together_lines(*docs: Mapping[str, Any]) -> Iterator[str]:
