@@ -42,7 +42,7 @@ TABLES = {
     },
     "longer": Table(("longer", "within-songs-unheard"), equal_time_scores.longer_lines),
     "longer-losses": Table(("longer",), equal_time_scores.page_lines),
-    "pretrained": Table(("pretrained", "within-songs-unheard"), pretrained.page_lines),
+    "pretrained-unheard": Table(("pretrained-unheard", "within-songs-unheard"), pretrained.page_lines),
     "pretrained-fifth": Table(("pretrained-fifth", "within-songs-fifth"), pretrained.page_lines),
     "training-songs": Table(("training-songs", "within-songs-unheard"), training_songs.page_lines),
     "shipped": Table(("shipped", "within-songs-unheard"), shipped.page_lines),
