@@ -1,6 +1,7 @@
 """The experiment on real music: halves without overlap, scores that can be checked by hand, a peer that is one."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections import Counter
@@ -117,6 +118,17 @@ def test_an_encoder_of_whole_sets_is_asked_about_the_set_that_it_did_not_learn_f
     packed.clear()
     halves.prepare_sets(tmp_path / "work", music, [20, 60])
     assert not packed  # all of it is there
+
+    # The fifth set: nobody learns from it, and the encoders of both are asked about it.
+    (music / "fifth").mkdir()
+    (music / "fifth" / "song.ogg").touch()
+    monkeypatch.setattr(halves, "FIFTH", halves.Set(("true",), 30))
+    for _ in range(2):
+        fifth = halves.prepare_fifth(tmp_path / "fifth", shards, music, [20, 60])
+    assert packed == {"fifth": ({"song.ogg"}, 20, 30)}
+    assert set(fifth.asked.values()) == {tmp_path / "fifth" / "fifth"}
+    for half, seconds in itertools.product(halves.HALVES, (20, 60)):
+        assert fifth.learned(half, seconds).resolve() == shards.learned(half, seconds).resolve()
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
@@ -305,6 +317,13 @@ def test_a_baseline_that_draws_nothing_is_the_same_for_every_seed() -> None:
         assert line is not None
         assert line.startswith(f"- the recipe, minus {other}: 5-NN {(row - scores).mean():+.3f} [")
     assert equal_time_scores.gap_line(doc, "no such row", "MFCC") is None
+
+
+def test_a_song_that_both_encoders_of_a_seed_embed_counts_once() -> None:
+    other = {"soundtracks": {half: [f"{half}{n}" for n in range(4)] for half in halves.HALVES}}
+    same = {"soundtracks": {half: ["one", "one", "two", "two"] for half in halves.HALVES}}
+    chosen = np.array([True, True, False, True] * 2)
+    assert (equal_time_scores.songs_asked(other, chosen), equal_time_scores.songs_asked(same, chosen)) == (6, 3)
 
 
 def test_what_is_shipped_stands_beside_the_recipe() -> None:

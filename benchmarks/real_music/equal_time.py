@@ -161,7 +161,7 @@ def prepare(part: str, work: Path, music: Path, rows: Sequence[str]) -> halves.S
     lengths = {halves.SEGMENT_SECONDS, *(CANDIDATES[row].segment_seconds for row in rows)}
     if part in (UNHEARD, FIFTH):
         sets = halves.prepare_sets(work / UNHEARD, music, lengths)
-        return sets if part == UNHEARD else halves.prepare_fifth(work / part, sets, music)
+        return sets if part == UNHEARD else halves.prepare_fifth(work / part, sets, music, lengths)
     return halves.prepare(work / part, music, halves.SETS[part], lengths)
 
 

@@ -1,6 +1,7 @@
 """Real music in two halves, or whole sets of it, and what is trained on one part embedding another."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from simsiam_dali.common.errors import UserError
-from simsiam_dali.data.shards import open_shards
+from simsiam_dali.data.shards import ShardSet, open_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 HALVES = ("a", "b")
@@ -125,16 +126,17 @@ def prepare_sets(folder: Path, music: Path, lengths: Collection[int] = (SEGMENT_
     return shards
 
 
-def prepare_fifth(folder: Path, sets: Shards, music: Path) -> Shards:
-    """Fetch the fifth set into `music`, and pack it. sets: the whole sets, as they are learned from."""
+def prepare_fifth(folder: Path, sets: Shards, music: Path, lengths: Collection[int] = (SEGMENT_SECONDS,)) -> Shards:
+    """Fetch the fifth set into `music`, and pack it. sets: the whole sets, with segments of these lengths, s."""
     shards = fifth_of(folder)
     fetch(FIFTH, music / "fifth")
     asked = shards.asked[HALVES[0]]
     if not (asked / "manifest.json").exists():
         pack(music / "fifth", asked, SEGMENT_SECONDS, FIFTH.least_seconds)
-    for half in HALVES:
-        if not shards.learned(half).is_symlink():
-            shards.learned(half).symlink_to(sets.learned(half), target_is_directory=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for half, seconds in itertools.product(HALVES, lengths):
+        if not shards.learned(half, seconds).is_symlink():
+            shards.learned(half, seconds).symlink_to(sets.learned(half, seconds), target_is_directory=True)
     return shards
 
 
@@ -163,6 +165,23 @@ def pack(music: Path, shards: Path, segment_seconds: int, least_seconds: int) ->
 def same_disk(one: Path, other: Path) -> bool:
     """Whether a hard link can be made between the two."""
     return one.stat().st_dev == other.stat().st_dev
+
+
+def provenance(shards: ShardSet, encoder_type: str, embedding: str) -> dict[str, str]:
+    """What a table says of itself whose encoder is none of the project's runs."""
+    return {
+        "features": "checkpoint",
+        "rows": "songs",
+        "encoder_type": encoder_type,
+        "embedding": embedding,
+        "checkpoint": "",
+        "checkpoint_sha256": "",
+        "music": shards.manifest.music,
+        "shards": shards.fingerprint,
+        "view_seconds": f"{shards.segment_seconds:g}",
+        "mlflow_run": "",
+        "tracking_uri": "",
+    }
 
 
 def soundtrack(path: str) -> str:

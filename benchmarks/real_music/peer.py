@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the package does, and before torch is imported
 
+import halves
 import torch
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
@@ -107,19 +108,7 @@ def main() -> None:
     peer = train(config, shards, log_mel, world)
 
     clean = embedding_config(config, others.segment_seconds)
-    provenance = {
-        "features": "checkpoint",
-        "rows": "songs",
-        "encoder_type": "lightly",
-        "embedding": "backbone",
-        "checkpoint": "",
-        "checkpoint_sha256": "",
-        "music": others.manifest.music,
-        "shards": others.fingerprint,
-        "view_seconds": f"{others.segment_seconds:g}",
-        "mlflow_run": "",
-        "tracking_uri": "",
-    }
+    provenance = halves.provenance(others, "lightly", "backbone")
     features = encoder_features("lightly", peer, clean, device)
     print(write_table(features, CleanViews(clean, others, log_mel, world), provenance, args.out))
 

@@ -143,19 +143,7 @@ def embed(asked: Path, table: Path) -> None:
     config = embedding_config(load_config(halves.ROOT / "configs" / "real_music_cpu.yaml"), shards.segment_seconds)
     if config.data.sample_rate != RATE:
         raise UserError(f"musicnn takes audio at {RATE} Hz")
-    provenance = {
-        "features": "checkpoint",
-        "rows": "songs",
-        "encoder_type": MODEL,
-        "embedding": "+".join(LAYERS),
-        "checkpoint": "",
-        "checkpoint_sha256": "",
-        "music": shards.manifest.music,
-        "shards": shards.fingerprint,
-        "view_seconds": f"{shards.segment_seconds:g}",
-        "mlflow_run": "",
-        "tracking_uri": "",
-    }
+    provenance = halves.provenance(shards, MODEL, "+".join(LAYERS))
     views = CleanViews(config, shards, log_mel_settings(config), World(0, 1, torch.device("cpu")))
     print(write_table(Features(MODEL, "raw", musicnn()), views, provenance, table))
 
